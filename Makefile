@@ -1,0 +1,42 @@
+# Every target sets itself up: on a fresh machine `make quickstart` and `make test` are all there is to type.
+PYTHON ?= python3
+BIN := .venv/bin
+CHECKED := src recipes tests
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help install quickstart test style quality clean
+
+help:
+	@echo "make quickstart  install, train the embedded default on the CPU, merge it, show the result"
+	@echo "make test        install, run the tests (no model hub, no GPU needed)"
+	@echo "make quality     lint, formatting and types"
+	@echo "make style       mend what lint and formatting can mend"
+	@echo "make install     .venv with the package in editable mode and its plainlora command"
+
+install: .venv/installed
+
+.venv/installed: requirements.txt tests/requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt --requirement tests/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+quickstart: install
+	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml \
+		recipes/sft.py --config recipes/quickstart/lora.yaml --overwrite
+
+test: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+style: install
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+quality: install
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv outputs

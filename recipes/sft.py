@@ -1,0 +1,132 @@
+"""Supervised fine-tuning of a causal language model with LoRA.
+
+accelerate launch --config_file accelerate_configs/single_gpu.yaml \
+    recipes/sft.py --config recipes/gpt2-alpaca-gpt4/lora.yaml
+
+Every flag of TRL's ScriptArguments, SFTConfig and ModelConfig works, in the YAML or on the command line, and so do
+those of plainlora.arguments.RecipeArguments. The command line wins.
+"""
+
+import plainlora.quiet  # noqa: F401, I001  # before the libraries that it quiets
+
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import set_seed
+from trl import ModelConfig, ScriptArguments, SFTConfig
+
+from plainlora.arguments import RecipeArguments, StrictParser, check_combinations
+from plainlora.backends import BACKENDS, attach_adapter, build_lora_config, count_parameters
+from plainlora.checkpoints import claim_output_dir, clear_output_dir
+from plainlora.data.datasets import load_train_and_test
+from plainlora.data.encoding import encode_rows
+from plainlora.data.prompts import install_template
+from plainlora.errors import run_program
+from plainlora.evaluation import Examiner, compare
+from plainlora.generation import ExactMatch
+from plainlora.merging import merge_adapter
+from plainlora.models import check_length, describe_quantization, load_base, load_config, load_tokenizer
+from plainlora.report import plot_loss, summary, write_json, write_model_card, write_run
+from plainlora.training import AdapterTrainer, hand_over, resume_path
+
+
+def main() -> None:
+    recipe, script, training, model_args = StrictParser(
+        (RecipeArguments, ScriptArguments, SFTConfig, ModelConfig)
+    ).parse()
+    say = PartialState().print
+
+    # Everything that can be refused is refused before a weight is loaded or a file is touched.
+    check_combinations(recipe, script, training, model_args)
+    checkpoint = resume_path(training)
+    claim_output_dir(training.output_dir, recipe.overwrite, resume=checkpoint is not None)
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    check_length(training.max_length, load_config(name, revision, training.trust_remote_code))
+    tokenizer = load_tokenizer(
+        name,
+        revision,
+        eos_token=training.eos_token,
+        pad_token=training.pad_token,
+        trust_remote_code=training.trust_remote_code,
+    )
+    install_template(tokenizer, recipe.prompt_template or training.chat_template_path)
+    train_rows, test_rows = load_train_and_test(
+        script.dataset_name,
+        config=script.dataset_config,
+        train_split=script.dataset_train_split,
+        test_split=script.dataset_test_split,
+        test_name=recipe.eval_dataset_name,
+        test_split_size=recipe.test_split_size,
+        max_train_rows=recipe.max_train_rows,
+        seed=training.seed,
+    )
+    encoded = {}
+    for split, rows in {"train": train_rows, "test": test_rows}.items():
+        if rows is not None:
+            encoded[split], counts = encode_rows(
+                rows,
+                tokenizer,
+                where=f"{script.dataset_name} ({split})",
+                text_column=training.dataset_text_field,
+                answers_only=bool(training.completion_only_loss or training.assistant_only_loss),
+                max_length=training.max_length,
+                on_overflow=recipe.on_overflow,
+                max_overflow=recipe.max_overflow,
+                keep_end=training.truncation_mode == "keep_end",
+                num_proc=training.dataset_num_proc,
+            )
+            say(counts.line(f"{split} rows", recipe.on_overflow))
+    exact_match = None
+    if recipe.exact_match_rows and test_rows is not None:
+        exact_match = ExactMatch(test_rows, recipe.exact_match_rows, tokenizer, recipe.max_new_tokens)
+
+    # Seed first, then base, then adapter: the same command gives the same adapter.
+    set_seed(training.seed)
+    base = load_base(model_args, training.trust_remote_code, training.model_init_kwargs)
+    quantization = describe_quantization(base)
+    backend = BACKENDS[recipe.lora_backend]
+    model = attach_adapter(base, build_lora_config(model_args, recipe), backend, recipe.adapter_dtype)
+    trainable, total = count_parameters(model)
+    say(f"{recipe.lora_backend} LoRA: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
+
+    trainer = AdapterTrainer(
+        model,
+        backend,
+        args=hand_over(training),
+        train_dataset=encoded["train"],
+        eval_dataset=encoded.get("test"),
+        processing_class=tokenizer,
+    )
+    examine = Examiner(trainer, tokenizer, exact_match, recipe.sample_prompts, recipe.max_new_tokens)
+    with backend.disabled(model):
+        before = examine(model, "base")
+
+    if trainer.accelerator.is_main_process and checkpoint is None:
+        clear_output_dir(training.output_dir)
+    trainer.accelerator.wait_for_everyone()
+    set_seed(training.seed)
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    after = examine(model, "adapter")
+    trainer.save_model()
+    trainer.save_state()
+
+    if trainer.accelerator.is_main_process:
+        output = Path(training.output_dir)
+        results = outcome.metrics | compare(before, after)
+        results |= {"trainable_params": trainable, "total_params": total}
+        write_run(output / "run.json", (recipe, script, training, model_args), quantization)
+        if recipe.merge:
+            results["merge_max_abs_diff"] = merge_adapter(output, output / "merged", overwrite=True).max_abs_diff
+        write_json(output / "all_results.json", results)
+        plot_loss(trainer.state.log_history, before.loss, output / "loss.png")
+        write_model_card(output, recipe, script, training, model_args, results)
+        samples = list(zip(examine.prompts, before.answers, after.answers, strict=True))
+        print(summary(results, training.output_dir, samples))
+    if training.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
+
+
+if __name__ == "__main__":
+    run_program(main)

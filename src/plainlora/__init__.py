@@ -1,0 +1,37 @@
+"""PlainLoRA: LoRA you can read in five minutes, proved equal to PEFT.
+
+    model = inject(model, LoraConfig(...))      # beside peft.get_peft_model(model, LoraConfig(...))
+    save_adapter(model, directory)              # PEFT's files
+    model = load_adapter(model, directory)      # PEFT's files
+    with disabled(model): ...                   # the base alone
+    model = merge(model)                        # the base architecture with the deltas folded in
+    model = unwrap(model)                       # the base again
+
+Names are resolved on first use, so that `plainlora --help` need not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from plainlora.lora.inject import disabled, inject, unwrap
+    from plainlora.lora.interchange import load_adapter, save_adapter
+    from plainlora.lora.merge import merge
+
+__version__ = "0.1.0"
+__all__ = ["disabled", "inject", "load_adapter", "merge", "save_adapter", "unwrap"]
+
+_HOME = {
+    "disabled": "plainlora.lora.inject",
+    "inject": "plainlora.lora.inject",
+    "unwrap": "plainlora.lora.inject",
+    "load_adapter": "plainlora.lora.interchange",
+    "save_adapter": "plainlora.lora.interchange",
+    "merge": "plainlora.lora.merge",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,151 @@
+"""The single switch between the hand-written LoRA and PEFT. Nothing else in the project asks which one it is."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from trl import ModelConfig
+
+from plainlora.arguments import RecipeArguments, parse_pattern
+from plainlora.errors import UserError
+from plainlora.lora import inject, interchange
+from plainlora.lora.targets import find_targets
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of LoRA behind one set of verbs.
+
+    Attributes:
+        attach: Puts a fresh adapter into a base model.
+        load: Puts a saved adapter into a base model, for inference.
+        reload: Copies a saved adapter into a model that already carries one, and goes on training.
+        disabled: A context in which the model computes as its base.
+    """
+
+    attach: Callable[[PreTrainedModel, LoraConfig], nn.Module]
+    load: Callable[[PreTrainedModel, str | Path], nn.Module]
+    reload: Callable[[nn.Module, str | Path], None]
+    disabled: Callable[[nn.Module], AbstractContextManager[object]]
+
+
+def _peft_attach(model: PreTrainedModel, config: LoraConfig) -> nn.Module:
+    inject.check_supported(config)
+    find_targets(model, config)  # PEFT lets a name that matches nothing pass; here it is an error
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"PEFT refuses this adapter: {error}") from error
+
+
+def _peft_load(model: PreTrainedModel, directory: str | Path) -> nn.Module:
+    interchange.read_config(directory)
+    return PeftModel.from_pretrained(model, str(directory))
+
+
+def _peft_reload(model: nn.Module, directory: str | Path) -> None:
+    cast(PeftModel, model).load_adapter(str(directory), "default", is_trainable=True)
+
+
+BACKENDS = {
+    "reference": Backend(
+        attach=inject.inject,
+        load=interchange.load_adapter,
+        reload=interchange.load_adapter_weights,
+        disabled=inject.disabled,
+    ),
+    "peft": Backend(
+        attach=_peft_attach,
+        load=_peft_load,
+        reload=_peft_reload,
+        disabled=lambda model: cast(PeftModel, model).disable_adapter(),
+    ),
+}
+
+
+def keep_names_a_list(targets: list[str] | str | None) -> list[str] | str | None:
+    """Undoes `ModelConfig`'s turning a list of one name into a string, which PEFT would read as a whole-name pattern.
+
+    https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/model_config.py (`__post_init__`)
+    """
+    if isinstance(targets, str) and targets != "all-linear" and targets.replace(".", "").replace("_", "").isalnum():
+        return [targets]
+    return targets
+
+
+def build_lora_config(model: ModelConfig, recipe: RecipeArguments) -> LoraConfig:
+    """TRL's and this project's flags as one `peft.LoraConfig`."""
+    return LoraConfig(
+        task_type=model.lora_task_type,
+        base_model_name_or_path=model.model_name_or_path,
+        revision=model.model_revision,
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules=keep_names_a_list(model.lora_target_modules),
+        target_parameters=model.lora_target_parameters,
+        modules_to_save=model.lora_modules_to_save,
+        use_rslora=model.use_rslora,
+        use_dora=model.use_dora,
+        bias=recipe.lora_bias,
+        init_lora_weights="gaussian" if recipe.lora_init == "gaussian" else recipe.lora_init == "true",
+        exclude_modules=recipe.lora_exclude_modules,
+        layers_to_transform=recipe.lora_layers_to_transform,
+        rank_pattern=parse_pattern("lora_rank_pattern", recipe.lora_rank_pattern),
+        alpha_pattern=parse_pattern("lora_alpha_pattern", recipe.lora_alpha_pattern),
+    )
+
+
+def refuse_adapted_head(model: nn.Module) -> None:
+    """TRL's fused loss reads `lm_head.weight` and never calls the module, so an adapter there would not train.
+
+    TRL guards PEFT models only: https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py
+
+    Raises:
+        UserError: The output embedding carries LoRA.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is not None and hasattr(head, "lora_A"):
+        raise UserError(
+            "lora_target_modules: the output head cannot carry LoRA, because SFTTrainer's fused loss reads its weight "
+            "without calling it; leave it out, or train it whole with lora_modules_to_save"
+        )
+
+
+def attach_adapter(model: PreTrainedModel, config: LoraConfig, backend: Backend, dtype: str = "float32") -> nn.Module:
+    """Puts a fresh adapter into a base model and sets its precision.
+
+    Args:
+        model: The base, already quantised if it is to be.
+        config: The adapter.
+        backend: Which implementation.
+        dtype: Of the trained weights: `float32`, or `bfloat16` for half the optimizer memory.
+
+    Raises:
+        UserError: The adapter does not fit the model.
+        LoRAError: Likewise.
+    """
+    adapted = backend.attach(model, config)
+    refuse_adapted_head(adapted)
+    if dtype != "float32":
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(getattr(torch, dtype))
+    return adapted
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """`(trainable, total)`; a 4-bit weight counts as the values it stands for, not as the bytes it is packed in."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
+        values = parameter.numel() if shape is None else int(torch.Size(shape).numel())
+        total += values
+        trainable += values if parameter.requires_grad else 0
+    return trainable, total

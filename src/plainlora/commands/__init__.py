@@ -1,0 +1,40 @@
+"""`plainlora VERB`: what is not training. One thin file a verb; heavy imports happen inside the verb."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+import plainlora
+from plainlora.errors import UserError, one_line_errors
+
+VERBS = {
+    "generate": "answer a prompt with the base and with an adapter, side by side",
+    "merge": "fold an adapter into its base and check the result by reloading it",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad flag as this project reports everything: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs. Each verb's module has `add_arguments(parser)` and `run(arguments)`."""
+    parser = _Parser(prog="plainlora", description=(plainlora.__doc__ or "").splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"plainlora {plainlora.__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, description in VERBS.items():
+        verb = verbs.add_parser(name, help=description, description=description.capitalize() + ".", allow_abbrev=False)
+        import_module(f"plainlora.commands.{name}").add_arguments(verb)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `plainlora` command."""
+    with one_line_errors():
+        parsed = build_parser().parse_args(sys.argv[1:] if arguments is None else arguments)
+        import_module(f"plainlora.commands.{parsed.verb}").run(parsed)

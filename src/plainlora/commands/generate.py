@@ -1,0 +1,43 @@
+"""`plainlora generate`: one prompt, the base's and the tuned model's answers."""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags."""
+    parser.add_argument("--adapter", required=True, help="folder that training wrote")
+    parser.add_argument("--prompt", required=True, action="append", help="rendered by training's template; repeatable")
+    parser.add_argument("--input", default="", help="Alpaca's optional input, for every prompt")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer, in tokens (default: 128)")
+    parser.add_argument("--with_peft", action="store_true", help="also answer with PEFT's implementation")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"], help="precision of the base"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints every prompt with its answers."""
+    import plainlora.quiet  # noqa: F401
+    from plainlora.arguments import dtype_of
+    from plainlora.backends import BACKENDS
+    from plainlora.data.prompts import render_prompt
+    from plainlora.generation import generate
+    from plainlora.merging import load_base_for_merge, load_tokenizer_of
+
+    tokenizer = load_tokenizer_of(arguments.adapter)
+    prompts = [render_prompt(prompt, tokenizer, arguments.input) for prompt in arguments.prompt]
+    answers: dict[str, list[str]] = {}
+    for name in ("reference", "peft") if arguments.with_peft else ("reference",):
+        backend = BACKENDS[name]
+        model = backend.load(
+            load_base_for_merge(arguments.adapter, "16bit", dtype_of(arguments.dtype)), arguments.adapter
+        )
+        if "base" not in answers:
+            with backend.disabled(model):
+                answers["base"] = generate(model, tokenizer, prompts, arguments.max_new_tokens)
+        label = "tuned" if name == "reference" else "tuned, by PEFT"
+        answers[label] = generate(model, tokenizer, prompts, arguments.max_new_tokens)
+    for number, prompt in enumerate(arguments.prompt):
+        print(f"\n{prompt}")
+        for label, texts in answers.items():
+            print(f"\n[{label}]\n{texts[number]}")

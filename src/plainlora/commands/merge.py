@@ -1,0 +1,50 @@
+"""`plainlora merge`: adapter folder -> merged model folder."""
+
+import argparse
+
+from plainlora.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags."""
+    parser.add_argument("--adapter", required=True, help="folder that training wrote")
+    parser.add_argument("--output", required=True, help="folder for the merged model")
+    parser.add_argument(
+        "--base",
+        default="16bit",
+        metavar="{16bit,dequantized}",
+        help="for an adapter trained on 4 or 8 bits: merge into the original checkpoint (16bit, the default), "
+        "or into what training saw of it (dequantized)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "float16", "bfloat16"],
+        help="precision of the merged weights; auto is the base checkpoint's",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Merges, and says how far the reloaded model is from the adapter model."""
+    if arguments.base in ("4bit", "8bit", "nf4"):
+        raise UserError(
+            f"--base {arguments.base}: merging into quantised weights is refused, because rounding the sum back to a "
+            "few bits can erase the adapter (peft#2321); use --base 16bit or --base dequantized"
+        )
+    if arguments.base not in ("16bit", "dequantized"):
+        raise UserError(f"--base is 16bit or dequantized, not {arguments.base}")
+
+    import plainlora.quiet  # noqa: F401
+    from plainlora.arguments import dtype_of
+    from plainlora.merging import merge_adapter
+
+    result = merge_adapter(
+        arguments.adapter, arguments.output, arguments.base, dtype_of(arguments.dtype), arguments.overwrite
+    )
+    print(
+        f"merged in {str(result.dtype).removeprefix('torch.')} and reloaded: logits differ from the adapter model's "
+        f"by at most {result.max_abs_diff:.1e}, {result.relative_diff:.1e} of the largest "
+        f"(allowed: {result.tolerance:.0e})\n"
+        f"{arguments.output} loads with AutoModelForCausalLM.from_pretrained; the figures are in its merge.json"
+    )

@@ -1,0 +1,1 @@
+"""Rows: read, checked, rendered by one template, turned into tokens."""

@@ -1,0 +1,83 @@
+"""One renderer for training, evaluation and generation: the tokenizer's chat template.
+
+The template that trained a model is saved with its tokenizer (`chat_template.jinja`), so a server renders as training
+did. The built-in templates are the files in `templates/`.
+"""
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from plainlora.errors import UserError
+
+Message = dict[str, str]
+
+TEMPLATES = Path(__file__).parent / "templates"
+INPUT_MARK = "\n\n### Input:\n"  # the Alpaca template looks for it; see templates/alpaca.jinja
+
+
+def user_message(instruction: str, context: str = "") -> Message:
+    """An instruction, with its optional input, as one chat message."""
+    content = instruction.strip()
+    return {"role": "user", "content": content + INPUT_MARK + context.strip() if context.strip() else content}
+
+
+def assistant_message(answer: str) -> Message:
+    """An answer as a chat message."""
+    return {"role": "assistant", "content": answer.strip()}
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts a BOS before every text by itself (Llama does, GPT-2 and Qwen2 do not)."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a").input_ids[:1] == [bos]
+
+
+def without_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Takes a spelled-out BOS off a text to which the tokenizer adds one, so that there are not two."""
+    return text.removeprefix(str(tokenizer.bos_token)) if adds_bos(tokenizer) else text
+
+
+def install_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
+    """Makes the tokenizer render with a built-in template, a file, or, if `None`, its own.
+
+    Raises:
+        UserError: There is no such template.
+    """
+    if template is None:
+        return
+    built_in = TEMPLATES / f"{template}.jinja"
+    path = built_in if built_in.is_file() else Path(template)
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in TEMPLATES.glob("*.jinja")))
+        raise UserError(f"prompt_template: {template!r} is neither a built-in template ({names}) nor a .jinja file")
+    source = path.read_text(encoding="utf-8").strip()
+    # The tokenizer adds no BOS to rendered text, so a built-in template spells it out where the model expects it.
+    bos = "{{- bos_token -}}" if path == built_in and adds_bos(tokenizer) else ""
+    tokenizer.chat_template = bos + source
+
+
+def render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, for_generation: bool = False) -> str:
+    """The text of a conversation, ready to be tokenised without further special tokens.
+
+    Args:
+        messages: Alternating user and assistant messages.
+        tokenizer: Carries the template.
+        for_generation: Whether the text ends where the assistant's answer would begin.
+
+    Raises:
+        UserError: The tokenizer has no template, or the template refuses the messages.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError("the tokenizer has no chat template: set prompt_template to alpaca, llama2 or a .jinja file")
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_generation))
+    except Exception as error:  # Jinja's own errors and whatever the template raises
+        raise UserError(f"the chat template cannot render {messages[0]['role']!r} first: {error}") from error
+
+
+def render_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, context: str = "") -> str:
+    """A single prompt as training rendered it; as it is, where training had plain text and no template."""
+    if tokenizer.chat_template is None:
+        return (str(tokenizer.bos_token) if adds_bos(tokenizer) else "") + prompt + context
+    return render([user_message(prompt, context)], tokenizer, for_generation=True)

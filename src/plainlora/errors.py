@@ -1,0 +1,39 @@
+"""Errors for the person who typed the command: one line on standard error, exit code 2."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+EXIT_CODE = 2
+
+
+class UserError(Exception):
+    """What is wrong, where, and what to do, in one line."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns the errors this package raises on purpose into one line on standard error and exit code 2.
+
+    Everything else keeps its traceback: it is a bug here, and the traceback is what a report needs.
+    """
+    try:
+        yield
+    except UserError as error:
+        _exit(error)
+    except ValueError as error:
+        if type(error).__name__ != "LoRAError":  # named, not imported: `plainlora --help` need not load torch
+            raise
+        _exit(error)
+
+
+def _exit(error: Exception) -> None:
+    sys.stdout.flush()
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    raise SystemExit(EXIT_CODE) from error
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Runs a program's `main` under `one_line_errors`."""
+    with one_line_errors():
+        main()

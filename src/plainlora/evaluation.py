@@ -1,0 +1,87 @@
+"""What is measured before and after training: test loss, exact matches, sample answers."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from trl import SFTTrainer
+
+from plainlora.data.prompts import render_prompt
+from plainlora.generation import ExactMatch, generate
+
+
+@dataclass
+class Measurement:
+    """One side of before and after.
+
+    Attributes:
+        loss: Mean test cross-entropy in nats per token, if there are test rows.
+        exact_match: Share of test answers right to the letter, if asked for.
+        answers: One for each prompt of `Examiner.prompts`.
+    """
+
+    loss: float | None = None
+    exact_match: float | None = None
+    answers: list[str] = field(default_factory=list)
+
+
+class Examiner:
+    """Asks a model the same things before and after.
+
+    Args:
+        trainer: Holds the test rows and computes the loss.
+        tokenizer: Carries the template.
+        exact_match: The rows to be answered to the letter, if any.
+        sample_prompts: Prompts to answer; if there are none, three of the exact-match rows stand in.
+        max_new_tokens: Longest answer.
+    """
+
+    def __init__(
+        self,
+        trainer: SFTTrainer,
+        tokenizer: PreTrainedTokenizerBase,
+        exact_match: ExactMatch | None,
+        sample_prompts: Sequence[str],
+        max_new_tokens: int,
+    ) -> None:
+        self.trainer, self.tokenizer, self.exact_match = trainer, tokenizer, exact_match
+        self.sample_prompts, self.max_new_tokens = list(sample_prompts), max_new_tokens
+        count = len(exact_match.questions) if exact_match else 0
+        self.sampled_rows = sorted({0, count // 3, 2 * count // 3}) if count and not sample_prompts else []
+
+    @property
+    def prompts(self) -> list[str]:
+        """What the sample answers answer."""
+        if self.exact_match and self.sampled_rows:
+            return [self.exact_match.questions[row] for row in self.sampled_rows]
+        return self.sample_prompts
+
+    def __call__(self, model: nn.Module, arm: str) -> Measurement:
+        """Measures. Every process computes the loss; only the first one writes answers."""
+        found = Measurement()
+        if self.trainer.eval_dataset is not None:
+            found.loss = float(self.trainer.evaluate()["eval_loss"])
+        if self.trainer.accelerator.is_main_process:
+            if self.exact_match:
+                found.exact_match, answers = self.exact_match(model, f"Answering test rows ({arm})")
+                found.answers = [answers[row] for row in self.sampled_rows]
+            if self.sample_prompts:
+                rendered = [render_prompt(prompt, self.tokenizer) for prompt in self.sample_prompts]
+                found.answers = generate(model, self.tokenizer, rendered, self.max_new_tokens)
+        self.trainer.accelerator.wait_for_everyone()
+        return found
+
+
+def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
+    """Both sides as flat results: `eval_loss_base`, `eval_loss_adapter`, ... without what was not measured."""
+    results: dict[str, Any] = {}
+    for arm, side in (("base", before), ("adapter", after)):
+        if side.loss is not None:
+            results[f"eval_loss_{arm}"] = side.loss
+            results[f"eval_perplexity_{arm}"] = math.exp(min(side.loss, 700.0))
+        if side.exact_match is not None:
+            results[f"exact_match_{arm}"] = side.exact_match
+    return results

@@ -1,0 +1,1 @@
+"""The method: torch, and PEFT only for `LoraConfig` and its file names. Read `layer.py` first."""

@@ -1,0 +1,289 @@
+"""Wrap and unwrap: put LoRA layers into a model, freeze the rest, and take everything out again."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
+from types import MethodType
+from typing import Any, TypeVar, cast
+
+import torch
+from peft import LoraConfig, TaskType
+from torch import nn
+
+from plainlora.lora import storage
+from plainlora.lora.errors import LoRAError
+from plainlora.lora.layer import LoRALinear
+from plainlora.lora.targets import (
+    SEQUENCE_HEADS,
+    check_patterns,
+    condense,
+    find_modules_to_save,
+    find_targets,
+    value_for,
+)
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+SUPPORTED_FIELDS = {
+    *("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+    *("bias", "fan_in_fan_out", "task_type"),
+}
+BOOKKEEPING_FIELDS = {
+    *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("runtime_config", "megatron_core"),
+}
+
+
+@dataclass
+class Injection:
+    """What `inject` did to a model, kept on the model as `model.plainlora`.
+
+    Attributes:
+        config: The config as resolved: explicit target names, the classification head in `modules_to_save`.
+        trainable: Names of the parameters that required gradients before.
+    """
+
+    config: LoraConfig
+    trainable: list[str]
+
+
+class ModuleToSave(nn.Module):
+    """A module trained whole beside the adapters: a trained copy in front of the frozen original."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original_module = original
+        self.trained_module = copy.deepcopy(original).requires_grad_(True)
+        self.enabled = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The trained copy's output; the original's while disabled."""
+        module = self.trained_module if self.enabled else self.original_module
+        return module(*args, **kwargs)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight in use: fused loss heads read `lm_head.weight` instead of calling the module."""
+        return cast(torch.Tensor, (self.trained_module if self.enabled else self.original_module).weight)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias in use, if there is one."""
+        return getattr(self.trained_module if self.enabled else self.original_module, "bias", None)
+
+
+def injection(model: nn.Module) -> Injection:
+    """The record of `inject`.
+
+    Raises:
+        LoRAError: The model carries no adapter of this package.
+    """
+    record = getattr(model, "plainlora", None)
+    if record is None:
+        raise LoRAError(
+            f"this {type(model).__name__} carries no PlainLoRA adapter; call inject() or load_adapter() first"
+        )
+    return record
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """The LoRA layers with their full names, in the model's own order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
+
+
+def saved_modules(model: nn.Module) -> Iterator[tuple[str, ModuleToSave]]:
+    """The wholly trained modules with their full names, in the model's own order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, ModuleToSave))
+
+
+def check_supported(config: LoraConfig) -> None:
+    """Raises `LoRAError` naming every field of the config that this package does not implement."""
+    unsupported = []
+    for field in fields(config):
+        if field.name in SUPPORTED_FIELDS | BOOKKEEPING_FIELDS:
+            continue
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        value = getattr(config, field.name)
+        if value != default and value not in (None, False, [], {}):
+            unsupported.append(f"{field.name}={value!r}")
+    if config.runtime_config.ephemeral_gpu_offload:
+        unsupported.append("runtime_config.ephemeral_gpu_offload=True")
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        unsupported.append(f"init_lora_weights={config.init_lora_weights!r}")
+    if unsupported:
+        raise LoRAError(f"this LoRA does not implement {', '.join(unsupported)}; leave it out, or use PEFT's back end")
+    ranks = {"r": config.r} | {f"rank_pattern[{key!r}]": rank for key, rank in (config.rank_pattern or {}).items()}
+    for name, rank in ranks.items():
+        if not isinstance(rank, int) or rank < 1:
+            raise LoRAError(f"{name} must be a whole number of at least 1, not {rank!r}")
+    if not 0 <= config.lora_dropout < 1:
+        raise LoRAError(f"lora_dropout must lie in [0, 1), not {config.lora_dropout!r}")
+    if config.bias not in ("none", "all", "lora_only"):
+        raise LoRAError(f"bias must be none, all or lora_only, not {config.bias!r}")
+
+
+def _refuse_tied(model: nn.Module, targets: list[str]) -> None:
+    """A weight used under two names cannot carry a delta under one of them (peft#2018)."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    for target in targets:
+        shared = owners[id(model.get_submodule(target).weight)]
+        if len(shared) > 1:
+            other = next(name for name in shared if name != target)
+            raise LoRAError(
+                f"target_modules: {target!r} shares its weight with {other!r}, so a delta on one would be lost or "
+                f"doubled when merged; leave {target!r} out, or train it whole with modules_to_save"
+            )
+
+
+def _resolve(model: nn.Module, config: LoraConfig, strict: bool) -> tuple[LoraConfig, list[str]]:
+    """A copy of the config that says explicitly what it selects on this model, and the selected names."""
+    check_supported(config)
+    config = copy.deepcopy(config)
+    if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):  # as PEFT does: a new head must be trained
+        own = config.modules_to_save or []
+        config.modules_to_save = [*own, *(head for head in SEQUENCE_HEADS if head not in own)]
+    targets = find_targets(model, config, strict)
+    _refuse_tied(model, targets)
+    if strict:
+        check_patterns(config, targets)
+    transposed = any(storage.is_conv1d(model.get_submodule(name)) for name in targets)
+    if config.fan_in_fan_out and not transposed:
+        raise LoRAError("fan_in_fan_out=True, but no target stores its weight as (in, out); leave it out, it is found")
+    config.fan_in_fan_out = transposed
+    if config.target_modules is None or isinstance(config.target_modules, str):
+        config.target_modules = condense(targets, model)
+    else:
+        config.target_modules = sorted(config.target_modules)
+    config.base_model_name_or_path = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
+    return config, targets
+
+
+def _place(layer: LoRALinear, weight: torch.Tensor) -> None:
+    """Moves A and B beside W0: its device, and its dtype if that is wider than fp32.
+
+    Half-precision bases get fp32 adapters whose start is rounded to the base's dtype, as PEFT's are.
+    """
+    for matrix in (layer.lora_A, layer.lora_B):
+        if matrix.weight.device != torch.device("meta"):
+            matrix.to(weight.device)
+        if weight.is_floating_point():
+            matrix.to(weight.dtype)
+        matrix.to(torch.promote_types(matrix.weight.dtype, torch.float32))
+
+
+def _freeze_all_but_adapters(model: nn.Module, bias: str) -> None:
+    model.requires_grad_(False)
+    for _, layer in lora_layers(model):
+        layer.lora_A.requires_grad_(True)
+        layer.lora_B.requires_grad_(True)
+        if bias == "lora_only" and layer.bias is not None:
+            layer.bias.requires_grad_(True)
+    for _, module in saved_modules(model):
+        module.trained_module.requires_grad_(True)
+    if bias == "all":
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias") and ".original_module." not in name:
+                parameter.requires_grad_(True)
+
+
+def _save_pretrained(model: nn.Module, save_directory: str, *, is_main_process: bool = True, **_: Any) -> None:
+    """Takes the place of the model's own `save_pretrained`.
+
+    Transformers' would write the wrapped base under renamed keys, which `from_pretrained` then re-initialises without
+    an error. This writes the adapter, as `PeftModel.save_pretrained` does.
+    """
+    from plainlora.lora.interchange import save_adapter  # noqa: PLC0415  # interchange builds on this module
+
+    if is_main_process:
+        save_adapter(model, save_directory)
+
+
+def inject(model: ModelT, config: LoraConfig, *, strict: bool = True) -> ModelT:
+    """Puts LoRA layers into a model, in place, and freezes everything else.
+
+    Under one seed the new matrices are those of `peft.get_peft_model(model, config)`, bit for bit.
+
+    Args:
+        model: Any model whose targets are `nn.Linear`, Transformers' `Conv1D`, or bitsandbytes' 4-bit or 8-bit layers.
+        config: See the README for the supported fields; any other field away from its default is an error.
+        strict: Whether every single name and pattern must match. Loading turns this off and checks the file's keys.
+
+    Returns:
+        The same model.
+
+    Raises:
+        LoRAError: An unsupported field or module, a name that matches nothing, a tied target, or a second injection.
+    """
+    if getattr(model, "plainlora", None) is not None:
+        raise LoRAError("this model already carries a PlainLoRA adapter; unwrap() or merge() it first")
+    resolved, targets = _resolve(model, config, strict)
+    to_save = find_modules_to_save(model, resolved)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for name in targets:
+        base = model.get_submodule(name)
+        layer = LoRALinear(
+            base,
+            *storage.features(base),
+            r=value_for(resolved.rank_pattern or {}, name, resolved.r),
+            lora_alpha=value_for(resolved.alpha_pattern or {}, name, resolved.lora_alpha),
+            lora_dropout=resolved.lora_dropout,
+            use_rslora=resolved.use_rslora,
+            init_lora_weights=resolved.init_lora_weights,  # type: ignore[arg-type]  # narrowed by check_supported
+        )
+        _place(layer, layer.weight)
+        layer.train(base.training)
+        model.set_submodule(name, layer)
+    for name in to_save:
+        model.set_submodule(name, ModuleToSave(model.get_submodule(name)))
+    _freeze_all_but_adapters(model, resolved.bias)
+    model.plainlora = Injection(resolved, trainable)  # type: ignore[assignment]
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[assignment]
+    return model
+
+
+def unwrap(model: ModelT) -> ModelT:
+    """Takes the adapter out, in place: the inverse of `inject`. Trained biases keep their values.
+
+    Raises:
+        LoRAError: The model carries no adapter of this package.
+    """
+    record = injection(model)
+    for name, layer in list(lora_layers(model)):
+        model.set_submodule(name, layer.base_layer)
+    for name, module in list(saved_modules(model)):
+        model.set_submodule(name, module.original_module)
+    restore_identity(model, record)
+    return model
+
+
+def restore_identity(model: nn.Module, record: Injection) -> None:
+    """Forgets the injection once its modules are out: trainable as before, `save_pretrained` its own again."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in record.trainable)
+    model.__dict__.pop("plainlora")
+    model.__dict__.pop("save_pretrained", None)
+
+
+@contextmanager
+def disabled(model: ModelT) -> Iterator[ModelT]:
+    """Within the block the model computes as its base (trained biases excepted, as in PEFT).
+
+    Raises:
+        LoRAError: The model carries no adapter of this package.
+    """
+    injection(model)
+    switched = [module for module in model.modules() if isinstance(module, (LoRALinear, ModuleToSave))]
+    before = [module.enabled for module in switched]
+    try:
+        for module in switched:
+            module.enabled = False
+        yield model
+    finally:
+        for module, was_enabled in zip(switched, before, strict=True):
+            module.enabled = was_enabled

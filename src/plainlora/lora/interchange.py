@@ -1,0 +1,178 @@
+"""PEFT adapter directory <-> injected model.
+
+`adapter_config.json` and `adapter_model.safetensors` are PEFT's files, byte for byte PEFT's names: the modules here
+carry PEFT's attribute names, so saving is adding a prefix.
+"""
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from plainlora.lora.errors import LoRAError
+from plainlora.lora.inject import ModelT, inject, injection, lora_layers, saved_modules, unwrap
+
+PREFIX = "base_model.model."
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Everything the adapter owns, under PEFT's on-disk names. The tensors are the model's own, not copies.
+
+    Raises:
+        LoRAError: The model carries no adapter of this package.
+    """
+    bias = injection(model).config.bias
+    state: dict[str, torch.Tensor] = {}
+    for name, layer in lora_layers(model):
+        state[f"{name}.lora_A.weight"] = layer.lora_A.weight
+        state[f"{name}.lora_B.weight"] = layer.lora_B.weight
+        if bias == "lora_only" and layer.bias is not None:
+            state[f"{name}.base_layer.bias"] = layer.bias
+    if bias == "all":
+        state |= {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if name.endswith(".bias") and ".original_module." not in name and ".trained_module." not in name
+        }
+    for name, module in saved_modules(model):
+        state |= {f"{name}.{key}": value for key, value in module.trained_module.state_dict(keep_vars=True).items()}
+    return {PREFIX + name: tensor.detach() for name, tensor in state.items()}
+
+
+def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Runs `write(temporary path)` and renames: a reader sees the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Writes `adapter_config.json` and `adapter_model.safetensors`, which `PeftModel.from_pretrained` loads.
+
+    Args:
+        model: A model from `inject` or `load_adapter`.
+        directory: Made if it is missing; other files in it are left alone.
+
+    Raises:
+        LoRAError: There is no adapter, or one of its values is not finite (then nothing is written).
+    """
+    record = injection(model)
+    state = {name: tensor.contiguous().cpu() for name, tensor in adapter_state_dict(model).items()}
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise LoRAError(f"{name} holds values that are not finite; nothing was saved")
+    state = {name: tensor.clone() for name, tensor in state.items()}  # safetensors refuses shared storage
+    config = copy.deepcopy(record.config)
+    config.inference_mode = True  # as PEFT writes it: loading does not train unless asked
+    text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    _write_atomically(
+        target / SAFETENSORS_WEIGHTS_NAME, lambda path: save_file(state, path, metadata={"format": "pt"})
+    )
+    _write_atomically(target / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def read_config(directory: str | os.PathLike[str]) -> LoraConfig:
+    """Reads `adapter_config.json`.
+
+    Raises:
+        LoRAError: The directory or file is missing, is not JSON, or describes something other than LoRA.
+    """
+    path = Path(directory) / CONFIG_NAME
+    if not path.is_file():
+        where = "has no" if path.parent.is_dir() else "does not exist, so it has no"
+        raise LoRAError(f"{directory} {where} {CONFIG_NAME}; give the folder that training wrote")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        config = PeftConfig.from_pretrained(str(directory))
+    except (ValueError, TypeError, KeyError, OSError, AttributeError) as error:
+        raise LoRAError(f"{path} is not a PEFT adapter config ({error}); save the adapter again") from error
+    if not isinstance(content, dict) or not isinstance(config, LoraConfig):
+        raise LoRAError(f"{path} is not a LoRA config; this package reads LoRA adapters only")
+    return config
+
+
+def _read_tensors(directory: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    path = Path(directory) / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        pickle = Path(directory) / WEIGHTS_NAME
+        if pickle.is_file():
+            raise LoRAError(
+                f"{pickle} is a pickle, which can run code when it is loaded; "
+                f"convert it with PEFT (load it, then save_pretrained) and give the folder with {path.name}"
+            )
+        raise LoRAError(f"{directory} has no {path.name}; give the folder that training wrote")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LoRAError(f"{path} is corrupt or cut short ({error}); copy or save the adapter again") from error
+
+
+def _some(names: set[str]) -> str:
+    listed = ", ".join(sorted(names)[:3])
+    return f"{listed} and {len(names) - 3} more" if len(names) > 3 else listed
+
+
+@torch.no_grad()
+def load_adapter_weights(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Copies a saved adapter into a model that already carries one of the same shape.
+
+    Raises:
+        LoRAError: A file is missing or unreadable, or a key is missing, unexpected, wrongly shaped or not finite. Then
+            the model is unchanged.
+    """
+    own, read = adapter_state_dict(model), _read_tensors(directory)
+    path = Path(directory) / SAFETENSORS_WEIGHTS_NAME
+    if missing := own.keys() - read.keys():
+        raise LoRAError(f"{path} lacks {_some(missing)}; it belongs to another base model or another target_modules")
+    if unexpected := read.keys() - own.keys():
+        raise LoRAError(
+            f"{path} holds {_some(unexpected)}, which this model has no place for; is the base the right one?"
+        )
+    for name, tensor in read.items():
+        if tensor.shape != own[name].shape:
+            raise LoRAError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, the model needs {tuple(own[name].shape)}; "
+                "the adapter was trained on another base model or rank"
+            )
+        if not torch.isfinite(tensor).all():
+            raise LoRAError(f"{path}: {name} holds values that are not finite; the training that wrote it diverged")
+    for name, tensor in read.items():
+        own[name].copy_(tensor)
+
+
+def load_adapter(model: ModelT, directory: str | os.PathLike[str], trainable: bool = False) -> ModelT:
+    """Injects the adapter that a directory describes and fills it with the saved weights: PEFT's or this package's.
+
+    Args:
+        model: The base model, untouched so far.
+        directory: Holds `adapter_config.json` and `adapter_model.safetensors`.
+        trainable: Whether to go on training; otherwise every parameter is frozen and dropout is off.
+
+    Returns:
+        The same model.
+
+    Raises:
+        LoRAError: See `read_config`, `inject` and `load_adapter_weights`. Then the model is as it was before.
+    """
+    inject(model, read_config(directory), strict=False)
+    try:
+        load_adapter_weights(model, directory)
+    except LoRAError:
+        unwrap(model)
+        raise
+    if not trainable:
+        model.requires_grad_(False).eval()
+    return model

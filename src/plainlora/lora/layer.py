@@ -1,0 +1,97 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685, section 4.1).
+
+    h = W0 x + (alpha / r) B A x        A: (r, d_in)   B: (d_out, r)   W0 frozen
+
+`...` is any batch shape. Nothing here knows models, files or quantisation: the base layer is called, never opened.
+
+The from-scratch form `h = W0 x + alpha * (x @ A' @ B')` with `A'` (d_in, r), `B'` (r, d_out) and alpha not divided
+by r is this one under `A = A'.T`, `B = B'.T` and `lora_alpha = alpha * r`; its `randn / sqrt(r)` or Kaiming-uniform
+`A'` is copied into `lora_A.weight` after the transpose.
+"""
+
+import math
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear map plus a trained low-rank one.
+
+    The order of operations, `base(x) + B(A(dropout(x))) * scaling`, is part of the contract: it is the order of PEFT's
+    `lora.Linear`, so in fp32 on CPU the two agree to the last bit.
+
+    Args:
+        base_layer: Any module computing `(..., d_in) -> (..., d_out)`.
+        d_in: Input features.
+        d_out: Output features.
+        r: Rank, at least 1.
+        lora_alpha: Numerator of the scaling (dimensionless).
+        lora_dropout: Probability of dropping an element of the adapter's input, in [0, 1).
+        use_rslora: Scale by `alpha / sqrt(r)` (Kalajdzievski 2023, arXiv:2312.03732) instead of `alpha / r`.
+        init_lora_weights: How A and B start, see `reset_lora_parameters`.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        d_in: int,
+        d_out: int,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | Literal["gaussian"] = True,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features, self.r = d_in, d_out, r
+        self.scaling = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+        self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
+        self.lora_A = nn.Linear(d_in, r, bias=False)
+        self.lora_B = nn.Linear(r, d_out, bias=False)
+        self.reset_lora_parameters(init_lora_weights)
+        self.enabled = True
+
+    def reset_lora_parameters(self, init_lora_weights: bool | Literal["gaussian"]) -> None:
+        """Draws A and zeroes B, so that the adapter starts as the identity.
+
+        `True`: A Kaiming-uniform with a = sqrt(5), that is U(-1/sqrt(d_in), 1/sqrt(d_in)), as in Microsoft's loralib.
+        `"gaussian"`: A from N(0, 1/r^2). `False`: both stay as `nn.Linear` draws them, so the adapter starts as noise.
+        """
+        if init_lora_weights is False:
+            return
+        if init_lora_weights == "gaussian":
+            nn.init.normal_(self.lora_A.weight, std=1 / self.r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`(..., d_in) -> (..., d_out)`, in the base's dtype; A and B compute in their own."""
+        h = self.base_layer(x, *args, **kwargs)  # (..., d_out)
+        if not self.enabled:
+            return h
+        x = x.to(self.lora_A.weight.dtype)  # (..., d_in)
+        return (h + self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling).to(h.dtype)
+
+    @torch.no_grad()
+    def delta_weight(self) -> torch.Tensor:
+        """`(alpha / r) B A`, shape (d_out, d_in), in at least fp32."""
+        precision = torch.promote_types(self.lora_A.weight.dtype, torch.float32)
+        return self.lora_B.weight.to(precision) @ self.lora_A.weight.to(precision) * self.scaling
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W0 as the base stores it: model code reads `linear.weight.dtype`."""
+        return cast(torch.Tensor, self.base_layer.weight)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The base layer's bias, if it has one."""
+        return cast(torch.Tensor | None, self.base_layer.bias)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"d_in={self.in_features}, d_out={self.out_features}, r={self.r}, scaling={self.scaling:g}"

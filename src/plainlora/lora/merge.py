@@ -1,0 +1,53 @@
+"""Merge: W0 <- W0 + (alpha / r) B A, and no LoRA module left."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from plainlora.lora import storage
+from plainlora.lora.errors import LoRAError
+from plainlora.lora.inject import ModelT, injection, lora_layers, restore_identity, saved_modules
+
+
+def _untie_if_diverged(model: nn.Module) -> None:
+    """A head or embedding trained whole no longer equals its twin, so the saved config must not tie them again.
+
+    Otherwise `save_pretrained` drops one of the two and `from_pretrained` copies the other over it
+    (transformers#45127).
+    """
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        return
+    if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
+        model.config.tie_word_embeddings = False
+        model.config.get_text_config().tie_word_embeddings = False
+
+
+@torch.no_grad()
+def merge(model: ModelT) -> ModelT:
+    """Folds every delta into its base weight, in place, and takes the LoRA modules out.
+
+    Args:
+        model: A model from `inject` or `load_adapter`, its base unquantised.
+
+    Returns:
+        The same model in its base architecture: its own `save_pretrained` writes a plain checkpoint.
+
+    Raises:
+        LoRAError: The base is quantised, the adapter or the sum is not finite, or there is no adapter.
+            Whatever can be checked is checked before the first weight changes.
+    """
+    record = injection(model)
+    layers = list(lora_layers(model))
+    for name, layer in layers:
+        if storage.is_quantized(layer.base_layer):
+            storage.add_to_weight(layer.base_layer, layer.delta_weight())  # raises, with the reason
+        if not all(torch.isfinite(parameter).all() for parameter in (layer.lora_A.weight, layer.lora_B.weight)):
+            raise LoRAError(f"the adapter of {name!r} holds values that are not finite; nothing was merged")
+    for name, layer in layers:
+        storage.add_to_weight(layer.base_layer, layer.delta_weight())
+        model.set_submodule(name, layer.base_layer)
+    for name, module in list(saved_modules(model)):
+        model.set_submodule(name, module.trained_module)
+    restore_identity(model, record)
+    _untie_if_diverged(model)
+    return model

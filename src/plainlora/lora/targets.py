@@ -1,0 +1,156 @@
+"""Which modules a `LoraConfig` names. Every name must match, and every matched module must be one LoRA can wrap."""
+
+import difflib
+import re
+from collections.abc import Iterable
+
+from peft import LoraConfig, TaskType
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
+from torch import nn
+
+from plainlora.lora.errors import LoRAError
+from plainlora.lora.storage import is_supported
+
+SEQUENCE_HEADS = ("classifier", "score")  # the heads PEFT trains and saves for SEQ_CLS and TOKEN_CLS
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _names(entry: str, module_name: str) -> bool:
+    """PEFT's rule for an entry of a list: the whole name, or its end after a dot."""
+    return module_name == entry or module_name.endswith(f".{entry}")
+
+
+def _near_misses(entry: str, candidates: Iterable[str]) -> str:
+    leaves = sorted({_leaf(name) for name in candidates})
+    near = difflib.get_close_matches(_leaf(entry), leaves, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"the linear layers are {', '.join(leaves)}"
+
+
+def _is_excluded(name: str, config: LoraConfig) -> bool:
+    excluded = config.exclude_modules
+    if isinstance(excluded, str):
+        return re.fullmatch(excluded, name) is not None
+    if excluded and any(_names(entry, name) for entry in excluded):
+        return True
+    return any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in config.modules_to_save or ())
+
+
+def _is_in_layers(name: str, config: LoraConfig) -> bool:
+    """Whether `layers_to_transform` lets the module through: the first number in its name is its layer."""
+    layers = config.layers_to_transform
+    if layers is None or layers == []:
+        return True
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    for pattern in patterns or [r"[^.]*"]:
+        prefix = r".*?\." if not patterns else r"(?:^|.*?\.)"
+        if match := re.match(rf"{prefix}{pattern}\.(?P<layer>\d+)\.", name):
+            return int(match["layer"]) in ([layers] if isinstance(layers, int) else layers)
+    return False
+
+
+def _all_linear(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Every linear layer but the output head (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, section 4)."""
+    get_head = getattr(model, "get_output_embeddings", lambda: None)
+    head = get_head()
+    if head is None and config.task_type == TaskType.SEQ_CLS:
+        head = next((getattr(model, name) for name in ("score", "classifier") if hasattr(model, name)), None)
+    return [name for name, module in model.named_modules() if is_supported(module) and module is not head]
+
+
+def default_targets(model: nn.Module) -> list[str] | str:
+    """PEFT's own choice for the architecture, as of the installed version: names or a regular expression.
+
+    Raises:
+        LoRAError: PEFT has no default for this architecture.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in DEFAULT_TARGETS:
+        raise LoRAError(
+            f"there are no default target modules for {model_type or type(model).__name__}; "
+            'set target_modules to a list of names, or to "all-linear"'
+        )
+    targets = DEFAULT_TARGETS[model_type]
+    return targets if isinstance(targets, str) else list(targets)
+
+
+def condense(names: list[str], model: nn.Module) -> list[str]:
+    """The shortest ends of names that select exactly these modules: what a config file should say."""
+    leaves = sorted({_leaf(name) for name in names})
+    selected = [name for name, _ in model.named_modules() if any(_names(leaf, name) for leaf in leaves)]
+    return leaves if sorted(selected) == sorted(names) else sorted(names)
+
+
+def find_targets(model: nn.Module, config: LoraConfig, strict: bool = True) -> list[str]:
+    """Full names of the modules to adapt, in the model's own order.
+
+    Args:
+        model: The base model.
+        config: `target_modules` is a list of names, a regular expression, `"all-linear"`, or `None` for the default.
+        strict: Whether a single name of a list that matches nothing is an error (PEFT lets it pass, peft#3693).
+
+    Raises:
+        LoRAError: Nothing matches, a name matches nothing, or a match is not a linear layer.
+    """
+    wanted = config.target_modules
+    if wanted is None:
+        wanted = default_targets(model)
+    modules = dict(model.named_modules())
+    linear = [name for name, module in modules.items() if is_supported(module)]
+
+    if isinstance(wanted, str) and wanted.lower() == "all-linear":
+        matched = _all_linear(model, config)
+    elif isinstance(wanted, str):
+        matched = [name for name in modules if name and re.fullmatch(wanted, name)]
+        if not matched:
+            raise LoRAError(
+                f"target_modules: the pattern {wanted!r} matches no module; {_near_misses(wanted, linear)}"
+            )
+    else:
+        matched = [name for name in modules if name and any(_names(entry, name) for entry in wanted)]
+        for entry in sorted(wanted):
+            if strict and not any(_names(entry, name) for name in matched):
+                raise LoRAError(f"target_modules: {entry!r} matches no module; {_near_misses(entry, linear)}")
+        matched = [name for name in matched if _is_in_layers(name, config)]
+
+    targets = [name for name in matched if not _is_excluded(name, config)]
+    if not targets:
+        raise LoRAError(
+            "target_modules: no module is left to adapt after layers_to_transform, exclude_modules and modules_to_save"
+        )
+    for name in targets:
+        if not is_supported(modules[name]):
+            raise LoRAError(
+                f"target_modules: {name!r} is a {type(modules[name]).__name__}; LoRA here adapts linear layers "
+                f"({', '.join(sorted({_leaf(item) for item in linear}))})"
+            )
+    return targets
+
+
+def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Full names of the modules trained whole beside the adapters (PEFT's rule: the name ends with the entry).
+
+    Raises:
+        LoRAError: An entry that the user wrote matches nothing.
+    """
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    entries = config.modules_to_save or []
+    for entry in entries:
+        if entry not in SEQUENCE_HEADS and not any(name.endswith(entry) for name in names):
+            raise LoRAError(f"modules_to_save: {entry!r} matches no module; {_near_misses(entry, names)}")
+    return [name for name in names if any(name.endswith(entry) for entry in entries)]
+
+
+def value_for(pattern: dict[str, int], name: str, default: int) -> int:
+    """The entry of `rank_pattern` or `alpha_pattern` for a module: the first key that matches the end of its name."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def check_patterns(config: LoraConfig, targets: list[str]) -> None:
+    """Raises `LoRAError` for a key of `rank_pattern` or `alpha_pattern` that fits no target."""
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field) or {}:
+            if not any(re.match(rf"(.*\.)?({key})$", name) for name in targets):
+                raise LoRAError(f"{field}: {key!r} matches no target module; {_near_misses(key, targets)}")

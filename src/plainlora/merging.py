@@ -1,0 +1,200 @@
+"""Adapter directory -> merged model directory, checked by reloading it.
+
+A merge that nobody looked at is a guess (peft#2321, unsloth#2142): the model is written, loaded again by a process
+that knows nothing of adapters, and its logits are compared with those of the adapter model.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from plainlora.data.prompts import render_prompt
+from plainlora.errors import UserError
+from plainlora.lora.interchange import load_adapter, read_config
+from plainlora.lora.merge import merge
+from plainlora.models import load_causal_lm, load_tokenizer
+from plainlora.report import package_versions, write_json
+
+Base = Literal["16bit", "dequantized"]
+
+# Largest |difference| of a logit over the largest |logit|. fp32: the sum of products is merely reordered. Half
+# precision rounds each merged weight once, a relative error of 2^-11 (fp16) or 2^-8 (bf16) that adds up over layers.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+PROBES = (
+    "Name three primary colours.",
+    "Why should someone be writing blogs about their field?",
+    "Write one sentence about the sea.",
+    "2 + 2 =",
+)
+
+
+@dataclass
+class MergeResult:
+    """What `merge_adapter` found.
+
+    Attributes:
+        max_abs_diff: Largest difference between a logit of the adapter model and of the reloaded merged model.
+        relative_diff: The same over the largest logit (dimensionless).
+        tolerance: What `relative_diff` was held to.
+        dtype: Precision of the merged weights.
+    """
+
+    max_abs_diff: float
+    relative_diff: float
+    tolerance: float
+    dtype: torch.dtype
+
+
+def _base_of(adapter: Path) -> tuple[str, str | None]:
+    config = read_config(adapter)
+    if not config.base_model_name_or_path:
+        raise UserError(f"{adapter}/adapter_config.json names no base model; set base_model_name_or_path in it")
+    return config.base_model_name_or_path, config.revision
+
+
+def load_tokenizer_of(adapter: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with an adapter, with training's template; the base's if none was saved."""
+    name, revision = _base_of(Path(adapter))
+    own = (Path(adapter) / "tokenizer_config.json").is_file()
+    return load_tokenizer(str(adapter)) if own else load_tokenizer(name, revision)
+
+
+def training_quantization(adapter: str | Path) -> dict[str, Any] | None:
+    """How the base was quantised in training, from `run.json`; `None` if it was not, or if that is unknown."""
+    path = Path(adapter) / "run.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["quantization_config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); take it away to merge without it") from error
+
+
+def load_base_for_merge(adapter: str | Path, base: Base, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The base to merge into: the checkpoint as it is, or what training saw of it through 4 or 8 bits.
+
+    Raises:
+        UserError: `dequantized` was asked for, but the adapter was not trained on a quantised base.
+    """
+    name, revision = _base_of(Path(adapter))
+    if base == "16bit":
+        return load_causal_lm(name, revision=revision, dtype=dtype)
+    quantization = training_quantization(adapter)
+    if quantization is None:
+        raise UserError(
+            f"{adapter} was not trained on a quantised base (says its run.json, or it has none): use --base 16bit"
+        )
+    model = load_causal_lm(name, revision=revision, dtype=dtype, quantization=BitsAndBytesConfig(**quantization))
+    return model.dequantize().to(model.dtype)
+
+
+@torch.no_grad()
+def _probe_logits(model: PreTrainedModel, probes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    model.eval()
+    device = next(model.parameters()).device
+    return {name: model(input_ids=ids.to(device)).logits.float().cpu() for name, ids in probes.items()}
+
+
+def _reloaded_logits(directory: Path, probes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Logits of the saved model, from a process in which plain Transformers loads it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        questions, answers = Path(scratch) / "probes.safetensors", Path(scratch) / "logits.safetensors"
+        save_file(probes, questions)
+        program = Path(__file__).with_name("reload.py")
+        command = [sys.executable, str(program), str(directory), str(questions), str(answers)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode != 0:
+            raise UserError(f"the merged model cannot be loaded by plain Transformers: {run.stderr.strip()[-400:]}")
+        return load_file(answers)
+
+
+def _write_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.generation_config.save_pretrained(directory)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def merge_adapter(
+    adapter: str | Path,
+    output: str | Path,
+    base: Base = "16bit",
+    dtype: torch.dtype | str = "auto",
+    overwrite: bool = False,
+) -> MergeResult:
+    """Merges, saves, reloads and compares. The output appears only if the comparison holds.
+
+    Args:
+        adapter: Folder of the adapter, with its tokenizer.
+        output: Folder for the merged model; it must not exist yet, unless `overwrite`.
+        base: Which base to merge into.
+        dtype: Precision of the merged weights; `"auto"` for the base checkpoint's.
+        overwrite: Whether an existing output is replaced.
+
+    Raises:
+        UserError: The base cannot be had, the output is in the way, or the merged model differs too much.
+        LoRAError: The adapter cannot be read or does not fit.
+    """
+    adapter, output = Path(adapter), Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
+        raise UserError(f"{output} already exists; give another --output, or replace it with --overwrite")
+    name, _ = _base_of(adapter)
+    tokenizer = load_tokenizer_of(adapter)
+    model = load_adapter(load_base_for_merge(adapter, base, dtype), adapter)
+    merged_dtype = next(model.parameters()).dtype
+
+    texts = [render_prompt(probe, tokenizer) for probe in PROBES]
+    probes = {
+        str(number): tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        for number, text in enumerate(texts)
+    }
+    before = _probe_logits(model, probes)
+    merged = merge(model)
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        _write_merged(merged, tokenizer, scratch)
+        after = _reloaded_logits(scratch, probes)
+        difference = max(float((before[key] - after[key]).abs().max()) for key in before)
+        scale = max(float(logits.abs().max()) for logits in before.values())
+        result = MergeResult(difference, difference / scale, TOLERANCES.get(merged_dtype, 1e-5), merged_dtype)
+        if not result.relative_diff <= result.tolerance:
+            raise UserError(
+                f"the merged model differs from the adapter model by {result.relative_diff:.1e} of the largest "
+                f"logit, more than the {result.tolerance:.0e} allowed for {merged_dtype}; nothing was written; "
+                "try --dtype float32"
+            )
+        write_json(
+            scratch / "merge.json",
+            {
+                "adapter": str(adapter),
+                "base": base,
+                "base_model": name,
+                "dtype": str(merged_dtype).removeprefix("torch."),
+                "max_abs_diff": result.max_abs_diff,
+                "relative_diff": result.relative_diff,
+                "tolerance": result.tolerance,
+                "prompts": list(PROBES),
+                "versions": package_versions(),
+            },
+        )
+        if output.exists():
+            shutil.rmtree(output)
+        scratch.chmod(0o755)  # mkdtemp makes it private
+        scratch.rename(output)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return result

@@ -1,0 +1,11 @@
+"""Import this first in a program: it silences what the libraries say about their own future and optional parts.
+
+A deprecation inside Transformers or TRL is this project's business, not that of the person who runs a recipe.
+Importing the package as a library changes nothing.
+"""
+
+import logging
+import warnings
+
+warnings.filterwarnings("ignore", category=FutureWarning)
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

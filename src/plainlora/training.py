@@ -1,0 +1,140 @@
+"""The seams that an adapter which is no PeftModel needs in SFTTrainer, each a named piece with its upstream link."""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from plainlora.backends import Backend
+from plainlora.checkpoints import newest_checkpoint
+from plainlora.errors import UserError
+
+
+@contextmanager
+def accepted_as_adapter_model(model: nn.Module) -> Iterator[None]:
+    """Lets Trainer take a quantised base that carries adapters but is no PeftModel.
+
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer_utils.py
+    (`validate_quantization_for_training`)
+    """
+    model.__dict__["_hf_peft_config_loaded"] = True
+    try:
+        yield
+    finally:
+        del model.__dict__["_hf_peft_config_loaded"]
+
+
+@contextmanager
+def adapter_precision_kept(model: nn.Module) -> Iterator[None]:
+    """Undoes SFTTrainer's cast of every trainable weight of a quantised model to bf16, which loses bits of fp32 A.
+
+    https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py ("When using QLoRA, ...")
+    """
+    before = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    yield
+    for parameter, data in before:
+        if parameter.dtype != data.dtype:
+            parameter.data = data.to(parameter.device)
+
+
+class AdapterTrainer(SFTTrainer):
+    """SFTTrainer for a model that carries an adapter of either back end.
+
+    Args:
+        model: From `attach_adapter`.
+        backend: What attached it.
+        *args: As for SFTTrainer.
+        **kwargs: As for SFTTrainer.
+    """
+
+    def __init__(self, model: nn.Module, backend: Backend, *args: Any, **kwargs: Any) -> None:
+        self.backend, self.adapted = backend, model
+        with accepted_as_adapter_model(model), adapter_precision_kept(model):
+            super().__init__(cast(PreTrainedModel, model), *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Trainer would look for whole-model weights: it knows adapters of PeftModel only."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.backend.reload(self.adapted if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """For `load_best_model_at_end`, likewise."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self.backend.reload(self.adapted, str(self.state.best_model_checkpoint))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Trainer does, without TRL's model card: this project writes its own at the end."""
+        super(SFTTrainer, self)._save_checkpoint(model, trial)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Keeps the card that this project wrote when Trainer pushes to the Hub."""
+        if not (Path(str(self.args.output_dir)) / "README.md").exists():
+            super().create_model_card(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One step; a loss that is not finite stops training before it reaches the weights.
+
+        Trainer's own `logging_nan_inf_filter` hides such a loss from the log and goes on.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            kept = newest_checkpoint(str(self.args.output_dir))
+            raise UserError(
+                f"the loss of step {self.state.global_step + 1} is {loss.item()}, so training stopped; "
+                f"{f'{kept} is kept' if kept else 'nothing had been saved yet'}; lower learning_rate (now "
+                f"{self.args.learning_rate:g}) or train in float32"
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds perplexity, exp(loss), wherever an evaluation loss is logged."""
+        for name in [name for name in logs if name.endswith("eval_loss")]:
+            logs[name.replace("loss", "perplexity")] = math.exp(min(logs[name], 700.0))
+        super().log(logs, start_time)
+
+
+def resume_path(args: TrainingArguments) -> str | None:
+    """`--resume_from_checkpoint true` is the newest whole checkpoint; a path is itself.
+
+    Raises:
+        UserError: There is no such checkpoint.
+    """
+    asked = args.resume_from_checkpoint
+    if asked is None or str(asked).lower() in ("false", "no"):
+        return None
+    if str(asked).lower() in ("true", "yes"):
+        newest = newest_checkpoint(str(args.output_dir))
+        if newest is None:
+            raise UserError(
+                f"resume_from_checkpoint: {args.output_dir} holds no whole checkpoint; leave it out to start"
+            )
+        return str(newest)
+    if not (Path(asked) / "trainer_state.json").is_file():
+        raise UserError(f"resume_from_checkpoint: {asked} is no checkpoint folder; it has no trainer_state.json")
+    return str(asked)
+
+
+def hand_over(args: SFTConfig) -> SFTConfig:
+    """The arguments for SFTTrainer, without what this project has already done to tokenizer and rows.
+
+    SFTTrainer takes rows that carry `input_ids` and `labels` as they are. Packing still needs `max_length`.
+    """
+    handed = copy.copy(args)
+    handed.chat_template_path = handed.pad_token = handed.model_init_kwargs = None
+    handed.assistant_only_loss = False
+    if not handed.packing:
+        handed.max_length = None
+    if handed.device.type == "cpu":
+        handed.dataloader_pin_memory = False
+    return handed

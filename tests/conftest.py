@@ -1,0 +1,138 @@
+"""Tiny real models and a tiny real tokenizer, made here from configs: no hub, no downloaded weight."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+ROOT = Path(__file__).parent.parent
+VOCABULARY = 320
+SPECIAL = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0}
+
+# Multiples of 64, bitsandbytes' block size, so that the same shapes serve the quantised tests.
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "gpt2": lambda: GPT2Config(
+        n_embd=64, n_head=2, n_layer=2, n_positions=256, vocab_size=VOCABULARY, loss_type="ForCausalLM", **SPECIAL
+    ),
+    "llama": lambda: LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=VOCABULARY, max_position_embeddings=256, **SPECIAL,
+    ),
+    "qwen2": lambda: Qwen2Config(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=VOCABULARY, max_position_embeddings=256, tie_word_embeddings=True, **SPECIAL,
+    ),
+}  # fmt: skip
+
+ROWS = [
+    {"instruction": f"Say the number after {number}.", "input": "", "output": f"It is {number + 1}."}
+    if number % 2
+    else {"instruction": "Repeat the input.", "input": f"word{number} and more", "output": f"word{number} and more"}
+    for number in range(40)
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that needs a GPU is reported as not run, with the reason, where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="not run: no GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def make_model(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A tiny model with the same weights every time, in evaluation mode."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind](), dtype=dtype)
+    torch.manual_seed(0)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the rows above: id 0 is EOS, id 1 is a pad token of its own."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((text for row in ROWS for text in row.values()), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>", model_max_length=256
+    )
+
+
+@pytest.fixture(scope="session")
+def model_dirs(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
+    """A folder for each tiny model, as the Hub would hold it: weights, config, tokenizer."""
+    folders = {}
+    for kind in CONFIGS:
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        make_model(kind).save_pretrained(folders[kind])
+        tokenizer.save_pretrained(folders[kind])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The rows above as JSON lines."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    return path
+
+
+def load_quantized(directory: Path, **options: object) -> PreTrainedModel:
+    """The model in bitsandbytes' 4 or 8 bits, computing in fp32."""
+    from plainlora.models import load_causal_lm
+
+    if options.get("load_in_4bit"):
+        options.setdefault("bnb_4bit_compute_dtype", torch.float32)
+    return load_causal_lm(str(directory), dtype=torch.float32, quantization=BitsAndBytesConfig(**options)).eval()
+
+
+def random_ids(rows: int = 2, length: int = 16) -> torch.Tensor:
+    """Token ids that mean nothing, the same every time."""
+    return torch.randint(2, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def run_program(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs `python COMMAND` from the project's root, as a user would, and captures what it prints."""
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
