@@ -98,17 +98,18 @@ def main() -> None:
         processing_class=tokenizer,
     )
     examine = Examiner(trainer, tokenizer, exact_match, recipe.sample_prompts, recipe.max_new_tokens)
-    with backend.disabled(model):
-        before = examine(model, "base")
 
     if trainer.accelerator.is_main_process and checkpoint is None:
         clear_output_dir(training.output_dir)
     trainer.accelerator.wait_for_everyone()
-    set_seed(training.seed)
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
-    after = examine(model, "adapter")
     trainer.save_model()
     trainer.save_state()
+    # The base is measured after training, not before: Trainer.evaluate prepares the model for evaluation only, and
+    # training would then go on without DistributedDataParallel (transformers#24014).
+    with backend.disabled(model):
+        before = examine(model, "base")
+    after = examine(model, "adapter")
 
     if trainer.accelerator.is_main_process:
         output = Path(training.output_dir)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -10,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from plainlora.errors import UserError
 
 RESULTS = ("adapter_model.safetensors", "adapter_config.json", "trainer_state.json", "all_results.json", "run.json")
-NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+DESCRIPTIONS = ("trainer_state.json", "adapter_config.json")
+STATES = ("optimizer.pt", "scheduler.pt")
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -23,11 +25,12 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint can be resumed: every file is there, and the adapter and the state can be read."""
-    if not all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size for name in NEEDED):
-        return False
+    """Whether a checkpoint can be resumed: every file is there and has its end (a zip's directory stands there)."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        for name in DESCRIPTIONS:
+            json.loads((checkpoint / name).read_text(encoding="utf-8"))
+        if not all(zipfile.is_zipfile(checkpoint / name) for name in STATES):
+            return False
         with safe_open(checkpoint / "adapter_model.safetensors", framework="pt") as tensors:
             return len(tensors.keys()) > 0
     except (SafetensorError, OSError, ValueError):

@@ -16,6 +16,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 from plainlora.arguments import RecipeArguments
 from plainlora.data.datasets import hub_name, is_local
 
+SECRETS = ("hub_token", "push_to_hub_token")
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 
 
@@ -33,6 +34,16 @@ def package_versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
+def _without_secrets(command: Sequence[str]) -> list[str]:
+    """The command without the values of secret flags, written `--flag value` or `--flag=value`."""
+    kept: list[str] = []
+    for word in command:
+        flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        follows = kept and kept[-1].removeprefix("--").replace("-", "_") in SECRETS
+        kept.append("..." if follows else word.partition("=")[0] + "=..." if "=" in word and flag in SECRETS else word)
+    return kept
+
+
 def write_run(path: str | Path, arguments: Sequence[Any], quantization: dict[str, Any] | None) -> None:
     """`run.json`: the command, every resolved argument, versions, and how the base was stored.
 
@@ -42,9 +53,9 @@ def write_run(path: str | Path, arguments: Sequence[Any], quantization: dict[str
     resolved: dict[str, Any] = {}
     for part in arguments:
         values = part.to_dict() if hasattr(part, "to_dict") else asdict(part) if is_dataclass(part) else {}  # type: ignore[arg-type]
-        resolved |= {name: value for name, value in values.items() if not name.endswith(("_token", "_key"))}
+        resolved |= {name: value for name, value in values.items() if name not in SECRETS}
     content = {
-        "command": sys.argv,
+        "command": _without_secrets(sys.argv),
         "arguments": resolved,
         "quantization_config": quantization,
         "versions": package_versions(),

@@ -3,12 +3,18 @@
 import argparse
 
 
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     parser.add_argument("--adapter", required=True, help="folder that training wrote")
     parser.add_argument("--prompt", required=True, action="append", help="rendered by training's template; repeatable")
     parser.add_argument("--input", default="", help="Alpaca's optional input, for every prompt")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer, in tokens (default: 128)")
+    parser.add_argument("--max_new_tokens", type=_count, default=128, help="longest answer, in tokens (default: 128)")
     parser.add_argument("--with_peft", action="store_true", help="also answer with PEFT's implementation")
     parser.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"], help="precision of the base"

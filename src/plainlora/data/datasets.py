@@ -1,42 +1,35 @@
 """Hub id or local file -> rows, every field checked."""
 
+import codecs
 import csv
 import gzip
+import io
 import json
-import os
+import math
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import datasets
 from datasets import Dataset
+from datasets.table import InMemoryTable
+from pyarrow import BufferReader, parquet  # type: ignore[import-untyped]
 
 from plainlora.errors import UserError
 
-BUILDERS = {"json": "json", "jsonl": "json", "csv": "csv", "tsv": "csv", "parquet": "parquet"}
-
-
-class _Tsv(csv.excel_tab):
-    """Tabs, and no quoting: SMS and tweets hold unbalanced quotes."""
-
-    quoting = csv.QUOTE_NONE
+KINDS = ("json", "jsonl", "csv", "tsv", "parquet")
 
 
 def _suffix(path: Path) -> str:
-    name = path.name.removesuffix(".gz")
-    return name.rpartition(".")[2].lower() if "." in name else ""
-
-
-def _open(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        return cast("IO[str]", gzip.open(path, "rt", encoding="utf-8"))
-    return open(path, encoding="utf-8")
+    name = path.name.lower().removesuffix(".gz")
+    return name.rpartition(".")[2] if "." in name else ""
 
 
 def is_local(name: str) -> bool:
     """Whether a dataset or model name means this disk: it exists, or is written as a path, not as a Hub id."""
-    return Path(name).exists() or name.startswith(("/", ".", "~")) or _suffix(Path(name)) in BUILDERS
+    return Path(name).exists() or name.startswith(("/", ".", "~")) or _suffix(Path(name)) in KINDS
 
 
 def find_local_file(name: str, split: str) -> Path | None:
@@ -47,108 +40,133 @@ def find_local_file(name: str, split: str) -> Path | None:
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        found = sorted(
-            file for file in path.iterdir() if file.name.split(".")[0] == split and _suffix(file) in BUILDERS
-        )
+        found = sorted(file for file in path.iterdir() if file.name.split(".")[0] == split and _suffix(file) in KINDS)
         if len(found) > 1:
             raise UserError(
                 f"{path} holds several files for {split}: {', '.join(file.name for file in found)}; keep one"
             )
         return found[0] if found else None
     if not path.is_file():
-        raise UserError(f"there is no file {path}; give a Hub id, a folder, or a {', '.join(BUILDERS)} file")
-    if _suffix(path) not in BUILDERS:
-        raise UserError(f"{path} is of no kind that can be read: {', '.join(BUILDERS)}, each also as .gz")
+        raise UserError(f"there is no file {name}; give a Hub id, a folder, or a {', '.join(KINDS)} file")
+    if _suffix(path) not in KINDS:
+        raise UserError(f"{path} is of no kind that can be read: {', '.join(KINDS)}, each also as .gz")
     return path
 
 
+def _read_bytes(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+        if path.suffix.lower() == ".gz":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not content.strip():
+        raise UserError(f"{path} is empty")
+    return content
+
+
+def _read_text(path: Path) -> str:
+    """UTF-8, with or without the byte order mark that Windows editors write."""
+    content = _read_bytes(path)
+    if b"\0" in content and not content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{path} is binary, not text")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path} line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
+
+
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Rows of a JSON list or of JSON lines, each with where it stands. Raises `UserError` at the first bad one."""
-    with _open(path) as stream:
-        text = stream.read()
-    if text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {error.lineno}: malformed JSON ({error.msg})") from error
-        yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
-        return
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
+    """Rows of a JSON list or of JSON lines, each with where it stands."""
+    text = _read_text(path)
+    first = 1
+    try:
+        if text.lstrip().startswith("["):
+            yield from ((f"row {number}", row) for number, row in enumerate(json.loads(text), 1))
+            return
+        for first, line in enumerate(text.split("\n"), 1):  # not splitlines(): a string may hold U+2028
+            if line.strip():
+                yield f"line {first}", json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {first + error.lineno - 1}: malformed JSON ({error.msg})") from error
+    except RecursionError as error:
+        raise UserError(f"{path} line {first}: malformed JSON (too deeply nested)") from error
+
+
+def _read_json(path: Path) -> Dataset:
+    columns: dict[str, list[Any]] = {}
+    for number, (where, row) in enumerate(_json_rows(path)):
+        if not isinstance(row, dict):
+            raise UserError(f"{path} {where}: a row must be an object, not {type(row).__name__}")
+        for name in row:
+            columns.setdefault(name, [None] * number)
+        for name, values in columns.items():
+            values.append(row.get(name))
+    try:
+        # What differs from row to row is kept as it is, for the row checks to name; it may be a column of no interest.
+        return Dataset.from_dict(columns, on_mixed_types="use_json")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path}: {_unstorable(columns)} cannot be stored ({error})") from error
+
+
+def _unstorable(columns: dict[str, list[Any]]) -> str:
+    """The first value that Arrow has no place for: a number of more than 64 bits, half of a surrogate pair."""
+    for name, values in columns.items():
+        for number, value in enumerate(values, 1):
             try:
-                yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path} line {number}: malformed JSON ({error.msg})") from error
+                Dataset.from_dict({name: [value]}, on_mixed_types="use_json")
+            except (TypeError, ValueError, OverflowError):
+                return f"row {number}: {name!r}"
+    return "a value"
 
 
-def _explain_json(path: Path, error: Exception) -> UserError:
-    """Finds the row that Arrow could not read: Arrow's own message names none."""
-    kinds: dict[str, str] = {}
+def _read_csv(path: Path) -> Dataset:
+    """Every field is text. A tsv has no quoting: SMS and tweets hold unbalanced quotes."""
+    tabs = _suffix(path) == "tsv"
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(
+        io.StringIO(_read_text(path), newline=""),
+        delimiter="\t" if tabs else ",",
+        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
+        strict=True,
+    )
+    rows: list[list[str]] = []
+    start = 1
     try:
-        for where, row in _json_rows(path):
-            if not isinstance(row, dict):
-                return UserError(f"{path} {where}: a row must be an object, not {type(row).__name__}")
-            for field, value in row.items():
-                kind = type(value).__name__
-                if value is not None and kinds.setdefault(field, kind) != kind:
-                    return UserError(
-                        f"{path} {where}: {field!r} is a {kind}, in the rows before it is a {kinds[field]}"
-                    )
-    except (UserError, OSError, UnicodeDecodeError, EOFError) as found:
-        return found if isinstance(found, UserError) else UserError(f"{path} cannot be read: {found}")
-    return UserError(f"{path} cannot be read as JSON: {error}")
+        for row in reader:
+            if row and rows and len(row) > len(rows[0]):
+                raise UserError(f"{path} line {start}: {len(row)} fields, the header has {len(rows[0])}")
+            if row:  # not a blank line
+                rows.append(row)
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path} line {start}: malformed {_suffix(path)} ({error})") from error
+    header = rows[0]
+    if len(set(header)) < len(header):
+        raise UserError(f"{path} line 1: a column name stands there twice ({', '.join(header)})")
+    columns = {name: [row[at] if at < len(row) else None for row in rows[1:]] for at, name in enumerate(header)}
+    return Dataset.from_dict(columns, features=datasets.Features(dict.fromkeys(header, datasets.Value("string"))))
 
 
-def _explain_csv(path: Path, delimiter: str, error: Exception) -> UserError:
-    """Finds the line with too many fields: the reader's own message may count from elsewhere."""
+def _read_parquet(path: Path) -> Dataset:
     try:
-        with _open(path) as stream:
-            dialect = _Tsv if delimiter == "\t" else csv.excel
-            reader = csv.reader(stream, dialect, strict=True)
-            header = next(reader, [])
-            for row in reader:
-                if len(row) > len(header):
-                    return UserError(f"{path} line {reader.line_num}: {len(row)} fields, the header has {len(header)}")
-    except (csv.Error, OSError, UnicodeDecodeError, EOFError) as found:
-        return UserError(f"{path}: malformed {_suffix(path)} ({found})")
-    return UserError(f"{path}: malformed {_suffix(path)} ({error})")
-
-
-def _check_csv_width(path: Path, delimiter: str) -> None:
-    """A line with too few fields becomes nulls, which the row check reports; one with too many must not be cut."""
-    explained = _explain_csv(path, delimiter, ValueError("not readable"))
-    if "fields, the header has" in str(explained):
-        raise explained
+        return Dataset(InMemoryTable(parquet.read_table(BufferReader(_read_bytes(path)))))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as parquet: {error}") from error
 
 
 def read_file(path: Path) -> Dataset:
-    """Reads one local file with the `datasets` builders, uncached answers to bad input included.
+    """Reads one local file into memory, where the rows are checked and tokenised anyway.
 
-    Text columns stay text: `NA` is not null and `7` is not a number. Quoting is off for tsv, where a quote is a
-    character like any other.
+    The `datasets` builders are not used: they guess types (`NA` becomes null, `7` a number), keep a cache, and cannot
+    say which line is malformed.
 
     Raises:
         UserError: The file is malformed (the line is named) or empty.
     """
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty")
-    builder = BUILDERS[_suffix(path)]
-    delimiter = "\t" if _suffix(path) == "tsv" else ","
-    options: dict[str, Any] = {}
-    if builder == "csv":
-        _check_csv_width(path, delimiter)
-        options = {"sep": delimiter, "dtype": str, "keep_default_na": False}
-        if delimiter == "\t":
-            options["quoting"] = csv.QUOTE_NONE
-    try:
-        rows = datasets.load_dataset(builder, data_files={"train": str(path)}, split="train", **options)
-    except Exception as error:  # the builders raise their own, Arrow's and pandas' errors
-        if builder == "json":
-            raise _explain_json(path, error) from error
-        if builder == "csv":
-            raise _explain_csv(path, delimiter, error) from error
-        raise UserError(f"{path} cannot be read as parquet: {error}") from error
-    return cast(Dataset, rows)
+    kind = _suffix(path)
+    return {"parquet": _read_parquet, "csv": _read_csv, "tsv": _read_csv}.get(kind, _read_json)(path)
 
 
 def load_split(name: str, split: str, config: str | None = None, revision: str | None = None) -> Dataset | None:
@@ -195,7 +213,7 @@ def check_text_columns(rows: Dataset, columns: list[str], where: str) -> None:
     for column in columns:
         for number, value in enumerate(rows[column], 1):
             if not isinstance(value, str):
-                what = "is missing or null" if value is None else f"is a {type(value).__name__}, not text"
+                what = "is missing or null" if value is None else f"is of type {type(value).__name__}, not text"
                 raise UserError(f"{where} row {number}: {column!r} {what}; mend or remove the row")
 
 
@@ -217,8 +235,13 @@ def load_train_and_test(
     """
     train = load_split(name, train_split, config)
     if train is None:
-        found = ", ".join(sorted(file.name for file in Path(name).iterdir())) if os.path.isdir(name) else "none"
-        raise UserError(f"{name} has no split {train_split!r} (files: {found}); set dataset_train_split")
+        folder = Path(name).expanduser()
+        if folder.is_file():
+            raise UserError(f"{name} is the split 'train', not {train_split!r}; leave dataset_train_split out")
+        found = ", ".join(sorted(file.name for file in folder.iterdir())) if folder.is_dir() else ""
+        raise UserError(
+            f"{name} has no split {train_split!r} (it holds {found or 'no files'}); set dataset_train_split"
+        )
     if test_name is not None:
         test = load_split(test_name, test_split, config) or load_split(test_name, "train", config)
         if test is None:
@@ -226,10 +249,10 @@ def load_train_and_test(
     else:
         test = load_split(name, test_split, config)
     if test is None and test_split_size:
-        size: float = int(test_split_size) if test_split_size >= 1 else test_split_size
-        if not 0 < size < len(train):
-            raise UserError(f"test_split_size: {test_split_size} of {len(train)} rows leaves none to train on")
-        parts = train.train_test_split(test_size=size, seed=seed)
+        held_out = int(test_split_size) if test_split_size >= 1 else math.ceil(test_split_size * len(train))
+        if not 0 < held_out < len(train):
+            raise UserError(f"test_split_size: {test_split_size:g} of {len(train)} rows leaves none to train on")
+        parts = train.train_test_split(test_size=held_out, seed=seed)
         train, test = parts["train"], parts["test"]
     if max_train_rows is not None:
         train = train.select(range(min(max_train_rows, len(train))))

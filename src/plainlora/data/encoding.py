@@ -84,6 +84,10 @@ def find_schema(rows: Dataset, text_column: str, where: str) -> Schema:
     )
 
 
+def _kind(value: object) -> str:
+    return "null" if value is None else type(value).__name__
+
+
 def split_row(row: dict[str, Any], schema: Schema) -> tuple[list[Message], list[Message]]:
     """The row's prompt and its answer as chat messages; for a conversation everything is prompt up to the last turn.
 
@@ -96,12 +100,17 @@ def split_row(row: dict[str, Any], schema: Schema) -> tuple[list[Message], list[
         prompt, completion = row["prompt"], row["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
             return [user_message(prompt)], [assistant_message(completion)]
-        messages = [*(prompt or []), *(completion or [])]
+        if not isinstance(prompt, list) or not isinstance(completion, list):
+            kinds = " and ".join(_kind(side) for side in (prompt, completion))
+            raise UserError(f"'prompt' and 'completion' must be two texts or two lists of messages, not {kinds}")
+        messages = [*prompt, *completion]
     else:
-        messages = row["messages"] or []
+        messages = row["messages"]
+        if not isinstance(messages, list):
+            raise UserError(f"'messages' must be a list of messages, not {_kind(messages)}")
     for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or not message.get("role"):
-            raise UserError(f"a message needs a role and a text as content, not {message!r}")
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise UserError(f"a message needs a role and a content, both text, not {message!r}")
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise UserError("a conversation must end with a message of the assistant")
     return messages[:-1], messages[-1:]
@@ -135,7 +144,7 @@ class Encoder:
         """The row's `input_ids`, `labels`, and whether its prompt's tokens begin them (`prompt_is_prefix`)."""
         if self.schema == "text":
             ids = self.tokenizer(without_bos(row[self.text_column], self.tokenizer), verbose=False).input_ids
-            if ids[-1] != self.tokenizer.eos_token_id:
+            if ids[-1:] != [self.tokenizer.eos_token_id]:
                 ids = [*ids, self.tokenizer.eos_token_id]
             return {"input_ids": ids, "labels": list(ids), "prompt_is_prefix": True}
         prompt, answer = split_row(row, self.schema)
@@ -150,8 +159,8 @@ class Encoder:
         if self.tokenizer.eos_token_id not in labels[shared:]:
             raise UserError(
                 f"the chat template does not end answers with the tokenizer's EOS {self.tokenizer.eos_token!r}, "
-                "so the model would never learn to stop; set eos_token to the token that ends them, or prompt_template to "
-                "one that does"
+                "so the model would never learn to stop; set eos_token to the token that ends them, or "
+                "prompt_template to one that does"
             )
         return {"input_ids": ids, "labels": labels, "prompt_is_prefix": shared == len(prompt_ids)}
 

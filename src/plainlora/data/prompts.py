@@ -51,7 +51,10 @@ def install_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in TEMPLATES.glob("*.jinja")))
         raise UserError(f"prompt_template: {template!r} is neither a built-in template ({names}) nor a .jinja file")
-    source = path.read_text(encoding="utf-8").strip()
+    try:
+        source = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt_template: {path} cannot be read: {error}") from error
     # The tokenizer adds no BOS to rendered text, so a built-in template spells it out where the model expects it.
     bos = "{{- bos_token -}}" if path == built_in and adds_bos(tokenizer) else ""
     tokenizer.chat_template = bos + source

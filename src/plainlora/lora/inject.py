@@ -1,6 +1,7 @@
 """Wrap and unwrap: put LoRA layers into a model, freeze the rest, and take everything out again."""
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
@@ -8,14 +9,14 @@ from types import MethodType
 from typing import Any, TypeVar, cast
 
 import torch
-from peft import LoraConfig, TaskType
+from peft import LoraConfig
 from torch import nn
 
 from plainlora.lora import storage
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.layer import LoRALinear
 from plainlora.lora.targets import (
-    SEQUENCE_HEADS,
+    TASK_HEADS,
     check_patterns,
     condense,
     find_modules_to_save,
@@ -42,11 +43,13 @@ class Injection:
 
     Attributes:
         config: The config as resolved: explicit target names, the classification head in `modules_to_save`.
-        trainable: Names of the parameters that required gradients before.
+        trainable: Names of the parameters that required gradients before, a tied one's under each of its names.
+        biases: The base's own values of the biases that are trained (`bias` of the config), by parameter.
     """
 
     config: LoraConfig
     trainable: list[str]
+    biases: dict[nn.Parameter, torch.Tensor]
 
 
 class ModuleToSave(nn.Module):
@@ -118,7 +121,12 @@ def check_supported(config: LoraConfig) -> None:
     for name, rank in ranks.items():
         if not isinstance(rank, int) or rank < 1:
             raise LoRAError(f"{name} must be a whole number of at least 1, not {rank!r}")
-    if not 0 <= config.lora_dropout < 1:
+    alphas = {"lora_alpha": config.lora_alpha}
+    alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in (config.alpha_pattern or {}).items()}
+    for name, alpha in alphas.items():
+        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise LoRAError(f"{name} must be a finite number, not {alpha!r}")
+    if not isinstance(config.lora_dropout, (int, float)) or not 0 <= config.lora_dropout < 1:
         raise LoRAError(f"lora_dropout must lie in [0, 1), not {config.lora_dropout!r}")
     if config.bias not in ("none", "all", "lora_only"):
         raise LoRAError(f"bias must be none, all or lora_only, not {config.bias!r}")
@@ -127,7 +135,7 @@ def check_supported(config: LoraConfig) -> None:
 def _refuse_tied(model: nn.Module, targets: list[str]) -> None:
     """A weight used under two names cannot carry a delta under one of them (peft#2018)."""
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
     for target in targets:
@@ -144,9 +152,9 @@ def _resolve(model: nn.Module, config: LoraConfig, strict: bool) -> tuple[LoraCo
     """A copy of the config that says explicitly what it selects on this model, and the selected names."""
     check_supported(config)
     config = copy.deepcopy(config)
-    if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):  # as PEFT does: a new head must be trained
+    if heads := TASK_HEADS.get(config.task_type or ""):  # as PEFT does: a new head must be trained
         own = config.modules_to_save or []
-        config.modules_to_save = [*own, *(head for head in SEQUENCE_HEADS if head not in own)]
+        config.modules_to_save = [*own, *(head for head in heads if head not in own)]
     targets = find_targets(model, config, strict)
     _refuse_tied(model, targets)
     if strict:
@@ -159,6 +167,8 @@ def _resolve(model: nn.Module, config: LoraConfig, strict: bool) -> tuple[LoraCo
         config.target_modules = condense(targets, model)
     else:
         config.target_modules = sorted(config.target_modules)
+    if isinstance(config.exclude_modules, set):  # PEFT's own class makes it one, which JSON has no word for
+        config.exclude_modules = sorted(config.exclude_modules)
     config.base_model_name_or_path = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     return config, targets
 
@@ -222,8 +232,8 @@ def inject(model: ModelT, config: LoraConfig, *, strict: bool = True) -> ModelT:
     if getattr(model, "plainlora", None) is not None:
         raise LoRAError("this model already carries a PlainLoRA adapter; unwrap() or merge() it first")
     resolved, targets = _resolve(model, config, strict)
-    to_save = find_modules_to_save(model, resolved)
-    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    to_save = find_modules_to_save(model, resolved, targets)
+    trainable = [name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor.requires_grad]
     for name in targets:
         base = model.get_submodule(name)
         layer = LoRALinear(
@@ -241,14 +251,19 @@ def inject(model: ModelT, config: LoraConfig, *, strict: bool = True) -> ModelT:
     for name in to_save:
         model.set_submodule(name, ModuleToSave(model.get_submodule(name)))
     _freeze_all_but_adapters(model, resolved.bias)
-    model.plainlora = Injection(resolved, trainable)  # type: ignore[assignment]
+    biases = {
+        parameter: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and name.endswith(".bias") and ".trained_module." not in name
+    }
+    model.plainlora = Injection(resolved, trainable, biases)  # type: ignore[assignment]
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[assignment]
     return model
 
 
 def unwrap(model: ModelT) -> ModelT:
-    """Takes the adapter out, in place: the inverse of `inject`. Trained biases keep their values.
+    """Takes the adapter out, in place: the inverse of `inject`. Trained biases get their old values back.
 
     Raises:
         LoRAError: The model carries no adapter of this package.
@@ -258,6 +273,8 @@ def unwrap(model: ModelT) -> ModelT:
         model.set_submodule(name, layer.base_layer)
     for name, module in list(saved_modules(model)):
         model.set_submodule(name, module.original_module)
+    for bias, value in record.biases.items():
+        bias.data.copy_(value)
     restore_identity(model, record)
     return model
 
@@ -272,18 +289,23 @@ def restore_identity(model: nn.Module, record: Injection) -> None:
 
 @contextmanager
 def disabled(model: ModelT) -> Iterator[ModelT]:
-    """Within the block the model computes as its base (trained biases excepted, as in PEFT).
+    """Within the block the model computes as its base.
 
     Raises:
         LoRAError: The model carries no adapter of this package.
     """
-    injection(model)
+    biases = injection(model).biases
     switched = [module for module in model.modules() if isinstance(module, (LoRALinear, ModuleToSave))]
     before = [module.enabled for module in switched]
+    trained = {bias: bias.data for bias in biases}
     try:
+        for bias, value in biases.items():
+            bias.data = value.to(bias.device)
         for module in switched:
             module.enabled = False
         yield model
     finally:
         for module, was_enabled in zip(switched, before, strict=True):
             module.enabled = was_enabled
+        for bias, data in trained.items():
+            bias.data = data

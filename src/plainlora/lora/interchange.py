@@ -120,6 +120,13 @@ def _read_tensors(directory: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         raise LoRAError(f"{path} is corrupt or cut short ({error}); copy or save the adapter again") from error
 
 
+def _drop_repeats(model: nn.Module, read: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Under `bias="all"` PEFT writes the bias of a module trained whole twice over, and its frozen original's."""
+    copies = ("modules_to_save", "original_module")
+    repeats = tuple(f"{PREFIX}{name}.{copied}." for name, _ in saved_modules(model) for copied in copies)
+    return {name: tensor for name, tensor in read.items() if not name.startswith(repeats)}
+
+
 def _some(names: set[str]) -> str:
     listed = ", ".join(sorted(names)[:3])
     return f"{listed} and {len(names) - 3} more" if len(names) > 3 else listed
@@ -133,7 +140,7 @@ def load_adapter_weights(model: nn.Module, directory: str | os.PathLike[str]) ->
         LoRAError: A file is missing or unreadable, or a key is missing, unexpected, wrongly shaped or not finite. Then
             the model is unchanged.
     """
-    own, read = adapter_state_dict(model), _read_tensors(directory)
+    own, read = adapter_state_dict(model), _drop_repeats(model, _read_tensors(directory))
     path = Path(directory) / SAFETENSORS_WEIGHTS_NAME
     if missing := own.keys() - read.keys():
         raise LoRAError(f"{path} lacks {_some(missing)}; it belongs to another base model or another target_modules")

@@ -34,17 +34,16 @@ def merge(model: ModelT) -> ModelT:
 
     Raises:
         LoRAError: The base is quantised, the adapter or the sum is not finite, or there is no adapter.
-            Whatever can be checked is checked before the first weight changes.
+            Then the model is unchanged.
     """
     record = injection(model)
     layers = list(lora_layers(model))
-    for name, layer in layers:
-        if storage.is_quantized(layer.base_layer):
-            storage.add_to_weight(layer.base_layer, layer.delta_weight())  # raises, with the reason
+    for name, layer in layers:  # every sum once to check it, before the first weight changes
         if not all(torch.isfinite(parameter).all() for parameter in (layer.lora_A.weight, layer.lora_B.weight)):
             raise LoRAError(f"the adapter of {name!r} holds values that are not finite; nothing was merged")
+        storage.merged_weight(layer.base_layer, layer.delta_weight())
     for name, layer in layers:
-        storage.add_to_weight(layer.base_layer, layer.delta_weight())
+        layer.weight.copy_(storage.merged_weight(layer.base_layer, layer.delta_weight()))
         model.set_submodule(name, layer.base_layer)
     for name, module in list(saved_modules(model)):
         model.set_submodule(name, module.trained_module)

@@ -35,11 +35,11 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def add_to_weight(module: nn.Module, delta: torch.Tensor) -> None:
-    """W0 <- W0 + delta, rounded once to W0's dtype.
+def merged_weight(module: nn.Module, delta: torch.Tensor) -> torch.Tensor:
+    """W0 + delta as the module stores it, rounded once to W0's dtype.
 
     Args:
-        module: A supported, unquantised module.
+        module: A supported, unquantised module; left as it is.
         delta: `(d_out, d_in)`, any floating dtype.
 
     Raises:
@@ -54,4 +54,4 @@ def add_to_weight(module: nn.Module, delta: torch.Tensor) -> None:
     merged = (weight + (delta.T if is_conv1d(module) else delta)).to(weight.dtype)
     if not torch.isfinite(merged).all():
         raise LoRAError(f"the merged weight is not finite in {merged.dtype}; merge in a wider dtype")
-    weight.copy_(merged)
+    return merged

@@ -11,7 +11,12 @@ from torch import nn
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.storage import is_supported
 
-SEQUENCE_HEADS = ("classifier", "score")  # the heads PEFT trains and saves for SEQ_CLS and TOKEN_CLS
+# The new heads that PEFT trains and saves whole beside the adapters.
+TASK_HEADS: dict[str, tuple[str, ...]] = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
 
 
 def _leaf(name: str) -> str:
@@ -43,7 +48,8 @@ def _is_in_layers(name: str, config: LoraConfig) -> bool:
     layers = config.layers_to_transform
     if layers is None or layers == []:
         return True
-    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    patterns = config.layers_pattern or []
+    patterns = [patterns] if isinstance(patterns, str) else patterns
     for pattern in patterns or [r"[^.]*"]:
         prefix = r".*?\." if not patterns else r"(?:^|.*?\.)"
         if match := re.match(rf"{prefix}{pattern}\.(?P<layer>\d+)\.", name):
@@ -113,7 +119,7 @@ def find_targets(model: nn.Module, config: LoraConfig, strict: bool = True) -> l
         for entry in sorted(wanted):
             if strict and not any(_names(entry, name) for name in matched):
                 raise LoRAError(f"target_modules: {entry!r} matches no module; {_near_misses(entry, linear)}")
-        matched = [name for name in matched if _is_in_layers(name, config)]
+        matched = [name for name in matched if name in wanted or _is_in_layers(name, config)]
 
     targets = [name for name in matched if not _is_excluded(name, config)]
     if not targets:
@@ -129,18 +135,26 @@ def find_targets(model: nn.Module, config: LoraConfig, strict: bool = True) -> l
     return targets
 
 
-def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
+def find_modules_to_save(model: nn.Module, config: LoraConfig, targets: list[str]) -> list[str]:
     """Full names of the modules trained whole beside the adapters (PEFT's rule: the name ends with the entry).
 
     Raises:
-        LoRAError: An entry that the user wrote matches nothing.
+        LoRAError: An entry that the user wrote matches nothing, or a module that holds one of the targets.
     """
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     entries = config.modules_to_save or []
+    heads = {head for heads in TASK_HEADS.values() for head in heads}
     for entry in entries:
-        if entry not in SEQUENCE_HEADS and not any(name.endswith(entry) for name in names):
+        if entry not in heads and not any(name.endswith(entry) for name in names):
             raise LoRAError(f"modules_to_save: {entry!r} matches no module; {_near_misses(entry, names)}")
-    return [name for name in names if any(name.endswith(entry) for entry in entries)]
+    whole = [name for name in names if any(name.endswith(entry) for entry in entries)]
+    for target in targets:
+        if any(f"{target}.".startswith(f"{name}.") for name in whole):
+            raise LoRAError(
+                f"target_modules: {target!r} is already trained whole by modules_to_save (a name ends with one of "
+                f"{', '.join(entries)}); add {_leaf(target)!r} to exclude_modules"
+            )
+    return whole
 
 
 def value_for(pattern: dict[str, int], name: str, default: int) -> int:

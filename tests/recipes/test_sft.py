@@ -1,0 +1,222 @@
+"""The recipe as a program: the two back ends beside each other, resuming, quantised bases, what it leaves behind."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from plainlora.data.prompts import render_prompt
+from tests.conftest import CONFIGS, random_ids
+from tests.recipes.conftest import RunSFT
+
+
+def adapter_bytes(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def losses(folder: Path) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_hand_written_lora_trains_the_very_adapter_that_peft_trains(run_sft: RunSFT, kind: str) -> None:
+    ours = run_sft(kind, "ours", "--lora_backend", "reference")
+    theirs = run_sft(kind, "theirs", "--lora_backend", "peft")
+    assert len(losses(ours)) == 6
+    assert losses(ours) == losses(theirs)
+    assert adapter_bytes(ours) == adapter_bytes(theirs)
+
+
+def test_u17_the_same_command_twice_gives_the_same_bytes_and_another_seed_does_not(run_sft: RunSFT) -> None:
+    first, second = run_sft("llama", "first"), run_sft("llama", "second")
+    assert adapter_bytes(first) == adapter_bytes(second)
+    assert adapter_bytes(first) != adapter_bytes(run_sft("llama", "other", "--seed", "7"))
+
+
+@pytest.mark.parametrize("backend", ["reference", "peft"])
+def test_u09_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(run_sft: RunSFT, backend: str) -> None:
+    whole = run_sft("gpt2", "whole", "--lora_backend", backend)
+    for name, asked in (("newest", "true"), ("path", str(whole.parent / "path" / "checkpoint-3"))):
+        shutil.copytree(whole / "checkpoint-3", whole.parent / name / "checkpoint-3")
+        resumed = run_sft("gpt2", name, "--lora_backend", backend, "--resume_from_checkpoint", asked)
+        assert adapter_bytes(resumed) == adapter_bytes(whole)
+        assert losses(resumed) == losses(whole)
+
+
+def test_u10_resuming_passes_over_a_broken_newest_checkpoint(run_sft: RunSFT) -> None:
+    whole = run_sft("gpt2", "whole")
+    resumed = whole.parent / "resumed"
+    for step in (3, 6):
+        shutil.copytree(whole / f"checkpoint-{step}", resumed / f"checkpoint-{step}")
+    broken = resumed / "checkpoint-6" / "adapter_model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:100])
+    run_sft("gpt2", "resumed", "--resume_from_checkpoint", "true")
+    assert adapter_bytes(resumed) == adapter_bytes(whole)
+
+
+def test_every_checkpoint_holds_the_adapter_alone(run_sft: RunSFT) -> None:
+    output = run_sft("gpt2", "run")
+    for step in (3, 6):
+        names = {path.name for path in (output / f"checkpoint-{step}").iterdir()}
+        assert {"adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "trainer_state.json"} <= names
+        assert not {"model.safetensors", "config.json", "pytorch_model.bin"} & names
+    assert adapter_bytes(output / "checkpoint-6") == adapter_bytes(output)
+    assert adapter_bytes(output / "checkpoint-3") != adapter_bytes(output)
+
+
+def test_load_best_model_at_end_saves_the_best_checkpoint(run_sft: RunSFT) -> None:
+    # At this rate the first steps are the best and the last one is not.
+    flags = ["--load_best_model_at_end", "true", "--learning_rate", "0.5", "--save_total_limit", "9"]
+    output = run_sft("llama", "best", *flags, "--save_steps", "1", "--eval_steps", "1")
+    state = json.loads((output / "trainer_state.json").read_text())
+    best = Path(state["best_model_checkpoint"])
+    assert best.name != "checkpoint-6"
+    assert adapter_bytes(output) == adapter_bytes(best)
+    results = json.loads((output / "all_results.json").read_text())
+    assert results["eval_loss_adapter"] == pytest.approx(state["best_metric"], rel=1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(run_sft: RunSFT) -> None:
+    plain = run_sft("llama", "plain", "--gradient_checkpointing", "false")
+    checkpointed = run_sft("llama", "checkpointed", "--gradient_checkpointing", "true")
+    assert losses(plain) == pytest.approx(losses(checkpointed), rel=1e-6)
+    for name, tensor in load_file(plain / "adapter_model.safetensors").items():
+        torch.testing.assert_close(load_file(checkpointed / "adapter_model.safetensors")[name], tensor)
+
+
+QUANTIZED = {
+    "nf4": ["--load_in_4bit", "true"],
+    "nf4-nested": ["--load_in_4bit", "true", "--use_bnb_nested_quant", "true"],
+    "fp4": ["--load_in_4bit", "true", "--bnb_4bit_quant_type", "fp4"],
+    "int8": ["--load_in_8bit", "true"],
+}
+
+
+@pytest.mark.parametrize("scheme", QUANTIZED)
+def test_u16_u21_a_quantised_base_trains_fp32_adapters_as_peft_does(run_sft: RunSFT, scheme: str) -> None:
+    """Without the seam SFTTrainer would round A to bf16, so equality with an untouched A also shows the seam."""
+    ours = run_sft("llama", "ours", *QUANTIZED[scheme])
+    theirs = run_sft("llama", "theirs", *QUANTIZED[scheme], "--lora_backend", "peft")
+    mine, other = (load_file(folder / "adapter_model.safetensors") for folder in (ours, theirs))
+    assert mine.keys() == other.keys()
+    for name, tensor in mine.items():
+        assert tensor.dtype == torch.float32
+        assert not torch.equal(tensor, tensor.bfloat16().float())
+        torch.testing.assert_close(tensor, other[name], rtol=1e-5, atol=1e-7)
+    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-6)
+
+
+def test_adapters_are_bf16_if_asked(run_sft: RunSFT) -> None:
+    output = run_sft("llama", "run", "--load_in_4bit", "true", "--adapter_dtype", "bfloat16")
+    assert {tensor.dtype for tensor in load_file(output / "adapter_model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_the_llama_recipe_runs_as_it_is_on_its_own_format(
+    run_sft: RunSFT, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Only the paths, the length of the run and what a CPU lacks are overridden; text rows carry their own format."""
+    rows = tmp_path / "guanaco.jsonl"
+    texts = [f"<s>[INST] Say {number}. [/INST] {number} it is. </s>" for number in range(24)]
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    output = run_sft(
+        *("llama", "run", "--dataset_name", str(rows), "--test_split_size", "4", "--optim", "adamw_torch"),
+        config="recipes/llama2-7b-guanaco/qlora.yaml",
+    )
+    printed = capfd.readouterr().out
+    assert "why should someone be writing blogs about their field?" in printed
+    config = json.loads((output / "adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
+    assert json.loads((output / "run.json").read_text())["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+
+
+def test_the_output_folder_holds_what_the_ecosystem_expects(run_sft: RunSFT, model_dirs: dict[str, Path]) -> None:
+    output = run_sft("gpt2", "run", "--exact_match_rows", "3", "--merge", "true", "--hub_token", "hf_secret")
+    names = {path.name for path in output.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert {"chat_template.jinja", "README.md", "all_results.json", "trainer_state.json", "loss.png"} <= names
+
+    results = json.loads((output / "all_results.json").read_text())
+    assert {"eval_loss_base", "eval_loss_adapter", "exact_match_base", "exact_match_adapter"} <= results.keys()
+    assert results["eval_loss_adapter"] < results["eval_loss_base"]
+    assert results["merge_max_abs_diff"] < 1e-4
+    base = AutoModelForCausalLM.from_pretrained(model_dirs["gpt2"])
+    tuned = PeftModel.from_pretrained(base, output)
+    assert results["trainable_params"] == sum(p.numel() for n, p in tuned.named_parameters() if "lora_" in n)
+
+    card = ModelCard.load(output / "README.md")
+    assert card.data.library_name == "peft"
+    assert card.data.base_model is None  # a local path is no Hub id, and the Hub refuses it
+    assert f"{results['trainable_params']:,}" in card.text
+    picture = (output / "loss.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 5_000
+    assert "hf_secret" not in (output / "run.json").read_text()
+
+    ids = random_ids()
+    merged = AutoModelForCausalLM.from_pretrained(output / "merged")
+    torch.testing.assert_close(merged(input_ids=ids).logits, tuned(input_ids=ids).logits)
+    assert (output / "merged" / "generation_config.json").exists()
+    prompt = "Say it.\n\n### Input:\nmore"
+    assert render_prompt(prompt, AutoTokenizer.from_pretrained(output)).endswith("more\n\n### Response:\n")
+
+
+def test_training_on_the_answers_only_trains_fewer_tokens(run_sft: RunSFT, capfd: pytest.CaptureFixture[str]) -> None:
+    run_sft("gpt2", "all")
+    everything = capfd.readouterr().out
+    run_sft("gpt2", "answers", "--completion_only_loss", "true")
+    answers = capfd.readouterr().out
+    trained = [int(text.split(" trained)")[0].rsplit("(", 1)[1].replace(",", "")) for text in (everything, answers)]
+    assert 0 < trained[1] < trained[0] / 2
+
+
+def test_u14_a_single_target_name_stays_a_name(run_sft: RunSFT) -> None:
+    for backend in ("reference", "peft"):
+        output = run_sft("llama", backend, "--lora_target_modules", "q_proj", "--lora_backend", backend)
+        assert all(".q_proj." in name for name in load_file(output / "adapter_model.safetensors"))
+
+
+def test_a_head_in_modules_to_save_is_trained_and_merged_although_it_was_tied(run_sft: RunSFT) -> None:
+    """U8, and SFTTrainer's fused loss, which reads `lm_head.weight` and must find the trained copy there."""
+    output = run_sft("qwen2", "run", "--lora_modules_to_save", "lm_head", "--merge", "true")
+    head = load_file(output / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
+    merged = AutoModelForCausalLM.from_pretrained(output / "merged")
+    assert torch.equal(merged.lm_head.weight, head)
+    assert not torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight)
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_checkpoint(
+    run_sft: RunSFT, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run_sft("llama", "run", "--learning_rate", "1e30", "--save_steps", "1", "--max_grad_norm", "0")
+    assert stopped.value.code == 2
+    message = capfd.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    kept = re.search(r"(checkpoint-\d) is kept", message)
+    assert kept
+    saved = load_file(tmp_path / "run" / kept[1] / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_another_runs_folder_is_kept_unless_overwriting_is_asked_for(
+    run_sft: RunSFT, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = run_sft("gpt2", "run")
+    before = adapter_bytes(output)
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        run_sft("gpt2", "run", "--seed", "7")
+    assert "--overwrite" in capfd.readouterr().err
+    assert adapter_bytes(output) == before
+    run_sft("gpt2", "run", "--seed", "7", "--overwrite")
+    assert adapter_bytes(output) != before
+    assert (output / "notes.txt").read_text() == "mine"

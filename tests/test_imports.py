@@ -1,0 +1,73 @@
+"""Imports point one way, as CONTRIBUTING.md says."""
+
+import ast
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+# Every module may import from the ranks before its own, and from the siblings listed beside it.
+RANKS = [
+    {"errors", "quiet", "reload"},
+    {"lora.errors", "lora.layer"},
+    {"lora.storage"},
+    {"lora.targets"},
+    {"lora.inject"},
+    {"lora.merge", "lora.interchange"},
+    {"arguments", "checkpoints", "data.prompts", "data.datasets"},
+    {"data.encoding", "models"},
+    {"backends", "generation", "report"},
+    {"training", "evaluation", "merging"},
+    {"commands.merge", "commands.generate"},
+    {"commands"},
+]
+
+
+def modules() -> dict[str, Path]:
+    source = ROOT / "src" / "plainlora"
+    found = {}
+    for path in source.rglob("*.py"):
+        name = ".".join(path.relative_to(source).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+        found[name] = path
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """Names of this package's modules that a file imports, at its top or inside a function."""
+    names = set()
+    known = set(modules())
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    inside = {name.removeprefix("plainlora").lstrip(".") for name in names if name.split(".")[0] == "plainlora"}
+    return {name for name in inside if name in known and name}
+
+
+def test_every_module_has_a_rank() -> None:
+    assert set(modules()) - {"", "lora", "data"} == set().union(*RANKS)
+
+
+def test_imports_point_down_the_ranks() -> None:
+    rank = {name: number for number, names in enumerate(RANKS) for name in names}
+    allowed = {("data.datasets", "lora.errors")}
+    checked = 0
+    for name, path in modules().items():
+        for target in imported(path) - {"lora", "data"}:
+            if name and (name, target) not in allowed and (name, target) != ("lora.inject", "lora.interchange"):
+                assert rank[target] < rank[name], f"{name} imports {target}"
+                checked += 1
+    assert checked > 30
+
+
+def test_the_method_imports_none_of_its_siblings_and_no_trainer() -> None:
+    for path in (ROOT / "src" / "plainlora" / "lora").glob("*.py"):
+        text = path.read_text()
+        assert all(name.startswith("lora.") for name in imported(path) - {"lora"}), path
+        assert not any(f"import {library}" in text or f"from {library}" in text for library in ("trl", "datasets"))
+
+
+def test_recipes_are_never_imported_and_there_is_no_drawer_for_everything() -> None:
+    for path in (ROOT / "src").rglob("*.py"):
+        assert "recipes" not in {name.split(".")[0] for name in imported(path)}
+        assert path.name != "utils.py"

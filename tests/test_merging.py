@@ -1,0 +1,116 @@
+"""`merge_adapter`: the reloaded model is the adapter model, or nothing is written."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from plainlora import inject, save_adapter
+from plainlora.errors import UserError
+from plainlora.merging import TOLERANCES, merge_adapter
+from plainlora.models import describe_quantization
+from plainlora.report import write_run
+from tests.conftest import load_quantized, make_model, random_ids
+
+
+def trained_adapter(kind: str, model_dirs: dict[str, Path], folder: Path, scale: float = 0.05) -> Path:
+    """An adapter whose B is not zero, beside its tokenizer, as training leaves it."""
+    model = make_model(kind)
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules="all-linear", base_model_name_or_path=str(model_dirs[kind])
+    )
+    inject(model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=scale)
+    save_adapter(model, folder)
+    AutoTokenizer.from_pretrained(model_dirs[kind]).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
+def test_u02_the_merged_model_is_reloaded_and_is_the_adapter_model(
+    kind: str, dtype: torch.dtype, tmp_path: Path, model_dirs: dict[str, Path]
+) -> None:
+    adapter = trained_adapter(kind, model_dirs, tmp_path / "adapter")
+    result = merge_adapter(adapter, tmp_path / "merged", dtype=dtype)
+    assert result.dtype == dtype
+    assert 0 < result.relative_diff <= TOLERANCES[dtype]
+    written = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    assert written["max_abs_diff"] == result.max_abs_diff
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(make_model(kind), adapter)
+    reach = TOLERANCES[dtype] * theirs(input_ids=random_ids()).logits.abs().max().item()
+    torch.testing.assert_close(
+        merged(input_ids=random_ids()).logits, theirs(input_ids=random_ids()).logits, rtol=0, atol=reach
+    )
+    embeddings_are_one = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+    assert embeddings_are_one == (kind in ("gpt2", "qwen2"))  # U8: what was tied stays tied
+    assert (tmp_path / "merged" / "generation_config.json").exists()
+    AutoTokenizer.from_pretrained(tmp_path / "merged")
+
+
+def quantized_run(model_dirs: dict[str, Path], folder: Path) -> Path:
+    adapter = trained_adapter("llama", model_dirs, folder)
+    base = load_quantized(model_dirs["llama"], load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    write_run(adapter / "run.json", [], describe_quantization(base))
+    return adapter
+
+
+def test_u03_an_nf4_adapter_merges_into_the_checkpoint_or_into_what_training_saw(
+    tmp_path: Path, model_dirs: dict[str, Path]
+) -> None:
+    adapter = quantized_run(model_dirs, tmp_path / "adapter")
+    results = {}
+    for base in ("16bit", "dequantized"):
+        merge_adapter(adapter, tmp_path / base, base=base)
+        results[base] = AutoModelForCausalLM.from_pretrained(tmp_path / base)(input_ids=random_ids()).logits
+
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    seen = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model_dirs["llama"], quantization_config=nf4, dtype=torch.float32),
+        adapter,
+    )
+    seen.train()  # bitsandbytes rounds the block scales of an evaluating model on some CPUs
+    with torch.no_grad():
+        in_training = seen(input_ids=random_ids()).logits
+    torch.testing.assert_close(results["dequantized"], in_training, rtol=1e-4, atol=1e-5)
+    whole = PeftModel.from_pretrained(make_model("llama"), adapter)(input_ids=random_ids()).logits
+    torch.testing.assert_close(results["16bit"], whole, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(results["16bit"], results["dequantized"], atol=1e-3)
+
+
+def test_u01_dequantized_needs_a_quantised_run(tmp_path: Path, model_dirs: dict[str, Path]) -> None:
+    adapter = trained_adapter("llama", model_dirs, tmp_path / "adapter")
+    with pytest.raises(UserError, match="--base 16bit"):
+        merge_adapter(adapter, tmp_path / "merged", base="dequantized")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_merge_that_drifts_is_refused_and_leaves_nothing_behind(
+    tmp_path: Path, model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No real merge drifts that far in fp32, so the bound is tightened below the rounding of the sum."""
+    adapter = trained_adapter("llama", model_dirs, tmp_path / "adapter")
+    monkeypatch.setitem(TOLERANCES, torch.bfloat16, 1e-9)
+    with pytest.raises(UserError, match="nothing was written"):
+        merge_adapter(adapter, tmp_path / "merged", dtype=torch.bfloat16)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
+
+
+def test_an_existing_output_is_kept_unless_overwriting_is_asked_for(
+    tmp_path: Path, model_dirs: dict[str, Path]
+) -> None:
+    adapter = trained_adapter("gpt2", model_dirs, tmp_path / "adapter")
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="--overwrite"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert (tmp_path / "merged" / "notes.txt").read_text() == "mine"
+    merge_adapter(adapter, tmp_path / "merged", overwrite=True)
+    assert (tmp_path / "merged" / "model.safetensors").exists()
