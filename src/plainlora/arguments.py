@@ -269,7 +269,8 @@ class StrictParser(TrlParser):
         except (ValueError, ImportError, OSError) as error:  # what the libraries' dataclasses refuse settings with
             raise UserError(str(error)) from error
         if unknown:
-            self._refuse_unknown(unknown[0].lstrip("-").partition("=")[0], unknown[0])
+            word = unknown[0].partition("=")[0]
+            self._refuse_unknown(word.lstrip("-"), word)
         return tuple(parsed)
 
     def _check_values(self, from_yaml: list[str], path: str) -> None:

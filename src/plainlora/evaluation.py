@@ -50,7 +50,7 @@ class Examiner:
         self.trainer, self.tokenizer, self.exact_match = trainer, tokenizer, exact_match
         self.sample_prompts, self.max_new_tokens = list(sample_prompts), max_new_tokens
         count = len(exact_match.questions) if exact_match else 0
-        self.sampled_rows = sorted({0, count // 3, 2 * count // 3}) if count and not sample_prompts else []
+        self.sampled_rows = sorted({count // 4, count // 2, 3 * count // 4}) if count and not sample_prompts else []
 
     @property
     def prompts(self) -> list[str]:
@@ -60,10 +60,11 @@ class Examiner:
         return self.sample_prompts
 
     def __call__(self, model: nn.Module, arm: str) -> Measurement:
-        """Measures. Every process computes the loss; only the first one writes answers."""
+        """Measures the arm `base` or `adapter`. Every process computes the loss; the first one writes answers."""
         found = Measurement()
         if self.trainer.eval_dataset is not None:
-            found.loss = float(self.trainer.evaluate()["eval_loss"])
+            prefix = "eval" if arm == "adapter" else arm  # the base's loss is no point of the training curve
+            found.loss = float(self.trainer.evaluate(metric_key_prefix=prefix)[f"{prefix}_loss"])
         if self.trainer.accelerator.is_main_process:
             if self.exact_match:
                 found.exact_match, answers = self.exact_match(model, f"Answering test rows ({arm})")

@@ -99,8 +99,9 @@ class AdapterTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds perplexity, exp(loss), wherever an evaluation loss is logged."""
-        for name in [name for name in logs if name.endswith("eval_loss")]:
-            logs[name.replace("loss", "perplexity")] = math.exp(min(logs[name], 700.0))
+        for prefix in ("eval", "base"):
+            if (loss := logs.get(f"{prefix}_loss")) is not None:
+                logs[f"{prefix}_perplexity"] = math.exp(min(loss, 700.0))
         super().log(logs, start_time)
 
 

@@ -2,10 +2,12 @@
 
 import argparse
 
+from plainlora.errors import UserError
+
 
 def _count(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
     return int(text)
 
 
@@ -32,6 +34,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     tokenizer = load_tokenizer_of(arguments.adapter)
     prompts = [render_prompt(prompt, tokenizer, arguments.input) for prompt in arguments.prompt]
+    if not all(prompts):
+        raise UserError("--prompt is empty, and without a template there is nothing to go on from")
     answers: dict[str, list[str]] = {}
     for name in ("reference", "peft") if arguments.with_peft else ("reference",):
         backend = BACKENDS[name]

@@ -4,6 +4,7 @@ A label of -100 is not trained (PyTorch's `ignore_index`). Every row that is kep
 learns to stop; labels come from the row's own length, so a pad token equal to EOS cannot swallow it (trl#1623).
 """
 
+import re
 import statistics
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -168,10 +169,12 @@ class Encoder:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def _mask_all_but_assistant(self, messages: list[Message], ids: list[int]) -> list[int]:
-        encoded: Any = self.tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True
-        )
-        mask = encoded["assistant_masks"]
+        mask: list[int] = []
+        if re.search(r"{%-?\s*generation\s*-?%}", self.tokenizer.get_chat_template()):
+            encoded: Any = self.tokenizer.apply_chat_template(
+                messages, return_dict=True, return_assistant_tokens_mask=True
+            )
+            mask = encoded["assistant_masks"]
         if not any(mask):
             raise UserError("training on the assistant's turns only needs a template with {% generation %} markers")
         return [token if trained else IGNORED for token, trained in zip(ids, mask, strict=True)]

@@ -1,0 +1,119 @@
+"""PEFT, live, as the oracle: the same base under the same seed, once with each implementation."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    DistilBertConfig,
+    DistilBertForQuestionAnswering,
+    DistilBertForSequenceClassification,
+    GPT2ForSequenceClassification,
+    PreTrainedModel,
+)
+
+from plainlora import inject
+from tests.conftest import CONFIGS, VOCABULARY, make_model, random_ids
+
+Q_LIN = ["q_lin", "lin2"]  # PEFT has no default targets for DistilBERT
+DISTILBERT = {"dim": 64, "hidden_dim": 128, "n_heads": 2, "n_layers": 2, "vocab_size": VOCABULARY}
+OTHER_MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "distilbert": lambda: DistilBertForSequenceClassification(DistilBertConfig(**DISTILBERT)),
+    "distilbert-qa": lambda: DistilBertForQuestionAnswering(DistilBertConfig(**DISTILBERT)),
+    "gpt2-score": lambda: GPT2ForSequenceClassification(CONFIGS["gpt2"]()),
+}
+
+
+def make(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """`make_model`, and the models with a classification head."""
+    if kind not in OTHER_MODELS:
+        return make_model(kind, dtype)
+    torch.manual_seed(0)
+    model = OTHER_MODELS[kind]().to(dtype)
+    torch.manual_seed(0)
+    return model.eval()
+
+
+def config(**options: Any) -> LoraConfig:
+    """A config of its own for each side: PEFT writes into the lists it is given."""
+    return LoraConfig(**copy.deepcopy(options))
+
+
+def by_peft(base: PreTrainedModel, **options: Any) -> PeftModel:
+    """The model as PEFT makes it, without its remarks on fan_in_fan_out."""
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(base, config(**options))
+    return model.train(base.training)
+
+
+def by_us(base: PreTrainedModel, **options: Any) -> PreTrainedModel:
+    """The model as this package makes it."""
+    torch.manual_seed(1)
+    return inject(base, config(**options))
+
+
+def pair(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[PreTrainedModel, PeftModel]:
+    """Ours and PEFT's."""
+    return by_us(make(kind, dtype), **options), by_peft(make(kind, dtype), **options)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require gradients, PEFT's under our names."""
+    return {
+        name.removeprefix("base_model.model.")
+        .replace(".modules_to_save.default.", ".trained_module.")
+        .replace(".default.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+@torch.no_grad()
+def move(*models: nn.Module) -> None:
+    """Moves every trainable parameter away from its start, by the same amounts in each model."""
+    for model in models:
+        generator = torch.Generator().manual_seed(2)
+        for _, parameter in sorted(trainable(model).items()):
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    """On the random ids; the start positions' where a model answers questions."""
+    return model(input_ids=random_ids())[0]
+
+
+def assert_equal_tensors(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """The same names, and under each the same tensor to the last bit."""
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype, name
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def assert_same_as_peft(kind: str, **options: Any) -> tuple[PreTrainedModel, PeftModel]:
+    """Trains the same parameters from the same start, and computes the same before and after they move."""
+    ours, theirs = pair(kind, **options)
+    assert_equal_tensors(trainable(ours), trainable(theirs))
+    assert torch.equal(logits(ours), logits(theirs))
+    before = logits(ours)
+    move(ours, theirs)
+    assert torch.equal(logits(ours), logits(theirs))
+    assert not torch.equal(logits(ours), before)
+    return ours, theirs
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the state dict."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+
+
+def requires_grad(model: nn.Module) -> dict[str, bool]:
+    """Which parameters require gradients, a tied one's under each of its names."""
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}

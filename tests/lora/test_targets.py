@@ -1,0 +1,167 @@
+"""Which modules a config names: PEFT's choice where there is one, an error where PEFT would pass over a mistake."""
+
+import pytest
+import torch
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+
+from plainlora import inject
+from plainlora.lora.errors import LoRAError
+from plainlora.lora.inject import injection, lora_layers
+from plainlora.lora.targets import condense, default_targets, find_targets
+from tests.lora.oracle import assert_same_as_peft, config, make, requires_grad, snapshot
+
+QV = ["q_proj", "v_proj"]
+SELECTIONS = {
+    "list": ("llama", {"target_modules": QV}),
+    "longer ends": ("llama", {"target_modules": ["self_attn.q_proj", "model.layers.1.mlp.down_proj"]}),
+    "the head": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+    "regex": ("llama", {"target_modules": r".*\.layers\.1\..*(q_proj|gate_proj)"}),
+    "all-linear": ("llama", {"target_modules": "all-linear"}),
+    "All-Linear": ("qwen2", {"target_modules": "All-Linear"}),
+    "all-linear Conv1D": ("gpt2", {"target_modules": "all-linear"}),
+    "default": ("llama", {"target_modules": None}),
+    "default Conv1D": ("gpt2", {"target_modules": None}),
+    "c_proj": ("gpt2", {"target_modules": ["c_proj"]}),
+    "exclude list": ("llama", {"target_modules": "all-linear", "exclude_modules": ["mlp.up_proj", "o_proj"]}),
+    "exclude regex": ("gpt2", {"target_modules": ["c_proj"], "exclude_modules": r".*\.1\.mlp\..*"}),
+    "one layer": ("llama", {"target_modules": QV, "layers_to_transform": 1}),
+    "layers": ("llama", {"target_modules": QV, "layers_to_transform": [0, 1]}),
+    "no layers": ("llama", {"target_modules": QV, "layers_to_transform": []}),
+    "layers of default": ("gpt2", {"layers_to_transform": [1]}),
+    "layers pattern": ("llama", {"target_modules": QV, "layers_to_transform": [1], "layers_pattern": "layers"}),
+    "patterns": ("gpt2", {"target_modules": ["c_fc"], "layers_to_transform": 0, "layers_pattern": ["layers", "h"]}),
+    "empty pattern": ("llama", {"target_modules": QV, "layers_to_transform": [1], "layers_pattern": ""}),
+    "full names know no layers": (
+        "llama",
+        {"target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"], "layers_to_transform": [1]},
+    ),
+    "not the head trained whole": ("llama", {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]}),
+}
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_a_config_selects_what_peft_selects(selection: str) -> None:
+    kind, options = SELECTIONS[selection]
+    ours, theirs = assert_same_as_peft(kind, **options)
+    names = {name.removeprefix("base_model.model.") for name in theirs.base_model.targeted_module_names}
+    assert {name for name, _ in lora_layers(ours)} == names
+    # What is written down selects the same again.
+    assert set(find_targets(make(kind), injection(ours).config)) == names
+
+
+def refused(kind: str, match: str, **options: object) -> None:
+    """The error, and a model that it left as it was."""
+    model = make(kind)
+    before, needed = snapshot(model), requires_grad(model)
+    with pytest.raises(LoRAError, match=match) as caught:
+        inject(model, config(**options))
+    assert "\n" not in str(caught.value)
+    assert snapshot(model).keys() == before.keys()
+    assert requires_grad(model) == needed
+    assert not hasattr(model, "plainlora")
+
+
+@pytest.mark.parametrize("target_modules", [["q_prj"], ["v_proj", "q_prj"], ["v_proj", "model.q_prj"]])
+def test_u14_a_name_that_matches_nothing_is_an_error(target_modules: list[str]) -> None:
+    refused("llama", r"q_prj' matches no module; did you mean .*q_proj", target_modules=target_modules)
+
+
+def test_u14_a_name_unlike_any_other_is_answered_with_the_linear_layers() -> None:
+    refused("gpt2", r"'zzz' matches no module; the linear layers are c_attn, c_fc, c_proj", target_modules=["zzz"])
+
+
+def test_u14_the_end_of_a_word_is_no_match() -> None:
+    refused("llama", "'proj' matches no module", target_modules=["proj"])
+
+
+def test_u14_a_pattern_that_matches_nothing_is_an_error() -> None:
+    refused("llama", r"pattern '.\*q_prj' matches no module; did you mean .*q_proj", target_modules=".*q_prj")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": QV, "exclude_modules": QV},
+        {"target_modules": QV, "exclude_modules": ".*"},
+        {"target_modules": QV, "layers_to_transform": [7]},
+        {"target_modules": QV, "layers_to_transform": [0], "layers_pattern": "blocks"},
+        {"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]},
+    ],
+)
+def test_nothing_left_to_adapt_is_an_error(options: dict[str, object]) -> None:
+    refused("llama", "no module is left to adapt", **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "type_name"),
+    [("llama", "embed_tokens", "Embedding"), ("gpt2", "wte", "Embedding"), ("llama", "mlp", "LlamaMLP")],
+)
+def test_a_module_that_is_not_linear_is_an_error(kind: str, target: str, type_name: str) -> None:
+    linear = "c_attn" if kind == "gpt2" else "q_proj"
+    refused(kind, rf"{target}' is a {type_name}; LoRA here adapts linear", target_modules=[linear, target])
+
+
+@pytest.mark.parametrize(("kind", "twin"), [("qwen2", "model.embed_tokens"), ("gpt2", "transformer.wte")])
+def test_u8_a_tied_head_is_no_target(kind: str, twin: str) -> None:
+    refused(kind, f"'lm_head' shares its weight with '{twin}'.*modules_to_save", target_modules=["lm_head"])
+
+
+def test_a_module_in_two_places_is_no_target() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model.append(model[0])
+    with pytest.raises(LoRAError, match="'0' shares its weight with '2'"):
+        inject(model, config(target_modules=["0"]))
+    assert model[0] is model[2]
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("key", ["q_prj", "k_proj", "lm_head"])
+def test_u15_a_pattern_s_key_must_fit_a_target(field: str, key: str) -> None:
+    refused("llama", rf"{field}: '{key}' matches no target module; .*q_proj", target_modules=QV, **{field: {key: 2}})
+
+
+def test_u14_a_module_to_save_that_matches_nothing_is_an_error() -> None:
+    refused("llama", r"modules_to_save: 'lm_haed' matches no module.*lm_head", modules_to_save=["lm_haed"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("distilbert", {"task_type": "SEQ_CLS", "target_modules": "all-linear"}),  # pre_classifier ends in classifier
+        ("llama", {"target_modules": ["gate_proj"], "modules_to_save": ["lp"]}),  # so does mlp in lp
+    ],
+)
+def test_a_module_is_adapted_or_trained_whole(kind: str, options: dict[str, object]) -> None:
+    refused(kind, r"modules_to_save .*exclude_modules", **options)
+
+
+def test_fan_in_fan_out_is_an_error_where_nothing_is_transposed() -> None:
+    refused("llama", "fan_in_fan_out=True, but no target", fan_in_fan_out=True)
+
+
+def test_an_architecture_without_default_targets_is_an_error() -> None:
+    with pytest.raises(LoRAError, match=r'no default target modules for Sequential.*"all-linear"'):
+        inject(nn.Sequential(nn.Linear(4, 4)), config())
+
+
+def test_default_targets_are_peft_s() -> None:
+    for model_type, expected in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.items():
+        model = make("llama")
+        model.config.model_type = model_type
+        assert default_targets(model) == expected
+
+
+def test_condensing_says_no_more_and_no_less() -> None:
+    model = make("llama")
+    queries = [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
+    assert condense(queries, model) == ["q_proj"]
+    assert condense(queries[:1], model) == queries[:1]
+    assert condense([*queries, "lm_head"], model) == ["lm_head", "q_proj"]
+
+
+def test_a_model_need_not_come_from_transformers() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    inject(model, config(target_modules="all-linear", r=2))
+    assert [name for name, _ in lora_layers(model)] == ["0", "2"]
+    assert model(torch.randn(3, 4)).shape == (3, 2)
