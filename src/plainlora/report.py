@@ -15,6 +15,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from plainlora.arguments import RecipeArguments
 from plainlora.data.datasets import hub_name, is_local
+from plainlora.data.prompts import INPUT_MARK
 
 SECRETS = ("hub_token", "push_to_hub_token")
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
@@ -190,7 +191,7 @@ def summary(results: dict[str, Any], output_dir: str, samples: Sequence[tuple[st
     if "merge_max_abs_diff" in results:
         lines.append(f"merged model          reloaded, logits differ by at most {results['merge_max_abs_diff']:.1e}")
     for prompt, before, after in samples:
-        lines += ["", f"  {_one_line(prompt)}", f"    base   {_one_line(before)}", f"    tuned  {_one_line(after)}"]
+        lines += ["", f"  {_one_line(prompt.replace(INPUT_MARK, ' '))}", f"    base   {_one_line(before)}", f"    tuned  {_one_line(after)}"]
     lines += [
         "",
         f"adapter, model card, loss.png, all_results.json: {output_dir}",

@@ -165,3 +165,8 @@ def test_a_model_need_not_come_from_transformers() -> None:
     inject(model, config(target_modules="all-linear", r=2))
     assert [name for name, _ in lora_layers(model)] == ["0", "2"]
     assert model(torch.randn(3, 4)).shape == (3, 2)
+
+
+def test_a_module_inside_another_that_is_trained_whole_is_refused() -> None:
+    with pytest.raises(LoRAError, match="up_proj' is inside"):
+        inject(make_model("llama"), LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp", "up_proj"]))

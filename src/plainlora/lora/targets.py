@@ -1,6 +1,7 @@
 """Which modules a `LoraConfig` names. Every name must match, and every matched module must be one LoRA can wrap."""
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable
 
@@ -148,6 +149,9 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig, targets: list[str
         if entry not in heads and not any(name.endswith(entry) for name in names):
             raise LoRAError(f"modules_to_save: {entry!r} matches no module; {_near_misses(entry, names)}")
     whole = [name for name in names if any(name.endswith(entry) for entry in entries)]
+    for inner, outer in itertools.permutations(whole, 2):
+        if inner.startswith(f"{outer}."):
+            raise LoRAError(f"modules_to_save: {inner!r} is inside {outer!r}, which is trained whole already; name one")
     for target in targets:
         if any(f"{target}.".startswith(f"{name}.") for name in whole):
             raise LoRAError(
