@@ -169,4 +169,4 @@ def test_a_model_need_not_come_from_transformers() -> None:
 
 def test_a_module_inside_another_that_is_trained_whole_is_refused() -> None:
     with pytest.raises(LoRAError, match="up_proj' is inside"):
-        inject(make_model("llama"), LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp", "up_proj"]))
+        inject(make("llama"), config(target_modules=["q_proj"], modules_to_save=["mlp", "up_proj"]))
