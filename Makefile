@@ -29,7 +29,7 @@ quickstart: install
 		recipes/sft.py --config recipes/quickstart/lora.yaml --overwrite
 
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2
 
 style: install
 	$(BIN)/ruff check --fix $(CHECKED)

@@ -21,7 +21,7 @@ from plainlora.checkpoints import claim_output_dir, clear_output_dir
 from plainlora.data.datasets import load_train_and_test
 from plainlora.data.encoding import encode_rows
 from plainlora.data.prompts import install_template
-from plainlora.errors import run_program
+from plainlora.errors import UserError, run_program
 from plainlora.evaluation import Examiner, compare
 from plainlora.generation import ExactMatch
 from plainlora.merging import merge_adapter
@@ -60,6 +60,8 @@ def main() -> None:
         max_train_rows=recipe.max_train_rows,
         seed=training.seed,
     )
+    if test_rows is None and (recipe.exact_match_rows or str(training.eval_strategy.value) != "no"):
+        raise UserError("eval_strategy and exact_match_rows need test rows: set test_split_size or eval_dataset_name")
     encoded = {}
     for split, rows in {"train": train_rows, "test": test_rows}.items():
         if rows is not None:

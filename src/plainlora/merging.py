@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from plainlora.arguments import check_writable
 from plainlora.data.prompts import render_prompt
 from plainlora.errors import UserError
 from plainlora.lora.interchange import load_adapter, read_config
@@ -127,6 +128,15 @@ def _write_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, di
     tokenizer.save_pretrained(directory)
 
 
+def _check_output(output: Path, sources: dict[str, Path], overwrite: bool) -> None:
+    """The output may not replace what it is made of, nor, unasked, anything else."""
+    for what, source in sources.items():
+        if source.exists() and source.resolve().is_relative_to(output.resolve()):
+            raise UserError(f"--output {output} holds the {what}; give a folder of its own")
+    if output.exists() and any(output.iterdir()) and not overwrite:
+        raise UserError(f"{output} already exists; give another --output, or replace it with --overwrite")
+
+
 def merge_adapter(
     adapter: str | Path,
     output: str | Path,
@@ -147,10 +157,10 @@ def merge_adapter(
         UserError: The base cannot be had, the output is in the way, or the merged model differs too much.
         LoRAError: The adapter cannot be read or does not fit.
     """
+    check_writable(str(output), "--output")
     adapter, output = Path(adapter), Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
-        raise UserError(f"{output} already exists; give another --output, or replace it with --overwrite")
     name, _ = _base_of(adapter)
+    _check_output(output, {"adapter": adapter, "base model": Path(name)}, overwrite)
     tokenizer = load_tokenizer_of(adapter)
     model = load_adapter(load_base_for_merge(adapter, base, dtype), adapter)
     merged_dtype = next(model.parameters()).dtype

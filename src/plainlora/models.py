@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -32,8 +33,8 @@ def _explain(name: str, what: str, error: Exception) -> UserError:
             f"there is no folder {name}; give a Hub id or a folder with config.json and model.safetensors"
         )
     return UserError(
-        f"the {what} {name!r} cannot be had from the Hub ({_first_line(error)}); give a local folder with "
-        "--model_name_or_path PATH, or run `make quickstart`, which needs no Hub"
+        f"the {what} {name!r} cannot be had from the Hub ({_first_line(error)}); give the path of a "
+        "local folder instead, or run `make quickstart`, which needs no Hub"
     )
 
 
@@ -138,7 +139,7 @@ def load_causal_lm(
             use_safetensors=True,
             **options,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise _explain(name, "model", error) from error
     keep_4bit_weights_unpacked(model)
     return model

@@ -191,7 +191,12 @@ def summary(results: dict[str, Any], output_dir: str, samples: Sequence[tuple[st
     if "merge_max_abs_diff" in results:
         lines.append(f"merged model          reloaded, logits differ by at most {results['merge_max_abs_diff']:.1e}")
     for prompt, before, after in samples:
-        lines += ["", f"  {_one_line(prompt.replace(INPUT_MARK, ' '))}", f"    base   {_one_line(before)}", f"    tuned  {_one_line(after)}"]
+        lines += [
+            "",
+            f"  {_one_line(prompt.replace(INPUT_MARK, ' '))}",
+            f"    base   {_one_line(before)}",
+            f"    tuned  {_one_line(after)}",
+        ]
     lines += [
         "",
         f"adapter, model card, loss.png, all_results.json: {output_dir}",

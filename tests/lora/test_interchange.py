@@ -290,7 +290,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "DoRA": (lambda path: edit_config(path, use_dora=True), "does not implement use_dora=True"),
     "bad rank": (lambda path: edit_config(path, r="eight"), "r must be a whole number"),
     "bad dropout": (lambda path: edit_config(path, lora_dropout="much"), "lora_dropout must"),
-    "no targets": (lambda path: edit_config(path, target_modules=["query"]), "no module"),
+    "no targets": (lambda path: edit_config(path, target_modules=["query"]), "none of query names a module"),
     "no weights": (lambda path: (path / WEIGHTS).unlink(), f"has no {WEIGHTS}; give the folder"),
     "a pickle": (only_a_pickle, "adapter_model.bin is a pickle, which can run code"),
     "cut short": (cut, "is corrupt or cut short"),

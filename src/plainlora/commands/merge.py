@@ -1,7 +1,6 @@
 """`plainlora merge`: adapter folder -> merged model folder."""
 
 import argparse
-from pathlib import Path
 
 from plainlora.errors import UserError
 
@@ -37,16 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--base is 16bit or dequantized, not {arguments.base}")
 
     import plainlora.quiet  # noqa: F401
-    from plainlora.arguments import check_writable, dtype_of
-    from plainlora.lora.interchange import read_config
+    from plainlora.arguments import dtype_of
     from plainlora.merging import merge_adapter
-
-    base = read_config(arguments.adapter).base_model_name_or_path
-    output = Path(arguments.output).resolve()
-    for what, source in (("adapter", arguments.adapter), ("base model", base)):
-        if source and Path(source).exists() and Path(source).resolve().is_relative_to(output):
-            raise UserError(f"--output {arguments.output} holds the {what}; give a folder of its own")
-    check_writable(arguments.output, "--output")
 
     result = merge_adapter(
         arguments.adapter, arguments.output, arguments.base, dtype_of(arguments.dtype), arguments.overwrite

@@ -204,15 +204,15 @@ def load_split(name: str, split: str, config: str | None = None, revision: str |
     return rows
 
 
-def check_text_columns(rows: Dataset, columns: list[str], where: str) -> None:
-    """Every row must hold a string in each of these columns.
+def check_text_columns(rows: Dataset, columns: list[str], where: str, optional: bool = False) -> None:
+    """Every row must hold a string in each of these columns, or nothing at all where that is `optional`.
 
     Raises:
         UserError: Naming the file and the row, counted from 1.
     """
     for column in columns:
         for number, value in enumerate(rows[column], 1):
-            if not isinstance(value, str):
+            if not isinstance(value, str) and not (optional and value is None):
                 what = "is missing or null" if value is None else f"is of type {type(value).__name__}, not text"
                 raise UserError(f"{where} row {number}: {column!r} {what}; mend or remove the row")
 

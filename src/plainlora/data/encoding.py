@@ -74,7 +74,9 @@ def find_schema(rows: Dataset, text_column: str, where: str) -> Schema:
     if {"prompt", "completion"} <= set(columns):
         return "prompt"
     if {"instruction", "output"} <= set(columns):
-        check_text_columns(rows, [name for name in ("instruction", "input", "output") if name in columns], where)
+        check_text_columns(rows, ["instruction", "output"], where)
+        if "input" in columns:
+            check_text_columns(rows, ["input"], where, optional=True)
         return "instruction"
     if text_column in columns:
         check_text_columns(rows, [text_column], where)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
@@ -101,6 +102,19 @@ def saved_modules(model: nn.Module) -> Iterator[tuple[str, ModuleToSave]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, ModuleToSave))
 
 
+def _check_patterns_compile(config: LoraConfig) -> None:
+    """Every text that is matched as a regular expression must be one."""
+    whole = {name: getattr(config, name) for name in ("target_modules", "exclude_modules", "layers_pattern")}
+    patterns = [(name, value) for name, value in whole.items() if isinstance(value, str)]
+    for name in ("rank_pattern", "alpha_pattern", "modules_to_save"):
+        patterns += [(name, key) for key in getattr(config, name) or ()]
+    for name, pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise LoRAError(f"{name}: {pattern!r} is not a regular expression ({error})") from error
+
+
 def check_supported(config: LoraConfig) -> None:
     """Raises `LoRAError` naming every field of the config that this package does not implement."""
     unsupported = []
@@ -128,6 +142,7 @@ def check_supported(config: LoraConfig) -> None:
             raise LoRAError(f"{name} must be a finite number, not {alpha!r}")
     if not isinstance(config.lora_dropout, (int, float)) or not 0 <= config.lora_dropout < 1:
         raise LoRAError(f"lora_dropout must lie in [0, 1), not {config.lora_dropout!r}")
+    _check_patterns_compile(config)
     if config.bias not in ("none", "all", "lora_only"):
         raise LoRAError(f"bias must be none, all or lora_only, not {config.bias!r}")
 

@@ -120,6 +120,11 @@ def find_targets(model: nn.Module, config: LoraConfig, strict: bool = True) -> l
         for entry in sorted(wanted):
             if strict and not any(_names(entry, name) for name in matched):
                 raise LoRAError(f"target_modules: {entry!r} matches no module; {_near_misses(entry, linear)}")
+        if not matched:
+            raise LoRAError(
+                f"target_modules: none of {', '.join(sorted(wanted))} names a module of this {type(model).__name__}; "
+                "the adapter is for another architecture"
+            )
         matched = [name for name in matched if name in wanted or _is_in_layers(name, config)]
 
     targets = [name for name in matched if not _is_excluded(name, config)]
@@ -151,7 +156,9 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig, targets: list[str
     whole = [name for name in names if any(name.endswith(entry) for entry in entries)]
     for inner, outer in itertools.permutations(whole, 2):
         if inner.startswith(f"{outer}."):
-            raise LoRAError(f"modules_to_save: {inner!r} is inside {outer!r}, which is trained whole already; name one")
+            raise LoRAError(
+                f"modules_to_save: {inner!r} is inside {outer!r}, which is trained whole already; name one"
+            )
     for target in targets:
         if any(f"{target}.".startswith(f"{name}.") for name in whole):
             raise LoRAError(

@@ -1,0 +1,280 @@
+"""Rows from files: every kind, every split, and what is said of bad ones."""
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from plainlora.data.datasets import check_text_columns, hub_name, is_local, load_split, load_train_and_test
+from plainlora.data.encoding import find_schema, split_row
+from plainlora.errors import UserError
+
+ROWS = [
+    {"instruction": 'Say "hi", please.', "output": "hi"},
+    {"instruction": "NA", "output": "7"},
+    {"instruction": "Zeile\u2028zwei é", "output": "null"},
+]
+ROW = '{"instruction": "a", "output": "b"}\n'
+
+
+def table(delimiter: str) -> bytes:
+    stream = io.StringIO(newline="")
+    quoting = {"quoting": csv.QUOTE_NONE, "quotechar": None} if delimiter == "\t" else {}
+    writer = csv.writer(stream, delimiter=delimiter, **quoting)
+    writer.writerow(ROWS[0])
+    writer.writerows(row.values() for row in ROWS)
+    return stream.getvalue().encode()
+
+
+def parquet() -> bytes:
+    stream = io.BytesIO()
+    Dataset.from_list(ROWS).to_parquet(stream)
+    return stream.getvalue()
+
+
+CONTENTS = {
+    "json": lambda: json.dumps(ROWS, indent=1).encode(),
+    "jsonl": lambda: "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS).encode(),
+    "csv": lambda: table(","),
+    "tsv": lambda: table("\t"),
+    "parquet": parquet,
+}
+
+
+def write(path: Path, content: str | bytes) -> str:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def load(name: str | Path, **options: Any) -> tuple[Dataset, Dataset | None]:
+    defaults: dict[str, Any] = {
+        "config": None, "train_split": "train", "test_split": "test", "test_name": None,
+        "test_split_size": None, "max_train_rows": None, "seed": 42,
+    }  # fmt: skip
+    return load_train_and_test(str(name), **(defaults | options))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str, packed: bool) -> None:
+    content = CONTENTS[kind]()
+    path = write(tmp_path / f"rows.{kind}{'.gz' * packed}", gzip.compress(content) if packed else content)
+    train, test = load(path)
+    assert train.to_list() == ROWS
+    assert test is None
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "tsv"])
+def test_a_windows_file_with_byte_order_mark_reads_the_same(tmp_path: Path, kind: str) -> None:
+    content = b"\xef\xbb\xbf" + CONTENTS[kind]().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    assert load(write(tmp_path / f"ROWS.{kind.upper()}", content))[0].to_list() == ROWS
+
+
+def test_csv_fields_stay_text(tmp_path: Path) -> None:
+    rows = load_split(write(tmp_path / "a.csv", 'a,b\nNA,7\nnull,007\n,1e5\n"x\ny",true\n'), "train")
+    assert rows is not None
+    assert rows.to_list() == [
+        {"a": "NA", "b": "7"}, {"a": "null", "b": "007"}, {"a": "", "b": "1e5"}, {"a": "x\ny", "b": "true"},
+    ]  # fmt: skip
+
+
+def test_an_unbalanced_quote_in_a_tsv_does_not_swallow_the_next_row(tmp_path: Path) -> None:
+    rows = load_split(write(tmp_path / "a.tsv", 'a\tb\n"hello\tx\nworld\ty"\n'), "train")
+    assert rows is not None
+    assert rows.to_list() == [{"a": '"hello', "b": "x"}, {"a": "world", "b": 'y"'}]
+
+
+def test_a_field_longer_than_the_csv_modules_own_limit_is_read(tmp_path: Path) -> None:
+    rows = load_split(write(tmp_path / "a.csv", f"a\n{'x' * 200_000}\n"), "train")
+    assert rows is not None
+    assert len(rows[0]["a"]) == 200_000
+
+
+def test_json_columns_keep_the_files_order_and_may_be_missing(tmp_path: Path) -> None:
+    rows = load_split(write(tmp_path / "a.jsonl", '{"z": "1", "a": "2"}\n\n{"a": "3", "m": 4}\n'), "train")
+    assert rows is not None
+    assert rows.column_names == ["z", "a", "m"]
+    assert rows.to_list() == [{"z": "1", "a": "2", "m": None}, {"z": None, "a": "3", "m": 4}]
+
+
+def test_a_column_of_no_interest_may_mix_types(tmp_path: Path) -> None:
+    rows = load_split(write(tmp_path / "a.jsonl", '{"text": "a", "id": 1}\n{"text": "b", "id": "x"}\n'), "train")
+    assert rows is not None
+    assert find_schema(rows, "text", "a.jsonl") == "text"
+
+
+def test_a_folder_holds_a_file_for_each_split(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", ROW * 3)
+    write(tmp_path / "test.csv", "instruction,output\na,b\n")
+    write(tmp_path / "notes.txt", "not a split")
+    train, test = load(tmp_path)
+    assert len(train) == 3
+    assert test is not None
+    assert test.to_list() == [{"instruction": "a", "output": "b"}]
+    assert load(tmp_path, test_split="validation")[1] is None
+    assert len(load(tmp_path, train_split="test", test_split="train")[0]) == 1
+
+
+def test_a_share_or_a_number_of_rows_is_held_out_by_seed(tmp_path: Path) -> None:
+    numbers = [f"row {number}" for number in range(20)]
+    path = write(tmp_path / "a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in numbers))
+    for size, count in ((0.25, 5), (5, 5), (0.01, 1), (19, 19)):
+        train, test = load(path, test_split_size=size)
+        assert test is not None
+        assert len(test) == count
+        assert sorted([*train["text"], *test["text"]]) == sorted(numbers)
+    first, again, other = (load(path, test_split_size=0.25, seed=seed)[1] for seed in (1, 1, 2))
+    assert first is not None
+    assert again is not None
+    assert other is not None
+    assert list(first["text"]) == list(again["text"]) != list(other["text"])
+
+
+@pytest.mark.parametrize("size", [3, 9, 0.99, 1e30])
+def test_a_hold_out_that_leaves_nothing_is_refused(tmp_path: Path, size: float) -> None:
+    with pytest.raises(UserError, match=r"test_split_size: \S+ of 3 rows leaves none to train on"):
+        load(write(tmp_path / "a.jsonl", ROW * 3), test_split_size=size)
+
+
+def test_a_test_split_or_an_own_data_set_goes_before_a_hold_out(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", ROW * 8)
+    write(tmp_path / "test.jsonl", ROW * 2)
+    other = write(tmp_path / "other.jsonl", ROW * 5)
+    train, test = load(tmp_path, test_split_size=0.5)
+    assert test is not None
+    assert (len(train), len(test)) == (8, 2)
+    train, test = load(tmp_path, test_name=other)
+    assert test is not None
+    assert (len(train), len(test)) == (8, 5)
+
+
+def test_max_train_rows_takes_the_first_rows_and_leaves_the_test_rows(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "".join(f'{{"text": "{number}"}}\n' for number in range(10)))
+    train, test = load(path, max_train_rows=3)
+    assert list(train["text"]) == ["0", "1", "2"]
+    train, test = load(path, max_train_rows=3, test_split_size=4)
+    assert test is not None
+    assert (len(train), len(test)) == (3, 4)
+    assert len(load(path, max_train_rows=99)[0]) == 10
+
+
+DEEP = "[" * 30_000 + "]" * 30_000
+BAD = {
+    "malformed JSON line": ("a.jsonl", ROW * 2 + '{"instruction": \n' + ROW, r"a.jsonl line 3: malformed JSON"),
+    "malformed JSON list": ("a.json", '[{"a": 1},\n{"a":}]', r"a.json line 2: malformed JSON"),
+    "JSON of one scalar": ("a.json", "5", r"line 1: a row must be an object, not int"),
+    "JSON list of scalars": ("a.json", '[{"a": 1}, "x"]', r"row 2: a row must be an object, not str"),
+    "JSON too deep": ("a.jsonl", ROW + f'{{"a": {DEEP}}}\n', r"line 2: malformed JSON \(too deeply nested\)"),
+    "JSON beyond 64 bits": ("a.jsonl", ROW + '{"n": 1' + "0" * 30 + "}\n", r"row 2: 'n' cannot be stored"),
+    "half a surrogate pair": ("a.jsonl", ROW + '{"output": "\\ud800"}\n', r"row 2: 'output' cannot be stored"),
+    "CSV with a field too many": ("a.csv", "a,b\n1,2\n1,2,3\n", r"a.csv line 3: 3 fields, the header has 2"),
+    "CSV that never closes a quote": ("a.csv", 'a,b\n1,2\n"3,4\n5,6\n', r"a.csv line 3: malformed csv"),
+    "CSV with a column twice": ("a.csv", "a,a\n1,2\n", r"a column name stands there twice \(a, a\)"),
+    "TSV with a field too many": ("a.tsv", "a\tb\n1\t2\t3\n", r"a.tsv line 2: 3 fields, the header has 2"),
+    "Latin-1": ("a.csv", "a,b\n1,é\n".encode("latin-1"), r"a.csv line 2: not UTF-8 text .* save the file as UTF-8"),
+    "UTF-16": ("a.jsonl", ROW.encode("utf-16"), r"a.jsonl line 1: not UTF-8 text"),
+    "binary JSON": ("a.json", b"\0" * 99, r"a.json is binary, not text"),
+    "binary CSV": ("a.csv", b"\0" * 99, r"a.csv is binary, not text"),
+    "binary parquet": ("a.parquet", b"\x17" * 99, r"a.parquet cannot be read as parquet"),
+    "empty file": ("a.jsonl", "", r"a.jsonl is empty"),
+    "blank lines only": ("a.csv", "\n\n", r"a.csv is empty"),
+    "empty archive": ("a.csv.gz", b"", r"a.csv.gz is empty"),
+    "archive of nothing": ("a.jsonl.gz", gzip.compress(b""), r"a.jsonl.gz is empty"),
+    "no archive": ("a.jsonl.gz", ROW, r"a.jsonl.gz cannot be read: Not a gzipped file"),
+    "archive cut short": ("a.jsonl.gz", gzip.compress(ROW.encode() * 99)[:30], r"Compressed file ended"),
+    "no rows in a list": ("a.json", "[]", r"has no rows"),
+    "no rows in a table": ("a.csv", "a,b\n", r"has no rows"),
+    "another kind": ("a.txt", "hello", r"of no kind that can be read: json, jsonl, csv, tsv, parquet"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_file_is_named_with_the_line(tmp_path: Path, case: str) -> None:
+    name, content, message = BAD[case]
+    with pytest.raises(UserError, match=message) as raised:
+        load(write(tmp_path / name, content))
+    assert str(tmp_path / name) in str(raised.value)
+
+
+FIELDS = {
+    "null": ('{"instruction": "a", "output": null}', r"x row 2: 'output' is missing or null"),
+    "missing": ('{"instruction": "a"}', r"x row 2: 'output' is missing or null"),
+    "a number": ('{"instruction": 5, "output": "b"}', r"x row 2: 'instruction' is of type int, not text"),
+    "a list": ('{"instruction": "a", "output": ["b"]}', r"x row 2: 'output' is of type list, not text"),
+    "a numeric input": ('{"instruction": "a", "input": 5, "output": "b"}', r"row 2: 'input' is of type int, not text"),
+}
+
+
+@pytest.mark.parametrize("case", FIELDS)
+def test_a_row_with_a_bad_field_is_named(tmp_path: Path, case: str) -> None:
+    row, message = FIELDS[case]
+    rows, _ = load(write(tmp_path / "a.jsonl", ROW + row + "\n"))
+    with pytest.raises(UserError, match=message):
+        find_schema(rows, "text", "x")
+
+
+def test_an_input_may_be_missing_from_some_rows(tmp_path: Path) -> None:
+    rows, _ = load(write(tmp_path / "a.jsonl", ROW + '{"instruction": "a", "input": "i", "output": "b"}\n'))
+    assert find_schema(rows, "text", "x") == "instruction"
+    assert [split_row(row, "instruction")[0][0]["content"] for row in rows] == ["a", "a\n\n### Input:\ni"]
+
+
+def test_a_short_line_of_a_csv_is_a_missing_field(tmp_path: Path) -> None:
+    rows, _ = load(write(tmp_path / "a.csv", "instruction,output\na,b\n\nc\n"))
+    with pytest.raises(UserError, match="x row 2: 'output' is missing or null"):
+        check_text_columns(rows, ["instruction", "output"], "x")
+
+
+def test_without_a_known_column_the_columns_are_listed(tmp_path: Path) -> None:
+    rows, _ = load(write(tmp_path / "a.csv", "question,answer\na,b\n"))
+    with pytest.raises(
+        UserError, match=r"x has the columns question, answer; needed are .* 'text' .*dataset_text_field"
+    ):
+        find_schema(rows, "text", "x")
+
+
+def test_a_missing_file_or_split_says_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no file .*nope.jsonl; give a Hub id, a folder, or a json"):
+        load(tmp_path / "nope.jsonl")
+    with pytest.raises(UserError, match=r"has no split 'train' \(it holds no files\)"):
+        load(tmp_path)
+    path = write(tmp_path / "test.jsonl", ROW)
+    with pytest.raises(UserError, match=r"has no split 'train' \(it holds test.jsonl\); set dataset_train_split"):
+        load(tmp_path)
+    with pytest.raises(UserError, match="is the split 'train', not 'validation'"):
+        load(path, train_split="validation")
+    with pytest.raises(UserError, match=r"there is no file .*gone.csv"):
+        load(path, test_name=str(tmp_path / "gone.csv"))
+
+
+def test_two_files_for_one_split_are_refused(tmp_path: Path) -> None:
+    for name in ("train.csv", "train.json"):
+        write(tmp_path / name, "[]")
+    with pytest.raises(UserError, match=r"holds several files for train: train.csv, train.json; keep one"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "nothing"])
+def test_an_unreachable_hub_id_names_the_ways_out(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name}' cannot be had from the Hub .*--dataset_name PATH.*make quickstart"):
+        load(name)
+
+
+def test_a_path_is_told_from_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "here.jsonl", ROW)
+    for name in ("./x", "/x/y", "~/x", "x.jsonl", "data/x.csv.gz", "here.jsonl"):
+        assert is_local(name)
+        assert hub_name(name) is None
+    assert not is_local("vicgalle/alpaca-gpt4")
+    assert hub_name("vicgalle/alpaca-gpt4") == "vicgalle/alpaca-gpt4"
+
+
+def test_a_path_may_hold_characters_that_mean_something_to_a_shell_or_a_url(tmp_path: Path) -> None:
+    for name in ("a [1]*.jsonl", "a::b.jsonl", "a?.jsonl"):
+        assert len(load(write(tmp_path / name, ROW))[0]) == 1

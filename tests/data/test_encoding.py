@@ -1,0 +1,228 @@
+"""Token ids, labels, and a count of everything that is left out."""
+
+import copy
+import statistics
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from plainlora.data.encoding import IGNORED, EncodingReport, encode_rows
+from plainlora.data.prompts import install_template, render, render_prompt, user_message
+from plainlora.errors import UserError
+from tests.conftest import ROWS
+
+CHAT = [
+    {"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Red."},
+    {"role": "user", "content": "Another."}, {"role": "assistant", "content": "Blue."},
+]  # fmt: skip
+WITHOUT_EOS = "{% for m in messages %}{{ m.content }}{% endfor %}"
+WITHOUT_MARKERS = (
+    "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture
+def alpaca(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    own = copy.deepcopy(tokenizer)
+    install_template(own, "alpaca")
+    return own
+
+
+def encode(
+    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, **options: Any
+) -> tuple[Dataset, EncodingReport]:
+    defaults: dict[str, Any] = {
+        "where": "rows.jsonl", "text_column": "text", "answers_only": False, "max_length": None,
+        "on_overflow": "drop", "max_overflow": 0.0,
+    }  # fmt: skip
+    return encode_rows(Dataset.from_list(rows), tokenizer, **(defaults | options))
+
+
+def ids(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def trained(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> str:
+    return tokenizer.decode([label for label in row["labels"] if label != IGNORED])
+
+
+def test_by_default_every_token_is_trained(alpaca: PreTrainedTokenizerFast) -> None:
+    encoded, report = encode(ROWS, alpaca)
+    assert encoded.column_names == ["input_ids", "labels"]
+    assert encoded["input_ids"] == encoded["labels"]
+    assert report.kept == report.rows == len(ROWS)
+    assert report.trained_tokens == report.tokens
+
+
+def test_answers_only_trains_exactly_the_answer_and_its_eos(alpaca: PreTrainedTokenizerFast) -> None:
+    encoded, report = encode(ROWS, alpaca, answers_only=True)
+    for row, source in zip(encoded, ROWS, strict=True):
+        answer = ids(source["output"] + alpaca.eos_token, alpaca)
+        prompt = ids(render_prompt(source["instruction"], alpaca, source["input"]), alpaca)
+        assert row["labels"] == [IGNORED] * len(prompt) + answer
+        assert row["input_ids"] == prompt + answer
+    assert report.trained_tokens == sum(len(ids(row["output"], alpaca)) + 1 for row in ROWS)
+
+
+@pytest.mark.parametrize("answers_only", [False, True])
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "<|pad|>"])
+def test_u04_every_row_trains_an_eos_whatever_the_pad_token_is(
+    alpaca: PreTrainedTokenizerFast, pad: str, answers_only: bool
+) -> None:
+    alpaca.pad_token = pad
+    rows = [{"messages": CHAT}], ROWS, [{"prompt": "a", "completion": "b"}]
+    for schema in rows:
+        encoded, report = encode(schema, alpaca, answers_only=answers_only)
+        assert report.kept == len(schema)
+        assert all(row["labels"][-1] == alpaca.eos_token_id for row in encoded)
+
+
+@pytest.mark.parametrize("text", ["Plain text.", "Plain text.<|endoftext|>"])
+def test_u04_plain_text_ends_in_one_eos(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    (row,), _ = encode([{"text": text}], tokenizer)
+    assert row["input_ids"] == row["labels"] == [*ids("Plain text.", tokenizer), tokenizer.eos_token_id]
+
+
+def test_an_empty_text_is_dropped_and_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+    encoded, report = encode([{"text": ""}, {"text": "Some words."}], tokenizer)
+    assert (len(encoded), report.kept, report.untrained) == (1, 1, 1)
+    assert "1 without a trained token dropped" in report.line("train", "drop")
+
+
+def lengths(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    return [len(row) for row in encode(ROWS, tokenizer)[0]["input_ids"]]
+
+
+def test_u05_long_rows_are_dropped_whole_and_counted(alpaca: PreTrainedTokenizerFast) -> None:
+    before = lengths(alpaca)
+    limit = int(statistics.median(before))
+    encoded, report = encode(ROWS, alpaca, max_length=limit, max_overflow=1.0)
+    kept = [length for length in before if length <= limit]
+    assert [len(row["input_ids"]) for row in encoded] == kept
+    assert 0 < len(kept) < len(ROWS)
+    assert report == EncodingReport(
+        rows=len(ROWS), kept=len(kept), too_long=len(ROWS) - len(kept), untrained=0, merged_boundaries=0,
+        longest=max(before), median=statistics.median(before), tokens=sum(kept), trained_tokens=sum(kept),
+    )  # fmt: skip
+    assert f"{len(ROWS) - len(kept)} longer than max_length dropped" in report.line("train rows", "drop")
+
+
+@pytest.mark.parametrize("keep_end", [False, True])
+def test_u05_long_rows_are_truncated_at_the_chosen_end(alpaca: PreTrainedTokenizerFast, keep_end: bool) -> None:
+    whole, _ = encode(ROWS, alpaca)
+    cut, report = encode(ROWS, alpaca, max_length=50, max_overflow=1.0, on_overflow="truncate", keep_end=keep_end)
+    for row, full in zip(cut, whole, strict=True):
+        assert row["input_ids"] == row["labels"]
+        assert row["input_ids"] == (full["input_ids"][-50:] if keep_end else full["input_ids"][:50])
+    assert (report.kept, report.too_long, report.tokens) == (len(ROWS), len(ROWS), 50 * len(ROWS))
+    assert "truncated, so without EOS" in report.line("train rows", "truncate")
+
+
+def test_u05_too_many_long_rows_are_an_error_that_names_the_counts(alpaca: PreTrainedTokenizerFast) -> None:
+    before = lengths(alpaca)
+    limit = sorted(set(before))[-2]
+    long = sum(length > limit for length in before)
+    assert 0 < long < 40
+    with pytest.raises(
+        UserError, match=rf"{long} of 40 rows are longer than max_length={limit} .*longest {max(before)}"
+    ):
+        encode(ROWS, alpaca, max_length=limit, max_overflow=(long - 0.5) / 40)
+    assert encode(ROWS, alpaca, max_length=limit, max_overflow=long / 40)[1].too_long == long
+
+
+def test_u05_the_share_that_the_error_suggests_is_enough(alpaca: PreTrainedTokenizerFast) -> None:
+    limit = sorted(set(lengths(alpaca)))[-2]
+    with pytest.raises(UserError, match="--max_overflow") as raised:
+        encode(ROWS, alpaca, max_length=limit)
+    encode(ROWS, alpaca, max_length=limit, max_overflow=float(str(raised.value).split()[-1]))
+
+
+def test_u05_a_row_whose_answer_is_cut_off_is_dropped_and_counted(alpaca: PreTrainedTokenizerFast) -> None:
+    short, long = {"instruction": "a", "output": "b"}, {"instruction": "word " * 30, "output": "b"}
+    limit = len(encode([short], alpaca)[0][0]["input_ids"])
+    encoded, report = encode(
+        [short, long], alpaca, answers_only=True, max_length=limit, max_overflow=0.5, on_overflow="truncate"
+    )
+    assert (len(encoded), report.kept, report.too_long, report.untrained) == (1, 1, 1, 1)
+    with pytest.raises(UserError, match="no row is left with a token to train on; raise max_length"):
+        encode([long], alpaca, answers_only=True, max_length=limit, max_overflow=1.0, on_overflow="truncate")
+
+
+def test_a_conversation_trains_every_turn_of_the_assistant(alpaca: PreTrainedTokenizerFast) -> None:
+    (row,), _ = encode([{"messages": CHAT}], alpaca, answers_only=True)
+    assert row["input_ids"] == ids(render(CHAT, alpaca), alpaca)
+    assert trained(row, alpaca) == "Red.<|endoftext|>Blue.<|endoftext|>"
+    assert all(label in (IGNORED, token) for token, label in zip(row["input_ids"], row["labels"], strict=True))
+
+
+def test_prompt_and_completion_may_be_texts_or_messages(alpaca: PreTrainedTokenizerFast) -> None:
+    (texts,), _ = encode([{"prompt": "Name a colour.", "completion": "Red."}], alpaca, answers_only=True)
+    (messages,), _ = encode([{"prompt": CHAT[:1], "completion": CHAT[1:2]}], alpaca, answers_only=True)
+    assert texts == messages
+    assert trained(texts, alpaca) == "Red.<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": None}, "'messages' must be a list of messages, not null"),
+        ({"messages": "hello"}, "'messages' must be a list of messages, not str"),
+        ({"messages": 5}, "'messages' must be a list of messages, not int"),
+        ({"messages": ["hello"]}, "a message needs a role and a content, both text, not 'hello'"),
+        ({"messages": [{"role": "user", "content": 5}]}, "a message needs a role and a content, both text"),
+        ({"messages": [{"role": 5, "content": "a"}]}, "a message needs a role and a content, both text"),
+        ({"messages": CHAT[:1]}, "must end with a message of the assistant"),
+        ({"messages": CHAT[1:2]}, "must end with a message of the assistant"),
+        ({"messages": [{"role": "system", "content": "a"}, *CHAT]}, "roles user and assistant, not system"),
+        ({"prompt": "a", "completion": None}, "two texts or two lists of messages, not str and null"),
+        ({"prompt": 5, "completion": 6}, "two texts or two lists of messages, not int and int"),
+        ({"prompt": "a", "completion": CHAT[1:2]}, "two texts or two lists of messages, not str and list"),
+    ],
+)
+def test_a_bad_conversation_names_its_row(alpaca: PreTrainedTokenizerFast, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        encode([row], alpaca)
+    assert str(raised.value).startswith("rows.jsonl row 1: ")
+
+
+def test_a_template_that_does_not_end_answers_with_eos_is_refused(alpaca: PreTrainedTokenizerFast) -> None:
+    alpaca.chat_template = WITHOUT_EOS
+    with pytest.raises(UserError, match=r"does not end answers with the tokenizer's EOS '<\|endoftext\|>'"):
+        encode(ROWS, alpaca)
+    alpaca.chat_template = WITHOUT_MARKERS
+    assert encode(ROWS, alpaca)[1].kept == len(ROWS)
+
+
+def test_a_tokenizer_without_eos_is_refused(alpaca: PreTrainedTokenizerFast) -> None:
+    alpaca.eos_token = None
+    with pytest.raises(UserError, match="the tokenizer has no EOS token"):
+        encode(ROWS, alpaca)
+
+
+def test_conversations_with_answers_only_need_generation_markers(alpaca: PreTrainedTokenizerFast) -> None:
+    alpaca.chat_template = WITHOUT_MARKERS
+    with pytest.raises(UserError, match=r"needs a template with {% generation %} markers"):
+        encode([{"messages": CHAT}], alpaca, answers_only=True)
+
+
+def test_plain_text_has_no_answers_to_train_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="completion_only_loss needs rows that tell the answer from the prompt"):
+        encode([{"text": "a"}], tokenizer, answers_only=True)
+
+
+def test_u06_a_prompt_that_merges_with_its_answer_is_counted(alpaca: PreTrainedTokenizerFast) -> None:
+    alpaca.chat_template = WITHOUT_MARKERS
+    merging = {"instruction": "It i", "output": "s here."}
+    assert len(ids("It is", alpaca)) < len(ids("It i", alpaca)) + len(ids("s", alpaca))
+    encoded, report = encode([merging, {"instruction": "a", "output": ". b"}], alpaca, answers_only=True)
+    assert report.merged_boundaries == 1
+    assert "1 whose prompt and answer merge into one token" in report.line("train", "drop")
+    assert trained(encoded[0], alpaca).endswith("s here.<|endoftext|>")
+
+
+def test_an_input_is_rendered_as_in_generation(alpaca: PreTrainedTokenizerFast) -> None:
+    (row,), _ = encode([{"instruction": "a", "input": "b", "output": "c"}], alpaca)
+    prompt = render([user_message("a", "b")], alpaca, for_generation=True)
+    assert alpaca.decode(row["input_ids"]) == prompt + "c<|endoftext|>"

@@ -1,0 +1,179 @@
+"""Bad input to the recipe: one line that says what to do, exit code 2, and nothing written."""
+
+import json
+import re
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, ROWS, run_program
+
+Run = Callable[..., str]
+
+PROGRESS = re.compile(r"\d+%\||\d+(it|examples|s)/(s|it|example)\b|\?(it| examples)/s")
+CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+TEMPLATE = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+ROW = '{"instruction": "a", "output": "b"}\n'
+
+
+def without_progress(stderr: str) -> list[str]:
+    """The lines a person is left with once the progress bars have gone."""
+    return [line for line in re.split(r"[\r\n]+", stderr) if line.strip() and not PROGRESS.search(line)]
+
+
+def the_one_line(code: object, stdout: str, stderr: str) -> str:
+    """The error, after checking that it is all there is."""
+    lines = without_progress(stderr)
+    assert code == 2, stderr
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert re.fullmatch(r"((train|test) rows: .*\n)*", stdout), stdout
+    return lines[0]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def base(model_dirs: dict[str, Path], rows_file: Path, tmp_path: Path) -> dict[str, str]:
+    """A command line with nothing wrong."""
+    return {
+        "model_name_or_path": str(model_dirs["llama"]), "dataset_name": str(rows_file), "prompt_template": "alpaca",
+        "output_dir": str(tmp_path / "out"), "max_steps": "1", "max_length": "200", "use_cpu": "true",
+    }  # fmt: skip
+
+
+def command(base: dict[str, str], changes: dict[str, str]) -> list[str]:
+    return [f"--{name}={value}" for name, value in (base | changes).items()]
+
+
+@pytest.fixture
+def recipe(
+    base: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Run:
+    """Runs recipes/sft.py in this process, as `python recipes/sft.py` does, and returns its one line."""
+
+    def run(*typed: str, **changes: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["recipes/sft.py", *command(base, changes), *typed])
+        output = Path(changes.get("output_dir", base["output_dir"]))
+        before = snapshot(tmp_path)
+        existed = output.exists()
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as raised:
+            runpy.run_path(str(ROOT / "recipes" / "sft.py"), run_name="__main__")
+        assert snapshot(tmp_path) == before
+        assert output.exists() == existed
+        return the_one_line(raised.value.code, *capfd.readouterr())
+
+    return run
+
+
+def write(path: Path, content: str) -> str:
+    path.write_text(content, encoding="utf-8")
+    return str(path)
+
+
+def test_the_helper_sees_what_is_no_progress_bar() -> None:
+    bars = "\rMap:   0%|          | 0/40 [00:00<?, ? examples/s]\rMap: 100%|####| 40/40 [00:00<00:00, 9 examples/s]\n"
+    assert without_progress(bars) == []
+    assert without_progress(bars + "UserWarning: x\nerror: y\n") == ["UserWarning: x", "error: y"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("max_seq_length: 5\n", r"recipe.yaml: max_seq_length is not an option; did you mean max_length\?"),
+        ("- a list\n", r"recipe.yaml must be a YAML mapping of `name: value` lines; it is a list"),
+        ("seed: soon\n", r"recipe.yaml: argument --seed: invalid int value: 'soon'"),
+    ],
+)
+def test_u22_a_bad_yaml(recipe: Run, tmp_path: Path, content: str, said: str) -> None:
+    assert re.search(said, recipe("--config", write(tmp_path / "recipe.yaml", content)))
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("--learing_rate=1", r"--learing_rate is not an option; did you mean learning_rate\?"),
+        ("--lora_target_modules=(((", r"'\(\(\(' is not a regular expression"),
+        ("--eval_strategy=steps", r"need test rows: set test_split_size or eval_dataset_name"),
+        ("--exact_match_rows=3", r"need test rows: set test_split_size or eval_dataset_name"),
+        ("--lora_target_modules=foo", r"target_modules: 'foo' matches no module; the linear layers are .*q_proj"),
+        ("--lora_target_modules=lm_head", r"the output head cannot carry LoRA"),
+        ("--max_length=9999", r"max_length 9999 is longer than the model's context of 256 tokens; lower it"),
+        ("--max_length=20", r"40 of 40 rows are longer than max_length=20 tokens"),
+        ("--prompt_template=alpacca", r"neither a built-in template \(alpaca, llama2\) nor a .jinja file"),
+        ("--eos_token=<nope>", r"eos_token '<nope>' is not in the vocabulary"),
+        ("--resume_from_checkpoint=true", r"holds no whole checkpoint; leave it out to start"),
+        ("--test_split_size=40", r"test_split_size: 40 of 40 rows leaves none to train on"),
+        ("--lora_r=0", r"r must be a whole number of at least 1, not 0"),
+        ("--model_name_or_path=nobody/nothing", r"'nobody/nothing' cannot be had from the Hub .*make quickstart"),
+        ("--model_name_or_path=./nowhere", r"there is no folder ./nowhere"),
+        ("--dataset_name=nobody/nothing", r"'nobody/nothing' cannot be had from the Hub .*make quickstart"),
+        ("--dataset_name=nowhere.jsonl", r"there is no file nowhere.jsonl; give a Hub id, a folder, or a json"),
+    ],
+)
+def test_a_bad_setting(recipe: Run, typed: str, said: str) -> None:
+    assert re.search(said, recipe(typed))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", r"rows.jsonl is empty"),
+        ("[]", r"rows.jsonl \(train\) has no rows"),
+        (ROW + '{"instruction": "a", "output": null}\n', r"rows.jsonl \(train\) row 2: 'output' is missing or null"),
+        (ROW + ROW + "{\n", r"rows.jsonl line 3: malformed JSON"),
+        ('{"question": "a"}\n', r"rows.jsonl \(train\) has the columns question; needed are"),
+        ('{"text": ""}\n', r"no row is left with a token to train on"),
+        ('{"messages": 5}\n', r"row 1: 'messages' must be a list of messages, not int"),
+    ],
+)
+def test_bad_rows(recipe: Run, tmp_path: Path, content: str, said: str) -> None:
+    assert re.search(said, recipe(dataset_name=write(tmp_path / "rows.jsonl", content)))
+
+
+def test_conversations_without_generation_markers_on_answers_only(recipe: Run, tmp_path: Path) -> None:
+    rows, template = write(tmp_path / "rows.jsonl", CHAT), write(tmp_path / "own.jinja", TEMPLATE)
+    said = recipe("--assistant_only_loss", dataset_name=rows, prompt_template=template)
+    assert "needs a template with {% generation %} markers" in said
+
+
+def test_another_runs_folder_is_left_as_it_was(recipe: Run, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    write(tmp_path / "out" / "all_results.json", "{}")
+    assert re.search(r"out holds another run \(all_results.json\); .*--overwrite", recipe())
+    # Even where it may be replaced: not before the rest of the input has been checked.
+    assert "matches no module" in recipe("--overwrite", "--lora_target_modules=foo")
+
+
+def test_an_output_dir_below_a_file(recipe: Run, tmp_path: Path) -> None:
+    write(tmp_path / "file", "x")
+    assert re.search(r"output_dir .*file is a file; give a folder", recipe(output_dir=str(tmp_path / "file" / "out")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"dataset_name": "CHAT", "prompt_template": "OWN", "assistant_only_loss": "true"},
+            r"{% generation %} markers",
+        ),
+        ({"model_name_or_path": "nobody/nothing"}, r"'nobody/nothing' cannot be had from the Hub"),
+        ({"dataset_name": "ROWS"}, r"row 2: 'output' is missing or null; mend or remove the row"),
+    ],
+)
+def test_as_a_process_of_its_own(base: dict[str, str], tmp_path: Path, changes: dict[str, str], said: str) -> None:
+    files = {
+        "ROWS": write(tmp_path / "rows.jsonl", json.dumps(ROWS[0]) + '\n{"instruction": "a"}\n'),
+        "CHAT": write(tmp_path / "chat.jsonl", CHAT),
+        "OWN": write(tmp_path / "own.jinja", TEMPLATE),
+    }
+    changes = {name: files.get(value, value) for name, value in changes.items()}
+    done = run_program("recipes/sft.py", *command(base, changes))
+    assert re.search(said, the_one_line(done.returncode, done.stdout, done.stderr))
+    assert not (tmp_path / "out").exists()
