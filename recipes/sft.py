@@ -15,8 +15,9 @@ from accelerate import PartialState
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
-from plainlora.arguments import RecipeArguments, StrictParser, check_combinations
+from plainlora.arguments import RecipeArguments
 from plainlora.backends import BACKENDS, attach_adapter, build_lora_config, count_parameters
+from plainlora.checks import check_combinations
 from plainlora.checkpoints import claim_output_dir, clear_output_dir
 from plainlora.data.datasets import load_train_and_test
 from plainlora.data.encoding import encode_rows
@@ -25,6 +26,7 @@ from plainlora.errors import UserError, run_program
 from plainlora.evaluation import Examiner, compare
 from plainlora.generation import ExactMatch
 from plainlora.merging import merge_adapter
+from plainlora.parsing import StrictParser
 from plainlora.models import check_length, describe_quantization, load_base, load_config, load_tokenizer
 from plainlora.report import plot_loss, summary, write_json, write_model_card, write_run
 from plainlora.training import AdapterTrainer, hand_over, resume_path

@@ -15,6 +15,7 @@ from trl import ModelConfig
 from plainlora.arguments import RecipeArguments, parse_pattern
 from plainlora.errors import UserError
 from plainlora.lora import inject, interchange
+from plainlora.lora.config import check_supported
 from plainlora.lora.targets import find_targets
 
 
@@ -36,7 +37,7 @@ class Backend:
 
 
 def _peft_attach(model: PreTrainedModel, config: LoraConfig) -> nn.Module:
-    inject.check_supported(config)
+    check_supported(config)
     find_targets(model, config)  # PEFT lets a name that matches nothing pass; here it is an error
     try:
         return get_peft_model(model, config)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from plainlora.arguments import check_writable
+from plainlora.checks import check_writable
 from plainlora.data.prompts import render_prompt
 from plainlora.errors import UserError
 from plainlora.lora.interchange import load_adapter, read_config

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
-from plainlora.arguments import RecipeArguments, StrictParser
+from plainlora.arguments import RecipeArguments
 from plainlora.commands import build_parser
+from plainlora.parsing import StrictParser
 from tests.conftest import ROOT, make_model
 
 PAGES = ("README.md", "CONTRIBUTING.md", "recipes/quickstart/README.md")

@@ -1,21 +1,21 @@
 """Wrap and unwrap: put LoRA layers into a model, freeze the rest, and take everything out again."""
 
 import copy
-import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from types import MethodType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig
 from torch import nn
 
 from plainlora.lora import storage
+from plainlora.lora.config import check_supported
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.layer import LoRALinear
+from plainlora.lora.module_to_save import ModuleToSave
 from plainlora.lora.targets import (
     TASK_HEADS,
     check_patterns,
@@ -26,16 +26,6 @@ from plainlora.lora.targets import (
 )
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-
-SUPPORTED_FIELDS = {
-    *("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "rank_pattern", "alpha_pattern"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
-    *("bias", "fan_in_fan_out", "task_type"),
-}
-BOOKKEEPING_FIELDS = {
-    *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("runtime_config", "megatron_core"),
-}
 
 
 @dataclass
@@ -51,31 +41,6 @@ class Injection:
     config: LoraConfig
     trainable: list[str]
     biases: dict[nn.Parameter, torch.Tensor]
-
-
-class ModuleToSave(nn.Module):
-    """A module trained whole beside the adapters: a trained copy in front of the frozen original."""
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        self.original_module = original
-        self.trained_module = copy.deepcopy(original).requires_grad_(True)
-        self.enabled = True
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The trained copy's output; the original's while disabled."""
-        module = self.trained_module if self.enabled else self.original_module
-        return module(*args, **kwargs)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The weight in use: fused loss heads read `lm_head.weight` instead of calling the module."""
-        return cast(torch.Tensor, (self.trained_module if self.enabled else self.original_module).weight)
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """The bias in use, if there is one."""
-        return getattr(self.trained_module if self.enabled else self.original_module, "bias", None)
 
 
 def injection(model: nn.Module) -> Injection:
@@ -100,51 +65,6 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 def saved_modules(model: nn.Module) -> Iterator[tuple[str, ModuleToSave]]:
     """The wholly trained modules with their full names, in the model's own order."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, ModuleToSave))
-
-
-def _check_patterns_compile(config: LoraConfig) -> None:
-    """Every text that is matched as a regular expression must be one."""
-    whole = {name: getattr(config, name) for name in ("target_modules", "exclude_modules", "layers_pattern")}
-    patterns = [(name, value) for name, value in whole.items() if isinstance(value, str)]
-    for name in ("rank_pattern", "alpha_pattern", "modules_to_save"):
-        patterns += [(name, key) for key in getattr(config, name) or ()]
-    for name, pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise LoRAError(f"{name}: {pattern!r} is not a regular expression ({error})") from error
-
-
-def check_supported(config: LoraConfig) -> None:
-    """Raises `LoRAError` naming every field of the config that this package does not implement."""
-    unsupported = []
-    for field in fields(config):
-        if field.name in SUPPORTED_FIELDS | BOOKKEEPING_FIELDS:
-            continue
-        default = field.default_factory() if field.default_factory is not MISSING else field.default
-        value = getattr(config, field.name)
-        if value != default and value not in (None, False, [], {}):
-            unsupported.append(f"{field.name}={value!r}")
-    if config.runtime_config.ephemeral_gpu_offload:
-        unsupported.append("runtime_config.ephemeral_gpu_offload=True")
-    if config.init_lora_weights not in (True, False, "gaussian"):
-        unsupported.append(f"init_lora_weights={config.init_lora_weights!r}")
-    if unsupported:
-        raise LoRAError(f"this LoRA does not implement {', '.join(unsupported)}; leave it out, or use PEFT's back end")
-    ranks = {"r": config.r} | {f"rank_pattern[{key!r}]": rank for key, rank in (config.rank_pattern or {}).items()}
-    for name, rank in ranks.items():
-        if not isinstance(rank, int) or rank < 1:
-            raise LoRAError(f"{name} must be a whole number of at least 1, not {rank!r}")
-    alphas = {"lora_alpha": config.lora_alpha}
-    alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in (config.alpha_pattern or {}).items()}
-    for name, alpha in alphas.items():
-        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-            raise LoRAError(f"{name} must be a finite number, not {alpha!r}")
-    if not isinstance(config.lora_dropout, (int, float)) or not 0 <= config.lora_dropout < 1:
-        raise LoRAError(f"lora_dropout must lie in [0, 1), not {config.lora_dropout!r}")
-    _check_patterns_compile(config)
-    if config.bias not in ("none", "all", "lora_only"):
-        raise LoRAError(f"bias must be none, all or lora_only, not {config.bias!r}")
 
 
 def _refuse_tied(model: nn.Module, targets: list[str]) -> None:

@@ -11,8 +11,10 @@ import torch
 import yaml
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
-from plainlora.arguments import RecipeArguments, StrictParser, check_combinations, dtype_of, parse_pattern, read_yaml
+from plainlora.arguments import RecipeArguments, dtype_of, parse_pattern
+from plainlora.checks import check_combinations
 from plainlora.errors import UserError
+from plainlora.parsing import StrictParser, read_yaml
 from tests.conftest import ROOT
 
 CLASSES = (RecipeArguments, ScriptArguments, SFTConfig, ModelConfig)

@@ -1,0 +1,108 @@
+"""Settings that this project cannot honour are refused by name, before anything is loaded or written."""
+
+import math
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from trl import ModelConfig, ScriptArguments, SFTConfig
+
+from plainlora.arguments import RecipeArguments
+from plainlora.errors import UserError
+from plainlora.parsing import trains_on_cpu
+
+# Smallest and largest value, both allowed. The libraries would notice late, or not at all.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "max_length": (1, math.inf),
+    "max_train_rows": (1, math.inf),
+    "max_overflow": (0, 1),
+    "exact_match_rows": (0, math.inf),
+    "max_new_tokens": (1, math.inf),
+    "dataset_num_proc": (1, math.inf),
+    "per_device_train_batch_size": (1, math.inf),
+    "per_device_eval_batch_size": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "num_train_epochs": (0, math.inf),
+    "learning_rate": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "seed": (0, 2**32 - 1),
+    "data_seed": (0, 2**32 - 1),
+}
+
+
+def check_combinations(
+    recipe: RecipeArguments, script: ScriptArguments, training: SFTConfig, model: ModelConfig
+) -> None:
+    """Refuses settings that this project cannot honour, instead of ignoring them.
+
+    Raises:
+        UserError: Naming the setting and what to do.
+    """
+    if not model.model_name_or_path:
+        raise UserError("model_name_or_path is missing: give a Hub id or a local folder")
+    if not script.dataset_name:
+        raise UserError("dataset_name is missing: give a Hub id or a local file")
+    check_ranges(vars(recipe) | vars(script) | vars(training) | vars(model))
+    refused = {
+        "dataset_streaming": (script.dataset_streaming, "rows are checked before training, so all are read first"),
+        "ignore_bias_buffers": (script.ignore_bias_buffers, "current Transformers models need no such workaround"),
+        "dataset_kwargs": (training.dataset_kwargs, "rows are prepared by this project, not by TRL"),
+        "use_liger_kernel": (training.use_liger_kernel, "TRL has deprecated it; its own fused head is used"),
+    }
+    for name, (is_set, reason) in refused.items():
+        if is_set:
+            raise UserError(f"{name} is not supported: {reason}")
+    if training.packing and training.packing_strategy == "wrapped":
+        raise UserError(
+            "packing_strategy=wrapped is refused: it cuts rows in two and lets examples attend to each other "
+            "(trl#1230); use bfd"
+        )
+    if training.packing and training.max_length is None:
+        raise UserError("packing needs max_length: give the length of a packed sequence")
+    if training.fp16 and trains_on_cpu(training.use_cpu):
+        raise UserError("fp16 needs a GPU: leave --fp16 out, and a CPU trains in float32")
+    check_writable(training.output_dir)
+    trackers = [training.report_to] if isinstance(training.report_to, str) else training.report_to or []
+    for tracker in trackers:
+        check_tracker(tracker)
+    if model.dtype not in ("auto", "float32", "float16", "bfloat16"):
+        raise UserError(f"dtype must be auto, float32, float16 or bfloat16, not {model.dtype}")
+
+
+def check_ranges(settings: dict[str, Any]) -> None:
+    """Raises `UserError` for a number outside `BOUNDS`, or for `..._kwargs` that are no mapping."""
+    for name, (low, high) in BOUNDS.items():
+        value = settings[name]
+        if value is not None and (not low <= value <= high or value == math.inf):
+            limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise UserError(f"{name} must be {limits}, not {value}")
+    for name, value in settings.items():
+        if name.endswith("_kwargs") and isinstance(value, str):
+            raise UserError(f"{name} must be a mapping, as JSON on the command line, not {value!r}")
+
+
+def check_writable(folder: str | None, option: str = "output_dir") -> None:
+    """Raises `UserError` if the folder cannot be made or written to: better now than after hours of training."""
+    if not folder:
+        raise UserError(f"{option} is empty; give a folder")
+    path = Path(folder).absolute()
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    if not existing.is_dir():
+        raise UserError(f"{option} {folder}: {existing} is a file; give a folder")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"{option} {folder}: {existing} cannot be written to")
+
+
+def check_tracker(name: str) -> None:
+    """Raises `UserError` if `report_to` names a tracker that Transformers does not know, or that is not installed."""
+    if name in ("none", "all", *get_available_reporting_integrations()):
+        return
+    if name not in INTEGRATION_TO_CALLBACK:
+        raise UserError(
+            f"report_to: there is no tracker {name!r}; known are none, {', '.join(INTEGRATION_TO_CALLBACK)}"
+        )
+    if find_spec(name) is None:
+        raise UserError(f"report_to: {name} is not installed; pip install {name}, or set --report_to none")

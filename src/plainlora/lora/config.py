@@ -1,0 +1,64 @@
+"""Which `LoraConfig` fields are implemented. Any other, away from its default, is an error that names it."""
+
+import math
+import re
+from dataclasses import MISSING, fields
+
+from peft import LoraConfig
+
+from plainlora.lora.errors import LoRAError
+
+SUPPORTED_FIELDS = {
+    *("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+    *("bias", "fan_in_fan_out", "task_type"),
+}
+BOOKKEEPING_FIELDS = {
+    *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("runtime_config", "megatron_core"),
+}
+
+
+def _check_patterns_compile(config: LoraConfig) -> None:
+    """Every text that is matched as a regular expression must be one."""
+    whole = {name: getattr(config, name) for name in ("target_modules", "exclude_modules", "layers_pattern")}
+    patterns = [(name, value) for name, value in whole.items() if isinstance(value, str)]
+    for name in ("rank_pattern", "alpha_pattern", "modules_to_save"):
+        patterns += [(name, key) for key in getattr(config, name) or ()]
+    for name, pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise LoRAError(f"{name}: {pattern!r} is not a regular expression ({error})") from error
+
+
+def check_supported(config: LoraConfig) -> None:
+    """Raises `LoRAError` naming every field of the config that this package does not implement."""
+    unsupported = []
+    for field in fields(config):
+        if field.name in SUPPORTED_FIELDS | BOOKKEEPING_FIELDS:
+            continue
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        value = getattr(config, field.name)
+        if value != default and value not in (None, False, [], {}):
+            unsupported.append(f"{field.name}={value!r}")
+    if config.runtime_config.ephemeral_gpu_offload:
+        unsupported.append("runtime_config.ephemeral_gpu_offload=True")
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        unsupported.append(f"init_lora_weights={config.init_lora_weights!r}")
+    if unsupported:
+        raise LoRAError(f"this LoRA does not implement {', '.join(unsupported)}; leave it out, or use PEFT's back end")
+    ranks = {"r": config.r} | {f"rank_pattern[{key!r}]": rank for key, rank in (config.rank_pattern or {}).items()}
+    for name, rank in ranks.items():
+        if not isinstance(rank, int) or rank < 1:
+            raise LoRAError(f"{name} must be a whole number of at least 1, not {rank!r}")
+    alphas = {"lora_alpha": config.lora_alpha}
+    alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in (config.alpha_pattern or {}).items()}
+    for name, alpha in alphas.items():
+        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise LoRAError(f"{name} must be a finite number, not {alpha!r}")
+    if not isinstance(config.lora_dropout, (int, float)) or not 0 <= config.lora_dropout < 1:
+        raise LoRAError(f"lora_dropout must lie in [0, 1), not {config.lora_dropout!r}")
+    _check_patterns_compile(config)
+    if config.bias not in ("none", "all", "lora_only"):
+        raise LoRAError(f"bias must be none, all or lora_only, not {config.bias!r}")

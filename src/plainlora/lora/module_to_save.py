@@ -1,0 +1,32 @@
+"""`modules_to_save`: a module trained whole beside the adapters."""
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+
+class ModuleToSave(nn.Module):
+    """A module trained whole beside the adapters: a trained copy in front of the frozen original."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original_module = original
+        self.trained_module = copy.deepcopy(original).requires_grad_(True)
+        self.enabled = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The trained copy's output; the original's while disabled."""
+        module = self.trained_module if self.enabled else self.original_module
+        return module(*args, **kwargs)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight in use: fused loss heads read `lm_head.weight` instead of calling the module."""
+        return cast(torch.Tensor, (self.trained_module if self.enabled else self.original_module).weight)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias in use, if there is one."""
+        return getattr(self.trained_module if self.enabled else self.original_module, "bias", None)
