@@ -7,11 +7,12 @@ export TOKENIZERS_PARALLELISM := false
 # Waiting threads sleep instead of spinning: on a CPU shared with other work that is many times faster.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help install quickstart test style quality clean
+.PHONY: help install quickstart test compare style quality clean
 
 help:
 	@echo "make quickstart  install, train the embedded default on the CPU, merge it, show the result"
 	@echo "make test        install, run the tests (no model hub, no GPU needed)"
+	@echo "make compare     the proof: the hand-written LoRA beside PEFT, level by level"
 	@echo "make quality     lint, formatting and types"
 	@echo "make style       mend what lint and formatting can mend"
 	@echo "make install     .venv with the package in editable mode and its plainlora command"
@@ -30,6 +31,9 @@ quickstart: install
 
 test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2
+
+compare: install
+	HF_HUB_OFFLINE=1 $(BIN)/plainlora compare
 
 style: install
 	$(BIN)/ruff check --fix $(CHECKED)

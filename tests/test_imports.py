@@ -17,7 +17,12 @@ RANKS = [
     {"checks", "data.encoding", "models"},
     {"backends", "generation", "report"},
     {"training", "evaluation", "merging"},
-    {"commands.merge", "commands.generate"},
+    {"parity", "parity.case"},
+    {"parity.sides", "parity.cases"},
+    {"parity.observe"},
+    {"parity.compare"},
+    {"parity.report"},
+    {"commands.merge", "commands.generate", "commands.compare"},
     {"commands"},
 ]
 

@@ -10,6 +10,7 @@ import plainlora
 from plainlora.errors import UserError, one_line_errors
 
 VERBS = {
+    "compare": "show how far the hand-written LoRA is from PEFT",
     "generate": "answer a prompt with the base and with an adapter, side by side",
     "merge": "fold an adapter into its base and check the result by reloading it",
 }

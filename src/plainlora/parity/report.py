@@ -1,0 +1,128 @@
+"""What a comparison leaves: a table for the terminal, `parity.json`, `parity.md`, `parity.png`."""
+
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from plainlora.parity.compare import TOLERANCES, CaseResult, Verdict
+from plainlora.parity.observe import LEVELS
+from plainlora.report import package_versions, write_json
+
+HEADER = ("case", "level", "max abs", "max rel", "allowed", "bits", "verdict")
+WIDTHS = (34, 11, 9, 9, 9, 10, 8)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else "0" if value == 0 else f"{value:.1e}"
+
+
+def _cells(verdict: Verdict) -> tuple[str, ...]:
+    bits = "identical" if verdict.identical else "" if verdict.status == "not run" else "differ"
+    numbers = (_number(verdict.max_abs), _number(verdict.max_rel), _number(verdict.tolerance))
+    return (verdict.case, verdict.level, *numbers, bits, verdict.status)
+
+
+def terminal_rows(verdicts: Iterable[Verdict]) -> list[str]:
+    """A line a verdict; a failure or a level that did not run says why on the same line."""
+    lines = []
+    for verdict in verdicts:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(_cells(verdict), WIDTHS, strict=True))
+        lines.append(line.rstrip() + (f"  {verdict.reason}" if verdict.status != "pass" else ""))
+    return lines
+
+
+def terminal_header() -> str:
+    """The line above them."""
+    return "  ".join(title.ljust(width) for title, width in zip(HEADER, WIDTHS, strict=True)).rstrip()
+
+
+def _matrix_cell(verdict: Verdict) -> str:
+    if verdict.status == "pass":
+        return "=" if verdict.identical else _number(verdict.max_rel)
+    return "**FAIL**" if verdict.status == "fail" else "·"
+
+
+def markdown(results: Sequence[CaseResult]) -> str:
+    """A matrix of cases and levels, what its signs mean, and the versions it holds for."""
+    lines = ["| case | " + " | ".join(LEVELS) + " |", "|---|" + "---|" * len(LEVELS)]
+    for result in results:
+        lines.append("| " + " | ".join([result.case.name, *map(_matrix_cell, result.verdicts)]) + " |")
+    notes = sorted({f"{verdict.level}: {verdict.reason}" for verdict in _flat(results) if verdict.status == "not run"})
+    failures = [f"{v.case}, {v.level}: {v.reason}" for v in _flat(results) if v.status == "fail"]
+    lines += [
+        "",
+        "`=` every bit identical; a number: the largest relative difference, within its tolerance; `·` not run.",
+    ]
+    lines += ["", *(f"- not run: {note}" for note in notes), *(f"- **FAIL** {failure}" for failure in failures)]
+    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+    lines += ["", f"Python {platform.python_version()}, {versions}; {_devices(results)}.", ""]
+    return "\n".join(lines)
+
+
+def _flat(results: Sequence[CaseResult]) -> list[Verdict]:
+    return [verdict for result in results for verdict in result.verdicts]
+
+
+def _devices(results: Sequence[CaseResult]) -> str:
+    return ", ".join(sorted({result.environment.get("device", "") for result in results} - {""})) or "nothing ran"
+
+
+def plot(results: Sequence[CaseResult], path: Path) -> None:
+    """Left: both loss curves of every case, over their first value. Right: their difference on a log axis.
+
+    No difference at all, which a log axis cannot show, has a line of its own.
+    """
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    curves, gaps = figure.subplots(1, 2)
+    drawn = [result for result in results if len(result.losses) == 2]
+    floor = 1e-18
+    for number, result in enumerate(drawn):
+        colour = colormaps["turbo"](number / max(len(drawn) - 1, 1))
+        ours, theirs = result.losses.values()
+        steps = range(1, len(ours) + 1)
+        curves.plot(steps, [loss / ours[0] for loss in ours], color=colour, linewidth=3, alpha=0.45)
+        curves.plot(steps, [loss / ours[0] for loss in theirs], color="black", linewidth=0.8, linestyle="--")
+        distance = [abs(a - b) or floor for a, b in zip(ours, theirs, strict=True)]
+        gaps.plot(steps, distance, color=colour, marker="o", markersize=3, linewidth=1, label=result.case.name)
+    curves.set(title="PlainLoRA (wide) and PEFT (dashed)", ylabel="loss / first loss")
+    gaps.set(title="Difference of the losses", ylabel="|difference|", yscale="log", ylim=(1e-19, 1))
+    gaps.set_yticks([floor, 1e-12, 1e-9, 1e-6, 1e-3, 1], ["none", "1e-12", "1e-9", "1e-6", "1e-3", "1"])
+    gaps.minorticks_off()
+    for axes in (curves, gaps):
+        axes.set_xlabel("optimizer step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e5e7eb")
+    if drawn:
+        gaps.legend(frameon=False, fontsize=7, ncols=2, loc="upper right")
+    figure.savefig(path, dpi=150)
+
+
+def write(results: Sequence[CaseResult], directory: Path) -> None:
+    """Writes `parity.json`, `parity.md` and `parity.png`."""
+    write_json(
+        directory / "parity.json",
+        {
+            "cases": [
+                {
+                    "name": result.case.name,
+                    "seed": result.case.seed,
+                    "environment": result.environment,
+                    "losses": result.losses,
+                    "levels": [
+                        {name: value for name, value in vars(verdict).items() if name != "case"}
+                        for verdict in result.verdicts
+                    ],
+                }
+                for result in results
+            ],
+            "tolerances": {name: {"relative": value, "reason": why} for name, (value, why) in TOLERANCES.items()},
+            "versions": package_versions() | {"python": platform.python_version()},
+        },
+    )
+    (directory / "parity.md").write_text(markdown(results), encoding="utf-8")
+    plot(results, directory / "parity.png")

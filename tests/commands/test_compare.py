@@ -1,0 +1,96 @@
+"""`plainlora compare` as typed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from plainlora.commands import main
+from plainlora.lora.layer import LoRALinear
+from plainlora.parity.observe import LEVELS
+from tests.commands.test_generate import with_template
+from tests.test_merging import trained_adapter
+
+
+def recipe(tmp_path: Path, model: Path, rows: Path) -> list[str]:
+    return [
+        *(
+            "compare",
+            "--config",
+            "recipes/gpt2-alpaca-gpt4/lora.yaml",
+            "--steps",
+            "3",
+            "--output",
+            str(tmp_path / "out"),
+        ),
+        *("--", "--model_name_or_path", str(model), "--dataset_name", str(rows), "--max_length", "256"),
+        *("--per_device_train_batch_size", "2", "--lora_dropout", "0.1"),
+    ]
+
+
+def test_a_recipes_own_model_adapter_and_rows_are_compared(
+    tmp_path: Path, model_dirs: dict[str, Path], rows_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    main(recipe(tmp_path, model_dirs["gpt2"], rows_file))
+    printed = capfd.readouterr().out
+    assert "8 levels hold, 8 of them to the last bit; 0 fail; 0 did not run" in printed
+    found = json.loads((tmp_path / "out" / "parity.json").read_text())
+    (case,) = found["cases"]
+    assert [level["level"] for level in case["levels"]] == list(LEVELS)
+    assert case["losses"]["plainlora"] == case["losses"]["PEFT"]
+    assert len(case["losses"]["PEFT"]) == 3
+    assert case["environment"] == {"base dtype": "float32", "device": "cpu"}
+    assert {"torch", "peft", "trl", "python"} <= found["versions"].keys()
+    assert "| = | = | = | = | = | = | = | = |" in (tmp_path / "out" / "parity.md").read_text()
+    assert (tmp_path / "out" / "parity.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_level_that_does_not_hold_is_exit_code_1(
+    tmp_path: Path,
+    model_dirs: dict[str, Path],
+    rows_file: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = LoRALinear.forward
+    monkeypatch.setattr(LoRALinear, "forward", lambda self, x: original(self, x) * 1.001)
+    with pytest.raises(SystemExit) as stopped:
+        main(recipe(tmp_path, model_dirs["gpt2"], rows_file))
+    assert stopped.value.code == 1
+    assert "logits differs by" in capfd.readouterr().out
+    assert "**FAIL**" in (tmp_path / "out" / "parity.md").read_text()
+
+
+def test_a_trained_adapter_is_loaded_into_both(
+    tmp_path: Path, model_dirs: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    adapter = with_template(trained_adapter("llama", model_dirs, tmp_path / "adapter"))
+    main(["compare", "--adapter", str(adapter), "--prompt", "Name it.", "--output", str(tmp_path / "out")])
+    printed = capfd.readouterr().out
+    assert "0 fail" in printed
+    assert "trajectory" in printed
+    assert "not run  no rows to train on" in printed
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--config", "a.yaml", "--adapter", "b"], "not allowed with argument"),
+        (["--adapter", "nowhere"], "nowhere"),
+        (["--model", "./nowhere"], "there is no folder ./nowhere"),
+        (["--", "--lora_r", "3"], "is for --config only"),
+        (["--config", "nowhere.yaml"], "there is no file nowhere.yaml"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    typed: list[str], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", "--output", str(tmp_path / "out"), *typed])
+    assert stopped.value.code == 2
+    message = capfd.readouterr().err.strip()
+    assert message.startswith("error: ")
+    assert said in message
+    assert "\n" not in message
+    assert not (tmp_path / "out").exists()

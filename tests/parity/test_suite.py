@@ -1,0 +1,69 @@
+"""The built-in suite in short, and models of a user's own."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GemmaConfig,
+    GPTNeoXConfig,
+    MistralConfig,
+    OPTConfig,
+    PhiConfig,
+    PretrainedConfig,
+    RobertaConfig,
+)
+
+from plainlora.parity.cases import built_in_cases, model_case, quiet_models
+from plainlora.parity.compare import compare
+from plainlora.parity.observe import LEVELS
+
+NOT_RUN = {
+    "DistilBERT, classifier": "generation",
+    "Llama, NF4": "merge",
+    "Llama, NF4 nested": "merge",
+    "Llama, 8-bit": "merge",
+}
+
+
+def test_every_level_of_every_built_in_case_holds() -> None:
+    names = []
+    with quiet_models():
+        for case in built_in_cases(steps=2):
+            names.append(case.name)
+            for verdict in compare(case).verdicts:
+                expected = "not run" if verdict.level == NOT_RUN.get(case.name) else "pass"
+                assert verdict.status == expected, (case.name, verdict)
+                if expected == "pass" and case.exact:
+                    assert verdict.identical, (case.name, verdict)
+                assert verdict.reason
+    assert len(names) == len(set(names)) == 15
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 90}
+OWN: dict[str, Callable[[], PretrainedConfig]] = {
+    "GPT-NeoX": lambda: GPTNeoXConfig(**SIZES, intermediate_size=64),
+    "OPT": lambda: OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32, bos_token_id=0, eos_token_id=0),
+    "Mistral": lambda: MistralConfig(**SIZES, intermediate_size=64, num_key_value_heads=1, head_dim=16),
+    "Phi": lambda: PhiConfig(**SIZES, intermediate_size=64),
+    "Gemma": lambda: GemmaConfig(**SIZES, intermediate_size=64, num_key_value_heads=1, head_dim=16),
+    "BERT": lambda: BertConfig(**SIZES, intermediate_size=64),
+    "RoBERTa": lambda: RobertaConfig(**SIZES, intermediate_size=64, pad_token_id=1),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_model_of_ones_own_is_compared(name: str, tmp_path: Path) -> None:
+    config = OWN[name]()
+    is_encoder = name in ("BERT", "RoBERTa")
+    auto = AutoModelForSequenceClassification if is_encoder else AutoModelForCausalLM
+    with quiet_models():
+        auto.from_config(config).save_pretrained(tmp_path)
+        result = compare(model_case(str(tmp_path), ["all-linear"], steps=3))
+    for verdict in result.verdicts:
+        assert verdict.status == ("not run" if is_encoder and verdict.level == "generation" else "pass"), verdict
+    assert [verdict.level for verdict in result.verdicts] == list(LEVELS)
+    assert all(len(losses) == 3 for losses in result.losses.values())
