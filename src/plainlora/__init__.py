@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from plainlora.lora.inject import disabled, inject, unwrap
-    from plainlora.lora.interchange import load_adapter, save_adapter
+    from plainlora.lora.interchange import save_adapter
+    from plainlora.lora.load import load_adapter
     from plainlora.lora.merge import merge
 
 __version__ = "0.1.0"
@@ -25,7 +26,7 @@ _HOME = {
     "disabled": "plainlora.lora.inject",
     "inject": "plainlora.lora.inject",
     "unwrap": "plainlora.lora.inject",
-    "load_adapter": "plainlora.lora.interchange",
+    "load_adapter": "plainlora.lora.load",
     "save_adapter": "plainlora.lora.interchange",
     "merge": "plainlora.lora.merge",
 }

@@ -14,7 +14,7 @@ from trl import ModelConfig
 
 from plainlora.arguments import RecipeArguments, parse_pattern
 from plainlora.errors import UserError
-from plainlora.lora import inject, interchange
+from plainlora.lora import inject, interchange, load
 from plainlora.lora.config import check_supported
 from plainlora.lora.targets import find_targets
 
@@ -57,7 +57,7 @@ def _peft_reload(model: nn.Module, directory: str | Path) -> None:
 BACKENDS = {
     "reference": Backend(
         attach=inject.inject,
-        load=interchange.load_adapter,
+        load=load.load_adapter,
         reload=interchange.load_adapter_weights,
         disabled=inject.disabled,
     ),

@@ -20,7 +20,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from plainlora.checks import check_writable
 from plainlora.data.prompts import render_prompt
 from plainlora.errors import UserError
-from plainlora.lora.interchange import load_adapter, read_config
+from plainlora.lora.interchange import read_config
+from plainlora.lora.load import load_adapter
 from plainlora.lora.merge import merge
 from plainlora.models import load_causal_lm, load_tokenizer
 from plainlora.report import package_versions, write_json

@@ -8,4 +8,5 @@ import logging
 import warnings
 
 warnings.filterwarnings("ignore", category=FutureWarning)
+warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)  # PEFT, on Conv1D
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from plainlora import disabled, inject, load_adapter, merge, unwrap
 from plainlora.lora.config import BOOKKEEPING_FIELDS
 from plainlora.lora.errors import LoRAError
-from plainlora.lora.inject import injection, lora_layers, saved_modules
 from plainlora.lora.layer import LoRALinear
 from plainlora.lora.module_to_save import ModuleToSave
+from plainlora.lora.record import injection, lora_layers, saved_modules
 from tests.lora.oracle import (
     Q_LIN,
     assert_equal_tensors,

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from plainlora import disabled, load_adapter, save_adapter, unwrap
 from plainlora.lora.errors import LoRAError
-from plainlora.lora.inject import inject, lora_layers
+from plainlora.lora.inject import inject
 from plainlora.lora.interchange import adapter_state_dict, load_adapter_weights, read_config
 from plainlora.lora.layer import LoRALinear
 from plainlora.lora.module_to_save import ModuleToSave
+from plainlora.lora.record import lora_layers
 from plainlora.lora.targets import find_targets
 from tests.lora.oracle import (
     Q_LIN,

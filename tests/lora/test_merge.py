@@ -9,9 +9,9 @@ from transformers.pytorch_utils import Conv1D
 
 from plainlora import merge
 from plainlora.lora.errors import LoRAError
-from plainlora.lora.inject import lora_layers
 from plainlora.lora.layer import LoRALinear
 from plainlora.lora.module_to_save import ModuleToSave
+from plainlora.lora.record import lora_layers
 from tests.conftest import load_quantized
 from tests.lora.oracle import (
     Q_LIN,

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from plainlora.lora import storage
 from plainlora.lora.errors import LoRAError
-from plainlora.lora.inject import lora_layers
+from plainlora.lora.record import lora_layers
 from tests.conftest import load_quantized, make_model, random_ids
 from tests.lora.oracle import assert_equal_tensors, by_peft, by_us, logits, move, snapshot, trainable
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from plainlora import inject
 from plainlora.lora.errors import LoRAError
-from plainlora.lora.inject import injection, lora_layers
+from plainlora.lora.record import injection, lora_layers
 from plainlora.lora.targets import condense, default_targets, find_targets
 from tests.lora.oracle import assert_same_as_peft, config, make, requires_grad, snapshot
 

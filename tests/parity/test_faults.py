@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from plainlora.data import encoding
-from plainlora.lora import inject, interchange, merge
-from plainlora.lora.inject import lora_layers
+from plainlora.lora import inject, interchange, load, merge
+from plainlora.lora.record import lora_layers
 from plainlora.parity.case import Case
 from plainlora.parity.cases import built_in_cases, quiet_models
 from plainlora.parity.compare import compare
@@ -39,7 +39,7 @@ def after_injection(patch: Patch, change: Callable[[nn.Module], None]) -> None:
         return model
 
     patch.setattr(inject, "inject", spoiled)
-    patch.setattr(interchange, "inject", spoiled)
+    patch.setattr(load, "inject", spoiled)
 
 
 def each_layer(change: Callable[[Any], None]) -> Callable[[nn.Module], None]:

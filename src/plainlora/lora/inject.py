@@ -3,9 +3,8 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -14,8 +13,10 @@ from torch import nn
 from plainlora.lora import storage
 from plainlora.lora.config import check_supported
 from plainlora.lora.errors import LoRAError
+from plainlora.lora.interchange import save_adapter
 from plainlora.lora.layer import LoRALinear
 from plainlora.lora.module_to_save import ModuleToSave
+from plainlora.lora.record import Injection, ModelT, injection, lora_layers, saved_modules
 from plainlora.lora.targets import (
     TASK_HEADS,
     check_patterns,
@@ -24,47 +25,6 @@ from plainlora.lora.targets import (
     find_targets,
     value_for,
 )
-
-ModelT = TypeVar("ModelT", bound=nn.Module)
-
-
-@dataclass
-class Injection:
-    """What `inject` did to a model, kept on the model as `model.plainlora`.
-
-    Attributes:
-        config: The config as resolved: explicit target names, the classification head in `modules_to_save`.
-        trainable: Names of the parameters that required gradients before, a tied one's under each of its names.
-        biases: The base's own values of the biases that are trained (`bias` of the config), by parameter.
-    """
-
-    config: LoraConfig
-    trainable: list[str]
-    biases: dict[nn.Parameter, torch.Tensor]
-
-
-def injection(model: nn.Module) -> Injection:
-    """The record of `inject`.
-
-    Raises:
-        LoRAError: The model carries no adapter of this package.
-    """
-    record = getattr(model, "plainlora", None)
-    if record is None:
-        raise LoRAError(
-            f"this {type(model).__name__} carries no PlainLoRA adapter; call inject() or load_adapter() first"
-        )
-    return record
-
-
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """The LoRA layers with their full names, in the model's own order."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
-
-
-def saved_modules(model: nn.Module) -> Iterator[tuple[str, ModuleToSave]]:
-    """The wholly trained modules with their full names, in the model's own order."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, ModuleToSave))
 
 
 def _refuse_tied(model: nn.Module, targets: list[str]) -> None:
@@ -142,8 +102,6 @@ def _save_pretrained(model: nn.Module, save_directory: str, *, is_main_process: 
     Transformers' would write the wrapped base under renamed keys, which `from_pretrained` then re-initialises without
     an error. This writes the adapter, as `PeftModel.save_pretrained` does.
     """
-    from plainlora.lora.interchange import save_adapter  # noqa: PLC0415  # interchange builds on this module
-
     if is_main_process:
         save_adapter(model, save_directory)
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from plainlora.lora.errors import LoRAError
-from plainlora.lora.inject import ModelT, inject, injection, lora_layers, saved_modules, unwrap
+from plainlora.lora.record import injection, lora_layers, saved_modules
 
 PREFIX = "base_model.model."
 
@@ -158,28 +158,3 @@ def load_adapter_weights(model: nn.Module, directory: str | os.PathLike[str]) ->
             raise LoRAError(f"{path}: {name} holds values that are not finite; the training that wrote it diverged")
     for name, tensor in read.items():
         own[name].copy_(tensor)
-
-
-def load_adapter(model: ModelT, directory: str | os.PathLike[str], trainable: bool = False) -> ModelT:
-    """Injects the adapter that a directory describes and fills it with the saved weights: PEFT's or this package's.
-
-    Args:
-        model: The base model, untouched so far.
-        directory: Holds `adapter_config.json` and `adapter_model.safetensors`.
-        trainable: Whether to go on training; otherwise every parameter is frozen and dropout is off.
-
-    Returns:
-        The same model.
-
-    Raises:
-        LoRAError: See `read_config`, `inject` and `load_adapter_weights`. Then the model is as it was before.
-    """
-    inject(model, read_config(directory), strict=False)
-    try:
-        load_adapter_weights(model, directory)
-    except LoRAError:
-        unwrap(model)
-        raise
-    if not trainable:
-        model.requires_grad_(False).eval()
-    return model

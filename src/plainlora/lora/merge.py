@@ -6,7 +6,8 @@ from transformers import PreTrainedModel
 
 from plainlora.lora import storage
 from plainlora.lora.errors import LoRAError
-from plainlora.lora.inject import ModelT, injection, lora_layers, restore_identity, saved_modules
+from plainlora.lora.inject import restore_identity
+from plainlora.lora.record import ModelT, injection, lora_layers, saved_modules
 
 
 def _untie_if_diverged(model: nn.Module) -> None:

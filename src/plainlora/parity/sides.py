@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from plainlora import backends
 from plainlora.data.encoding import encode_rows, find_schema, split_row
 from plainlora.data.prompts import without_bos
-from plainlora.lora import inject, interchange, merge
+from plainlora.lora import inject, interchange, load, merge
 from plainlora.parity.case import Case
 from plainlora.training import AdapterTrainer, adapter_precision_kept, hand_over
 
@@ -99,7 +99,7 @@ class HandWritten(Side):
 
     def load(self, base: PreTrainedModel, directory: str | Path) -> nn.Module:
         """See `plainlora.load_adapter`."""
-        return interchange.load_adapter(base, directory, trainable=True)
+        return load.load_adapter(base, directory, trainable=True)
 
     def save(self, model: nn.Module, directory: str | Path) -> None:
         """See `plainlora.save_adapter`."""

@@ -1,0 +1,54 @@
+"""What an injected model carries: the record of the injection, its LoRA layers, its wholly trained modules."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from plainlora.lora.errors import LoRAError
+from plainlora.lora.layer import LoRALinear
+from plainlora.lora.module_to_save import ModuleToSave
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+@dataclass
+class Injection:
+    """What `inject` did to a model, kept on the model as `model.plainlora`.
+
+    Attributes:
+        config: The config as resolved: explicit target names, the classification head in `modules_to_save`.
+        trainable: Names of the parameters that required gradients before, a tied one's under each of its names.
+        biases: The base's own values of the biases that are trained (`bias` of the config), by parameter.
+    """
+
+    config: LoraConfig
+    trainable: list[str]
+    biases: dict[nn.Parameter, torch.Tensor]
+
+
+def injection(model: nn.Module) -> Injection:
+    """The record of `inject`.
+
+    Raises:
+        LoRAError: The model carries no adapter of this package.
+    """
+    record = getattr(model, "plainlora", None)
+    if record is None:
+        raise LoRAError(
+            f"this {type(model).__name__} carries no PlainLoRA adapter; call inject() or load_adapter() first"
+        )
+    return record
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """The LoRA layers with their full names, in the model's own order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
+
+
+def saved_modules(model: nn.Module) -> Iterator[tuple[str, ModuleToSave]]:
+    """The wholly trained modules with their full names, in the model's own order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, ModuleToSave))
