@@ -112,6 +112,9 @@ def test_clearing_removes_the_runs_own_files_only(run: Path, checkpoint: Path) -
     shutil.copytree(checkpoint, run, dirs_exist_ok=True)
     for name in ("README.md", "loss.png", "run.json", "all_results.json"):
         (run / name).write_text("{}")
+    (run / "merged").mkdir()
+    for name in ("merge.json", "model.safetensors"):
+        (run / "merged" / name).write_text("{}")
     strangers = ["notes.txt", "checkpoint-final/weights", "data/rows.jsonl", "optimizer.pt", "scheduler.pt"]
     for name in strangers:
         (run / name).parent.mkdir(exist_ok=True)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from plainlora import inject, save_adapter
 from plainlora.errors import UserError
-from plainlora.merging import TOLERANCES, merge_adapter
+from plainlora.merging import TOLERANCES, merge_adapter, training_quantization
 from plainlora.models import describe_quantization
 from plainlora.report import write_run
 from tests.conftest import load_quantized, make_model, random_ids
@@ -83,6 +83,15 @@ def test_u03_an_nf4_adapter_merges_into_the_checkpoint_or_into_what_training_saw
     whole = PeftModel.from_pretrained(make_model("llama"), adapter)(input_ids=random_ids()).logits
     torch.testing.assert_close(results["16bit"], whole, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(results["16bit"], results["dequantized"], atol=1e-3)
+
+
+def test_a_checkpoint_of_a_quantised_run_merges_as_the_run_does(tmp_path: Path, model_dirs: dict[str, Path]) -> None:
+    run = quantized_run(model_dirs, tmp_path / "run")
+    checkpoint = trained_adapter("llama", model_dirs, run / "checkpoint-3")
+    found = training_quantization(checkpoint)
+    assert found is not None
+    assert found == training_quantization(run)
+    assert training_quantization(trained_adapter("llama", model_dirs, tmp_path / "whole")) is None
 
 
 def test_u01_dequantized_needs_a_quantised_run(tmp_path: Path, model_dirs: dict[str, Path]) -> None:

@@ -63,5 +63,7 @@ def clear_output_dir(output_dir: str | Path) -> None:
     """Removes an earlier run's results and checkpoints, and nothing else. Called once all input has been checked."""
     for path in list_checkpoints(output_dir):
         shutil.rmtree(path)
+    if (Path(output_dir) / "merged" / "merge.json").exists():
+        shutil.rmtree(Path(output_dir) / "merged")
     for name in (*RESULTS, "README.md", "loss.png"):
         (Path(output_dir) / name).unlink(missing_ok=True)

@@ -73,7 +73,8 @@ def load_tokenizer_of(adapter: str | Path) -> PreTrainedTokenizerBase:
 
 def training_quantization(adapter: str | Path) -> dict[str, Any] | None:
     """How the base was quantised in training, from `run.json`; `None` if it was not, or if that is unknown."""
-    path = Path(adapter) / "run.json"
+    folder = Path(adapter)
+    path = (folder.parent if folder.name.startswith("checkpoint-") else folder) / "run.json"
     if not path.is_file():
         return None
     try:

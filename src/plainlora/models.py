@@ -160,6 +160,14 @@ def load_base(
     )
 
 
+def to_accelerator(model: PreTrainedModel) -> PreTrainedModel:
+    """Moves the model to the GPU, if there is one."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is not None:
+        model.to(device=device)
+    return model
+
+
 def describe_quantization(model: PreTrainedModel) -> dict[str, Any] | None:
     """The base's quantisation, for `run.json` and back into `BitsAndBytesConfig`; `None` if it has none."""
     config = getattr(model.config, "quantization_config", None)

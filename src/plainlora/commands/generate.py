@@ -30,18 +30,20 @@ def run(arguments: argparse.Namespace) -> None:
     from plainlora.backends import BACKENDS
     from plainlora.data.prompts import render_prompt
     from plainlora.generation import generate
-    from plainlora.merging import load_base_for_merge, load_tokenizer_of
+    from plainlora.merging import load_base_for_merge, load_tokenizer_of, training_quantization
+    from plainlora.models import to_accelerator
 
     tokenizer = load_tokenizer_of(arguments.adapter)
     prompts = [render_prompt(prompt, tokenizer, arguments.input) for prompt in arguments.prompt]
     if not all(prompts):
         raise UserError("--prompt is empty, and without a template there is nothing to go on from")
+    if training_quantization(arguments.adapter) is not None:
+        print("trained on quantised weights; here the base is the original checkpoint")
     answers: dict[str, list[str]] = {}
     for name in ("reference", "peft") if arguments.with_peft else ("reference",):
         backend = BACKENDS[name]
-        model = backend.load(
-            load_base_for_merge(arguments.adapter, "16bit", dtype_of(arguments.dtype)), arguments.adapter
-        )
+        base = load_base_for_merge(arguments.adapter, "16bit", dtype_of(arguments.dtype))
+        model = backend.load(to_accelerator(base), arguments.adapter)
         if "base" not in answers:
             with backend.disabled(model):
                 answers["base"] = generate(model, tokenizer, prompts, arguments.max_new_tokens)
