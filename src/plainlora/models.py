@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -164,7 +164,7 @@ def to_accelerator(model: PreTrainedModel) -> PreTrainedModel:
     """Moves the model to the GPU, if there is one."""
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is not None:
-        model.to(device=device)
+        cast(nn.Module, model).to(device)
     return model
 
 
