@@ -12,9 +12,10 @@ from plainlora.data import encoding
 from plainlora.lora import inject, interchange, load, merge
 from plainlora.lora.record import lora_layers
 from plainlora.parity.case import Case
-from plainlora.parity.cases import built_in_cases, quiet_models
 from plainlora.parity.compare import compare
 from plainlora.parity.observe import LEVELS
+from plainlora.parity.suite import built_in_cases
+from plainlora.parity.tiny import quiet_models
 
 Patch = pytest.MonkeyPatch
 
@@ -157,3 +158,91 @@ def test_without_a_fault_the_same_case_holds_to_the_last_bit() -> None:
 def test_a_fault_is_caught_on_a_quantised_base_too(fault: Callable[[Patch], None], monkeypatch: Patch) -> None:
     fault(monkeypatch)
     assert any(verdict.status == "fail" for verdict in compare(case("Llama, NF4")).verdicts)
+
+
+def bias_from_another_layer(patch: Patch) -> None:
+    def swap(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        names = sorted(name for name in state if name.endswith("c_fc.base_layer.bias"))
+        return state | dict(zip(names, [state[name] for name in reversed(names)], strict=True))
+
+    spoiled_file(patch, swap)
+
+
+def original_head_saved(patch: Patch) -> None:
+    original = interchange.adapter_state_dict
+
+    def state(model: nn.Module) -> dict[str, torch.Tensor]:
+        found = original(model)
+        for name, module in interchange.saved_modules(model):
+            found[f"base_model.model.{name}.weight"] = module.original_module.weight.detach()
+        return found
+
+    patch.setattr(interchange, "save_adapter", lambda model, path: saved_with(model, path, state))
+
+
+def saved_with(model: nn.Module, path: Any, state: Callable[[nn.Module], dict[str, torch.Tensor]]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interchange, "adapter_state_dict", state)
+        REAL_SAVE(model, path)
+
+
+REAL_SAVE = interchange.save_adapter
+
+
+def scaling_doubled_by_loading(patch: Patch) -> None:
+    original = load.load_adapter
+
+    def loaded(*arguments: Any, **options: Any) -> Any:
+        model = original(*arguments, **options)
+        for _, layer in lora_layers(model):
+            layer.scaling *= 2
+        return model
+
+    patch.setattr(load, "load_adapter", loaded)
+
+
+def frozen_weight_moved(patch: Patch) -> None:
+    from plainlora.training import AdapterTrainer
+
+    original = AdapterTrainer.train
+
+    def train(self: Any, *arguments: Any, **options: Any) -> Any:
+        outcome = original(self, *arguments, **options)
+        for parameter in self.model.parameters():
+            if not parameter.requires_grad:
+                parameter.data.mul_(1.5)
+        return outcome
+
+    patch.setattr(AdapterTrainer, "train", train)
+
+
+def another_prompt(patch: Patch) -> None:
+    original = encoding.split_row
+
+    def split(row: dict[str, Any], schema: Any) -> Any:
+        _, answer = original(row, schema)
+        return [{"role": "user", "content": "WRONG"}], answer
+
+    patch.setattr(encoding, "split_row", split)
+
+
+def identity_kept_after_merging(patch: Patch) -> None:
+    patch.setattr(merge, "restore_identity", lambda model, record: None)
+
+
+MORE_FAULTS = {
+    "a bias saved under another layer": (bias_from_another_layer, "GPT-2, patterns, rsLoRA, biases", "files"),
+    "the untrained head saved": (original_head_saved, "Llama, head trained whole", "files"),
+    "scaling doubled by loading": (scaling_doubled_by_loading, "GPT-2, Conv1D", "files"),
+    "a frozen weight moved": (frozen_weight_moved, "GPT-2, Conv1D", "trajectory"),
+    "another prompt trained": (another_prompt, "GPT-2, Conv1D", "trajectory"),
+    "an adapter's save_pretrained left after merging": (identity_kept_after_merging, "GPT-2, Conv1D", "merge"),
+}
+
+
+@pytest.mark.parametrize("fault", MORE_FAULTS)
+def test_a_subtler_fault_is_caught_too(fault: str, monkeypatch: Patch) -> None:
+    plant, name, level = MORE_FAULTS[fault]
+    plant(monkeypatch)
+    verdicts = compare(case(name)).verdicts
+    assert [verdict.level for verdict in verdicts if verdict.status == "fail"][:1] == [level]

@@ -16,24 +16,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--config", help="a recipe's YAML: its model, adapter and rows; more of its flags after --")
     source.add_argument("--adapter", help="a trained adapter's folder, loaded into both")
     source.add_argument("--model", help="any decoder or encoder: a Hub id or a local folder")
-    parser.add_argument("--target_modules", nargs="+", default=["all-linear"], help="with --model: what LoRA adapts")
+    parser.add_argument("--target_modules", nargs="+", help="with --model: what LoRA adapts (default: all-linear)")
     parser.add_argument("--prompt", help="with --adapter: what both answer")
-    parser.add_argument("--steps", type=int, default=10, help="optimizer steps of the trajectory (default: 10)")
+    parser.add_argument("--steps", type=int, help="optimizer steps of the trajectory (default: 10)")
     parser.add_argument("--output", default="outputs/parity", help="folder for parity.json, parity.md and parity.png")
     parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="with --config: as for recipes/sft.py")
 
 
-def _cases(arguments: argparse.Namespace) -> "Iterator[Case]":
-    from plainlora.parity import cases
+def _cases(arguments: argparse.Namespace, steps: int) -> "Iterator[Case]":
+    from plainlora.parity import sources
+    from plainlora.parity.suite import built_in_cases
 
     if arguments.config:
-        yield cases.recipe_case(arguments.config, arguments.flags, arguments.steps)
+        yield sources.recipe_case(arguments.config, arguments.flags, steps)
     elif arguments.adapter:
-        yield cases.adapter_case(arguments.adapter, arguments.prompt, "auto")
+        yield sources.adapter_case(arguments.adapter, arguments.prompt)
     elif arguments.model:
-        yield cases.model_case(arguments.model, arguments.target_modules, arguments.steps)
+        yield sources.model_case(arguments.model, arguments.target_modules or ["all-linear"], steps)
     else:
-        yield from cases.built_in_cases(arguments.steps)
+        yield from built_in_cases(steps)
+
+
+def _refuse_idle_flags(arguments: argparse.Namespace) -> None:
+    """A flag that the chosen source has no use for is an error, not ignored."""
+    from plainlora.errors import UserError
+
+    needs = {
+        "--prompt": (arguments.prompt, arguments.adapter, "--adapter"),
+        "--target_modules": (arguments.target_modules, arguments.model, "--model"),
+        (arguments.flags or [""])[0]: (arguments.flags, arguments.config, "--config"),
+    }
+    for flag, (given, source, name) in needs.items():
+        if given and not source:
+            raise UserError(f"{flag} is for {name} only; see plainlora compare --help")
+    if arguments.steps is not None and arguments.adapter:
+        raise UserError("--steps is not for --adapter, which trains nothing; see plainlora compare --help")
+    if arguments.steps is not None and arguments.steps < 1:
+        raise UserError(f"--steps must be at least 1, not {arguments.steps}")
 
 
 def _show_progress(what: str) -> None:
@@ -45,20 +64,17 @@ def run(arguments: argparse.Namespace) -> None:
     """Compares, shows, writes; exit code 1 if a level that ran does not hold."""
     import plainlora.quiet  # noqa: F401
     from plainlora.checks import check_writable
-    from plainlora.errors import UserError
-    from plainlora.parity.cases import quiet_models
     from plainlora.parity.compare import compare
     from plainlora.parity.report import terminal_header, terminal_rows, write
+    from plainlora.parity.tiny import quiet_models
 
-    if arguments.steps < 1:
-        raise UserError(f"--steps must be at least 1, not {arguments.steps}")
-    if arguments.flags and not arguments.config:
-        raise UserError(f"{arguments.flags[0]} is for --config only; see plainlora compare --help")
+    _refuse_idle_flags(arguments)
     check_writable(arguments.output, "--output")
     results = []
-    print(terminal_header())
     with quiet_models():
-        for case in _cases(arguments):
+        for case in _cases(arguments, arguments.steps or 10):
+            if not results:
+                print(terminal_header())
             results.append(compare(case, _show_progress))
             _show_progress("")
             print("\n".join(terminal_rows(results[-1].verdicts)), flush=True)

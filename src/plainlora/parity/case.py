@@ -3,14 +3,13 @@
 import copy
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 Inputs = dict[str, torch.Tensor]
 
@@ -25,14 +24,13 @@ class Case:
         config: The adapter.
         inputs: One batch for the model, labels included.
         adapter: A trained adapter's folder, loaded into both sides instead of a fresh start.
-        rows: Rows to train on, in any layout of `plainlora.data`; `None` where nothing is trained.
+        arguments: How to train; `SFTConfig` for a language model. `None` where nothing is trained.
+        rows: Rows for SFTTrainer: in any layout of `plainlora.data`, or as `input_ids` and `labels`. Without rows, the
+            batch above is trained row by row with Transformers' Trainer.
         tokenizer: Turns the rows into tokens.
-        training: Settings of `SFTConfig` (or `TrainingArguments`, for a classifier) away from the defaults here.
-        text_column: The column of plain-text rows.
+        adapter_dtype: Precision of the trained weights.
         prompts: What generation continues; token ids `(batch, length)`, without padding.
         seed: Of every random stream.
-        exact: Whether the two sides perform the same operations in the same order, so that no bit may differ.
-        not_run: Why the whole case cannot run here; empty if it can.
     """
 
     name: str
@@ -40,14 +38,12 @@ class Case:
     config: LoraConfig
     inputs: Inputs
     adapter: str | None = None
+    arguments: TrainingArguments | None = None
     rows: Dataset | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
-    training: dict[str, Any] = field(default_factory=dict)
-    text_column: str = "text"
+    adapter_dtype: str = "float32"
     prompts: torch.Tensor | None = None
     seed: int = 0
-    exact: bool = True
-    not_run: str = ""
 
     def fresh_config(self) -> LoraConfig:
         """A copy for one side: PEFT writes into the config it is given."""

@@ -1,6 +1,7 @@
 """What each side does, as named tensors, level by level. One side is observed at a time, so one model is in memory."""
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,15 +9,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PrinterCallback
 
+from plainlora.lora.storage import is_quantized
 from plainlora.parity.case import Case, seed_everything
 from plainlora.parity.sides import Side
 
 LEVELS = ("init", "forward", "gradients", "dropout", "trajectory", "files", "merge", "generation")
-BOOKKEEPING = ("auto_mapping", "peft_version", "inference_mode", "base_model_name_or_path", "revision")
+BOOKKEEPING = ("auto_mapping", "peft_version")  # who wrote the file, not what it says
+
+
+SAVED = "the trainer saves the adapter as it is"
 
 
 @dataclass
@@ -38,26 +44,30 @@ def _clone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone().cpu() for name, tensor in tensors.items()}
 
 
+def _is_quantized(model: nn.Module) -> bool:
+    return any(is_quantized(module) for module in model.modules())
+
+
 def _attach(side: Side, case: Case) -> nn.Module:
     base = case.make_base()
-    if case.training.get("gradient_checkpointing"):
-        base.gradient_checkpointing_enable()
-        base.enable_input_require_grads()
     seed_everything(case.seed)
-    return side.load(base, case.adapter) if case.adapter else side.attach(base, case.fresh_config())
+    model = side.load(base, case.adapter) if case.adapter else side.attach(base, case.fresh_config())
+    for parameter in model.parameters():
+        if parameter.requires_grad and case.adapter_dtype != "float32":
+            parameter.data = parameter.data.to(getattr(torch, case.adapter_dtype))
+    return model
 
 
 @torch.no_grad()
 def fill(side: Side, model: nn.Module, seed: int) -> None:
-    """Makes every adapter matrix count: B starts at zero, which would hide whatever happens before it.
+    """Makes every trained weight count: B, and many a bias, starts at zero, and a trained head starts as the base's.
 
     Both sides draw the same values, because they draw in the order of the names.
     """
     generator = torch.Generator().manual_seed(seed)
-    for name, tensor in sorted(side.weights(model).items()):
-        if ".lora_" in name:
-            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64) / tensor.shape[1] ** 0.5
-            tensor.copy_((0.5 * noise).to(tensor.dtype))
+    for _, tensor in sorted(side.weights(model).items()):
+        noise = 0.5 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64) / tensor.shape[-1] ** 0.5
+        tensor.copy_(noise.to(tensor.dtype))
 
 
 def observe_init(side: Side, case: Case, model: nn.Module) -> Observation:
@@ -70,6 +80,7 @@ def observe_init(side: Side, case: Case, model: nn.Module) -> Observation:
             "dtypes": {name: str(value.dtype) for name, value in weights.items()},
             "base dtype": str(first.dtype).removeprefix("torch."),
             "device": first.device.type,
+            "quantised": _is_quantized(model),
         },
     )
 
@@ -101,7 +112,12 @@ def _embedding_output_watched(model: nn.Module) -> Iterator[dict[str, torch.Tens
 def observe_gradients(side: Side, case: Case, model: nn.Module) -> Observation:
     """Gradients of every trained parameter and of the input embeddings' output, dropout off."""
     # Checkpointing works in training mode only; modules that drop nothing keep the two sides comparable there.
-    model.train(bool(case.training.get("gradient_checkpointing")))
+    checkpointing = bool(case.arguments and case.arguments.gradient_checkpointing)
+    if checkpointing:
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base.gradient_checkpointing_enable()  # type: ignore[operator]
+        base.enable_input_require_grads()  # type: ignore[operator]
+    model.train(checkpointing)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.eval()
@@ -112,17 +128,19 @@ def observe_gradients(side: Side, case: Case, model: nn.Module) -> Observation:
     gradients = {
         _on_disk(name): p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None
     }
-    trained = sorted(_on_disk(name) for name, parameter in model.named_parameters() if parameter.requires_grad)
     gradients |= {name: output.grad for name, output in seen.items() if output.grad is not None}
     model.zero_grad()
-    return Observation(_clone(gradients), {"trained parameters": trained})
+    return Observation(_clone(gradients), {"trained parameters": _trained(model)})
+
+
+def _trained(model: nn.Module) -> list[str]:
+    return sorted(_on_disk(name) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def _on_disk(name: str) -> str:
     """A parameter's name without what either side adds while it is in memory."""
-    for added in ("base_model.model.", ".default", ".trained_module", ".modules_to_save"):
-        name = name.replace(added, "", 1)
-    return name
+    name = name.removeprefix("base_model.model.")
+    return re.sub(r"\.(default|trained_module|modules_to_save)(?=\.|$)", "", name)
 
 
 def observe_dropout(side: Side, case: Case, model: nn.Module) -> Observation:
@@ -135,28 +153,36 @@ def observe_dropout(side: Side, case: Case, model: nn.Module) -> Observation:
 
 
 def observe_files(side: Side, case: Case, model: nn.Module, directory: Path) -> Observation:
-    """The saved adapter: names, shapes, dtypes, values, and the fields of its config."""
+    """The saved adapter: names, shapes, dtypes, values, the fields of its config, and what it does once loaded."""
     side.save(model, directory)
     tensors = load_file(directory / "adapter_model.safetensors")
     fields = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-    selected = sorted(_on_disk(name) for name in tensors)
-    facts: dict[str, object] = {
+    facts: dict[str, object] = {  # an empty list or text says as little as null
         name: sorted(value) if isinstance(value, list) else value
         for name, value in fields.items()
-        if name not in BOOKKEEPING and name not in ("target_modules", "modules_to_save")
+        if name not in BOOKKEEPING and name not in ("target_modules", "modules_to_save") and value not in ("", [], {})
     }
-    facts |= {"modules": selected, "dtypes": {name: str(value.dtype) for name, value in tensors.items()}}
-    return Observation(tensors, facts)
+    facts = {name: value for name, value in facts.items() if value is not None}
+    loaded = side.load(case.make_base(), directory)
+    facts["trained after loading"] = _trained(loaded)
+    logits = {"logits after loading": observe_forward(side, case, loaded).tensors["logits"]}
+    if case.config.lora_dropout:
+        logits["logits after loading, dropout on"] = observe_dropout(side, case, loaded).tensors["logits"]
+    return Observation(tensors | logits, facts)
 
 
-def observe_merge(side: Side, case: Case, model: nn.Module) -> Observation:
-    """Merged weights, and logits of the merged model."""
-    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
-        return Observation(not_run="merging into quantised weights is refused (peft#2321)")
+def observe_merge(side: Side, case: Case, model: nn.Module, directory: Path) -> Observation:
+    """Merged weights, and logits of the merged model. A quantised base is dequantised first: that can be merged."""
+    if _is_quantized(model):
+        model = side.load(case.make_base().dequantize(), directory)
     merged = side.merge(model).eval()
     with torch.no_grad():
         logits = merged(**_on(merged, case.inputs)).logits
-    return Observation(_clone({"logits": logits} | dict(merged.state_dict())))
+    facts: dict[str, object] = {
+        "class": type(merged).__name__,
+        "saves as its base does": "save_pretrained" not in vars(merged) and not hasattr(merged, "plainlora"),
+    }
+    return Observation(_clone({"logits": logits} | dict(merged.state_dict())), facts)
 
 
 def observe_generation(side: Side, case: Case, model: nn.Module) -> Observation:
@@ -170,25 +196,53 @@ def observe_generation(side: Side, case: Case, model: nn.Module) -> Observation:
     return Observation(_clone({"tokens": tokens}))
 
 
+def _same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(
+        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
+    )
+
+
+def _checksums(model: nn.Module) -> dict[str, float]:
+    """A number for each frozen weight that changes when the weight does."""
+    frozen = {_on_disk(name): p for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: float(parameter.detach().double().abs().sum()) for name, parameter in frozen.items()}
+
+
 def observe_trajectory(side: Side, case: Case) -> Observation:
-    """Loss and gradient norm of every optimizer step through the real trainer, and the adapter at the end."""
-    if "max_steps" not in case.training:
+    """Loss and gradient norm of every optimizer step through the real trainer, and the adapter that it saves."""
+    if case.arguments is None:
         return Observation(not_run="no rows to train on: give --config")
     with tempfile.TemporaryDirectory() as scratch:
         model = _attach(side, case)
+        frozen = _checksums(model)
         trainer = side.trainer(model, case, scratch)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+        trainer.save_model(scratch)
+        final = _clone(side.weights(model))
+        saved = load_file(Path(scratch) / "adapter_model.safetensors")
         log = [entry for entry in trainer.state.log_history if "loss" in entry]
-        steps = {
-            name: torch.tensor([entry[name] for entry in log], dtype=torch.float64) for name in ("loss", "grad_norm")
+        curves = {name: torch.tensor([entry[name] for entry in log]).double() for name in ("loss", "grad_norm")}
+        facts: dict[str, object] = {
+            "frozen weights changed": [name for name, value in _checksums(model).items() if value != frozen[name]],
+            "device": str(trainer.args.device.type),
+            SAVED: _same(saved, final),
         }
-        return Observation(_clone(steps | {f"final {key}": value for key, value in side.weights(model).items()}))
+        return Observation(_clone(curves | {f"final {key}": value for key, value in final.items()}), facts)
 
 
 def _on(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     device = next(model.parameters()).device
     return {name: value.to(device) for name, value in inputs.items()}
+
+
+def _attempt(level: Callable[[], Observation]) -> Observation:
+    """A level that cannot run says why; whether that is a failure is for the comparison to judge."""
+    try:
+        return level()
+    except Exception as error:  # whatever a library raises
+        text = " ".join(str(error).split()) or type(error).__name__
+        return Observation(not_run=text if len(text) < 200 else text[:197] + "...")
 
 
 def observe(side: Side, case: Case, directory: Path, progress: Callable[[str], None]) -> dict[str, Observation]:
@@ -199,23 +253,29 @@ def observe(side: Side, case: Case, directory: Path, progress: Callable[[str], N
         case: What to do with it.
         directory: Where its adapter files go; they are needed for the round trips.
         progress: Told the side and the level as each begins.
+
+    Returns:
+        An observation for each of `LEVELS`; one that could not run carries the reason.
     """
-    found: dict[str, Observation] = {}
-    progress(f"{side.name}: init")
-    model = _attach(side, case)
-    found["init"] = observe_init(side, case, model)
+    try:
+        model = _attach(side, case)
+    except Exception as error:  # whatever a library raises
+        return {level: Observation(not_run=" ".join(str(error).split())[:200]) for level in LEVELS}
+    found = {"init": _attempt(lambda: observe_init(side, case, model))}
     if not case.adapter:
         fill(side, model, case.seed)
-    for name, level in (("forward", observe_forward), ("gradients", observe_gradients), ("dropout", observe_dropout)):
-        progress(f"{side.name}: {name}")
-        found[name] = level(side, case, model)
-    progress(f"{side.name}: files")
-    found["files"] = observe_files(side, case, model, directory)
-    progress(f"{side.name}: generation")
-    found["generation"] = observe_generation(side, case, model)
-    progress(f"{side.name}: merge")
-    found["merge"] = observe_merge(side, case, model)
-    del model
-    progress(f"{side.name}: trajectory")
-    found["trajectory"] = observe_trajectory(side, case)
+    steps: dict[str, Callable[[], Observation]] = {
+        "forward": lambda: observe_forward(side, case, model),
+        "gradients": lambda: observe_gradients(side, case, model),
+        "dropout": lambda: observe_dropout(side, case, model),
+        "files": lambda: observe_files(side, case, model, directory),
+        "generation": lambda: observe_generation(side, case, model),
+        "merge": lambda: observe_merge(side, case, model, directory),  # uses the model up
+        "trajectory": lambda: observe_trajectory(side, case),
+    }
+    for level, step in steps.items():
+        progress(f"{side.name}: {level}")
+        found[level] = _attempt(step)
+    if SAVED in found["trajectory"].facts:  # a question of files, whoever writes them
+        found["files"].facts[SAVED] = found["trajectory"].facts.pop(SAVED)
     return {level: found[level] for level in LEVELS}

@@ -1,5 +1,6 @@
 """What a comparison leaves: a table for the terminal, `parity.json`, `parity.md`, `parity.png`."""
 
+import math
 import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -58,6 +59,8 @@ def markdown(results: Sequence[CaseResult]) -> str:
         "`=` every bit identical; a number: the largest relative difference, within its tolerance; `·` not run.",
     ]
     lines += ["", *(f"- not run: {note}" for note in notes), *(f"- **FAIL** {failure}" for failure in failures)]
+    lines += ["", "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+    lines += ["| " + " | ".join(_cells(verdict)) + " |" for verdict in _flat(results)]
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     lines += ["", f"Python {platform.python_version()}, {versions}; {_devices(results)}.", ""]
     return "\n".join(lines)
@@ -83,23 +86,33 @@ def plot(results: Sequence[CaseResult], path: Path) -> None:
     for number, result in enumerate(drawn):
         colour = colormaps["turbo"](number / max(len(drawn) - 1, 1))
         ours, theirs = result.losses.values()
-        steps = range(1, len(ours) + 1)
-        curves.plot(steps, [loss / ours[0] for loss in ours], color=colour, linewidth=3, alpha=0.45)
-        curves.plot(steps, [loss / ours[0] for loss in theirs], color="black", linewidth=0.8, linestyle="--")
-        distance = [abs(a - b) or floor for a, b in zip(ours, theirs, strict=True)]
-        gaps.plot(steps, distance, color=colour, marker="o", markersize=3, linewidth=1, label=result.case.name)
+        first = ours[0] or 1.0
+        curves.plot([loss / first for loss in ours], color=colour, linewidth=3, alpha=0.45, label=result.case.name)
+        curves.plot([loss / first for loss in theirs], color="black", linewidth=0.8, linestyle="--")
+        distance = [abs(a - b) for a, b in zip(ours, theirs, strict=False)]
+        label = result.case.name if any(distance) else None
+        gaps.plot([gap or floor for gap in distance], color=colour, marker="o", markersize=3, linewidth=1, label=label)
     curves.set(title="PlainLoRA (wide) and PEFT (dashed)", ylabel="loss / first loss")
     gaps.set(title="Difference of the losses", ylabel="|difference|", yscale="log", ylim=(1e-19, 1))
     gaps.set_yticks([floor, 1e-12, 1e-9, 1e-6, 1e-3, 1], ["none", "1e-12", "1e-9", "1e-6", "1e-3", "1"])
     gaps.minorticks_off()
     for axes in (curves, gaps):
-        axes.set_xlabel("optimizer step")
+        axes.set_xlabel("optimizer steps before")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e5e7eb")
+    equal = sum(ours == theirs for ours, theirs in (result.losses.values() for result in drawn))
+    gaps.annotate(f"no difference in {equal} of {len(drawn)} cases", (0.03, 0.12), xycoords="axes fraction")
     if drawn:
-        gaps.legend(frameon=False, fontsize=7, ncols=2, loc="upper right")
+        curves.legend(frameon=False, fontsize=7, loc="lower left")
+    if equal < len(drawn):
+        gaps.legend(frameon=False, fontsize=7, loc="upper right")
     figure.savefig(path, dpi=150)
+
+
+def _jsonable(value: object) -> object:
+    """JSON has no infinity."""
+    return "infinite" if value == math.inf else value
 
 
 def write(results: Sequence[CaseResult], directory: Path) -> None:
@@ -114,7 +127,7 @@ def write(results: Sequence[CaseResult], directory: Path) -> None:
                     "environment": result.environment,
                     "losses": result.losses,
                     "levels": [
-                        {name: value for name, value in vars(verdict).items() if name != "case"}
+                        {name: _jsonable(value) for name, value in vars(verdict).items() if name != "case"}
                         for verdict in result.verdicts
                     ],
                 }

@@ -1,19 +1,20 @@
 """The two implementations behind one set of verbs, so that one observation serves both."""
 
+import copy
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from plainlora import backends
-from plainlora.data.encoding import encode_rows, find_schema, split_row
-from plainlora.data.prompts import without_bos
+from plainlora.data.encoding import encode_rows
 from plainlora.lora import inject, interchange, load, merge
 from plainlora.parity.case import Case
 from plainlora.training import AdapterTrainer, adapter_precision_kept, hand_over
@@ -49,43 +50,22 @@ class Side(ABC):
         """A trainer of the case's rows, prepared in this side's own way."""
 
 
-def _sft_config(case: Case, output_dir: str) -> SFTConfig:
-    settings: dict[str, Any] = {
-        "output_dir": output_dir,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "seed": case.seed,
-        "use_cpu": not torch.accelerator.is_available(),
-        "dataset_text_field": case.text_column,
-    }
-    return SFTConfig(**(settings | case.training))
+def _arguments(case: Case, output_dir: str) -> TrainingArguments:
+    arguments = copy.copy(case.arguments)
+    assert arguments is not None
+    arguments.output_dir = output_dir
+    return arguments
 
 
-def _classifier_trainer(model: nn.Module, case: Case, output_dir: str) -> Trainer:
-    """Transformers' Trainer over the case's own batch, row by row: a classifier has no SFTTrainer."""
-    arguments = TrainingArguments(
-        output_dir=output_dir,
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=case.seed,
-        use_cpu=not torch.accelerator.is_available(),
-        max_steps=int(case.training["max_steps"]),
-    )
+def _row_by_row_trainer(model: nn.Module, case: Case, output_dir: str) -> Trainer:
+    """Transformers' Trainer over the case's own batch: a classifier has no SFTTrainer."""
     count = len(next(iter(case.inputs.values())))
     examples = [{name: value[row] for name, value in case.inputs.items()} for row in range(count)]
-    return Trainer(model=model, args=arguments, train_dataset=examples)
+    return Trainer(model=model, args=_arguments(case, output_dir), train_dataset=examples)
+
+
+def _is_tokenised(rows: Dataset) -> bool:
+    return "input_ids" in rows.column_names
 
 
 class HandWritten(Side):
@@ -116,29 +96,31 @@ class HandWritten(Side):
     def trainer(self, model: nn.Module, case: Case, output_dir: str) -> Trainer:
         """Rows encoded by `plainlora.data.encoding`, trained by `AdapterTrainer`."""
         if case.rows is None or case.tokenizer is None:
-            return _classifier_trainer(model, case, output_dir)
-        settings = _sft_config(case, output_dir)
-        encoded, _ = encode_rows(
-            case.rows,
-            case.tokenizer,
-            where="rows",
-            text_column=case.text_column,
-            answers_only=bool(settings.completion_only_loss),
-            max_length=settings.max_length,
-            on_overflow="drop",
-            max_overflow=0.0,
-        )
+            return _row_by_row_trainer(model, case, output_dir)
+        settings = cast(SFTConfig, _arguments(case, output_dir))
+        rows = case.rows
+        if not _is_tokenised(rows):
+            rows, _ = encode_rows(
+                rows,
+                case.tokenizer,
+                where="rows",
+                text_column=settings.dataset_text_field,
+                answers_only=bool(settings.completion_only_loss),
+                max_length=settings.max_length,
+                on_overflow="drop",
+                max_overflow=0.0,
+            )
         return AdapterTrainer(
             model,
             backends.BACKENDS["reference"],
             args=hand_over(settings),
-            train_dataset=encoded,
+            train_dataset=rows,
             processing_class=case.tokenizer,
         )
 
 
 class Peft(Side):
-    """PEFT and TRL, as a user without this package would call them."""
+    """PEFT and TRL, by their own public calls."""
 
     name = "PEFT"
 
@@ -165,18 +147,50 @@ class Peft(Side):
         return model.merge_and_unload()
 
     def trainer(self, model: nn.Module, case: Case, output_dir: str) -> Trainer:
-        """Rows as they are, prepared and trained by SFTTrainer itself."""
+        """Rows tokenised, masked, packed and trained by SFTTrainer itself.
+
+        Its cast of a quantised model's adapter to bf16 is undone here as on the other side: it is TRL's choice, not
+        part of LoRA, and the comparison is of fp32 adapters.
+        """
         if case.rows is None or case.tokenizer is None:
-            return _classifier_trainer(model, case, output_dir)
-        assert isinstance(model, PeftModel)
-        schema, tokenizer = find_schema(case.rows, case.text_column, "rows"), case.tokenizer
-        if schema == "text":
-            column = case.text_column
-            rows = case.rows.map(lambda row: {column: without_bos(row[column], tokenizer)}).select_columns([column])
-        else:
-            pairs = [split_row(row, schema) for row in case.rows]
-            rows = case.rows.from_list([{"prompt": prompt, "completion": answer} for prompt, answer in pairs])
-        settings = _sft_config(case, output_dir)
+            return _row_by_row_trainer(model, case, output_dir)
+        settings = cast(SFTConfig, _arguments(case, output_dir))
         settings.completion_only_loss = bool(settings.completion_only_loss)
+        settings.chat_template_path = settings.pad_token = settings.model_init_kwargs = None
+        rows = case.rows if _is_tokenised(case.rows) else _as_trl_expects(case.rows, case.tokenizer, settings)
         with adapter_precision_kept(model):
-            return SFTTrainer(model, args=settings, train_dataset=rows, processing_class=tokenizer)
+            return SFTTrainer(
+                cast(PeftModel, model), args=settings, train_dataset=rows, processing_class=case.tokenizer
+            )
+
+
+def _as_trl_expects(rows: Dataset, tokenizer: PreTrainedTokenizerBase, settings: SFTConfig) -> Dataset:
+    """The rows in TRL's own layouts, written out here so that no code of the other side stands behind them."""
+    columns = rows.column_names
+    if "instruction" in columns:
+        pairs = [(_instruction(row), row["output"].strip()) for row in rows]
+    elif "prompt" in columns and isinstance(rows[0]["prompt"], str):
+        pairs = [(row["prompt"].strip(), row["completion"].strip()) for row in rows]
+    elif "prompt" in columns or "messages" in columns:
+        return rows
+    else:  # a BOS that the text spells out would stand there twice
+        bos = tokenizer.bos_token
+        column = settings.dataset_text_field
+        adds_one = bos is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+        texts = [text.removeprefix(bos) if adds_one else text for text in rows[column]]
+        return Dataset.from_dict({column: texts})
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": question}],
+                "completion": [{"role": "assistant", "content": answer}],
+            }
+            for question, answer in pairs
+        ]
+    )
+
+
+def _instruction(row: dict[str, str]) -> str:
+    """Alpaca's instruction and optional input as the one message that the Alpaca template expects."""
+    instruction, context = row["instruction"].strip(), (row.get("input") or "").strip()
+    return f"{instruction}\n\n### Input:\n{context}" if context else instruction
