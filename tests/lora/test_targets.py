@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
+from transformers import MambaConfig, MambaForCausalLM
 
 from plainlora import inject
 from plainlora.lora.errors import LoRAError
@@ -170,3 +172,12 @@ def test_a_model_need_not_come_from_transformers() -> None:
 def test_a_module_inside_another_that_is_trained_whole_is_refused() -> None:
     with pytest.raises(LoRAError, match="up_proj' is inside"):
         inject(make("llama"), config(target_modules=["q_proj"], modules_to_save=["mlp", "up_proj"]))
+
+
+def test_u12_a_module_that_mamba_reads_without_calling_is_refused() -> None:
+    model = MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=50))
+    with pytest.raises(LoRAError, match="out_proj' cannot be adapted"):
+        inject(model, config(target_modules="all-linear"))
+    inject(model, config(target_modules=["in_proj", "x_proj"]))
+    with pytest.raises(ValueError, match="incompatible with Mamba"):
+        get_peft_model(MambaForCausalLM(model.config), config(target_modules=["out_proj"]))

@@ -38,7 +38,7 @@ def seen(*values: float, dtype: torch.dtype = torch.float64, **facts: object) ->
         (seen(1, 2, trained=["a"]), seen(1, 2), ("fail", False)),
         (Observation(), seen(1, 2), ("fail", False)),
         (Observation(not_run="broken"), seen(1, 2), ("fail", False)),
-        (seen(1, 2), Observation(not_run="broken"), ("fail", False)),
+        (seen(1, 2), Observation(not_run="PEFT refuses"), ("not run", False)),
         (Observation(not_run="no kernel"), Observation(not_run="no kernel"), ("not run", False)),
         (Observation(not_run="one reason"), Observation(not_run="another"), ("not run", False)),
     ],

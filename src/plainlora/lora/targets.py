@@ -20,6 +20,10 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
 }
 
 
+BYPASSING_MODELS = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+BYPASSED = {"out_proj", "conv1d"}
+
+
 def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
@@ -138,7 +142,23 @@ def find_targets(model: nn.Module, config: LoraConfig, strict: bool = True) -> l
                 f"target_modules: {name!r} is a {type(modules[name]).__name__}; LoRA here adapts linear layers "
                 f"({', '.join(sorted({_leaf(item) for item in linear}))})"
             )
+    _refuse_bypassed(model, targets)
     return targets
+
+
+def _refuse_bypassed(model: nn.Module, targets: list[str]) -> None:
+    """Mamba's fused kernels read these weights without calling the modules, so an adapter there would do nothing.
+
+    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/tuners_utils.py
+    (`_check_lora_target_modules_mamba`)
+    """
+    if getattr(getattr(model, "config", None), "model_type", None) in BYPASSING_MODELS:
+        for name in targets:
+            if _leaf(name) in BYPASSED:
+                raise LoRAError(
+                    f"target_modules: {name!r} cannot be adapted, because Mamba layers read its weight without calling "
+                    f"it; name other modules, or add {_leaf(name)!r} to exclude_modules"
+                )
 
 
 def find_modules_to_save(model: nn.Module, config: LoraConfig, targets: list[str]) -> list[str]:
