@@ -156,8 +156,8 @@ def _refuse_bypassed(model: nn.Module, targets: list[str]) -> None:
         for name in targets:
             if _leaf(name) in BYPASSED:
                 raise LoRAError(
-                    f"target_modules: {name!r} cannot be adapted, because Mamba layers read its weight without calling "
-                    f"it; name other modules, or add {_leaf(name)!r} to exclude_modules"
+                    f"target_modules: {name!r} cannot be adapted, because Mamba layers read its weight without "
+                    f"calling it; name other modules, or add {_leaf(name)!r} to exclude_modules"
                 )
 
 
