@@ -28,6 +28,7 @@ install: .venv/installed
 quickstart: install
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml \
 		recipes/sft.py --config recipes/quickstart/lora.yaml --overwrite
+	$(BIN)/python recipes/quickstart/check.py outputs/quickstart/all_results.json
 
 test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2

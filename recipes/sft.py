@@ -16,11 +16,11 @@ from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from plainlora.arguments import RecipeArguments
-from plainlora.backends import BACKENDS, attach_adapter, build_lora_config, count_parameters
+from plainlora.backends import BACKENDS, attach_adapter, build_lora_config, check_same_adapter, count_parameters
 from plainlora.checks import check_combinations
-from plainlora.checkpoints import claim_output_dir, clear_output_dir
+from plainlora.checkpoints import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
 from plainlora.data.datasets import load_train_and_test
-from plainlora.data.encoding import encode_rows
+from plainlora.data.encoding import encode_rows, find_schema
 from plainlora.data.prompts import install_template
 from plainlora.errors import UserError, run_program
 from plainlora.evaluation import Examiner, compare
@@ -29,7 +29,7 @@ from plainlora.merging import merge_adapter
 from plainlora.parsing import StrictParser
 from plainlora.models import check_length, describe_quantization, load_base, load_config, load_tokenizer
 from plainlora.report import plot_loss, summary, write_json, write_model_card, write_run
-from plainlora.training import AdapterTrainer, hand_over, resume_path
+from plainlora.training import AdapterTrainer, check_schedule, hand_over, resume_path
 
 
 def main() -> None:
@@ -40,9 +40,15 @@ def main() -> None:
 
     # Everything that can be refused is refused before a weight is loaded or a file is touched.
     check_combinations(recipe, script, training, model_args)
-    checkpoint = resume_path(training)
-    claim_output_dir(training.output_dir, recipe.overwrite, resume=checkpoint is not None)
+    check_schedule(training)
     name, revision = model_args.model_name_or_path, model_args.model_revision
+    inputs = {"base model": name, "dataset": script.dataset_name, "test dataset": recipe.eval_dataset_name}
+    check_inputs_apart(training.output_dir, inputs)
+    checkpoint = resume_path(training)
+    claim_output_dir(training.output_dir, recipe.overwrite, resume=checkpoint)
+    lora = build_lora_config(model_args, recipe)
+    if checkpoint is not None:
+        check_same_adapter(checkpoint, lora)
     check_length(training.max_length, load_config(name, revision, training.trust_remote_code))
     tokenizer = load_tokenizer(
         name,
@@ -64,6 +70,11 @@ def main() -> None:
     )
     if test_rows is None and (recipe.exact_match_rows or str(training.eval_strategy.value) != "no"):
         raise UserError("eval_strategy and exact_match_rows need test rows: set test_split_size or eval_dataset_name")
+    answers_only = training.completion_only_loss
+    if answers_only is None:  # TRL's meaning: on for rows of prompt and completion, off for others
+        answers_only = (
+            find_schema(train_rows, training.dataset_text_field, f"{script.dataset_name} (train)") == "prompt"
+        )
     encoded = {}
     for split, rows in {"train": train_rows, "test": test_rows}.items():
         if rows is not None:
@@ -72,7 +83,7 @@ def main() -> None:
                 tokenizer,
                 where=f"{script.dataset_name} ({split})",
                 text_column=training.dataset_text_field,
-                answers_only=bool(training.completion_only_loss or training.assistant_only_loss),
+                answers_only=answers_only or training.assistant_only_loss,
                 max_length=training.max_length,
                 on_overflow=recipe.on_overflow,
                 max_overflow=recipe.max_overflow,
@@ -89,7 +100,7 @@ def main() -> None:
     base = load_base(model_args, training.trust_remote_code, training.model_init_kwargs)
     quantization = describe_quantization(base)
     backend = BACKENDS[recipe.lora_backend]
-    model = attach_adapter(base, build_lora_config(model_args, recipe), backend, recipe.adapter_dtype)
+    model = attach_adapter(base, lora, backend, recipe.adapter_dtype)
     trainable, total = count_parameters(model)
     say(f"{recipe.lora_backend} LoRA: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
 
@@ -103,7 +114,7 @@ def main() -> None:
     )
     examine = Examiner(trainer, tokenizer, exact_match, recipe.sample_prompts, recipe.max_new_tokens)
 
-    if trainer.accelerator.is_main_process and checkpoint is None:
+    if trainer.accelerator.is_main_process and not (checkpoint and lies_in(checkpoint, training.output_dir)):
         clear_output_dir(training.output_dir)
     trainer.accelerator.wait_for_everyone()
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
@@ -120,11 +131,14 @@ def main() -> None:
         results = outcome.metrics | compare(before, after)
         results |= {"trainable_params": trainable, "total_params": total}
         write_run(output / "run.json", (recipe, script, training, model_args), quantization)
+        plot_loss(trainer.state.log_history, before.loss, output / "loss.png")
+        # Written before the merge, which may be refused, and again with its figure.
+        write_json(output / "all_results.json", results)
+        write_model_card(output, recipe, script, training, model_args, results)
         if recipe.merge:
             results["merge_max_abs_diff"] = merge_adapter(output, output / "merged", overwrite=True).max_abs_diff
-        write_json(output / "all_results.json", results)
-        plot_loss(trainer.state.log_history, before.loss, output / "loss.png")
-        write_model_card(output, recipe, script, training, model_args, results)
+            write_json(output / "all_results.json", results)
+            write_model_card(output, recipe, script, training, model_args, results)
         samples = list(zip(examine.prompts, before.answers, after.answers, strict=True))
         print(summary(results, training.output_dir, samples))
     if training.push_to_hub:

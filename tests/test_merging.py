@@ -1,16 +1,17 @@
 """`merge_adapter`: the reloaded model is the adapter model, or nothing is written."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from plainlora import inject, save_adapter
 from plainlora.errors import UserError
-from plainlora.merging import TOLERANCES, merge_adapter, training_quantization
+from plainlora.merging import TOLERANCES, _put_in_place, merge_adapter, training_quantization
 from plainlora.models import describe_quantization
 from plainlora.report import write_run
 from tests.conftest import load_quantized, make_model, random_ids
@@ -106,9 +107,10 @@ def test_a_merge_that_drifts_is_refused_and_leaves_nothing_behind(
 ) -> None:
     """No real merge drifts that far in fp32, so the bound is tightened below the rounding of the sum."""
     adapter = trained_adapter("llama", model_dirs, tmp_path / "adapter")
-    monkeypatch.setitem(TOLERANCES, torch.bfloat16, 1e-9)
-    with pytest.raises(UserError, match="nothing was written"):
-        merge_adapter(adapter, tmp_path / "merged", dtype=torch.bfloat16)
+    for dtype, advice in ((torch.bfloat16, "nothing was written; try --dtype float32$"), (torch.float32, "written$")):
+        monkeypatch.setitem(TOLERANCES, dtype, 1e-12)
+        with pytest.raises(UserError, match=advice):
+            merge_adapter(adapter, tmp_path / "merged", dtype=dtype)
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
 
 
@@ -121,5 +123,70 @@ def test_an_existing_output_is_kept_unless_overwriting_is_asked_for(
     with pytest.raises(UserError, match="--overwrite"):
         merge_adapter(adapter, tmp_path / "merged")
     assert (tmp_path / "merged" / "notes.txt").read_text() == "mine"
-    merge_adapter(adapter, tmp_path / "merged", overwrite=True)
-    assert (tmp_path / "merged" / "model.safetensors").exists()
+    with pytest.raises(UserError, match=r"not written by `plainlora merge` .*; give another --output"):
+        merge_adapter(adapter, tmp_path / "merged", overwrite=True)
+    assert [path.name for path in (tmp_path / "merged").iterdir()] == ["notes.txt"]
+
+
+def test_an_earlier_merge_is_replaced_also_in_the_current_folder(
+    tmp_path: Path, model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = trained_adapter("gpt2", model_dirs, tmp_path / "adapter")
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    for name in ("merge.json", "old.safetensors"):
+        (merged / name).write_text("{}")
+    monkeypatch.chdir(merged)
+    merge_adapter(adapter, ".", overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "merged"}
+    assert (merged / "model.safetensors").exists()
+    assert not (merged / "old.safetensors").exists()
+
+
+def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_path: Path) -> None:
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "merge.json").write_text("old")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+
+    class Unmovable(type(scratch)):  # type: ignore[misc]
+        def rename(self, target: object) -> Path:
+            raise OSError("busy")
+
+    with pytest.raises(UserError, match=r"merged cannot be replaced \(busy\)"):
+        _put_in_place(Unmovable(scratch), tmp_path / "merged")
+    assert (tmp_path / "merged" / "merge.json").read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {"merged", "scratch"}
+
+
+def test_a_published_generation_config_is_merged_and_keeps_every_end(
+    tmp_path: Path, model_dirs: dict[str, Path]
+) -> None:
+    """Llama 2 shipped do_sample=false beside temperature and top_p; Llama 3 and Qwen name several EOS tokens."""
+    base = shutil.copytree(model_dirs["llama"], tmp_path / "base")
+    config = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [7, 9]}
+    (base / "generation_config.json").write_text(json.dumps(config))
+    adapter = trained_adapter("llama", model_dirs | {"llama": base}, tmp_path / "adapter")
+    merge_adapter(adapter, tmp_path / "merged")
+    written = GenerationConfig.from_pretrained(tmp_path / "merged")
+    assert written.eos_token_id == [7, 9, 0]
+    assert written.temperature in (None, 1.0)
+
+
+def test_a_relative_base_is_found_from_the_adapter_upwards(tmp_path: Path, model_dirs: dict[str, Path]) -> None:
+    shutil.copytree(model_dirs["gpt2"], tmp_path / "recipes" / "own" / "base")
+    adapter = trained_adapter("gpt2", model_dirs, tmp_path / "outputs" / "run")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+
+    def name_base(name: str) -> None:
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+
+    name_base("recipes/own/base")
+    merge_adapter(adapter, tmp_path / "merged")
+    name_base("recipes/gone/base")
+    with pytest.raises(UserError, match="names the base recipes/gone/base, which is no folder here; run from where"):
+        merge_adapter(adapter, tmp_path / "again")
+    name_base("own")  # a Hub id, whatever lies around
+    shutil.copytree(model_dirs["gpt2"], tmp_path / "own")
+    with pytest.raises(UserError, match="'own' cannot be had from the Hub"):
+        merge_adapter(adapter, tmp_path / "again")

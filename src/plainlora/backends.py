@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,6 +17,12 @@ from plainlora.errors import UserError
 from plainlora.lora import inject, interchange, load
 from plainlora.lora.config import check_supported
 from plainlora.lora.targets import find_targets
+
+FIXED_BY_CHECKPOINT = (
+    *("r", "lora_alpha", "use_rslora", "lora_dropout", "bias", "rank_pattern", "alpha_pattern", "modules_to_save"),
+    "base_model_name_or_path",
+)
+CONDENSED_FROM = 20  # names: from here on PEFT replaces target_modules by shorter ones that match the same
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,42 @@ def build_lora_config(model: ModelConfig, recipe: RecipeArguments) -> LoraConfig
         rank_pattern=parse_pattern("lora_rank_pattern", recipe.lora_rank_pattern),
         alpha_pattern=parse_pattern("lora_alpha_pattern", recipe.lora_alpha_pattern),
     )
+
+
+def _comparable(name: str, value: Any) -> Any:
+    """A config's value such that two that mean the same are equal."""
+    if name == "modules_to_save":
+        return sorted(value or ())
+    if name in ("rank_pattern", "alpha_pattern"):
+        return value or {}
+    if name == "base_model_name_or_path" and value and Path(value).expanduser().exists():
+        return str(Path(value).expanduser().resolve())
+    return value
+
+
+def check_same_adapter(checkpoint: str | Path, config: LoraConfig) -> None:
+    """A run goes on with the adapter it began with: another alpha would be taken silently, another r would not fit.
+
+    `target_modules` is compared only as two short lists: PEFT stores others resolved or condensed.
+
+    Raises:
+        UserError: Naming the first setting that differs, with both values.
+        LoRAError: The checkpoint's config cannot be read.
+    """
+    saved = interchange.read_config(checkpoint)
+    names = list(FIXED_BY_CHECKPOINT)
+    targets = (saved.target_modules, config.target_modules)
+    if all(isinstance(value, (list, set)) and len(value) < CONDENSED_FROM for value in targets):
+        names.append("target_modules")
+    for name in names:
+        before, now = (_comparable(name, getattr(one, name)) for one in (saved, config))
+        if isinstance(before, (list, set)) and isinstance(now, (list, set)):
+            before, now = sorted(before), sorted(now)
+        if before != now:
+            raise UserError(
+                f"resume_from_checkpoint: {checkpoint} was trained with {name} {before}, now it is {now}; "
+                "give the same settings, or start anew in another --output_dir"
+            )
 
 
 def refuse_adapted_head(model: nn.Module) -> None:

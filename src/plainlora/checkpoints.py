@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from plainlora.errors import UserError
 
 RESULTS = ("adapter_model.safetensors", "adapter_config.json", "trainer_state.json", "all_results.json", "run.json")
+REPORTS = ("README.md", "loss.png", "merged")
 DESCRIPTIONS = ("trainer_state.json", "adapter_config.json")
 STATES = ("optimizer.pt", "scheduler.pt")
 
@@ -42,28 +43,77 @@ def newest_checkpoint(output_dir: str | Path) -> Path | None:
     return next((path for path in reversed(list_checkpoints(output_dir)) if is_whole(path)), None)
 
 
-def claim_output_dir(output_dir: str | Path, overwrite: bool, resume: bool) -> None:
-    """Makes sure that a new run cannot mix with, or silently replace, another run's files.
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's; a README.md, or an adapter from elsewhere, does not make it one."""
+    return any((folder / name).is_file() for name in ("run.json", "trainer_state.json")) or bool(
+        list_checkpoints(folder)
+    )
+
+
+def is_merged_model(folder: Path) -> bool:
+    """Whether `merge_adapter` wrote this folder, so that it may be replaced."""
+    return (folder / "merge.json").is_file()
+
+
+def lies_in(path: str | Path, folder: str | Path) -> bool:
+    """Whether a path is a folder or below it, links followed."""
+    return Path(path).expanduser().resolve().is_relative_to(Path(folder).resolve())
+
+
+def claim_output_dir(output_dir: str | Path, overwrite: bool, resume: str | Path | None) -> None:
+    """Makes sure that a run cannot mix with, or silently replace, what is in its folder.
+
+    Args:
+        output_dir: Where the run writes.
+        overwrite: Whether an earlier run there may be replaced.
+        resume: The checkpoint that the run goes on from. One in `output_dir` belongs with what is there.
 
     Raises:
-        UserError: The folder holds another run's results, and neither `--overwrite` nor a resume was asked for.
+        UserError: The folder holds another run and `overwrite` is off, or it holds what no run can have written.
     """
     folder = Path(output_dir)
-    if resume or not folder.is_dir():
+    if not folder.is_dir() or (resume is not None and lies_in(resume, folder)):
         return
-    results = [folder / name for name in RESULTS if (folder / name).exists()] + list_checkpoints(folder)
-    if results and not overwrite:
+    found = [name for name in (*RESULTS, *REPORTS) if (folder / name).exists()]
+    found += [path.name for path in list_checkpoints(folder)]
+    if not found:
+        return
+    names = ", ".join(sorted(found))
+    if not is_run(folder):
+        raise UserError(f"{folder} is not a run's folder, but holds {names}; give another --output_dir")
+    if not overwrite:
         raise UserError(
-            f"{folder} holds another run ({', '.join(sorted(path.name for path in results))}); give another "
-            "--output_dir, go on with --resume_from_checkpoint true, or replace it with --overwrite"
+            f"{folder} holds another run ({names}); give another --output_dir, go on with "
+            "--resume_from_checkpoint true, or replace it with --overwrite"
         )
+    merged = folder / "merged"
+    if merged.exists() and not (merged.is_dir() and (is_merged_model(merged) or not any(merged.iterdir()))):
+        raise UserError(f"{merged} was not written by a run (it has no merge.json); give another --output_dir")
+
+
+def check_inputs_apart(output_dir: str | Path, inputs: dict[str, str | None]) -> None:
+    """The run's folder may not be, or hold, what the run reads.
+
+    Args:
+        output_dir: Where the run writes.
+        inputs: What each input is, and its path or Hub id.
+
+    Raises:
+        UserError: One of them lies in the folder.
+    """
+    for what, name in inputs.items():
+        if name and Path(name).expanduser().exists() and lies_in(name, output_dir):
+            raise UserError(f"output_dir {output_dir} is or holds the {what} {name}; give a folder of its own")
 
 
 def clear_output_dir(output_dir: str | Path) -> None:
     """Removes an earlier run's results and checkpoints, and nothing else. Called once all input has been checked."""
+    if not is_run(Path(output_dir)):
+        return
     for path in list_checkpoints(output_dir):
         shutil.rmtree(path)
-    if (Path(output_dir) / "merged" / "merge.json").exists():
+    if is_merged_model(Path(output_dir) / "merged"):
         shutil.rmtree(Path(output_dir) / "merged")
-    for name in (*RESULTS, "README.md", "loss.png"):
+    # run.json last: a clearing that is cut short leaves a folder that can still be told to be a run's.
+    for name in ("README.md", "loss.png", *RESULTS):
         (Path(output_dir) / name).unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 EXIT_CODE = 2
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
 class UserError(Exception):
@@ -34,6 +35,11 @@ def _exit(error: Exception) -> None:
 
 
 def run_program(main: Callable[[], None]) -> None:
-    """Runs a program's `main` under `one_line_errors`."""
-    with one_line_errors():
-        main()
+    """Runs a training program's `main` under `one_line_errors`; Ctrl-C says how to go on."""
+    try:
+        with one_line_errors():
+            main()
+    except KeyboardInterrupt as error:
+        sys.stdout.flush()
+        print("interrupted; go on with --resume_from_checkpoint true", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from error

@@ -1,6 +1,7 @@
 """Greedy answers, rendered by the template that training used."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -8,9 +9,16 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from plainlora.data.encoding import find_schema, split_row
-from plainlora.data.prompts import render
+from plainlora.data.encoding import Schema, find_schema, split_row, text_pair
+from plainlora.data.prompts import plain_prompt, render
 from plainlora.errors import UserError
+
+
+def _stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """Every id that ends an answer: chat models often stop at more tokens than the tokenizer's EOS."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    return sorted({token for token in ids if token is not None}) or None
 
 
 @torch.no_grad()
@@ -22,7 +30,7 @@ def generate(
     batch_size: int = 32,
     description: str | None = None,
 ) -> list[str]:
-    """Continues each prompt greedily until EOS.
+    """Continues each prompt greedily until an EOS of the model or of the tokenizer.
 
     Args:
         model: Any causal language model, with an adapter or without.
@@ -38,7 +46,7 @@ def generate(
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=_stop_ids(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
     was_training, side = model.training, tokenizer.padding_side
@@ -81,11 +89,20 @@ class ExactMatch:
         schema = find_schema(rows, "text", "exact_match_rows")
         if schema == "text":
             raise UserError("exact_match_rows needs rows with an answer of their own, not plain text")
-        pairs = [split_row(row, schema) for row in rows.select(range(min(count, len(rows))))]
-        self.questions = [messages[-1]["content"] for messages, _ in pairs]
-        self.expected = [answer[0]["content"].strip() for _, answer in pairs]
-        self.prompts = [render(messages, tokenizer, for_generation=True) for messages, _ in pairs]
         self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
+        asked = [self._ask(row, schema) for row in rows.select(range(min(count, len(rows))))]
+        self.questions, self.prompts, self.expected = map(list, zip(*asked, strict=True))
+
+    def _ask(self, row: dict[str, Any], schema: Schema) -> tuple[str, str, str]:
+        """The row's question, the text that asks it as training did, and its answer."""
+        texts = text_pair(row, schema)
+        if texts is not None:
+            prompt, completion = texts
+            answer = completion.removesuffix(str(self.tokenizer.eos_token))
+            return prompt, plain_prompt(prompt, self.tokenizer), answer.strip()
+        messages, answers = split_row(row, schema)
+        prompt = render(messages, self.tokenizer, for_generation=True)
+        return messages[-1]["content"], prompt, answers[0]["content"].strip()
 
     def __call__(self, model: nn.Module, description: str) -> tuple[float, list[str]]:
         """The share of answers that are right to the letter, and the answers."""

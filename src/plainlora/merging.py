@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from plainlora.checkpoints import is_merged_model
 from plainlora.checks import check_writable
 from plainlora.data.prompts import render_prompt
 from plainlora.errors import UserError
@@ -31,6 +32,9 @@ Base = Literal["16bit", "dequantized"]
 # Largest |difference| of a logit over the largest |logit|. fp32: the sum of products is merely reordered. Half
 # precision rounds each merged weight once, a relative error of 2^-11 (fp16) or 2^-8 (bf16) that adds up over layers.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+# What only sampling reads. Published configs set some of it beside do_sample=false, and cannot be saved once changed.
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 PROBES = (
     "Name three primary colours.",
@@ -61,7 +65,25 @@ def _base_of(adapter: Path) -> tuple[str, str | None]:
     config = read_config(adapter)
     if not config.base_model_name_or_path:
         raise UserError(f"{adapter}/adapter_config.json names no base model; set base_model_name_or_path in it")
-    return config.base_model_name_or_path, config.revision
+    return _find_base(config.base_model_name_or_path, adapter), config.revision
+
+
+def _find_base(name: str, adapter: Path) -> str:
+    """A base named by a relative path, as in `recipes/quickstart/base`, is also looked for from the adapter upwards.
+
+    A name without a slash is left to the Hub: a folder that happens to be called `gpt2` is not what it means.
+    """
+    if Path(name).expanduser().exists() or "/" not in name:
+        return name
+    for parent in adapter.resolve().parents:
+        if (parent / name / "config.json").is_file():
+            return str(parent / name)
+    if name.count("/") > 1 or name.startswith(("/", ".", "~")):
+        raise UserError(
+            f"{adapter}/adapter_config.json names the base {name}, which is no folder here; run from where it was "
+            "trained, or edit base_model_name_or_path"
+        )
+    return name
 
 
 def load_tokenizer_of(adapter: str | Path) -> PreTrainedTokenizerBase:
@@ -122,21 +144,51 @@ def _reloaded_logits(directory: Path, probes: dict[str, torch.Tensor]) -> dict[s
 
 
 def _write_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    if model.generation_config is not None:
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-        model.generation_config.save_pretrained(directory)
+    generation = model.generation_config
+    if generation is not None:
+        ends, own = generation.eos_token_id, tokenizer.eos_token_id
+        # A list names several tokens that end an answer, as Llama 3 and Qwen have them: none may be lost.
+        generation.eos_token_id = list(dict.fromkeys([*ends, own])) if isinstance(ends, list) else own
+        generation.pad_token_id = tokenizer.pad_token_id
+        if not generation.do_sample:
+            for name in SAMPLING:
+                setattr(generation, name, None)
+        generation.save_pretrained(directory)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
 def _check_output(output: Path, sources: dict[str, Path], overwrite: bool) -> None:
-    """The output may not replace what it is made of, nor, unasked, anything else."""
+    """The output may not replace what it is made of, nor, unasked, a merged model, nor ever anything else."""
     for what, source in sources.items():
-        if source.exists() and source.resolve().is_relative_to(output.resolve()):
+        if source.exists() and source.resolve().is_relative_to(output):
             raise UserError(f"--output {output} holds the {what}; give a folder of its own")
-    if output.exists() and any(output.iterdir()) and not overwrite:
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not overwrite:
         raise UserError(f"{output} already exists; give another --output, or replace it with --overwrite")
+    if not is_merged_model(output):
+        raise UserError(f"{output} was not written by `plainlora merge` (it has no merge.json); give another --output")
+
+
+def _put_in_place(scratch: Path, output: Path) -> None:
+    """Renames `scratch` to `output`; what was there is deleted only once the new folder has taken its place."""
+    scratch.chmod(0o755)  # mkdtemp makes it private
+    if not output.exists():
+        scratch.rename(output)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        output.rename(aside / output.name)
+        try:
+            scratch.rename(output)
+        except OSError:
+            (aside / output.name).rename(output)
+            raise
+    except OSError as error:  # a mount point, for one
+        aside.rmdir()
+        raise UserError(f"{output} cannot be replaced ({error}); give another --output") from error
+    shutil.rmtree(aside)
 
 
 def merge_adapter(
@@ -150,17 +202,18 @@ def merge_adapter(
 
     Args:
         adapter: Folder of the adapter, with its tokenizer.
-        output: Folder for the merged model; it must not exist yet, unless `overwrite`.
+        output: Folder for the merged model; it must not exist yet or be empty, unless `overwrite`.
         base: Which base to merge into.
         dtype: Precision of the merged weights; `"auto"` for the base checkpoint's.
-        overwrite: Whether an existing output is replaced.
+        overwrite: Whether an earlier merged model there is replaced. Anything else there is left alone.
 
     Raises:
         UserError: The base cannot be had, the output is in the way, or the merged model differs too much.
         LoRAError: The adapter cannot be read or does not fit.
     """
     check_writable(str(output), "--output")
-    adapter, output = Path(adapter), Path(output)
+    adapter, output = Path(adapter), Path(output).resolve()  # `.` has no name to rename to
+    check_writable(str(output.parent), "--output")
     name, _ = _base_of(adapter)
     _check_output(output, {"adapter": adapter, "base model": Path(name)}, overwrite)
     tokenizer = load_tokenizer_of(adapter)
@@ -184,10 +237,10 @@ def merge_adapter(
         scale = max(float(logits.abs().max()) for logits in before.values())
         result = MergeResult(difference, difference / scale, TOLERANCES.get(merged_dtype, 1e-5), merged_dtype)
         if not result.relative_diff <= result.tolerance:
+            advice = "" if merged_dtype == torch.float32 else "; try --dtype float32"
             raise UserError(
                 f"the merged model differs from the adapter model by {result.relative_diff:.1e} of the largest "
-                f"logit, more than the {result.tolerance:.0e} allowed for {merged_dtype}; nothing was written; "
-                "try --dtype float32"
+                f"logit, more than the {result.tolerance:.0e} allowed for {merged_dtype}; nothing was written{advice}"
             )
         write_json(
             scratch / "merge.json",
@@ -203,10 +256,7 @@ def merge_adapter(
                 "versions": package_versions(),
             },
         )
-        if output.exists():
-            shutil.rmtree(output)
-        scratch.chmod(0o755)  # mkdtemp makes it private
-        scratch.rename(output)
+        _put_in_place(scratch, output)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return result

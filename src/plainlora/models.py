@@ -1,6 +1,7 @@
 """Base model and tokenizer, from the Hub or from this disk, whole or quantised."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,8 @@ from plainlora.errors import UserError
 def _explain(name: str, what: str, error: Exception) -> UserError:
     """One line for the many ways in which `from_pretrained` can fail."""
     path = Path(name).expanduser()
+    if (path / "config.json").is_file():
+        return UserError(f"the {what} in {path} cannot be loaded ({_first_line(error)})")
     if path.is_dir():
         files = ", ".join(sorted(file.name for file in path.iterdir())) or "nothing"
         return UserError(f"{path} holds no usable {what} ({_first_line(error)}); it holds {files}")
@@ -43,12 +46,19 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def _refuse_adapter(name: str) -> None:
+    """Transformers would load the adapter silently, and LoRA would be trained on top of LoRA."""
+    if (Path(name).expanduser() / "adapter_config.json").is_file():
+        raise UserError(f"{name} is or holds an adapter, not a base model alone: merge it first (plainlora merge)")
+
+
 def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
     """The base model's config.
 
     Raises:
-        UserError: It cannot be had.
+        UserError: It cannot be had, or it is an adapter.
     """
+    _refuse_adapter(name)
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, json.JSONDecodeError) as error:
@@ -128,8 +138,10 @@ def load_causal_lm(
         **options: For `from_pretrained`.
 
     Raises:
-        UserError: It cannot be had.
+        UserError: It cannot be had, or it is an adapter.
     """
+    _refuse_adapter(name)
+    attention = options.get("attn_implementation")
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name,
@@ -139,8 +151,15 @@ def load_causal_lm(
             use_safetensors=True,
             **options,
         )
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, ImportError, SafetensorError) as error:
+        if attention is not None and re.search("attn|attention", str(error), re.IGNORECASE):
+            raise UserError(
+                f"attn_implementation {attention!r} cannot be used here ({_first_line(error)}); leave it out, or "
+                "give eager or sdpa"
+            ) from error
         raise _explain(name, "model", error) from error
+    if getattr(model, "_hf_peft_config_loaded", False):  # from the Hub, where no folder could be looked into
+        raise UserError(f"{name} holds an adapter beside the base model; give the base model alone")
     keep_4bit_weights_unpacked(model)
     return model
 

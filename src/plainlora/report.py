@@ -92,12 +92,30 @@ def plot_loss(history: list[dict[str, Any]], base_loss: float | None, path: str 
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, bool):  # an int too, to Python
+        return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _table(rows: dict[str, Any]) -> str:
     body = "\n".join(f"| {name} | {_show(value)} |" for name, value in rows.items() if value is not None)
     return f"| | |\n|---|---|\n{body}"
+
+
+def _base_weights(model: ModelConfig) -> str | None:
+    """How the base was stored in training; a quantised base's `dtype` says nothing of that."""
+    if model.load_in_4bit:
+        return f"4-bit {model.bnb_4bit_quant_type}"
+    return "8-bit" if model.load_in_8bit else model.dtype
+
+
+def _template_sentence(output_dir: str | Path, recipe: RecipeArguments, training: SFTConfig) -> str:
+    """What renders prompts. It speaks of conversations only: rows of plain text pass the template by."""
+    if not (Path(output_dir) / "chat_template.jinja").is_file():
+        return "Prompts are plain text: its tokenizer has no chat template."
+    template = recipe.prompt_template or training.chat_template_path
+    name = f"the template `{template}`" if template else "the base tokenizer's own template"
+    return f"Conversations are rendered by {name} (`chat_template.jinja`)."
 
 
 def write_model_card(
@@ -121,26 +139,25 @@ def write_model_card(
         "alpha": model.lora_alpha,
         "dropout": model.lora_dropout,
         "target modules": model.lora_target_modules or "PEFT's default",
-        "base weights": "4-bit " + model.bnb_4bit_quant_type if model.load_in_4bit else model.dtype,
+        "base weights": _base_weights(model),
         "learning rate": training.learning_rate,
         "schedule": SchedulerType(training.lr_scheduler_type).value,
-        "epochs": training.num_train_epochs,
+        "epochs": training.num_train_epochs if training.max_steps <= 0 else None,
+        "steps": training.max_steps if training.max_steps > 0 else None,  # it overrides the epochs
         "batch size": training.per_device_train_batch_size * training.world_size,
         "gradient accumulation": training.gradient_accumulation_steps,
         "longest row (tokens)": training.max_length,
         "packing": training.packing,
         "seed": training.seed,
     }
-    template = recipe.prompt_template
-    rendered = f"rendered by the template `{template}`" if template else "rendered by the tokenizer's own template"
     text = f"""---
 {chr(10).join(metadata)}
 ---
 
 # {Path(output_dir).name}
 
-A LoRA adapter for `{base}`, trained on `{dataset}` with PlainLoRA. Prompts are {rendered}
-(`chat_template.jinja`).
+A LoRA adapter for `{base}`, trained on `{dataset}` with PlainLoRA.
+{_template_sentence(output_dir, recipe, training)}
 
 ## Results
 
@@ -200,8 +217,11 @@ def summary(results: dict[str, Any], output_dir: str, samples: Sequence[tuple[st
     lines += [
         "",
         f"adapter, model card, loss.png, all_results.json: {output_dir}",
-        f'next: plainlora generate --adapter {output_dir} --prompt "..."',
     ]
+    events = Path(output_dir) / "runs"  # where Trainer's TensorBoard callback writes
+    if events.is_dir():
+        lines.append(f"curves: tensorboard --logdir {events}")
+    lines.append(f'next: plainlora generate --adapter {output_dir} --prompt "..."')
     if "merge_max_abs_diff" not in results:
         lines.append(f"      plainlora merge --adapter {output_dir} --output {output_dir}-merged")
     return "\n".join(lines)

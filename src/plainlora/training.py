@@ -9,11 +9,11 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, SchedulerType, TrainingArguments, get_scheduler
 from trl import SFTConfig, SFTTrainer
 
 from plainlora.backends import Backend
-from plainlora.checkpoints import newest_checkpoint
+from plainlora.checkpoints import is_whole, newest_checkpoint
 from plainlora.errors import UserError
 
 
@@ -77,6 +77,18 @@ class AdapterTrainer(SFTTrainer):
         """As Trainer does, without TRL's model card: this project writes its own at the end."""
         super(SFTTrainer, self)._save_checkpoint(model, trial)
 
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Makes the repository to push to, before training; where that fails, says which and how to go on."""
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except Exception as error:  # connection, authentication and offline errors of several libraries
+            name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"push_to_hub: the repository {name!r} cannot be had ({reason}); log in with `hf auth login`, or "
+                "leave --push_to_hub out and push the folder later with `hf upload`"
+            ) from error
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Keeps the card that this project wrote when Trainer pushes to the Hub."""
         if not (Path(str(self.args.output_dir)) / "README.md").exists():
@@ -88,10 +100,13 @@ class AdapterTrainer(SFTTrainer):
         Trainer's own `logging_nan_inf_filter` hides such a loss from the log and goes on.
         """
         loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
+        # All processes stop or none does: one that stopped alone would leave the others waiting for its gradients.
+        finite = self.accelerator.gather(torch.isfinite(loss).int().reshape(1))
+        if not finite.all():
             kept = newest_checkpoint(str(self.args.output_dir))
             raise UserError(
-                f"the loss of step {self.state.global_step + 1} is {loss.item()}, so training stopped; "
+                f"the loss of step {self.state.global_step + 1} is {loss.item()}"
+                f"{' here and not finite in another process' if torch.isfinite(loss) else ''}, so training stopped; "
                 f"{f'{kept} is kept' if kept else 'nothing had been saved yet'}; lower learning_rate (now "
                 f"{self.args.learning_rate:g}) or train in float32"
             )
@@ -123,7 +138,27 @@ def resume_path(args: TrainingArguments) -> str | None:
         return str(newest)
     if not (Path(asked) / "trainer_state.json").is_file():
         raise UserError(f"resume_from_checkpoint: {asked} is no checkpoint folder; it has no trainer_state.json")
+    if not is_whole(Path(asked)):
+        raise UserError(
+            f"resume_from_checkpoint: {asked} is not whole, a file of it is missing or damaged; give another "
+            "checkpoint, or `true` for the newest whole one of output_dir"
+        )
     return str(asked)
+
+
+def check_schedule(args: TrainingArguments) -> None:
+    """Raises `UserError` if the learning rate's schedule cannot be made; Trainer would notice when training starts."""
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate),
+            num_warmup_steps=args.get_warmup_steps(100),
+            num_training_steps=100,
+            scheduler_specific_kwargs=dict(cast(dict[str, Any], args.lr_scheduler_kwargs or {})),
+        )
+    except (ValueError, TypeError) as error:
+        kind = SchedulerType(args.lr_scheduler_type).value
+        raise UserError(f"lr_scheduler_type {kind}: {error}; see lr_scheduler_kwargs") from error
 
 
 def hand_over(args: SFTConfig) -> SFTConfig:

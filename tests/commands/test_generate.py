@@ -1,14 +1,24 @@
-"""`plainlora generate` and `plainlora merge` as typed."""
+"""`plainlora generate` and `plainlora merge` as typed, and what they and the recipe ask with."""
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from datasets import Dataset
+from peft import PeftModel
+from tokenizers import processors
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from plainlora import load_adapter
 from plainlora.commands import main
+from plainlora.data.encoding import encode_rows
 from plainlora.data.prompts import install_template, render_prompt
-from tests.test_merging import trained_adapter
+from plainlora.generation import ExactMatch, generate
+from tests.conftest import make_model
+from tests.test_merging import quantized_run, trained_adapter
 
 
 def with_template(adapter: Path) -> Path:
@@ -64,3 +74,97 @@ def test_merge_says_how_far_the_reloaded_model_is(
     main(["merge", "--adapter", str(adapter), "--output", str(tmp_path / "merged")])
     assert "reloaded: logits differ" in capfd.readouterr().out
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+HINT = "for what training saw of it: --base dequantized"
+
+
+def test_an_adapter_of_a_quantised_run_can_answer_on_what_training_saw(
+    tmp_path: Path, model_dirs: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    adapter = with_template(quantized_run(model_dirs, tmp_path / "adapter"))
+    command = ["generate", "--adapter", str(adapter), "--prompt", "Name it.", "--max_new_tokens", "40"]
+    main(command)
+    original = capfd.readouterr().out
+    assert original.splitlines()[0].startswith("trained on quantised weights")
+    assert original.splitlines()[0].endswith(HINT)
+    main([*command, "--base", "dequantized"])
+    dequantized = capfd.readouterr().out
+    assert "quantised weights" not in dequantized
+
+    main(["merge", "--adapter", str(adapter), "--output", str(tmp_path / "merged"), "--base", "dequantized"])
+    tokenizer, merged = (
+        AutoTokenizer.from_pretrained(adapter),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
+    )
+    expected = generate(merged, tokenizer, [render_prompt("Name it.", tokenizer)], 40)
+    assert [answers_in(dequantized)["tuned"]] == expected
+    assert answers_in(dequantized)["tuned"] != answers_in(original)["tuned"]
+
+
+@pytest.mark.parametrize("marker", ["merge.json", "config.json"])
+def test_a_whole_model_is_not_taken_for_an_adapter(
+    tmp_path: Path, marker: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / marker).write_text("{}")
+    with pytest.raises(SystemExit) as raised:
+        main(["generate", "--adapter", str(tmp_path), "--prompt", "a"])
+    assert raised.value.code == 2
+    assert f"{tmp_path} is a whole model, not an adapter; give --adapter" in capfd.readouterr().err
+
+
+def by_peft(model: PreTrainedModel, adapter: Path) -> nn.Module:
+    return PeftModel.from_pretrained(model, str(adapter))
+
+
+@pytest.mark.parametrize("load", [load_adapter, by_peft])
+def test_an_answer_stops_at_every_eos_of_the_model_and_at_the_tokenizers(
+    load: Any, tmp_path: Path, model_dirs: dict[str, Path], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    adapter = trained_adapter("llama", model_dirs, tmp_path / "adapter", scale=0.5)
+    model = load(make_model("llama"), adapter)
+    prompts = ["Say the number after 1.", "Repeat"]
+
+    def answers(eos: int | list[int] | None, tokenizer: PreTrainedTokenizerFast = tokenizer) -> list[str]:
+        model.generation_config.eos_token_id = eos
+        return [generate(model, tokenizer, [prompt], 12)[0] for prompt in prompts]
+
+    ids = tokenizer(prompts[0], return_tensors="pt").input_ids
+    with torch.no_grad():
+        first = int(model(input_ids=ids).logits[0, -1].argmax())
+    assert first != tokenizer.eos_token_id
+    whole = answers(None)
+    assert len(whole[0]) > len(tokenizer.decode([first]).strip())
+    for eos in (first, [first], [tokenizer.eos_token_id, first]):
+        assert answers(eos)[0] == tokenizer.decode([first]).strip()
+    own = copy.deepcopy(tokenizer)
+    own.eos_token = tokenizer.convert_ids_to_tokens(first)
+    assert answers([0], own)[0] == ""  # now a special token, so not shown
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_rows_of_two_texts_are_asked_with_the_very_text_that_trained(
+    bos: bool, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    own = copy.deepcopy(tokenizer)
+    install_template(own, "alpaca")  # such rows pass it by
+    if bos:
+        own.add_special_tokens({"bos_token": "<s>"})
+        own.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", own.bos_token_id)]
+        )
+    rows = Dataset.from_list(
+        [{"prompt": "2 + 2 =", "completion": " 4"}, {"prompt": " Name:\n", "completion": "Ann <|endoftext|>"}]
+    )
+    asked = ExactMatch(rows, 2, own, 4)
+    assert asked.questions == ["2 + 2 =", " Name:\n"]
+    assert asked.expected == ["4", "Ann"]
+    encoded, _ = encode_rows(
+        rows, own, where="rows", text_column="text", answers_only=True, max_length=None, on_overflow="drop",
+        max_overflow=0.0,
+    )  # fmt: skip
+    for prompt, row in zip(asked.prompts, encoded, strict=True):
+        ids = own(prompt, add_special_tokens=False).input_ids
+        assert row["input_ids"][: len(ids)] == ids
+        assert row["labels"][: len(ids)] == [-100] * len(ids)
+        assert row["labels"][len(ids)] != -100

@@ -252,6 +252,20 @@ def test_a_missing_file_or_split_says_what_there_is(tmp_path: Path) -> None:
         load(path, test_name=str(tmp_path / "gone.csv"))
 
 
+@pytest.mark.parametrize(
+    ("split", "advice"),
+    [
+        ("train[:10]", r"\('train\[:10\]'\); name the split 'train', .* --max_train_rows 10$"),
+        ("train[5%:]", r"\('train\[5%:\]'\); name the split 'train', .* --max_train_rows N$"),
+    ],
+)
+def test_a_slice_of_a_local_split_names_the_flag_that_does_it(tmp_path: Path, split: str, advice: str) -> None:
+    path = write(tmp_path / "train.jsonl", ROW * 20)
+    for name in (path, tmp_path):
+        with pytest.raises(UserError, match=advice):
+            load(name, train_split=split)
+
+
 def test_two_files_for_one_split_are_refused(tmp_path: Path) -> None:
     for name in ("train.csv", "train.json"):
         write(tmp_path / name, "[]")

@@ -2,21 +2,30 @@
 
 import copy
 import statistics
+from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
 
 from plainlora.data.encoding import IGNORED, EncodingReport, encode_rows
-from plainlora.data.prompts import install_template, render, render_prompt, user_message
+from plainlora.data.prompts import assistant_message, install_template, render, render_prompt, user_message
 from plainlora.errors import UserError
-from tests.conftest import ROWS
+from tests.conftest import ROWS, make_model
 
 CHAT = [
     {"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Red."},
     {"role": "user", "content": "Another."}, {"role": "assistant", "content": "Blue."},
 ]  # fmt: skip
+TEXTS = [
+    {"prompt": "Name a colour.", "completion": " Red."},
+    {"prompt": " It i", "completion": "s here. \n"},  # the boundary merges; nothing is stripped
+    {"prompt": "Stop.\n", "completion": "It is.<|endoftext|>"},
+    {"prompt": "", "completion": "It is."},
+]
 WITHOUT_EOS = "{% for m in messages %}{{ m.content }}{% endfor %}"
 WITHOUT_MARKERS = (
     "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -157,11 +166,73 @@ def test_a_conversation_trains_every_turn_of_the_assistant(alpaca: PreTrainedTok
     assert all(label in (IGNORED, token) for token, label in zip(row["input_ids"], row["labels"], strict=True))
 
 
-def test_prompt_and_completion_may_be_texts_or_messages(alpaca: PreTrainedTokenizerFast) -> None:
-    (texts,), _ = encode([{"prompt": "Name a colour.", "completion": "Red."}], alpaca, answers_only=True)
-    (messages,), _ = encode([{"prompt": CHAT[:1], "completion": CHAT[1:2]}], alpaca, answers_only=True)
-    assert texts == messages
-    assert trained(texts, alpaca) == "Red.<|endoftext|>"
+def test_prompt_and_completion_as_messages_are_rendered(alpaca: PreTrainedTokenizerFast) -> None:
+    (row,), _ = encode([{"prompt": CHAT[:1], "completion": CHAT[1:2]}], alpaca, answers_only=True)
+    assert alpaca.decode(row["input_ids"]) == render(CHAT[:2], alpaca)
+    assert trained(row, alpaca) == "Red.<|endoftext|>"
+
+
+@pytest.mark.parametrize("completion", [" Red. ", " Red. <|endoftext|>"])
+def test_prompt_and_completion_as_texts_are_joined_as_they_are(
+    alpaca: PreTrainedTokenizerFast, completion: str
+) -> None:
+    (row,), _ = encode([{"prompt": " A colour: ", "completion": completion}], alpaca, answers_only=True)
+    assert alpaca.decode(row["input_ids"]) == " A colour:  Red. <|endoftext|>"
+    assert trained(row, alpaca).endswith("Red. <|endoftext|>")
+    assert "colour" not in trained(row, alpaca)
+
+
+def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer with a BOS that it puts before every text, as Llama's."""
+    own = copy.deepcopy(tokenizer)
+    own.add_special_tokens({"bos_token": "<s>"})
+    own.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", own.bos_token_id)]
+    )
+    return own
+
+
+COMPARED: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
+    "instruction": (
+        ROWS,
+        [
+            {
+                "prompt": [user_message(row["instruction"], row["input"])],
+                "completion": [assistant_message(row["output"])],
+            }
+            for row in ROWS
+        ],
+    ),
+    "texts": (TEXTS, TEXTS),
+    "messages": ([{"messages": CHAT}], [{"messages": CHAT}]),
+    "text": ([{"text": "Plain."}, {"text": "More.<|endoftext|>"}], [{"text": "Plain."}, {"text": "More."}]),
+}
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize(
+    ("schema", "answers_only"),
+    [*((schema, False) for schema in COMPARED), *((s, True) for s in COMPARED if s != "text")],
+)
+def test_ids_and_labels_are_those_of_trl(
+    schema: str, answers_only: bool, bos: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    own = with_bos(tokenizer) if bos else copy.deepcopy(tokenizer)
+    install_template(own, "alpaca")
+    rows, as_trl_reads_them = COMPARED[schema]
+    chat = schema == "messages"
+    args = SFTConfig(
+        output_dir=str(tmp_path), max_length=None, completion_only_loss=answers_only and not chat,
+        assistant_only_loss=answers_only and chat, use_cpu=True, bf16=False, report_to="none",
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    model = make_model("llama")
+    model.resize_token_embeddings(len(own))
+    theirs = SFTTrainer(model, args, train_dataset=Dataset.from_list(as_trl_reads_them), processing_class=own)
+    ours, _ = encode(rows, own, answers_only=answers_only)
+    assert len(ours) == len(rows)
+    for column in ("input_ids", "labels"):
+        assert list(ours[column]) == list(theirs.train_dataset[column])
 
 
 @pytest.mark.parametrize(

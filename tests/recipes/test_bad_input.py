@@ -3,15 +3,21 @@
 import json
 import re
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import LlamaForCausalLM
 
+from plainlora import errors
+from plainlora.errors import UserError
+from plainlora.models import load_causal_lm
 from tests.conftest import ROOT, ROWS, run_program
 
 Run = Callable[..., str]
+Capture = pytest.CaptureFixture[str]
 
 PROGRESS = re.compile(r"\d+%\||\d+(it|examples|s)/(s|it|example)\b|\?(it| examples)/s")
 CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
@@ -109,6 +115,9 @@ def test_u22_a_bad_yaml(recipe: Run, tmp_path: Path, content: str, said: str) ->
         ("--prompt_template=alpacca", r"neither a built-in template \(alpaca, llama2\) nor a .jinja file"),
         ("--eos_token=<nope>", r"eos_token '<nope>' is not in the vocabulary"),
         ("--resume_from_checkpoint=true", r"holds no whole checkpoint; leave it out to start"),
+        ("--attn_implementation=flash_attention_2", r"attn_implementation 'flash_attention_2' cannot be used here \("),
+        ("--attn_implementation=quick", r"attn_implementation 'quick' cannot be used here \(.*; leave it out"),
+        ("--lr_scheduler_type=cosine_with_min_lr", r"lr_scheduler_type cosine_with_min_lr: .*min_lr.* see lr_sch"),
         ("--test_split_size=40", r"test_split_size: 40 of 40 rows leaves none to train on"),
         ("--lora_r=0", r"r must be a whole number of at least 1, not 0"),
         ("--model_name_or_path=nobody/nothing", r"'nobody/nothing' cannot be had from the Hub .*make quickstart"),
@@ -145,10 +154,72 @@ def test_conversations_without_generation_markers_on_answers_only(recipe: Run, t
 
 def test_another_runs_folder_is_left_as_it_was(recipe: Run, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    write(tmp_path / "out" / "all_results.json", "{}")
-    assert re.search(r"out holds another run \(all_results.json\); .*--overwrite", recipe())
+    write(tmp_path / "out" / "run.json", "{}")
+    assert re.search(r"out holds another run \(run.json\); .*--overwrite", recipe())
     # Even where it may be replaced: not before the rest of the input has been checked.
     assert "matches no module" in recipe("--overwrite", "--lora_target_modules=foo")
+
+
+def test_a_strangers_folder_is_left_as_it_was(recipe: Run, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    write(tmp_path / "out" / "README.md", "mine")
+    assert "is not a run's folder, but holds README.md; give another" in recipe("--overwrite")
+
+
+def test_an_output_dir_that_holds_the_rows_or_the_base(
+    recipe: Run, tmp_path: Path, model_dirs: dict[str, Path]
+) -> None:
+    rows = write(tmp_path / "rows.jsonl", ROW)
+    said = recipe("--overwrite", dataset_name=rows, output_dir=str(tmp_path))
+    assert f"is or holds the dataset {rows}; give a folder of its own" in said
+    base = shutil.copytree(model_dirs["llama"], tmp_path / "base")
+    said = recipe("--overwrite", model_name_or_path=str(base), output_dir=str(base))
+    assert f"is or holds the base model {base}; give a folder of its own" in said
+
+
+def test_a_base_that_is_an_adapter(recipe: Run, tmp_path: Path, model_dirs: dict[str, Path]) -> None:
+    base = shutil.copytree(model_dirs["llama"], tmp_path / "base")
+    write(base / "adapter_config.json", "{}")
+    assert "is or holds an adapter, not a base model alone" in recipe(model_name_or_path=str(base))
+    with pytest.raises(UserError, match="merge it first"):
+        load_causal_lm(str(base))
+
+
+def test_a_base_whose_adapter_only_the_library_sees(
+    model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "_hf_peft_config_loaded", True)
+    with pytest.raises(UserError, match="holds an adapter beside the base model"):
+        load_causal_lm(str(model_dirs["llama"]))
+
+
+def test_a_base_that_cannot_be_loaded(tmp_path: Path, model_dirs: dict[str, Path]) -> None:
+    base = shutil.copytree(model_dirs["llama"], tmp_path / "base")
+    (base / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"the model in .*base cannot be loaded \(.+\)$"):
+        load_causal_lm(str(base))
+
+
+def test_a_repository_that_cannot_be_made(
+    base: dict[str, str], monkeypatch: pytest.MonkeyPatch, capfd: Capture
+) -> None:
+    """Its own test: Trainer makes the empty output folder before it asks the Hub."""
+    monkeypatch.setattr(sys, "argv", ["recipes/sft.py", *command(base, {"push_to_hub": "true"})])
+    with pytest.raises(SystemExit) as raised:
+        runpy.run_path(str(ROOT / "recipes" / "sft.py"), run_name="__main__")
+    assert raised.value.code == 2
+    said = capfd.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r"error: push_to_hub: the repository 'out' cannot be had \(.+\); log in .* or leave", said)
+
+
+def test_an_interrupted_run_says_how_to_go_on(capfd: Capture) -> None:
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as raised:
+        errors.run_program(main)
+    assert raised.value.code == 130
+    assert capfd.readouterr().err == "interrupted; go on with --resume_from_checkpoint true\n"
 
 
 def test_an_output_dir_below_a_file(recipe: Run, tmp_path: Path) -> None:

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from plainlora import merging
 from plainlora.data.prompts import render_prompt
-from tests.conftest import CONFIGS, random_ids
+from tests.conftest import CONFIGS, ROOT, ROWS, random_ids
 from tests.recipes.conftest import RunSFT
 
 
@@ -60,6 +62,40 @@ def test_u10_resuming_passes_over_a_broken_newest_checkpoint(run_sft: RunSFT) ->
     broken.write_bytes(broken.read_bytes()[:100])
     run_sft("gpt2", "resumed", "--resume_from_checkpoint", "true")
     assert adapter_bytes(resumed) == adapter_bytes(whole)
+
+
+def test_resuming_with_other_settings_is_refused_naming_them(
+    run_sft: RunSFT, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--lora_target_modules", "q_proj", "v_proj", "--lora_r", "4", "--lora_alpha", "8"]
+    first = run_sft("llama", "first", *settings)
+    inside = str(first / "checkpoint-3")
+
+    def refusal(name: str, *flags: str) -> str:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run_sft("llama", name, *settings, "--resume_from_checkpoint", *flags)
+        assert stopped.value.code == 2
+        return capfd.readouterr().err.strip().splitlines()[-1]
+
+    for backend in ("reference", "peft"):
+        for flags, said in (
+            (["--lora_alpha", "100"], "trained with lora_alpha 8, now it is 100"),
+            (["--lora_r", "2"], "trained with r 4, now it is 2"),
+            (["--lora_modules_to_save", "lm_head"], "trained with modules_to_save [], now it is ['lm_head']"),
+            (
+                ["--lora_target_modules", "q_proj", "k_proj"],
+                "target_modules ['q_proj', 'v_proj'], now it is ['k_proj'",
+            ),
+        ):
+            assert said in refusal("first", inside, "--lora_backend", backend, *flags)
+    # A checkpoint of elsewhere is no leave to write over what is here.
+    other = run_sft("llama", "other")
+    before = adapter_bytes(other)
+    assert "holds another run" in refusal("other", inside)
+    assert adapter_bytes(other) == before
+    (first / "checkpoint-3" / "optimizer.pt").write_bytes(b"x")
+    assert "checkpoint-3 is not whole" in refusal("first", inside)
 
 
 def test_every_checkpoint_holds_the_adapter_alone(run_sft: RunSFT) -> None:
@@ -177,6 +213,41 @@ def test_training_on_the_answers_only_trains_fewer_tokens(run_sft: RunSFT, capfd
     assert 0 < trained[1] < trained[0] / 2
 
 
+def test_rows_of_prompt_and_completion_train_the_answers_unless_told_otherwise(
+    run_sft: RunSFT, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As TRL reads `completion_only_loss` left out. The recipe sets it, so a copy without it is run."""
+    recipe = (ROOT / "recipes/gpt2-alpaca-gpt4/lora.yaml").read_text()
+    (tmp_path / "unset.yaml").write_text(re.sub(r"(?m)^completion_only_loss.*\n", "", recipe))
+    rows = tmp_path / "rows.jsonl"
+    pairs = [{"prompt": row["instruction"], "completion": row["output"]} for row in ROWS]
+    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+    def trained(name: str, *flags: str) -> tuple[int, int]:
+        run_sft("gpt2", name, *flags, "--max_steps", "1", config=str(tmp_path / "unset.yaml"))
+        found = re.search(r"train rows: .* ([\d,]+) tokens \(([\d,]+) trained", capfd.readouterr().out)
+        assert found
+        return int(found[1].replace(",", "")), int(found[2].replace(",", ""))
+
+    tokens, answers = trained("pairs", "--dataset_name", str(rows))
+    assert 0 < answers < 0.6 * tokens
+    for name, flags in (("told", ["--dataset_name", str(rows), "--completion_only_loss", "false"]), ("others", [])):
+        tokens, everything = trained(name, *flags)
+        assert everything == tokens
+
+
+def test_a_merge_that_is_refused_leaves_the_report(
+    run_sft: RunSFT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(merging.TOLERANCES, torch.float32, 1e-12)
+    with pytest.raises(SystemExit) as stopped:
+        run_sft("gpt2", "run", "--merge", "true")
+    assert stopped.value.code == 2
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"run.json", "all_results.json", "README.md", "loss.png", "adapter_model.safetensors"} <= names
+    assert "merged" not in names
+
+
 def test_u14_a_single_target_name_stays_a_name(run_sft: RunSFT) -> None:
     for backend in ("reference", "peft"):
         output = run_sft("llama", backend, "--lora_target_modules", "q_proj", "--lora_backend", backend)
@@ -205,6 +276,23 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_checkpoint(
     saved = load_file(tmp_path / "run" / kept[1] / "adapter_model.safetensors")
     assert all(tensor.isfinite().all() for tensor in saved.values())
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_a_loss_that_is_not_finite_in_another_process_stops_this_one_too(
+    run_sft: RunSFT, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What a second process would report is put in; that both then stop is what keeps either from waiting."""
+    gather = Accelerator.gather
+
+    def gathered(self: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
+        one_flag = tensor.dtype == torch.int32 and tensor.shape == (1,)
+        return torch.tensor([1, 0]) if one_flag else gather(self, tensor)
+
+    monkeypatch.setattr(Accelerator, "gather", gathered)
+    with pytest.raises(SystemExit) as stopped:
+        run_sft("llama", "run")
+    assert stopped.value.code == 2
+    assert "not finite in another process, so training stopped" in capfd.readouterr().err
 
 
 def test_another_runs_folder_is_kept_unless_overwriting_is_asked_for(

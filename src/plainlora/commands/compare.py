@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from plainlora.parity.case import Case
+    from plainlora.parity.compare import CaseResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     _refuse_idle_flags(arguments)
     check_writable(arguments.output, "--output")
-    results = []
+    results: list[CaseResult] = []
     with quiet_models():
         for case in _cases(arguments, arguments.steps or 10):
             if not results:

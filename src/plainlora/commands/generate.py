@@ -1,6 +1,7 @@
 """`plainlora generate`: one prompt, the base's and the tuned model's answers."""
 
 import argparse
+from pathlib import Path
 
 from plainlora.errors import UserError
 
@@ -19,12 +20,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_new_tokens", type=_count, default=128, help="longest answer, in tokens (default: 128)")
     parser.add_argument("--with_peft", action="store_true", help="also answer with PEFT's implementation")
     parser.add_argument(
+        "--base",
+        default="16bit",
+        choices=["16bit", "dequantized"],
+        help="for an adapter trained on 4 or 8 bits: answer on the original checkpoint (16bit, the default), or on "
+        "what training saw of it (dequantized)",
+    )
+    parser.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"], help="precision of the base"
     )
 
 
+def _refuse_whole_model(folder: Path) -> None:
+    """A merged model's folder is easily taken for the adapter's beside it."""
+    whole = any((folder / name).is_file() for name in ("merge.json", "config.json"))
+    if whole and not (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} is a whole model, not an adapter; give --adapter the folder that training wrote, or load the "
+            "model with AutoModelForCausalLM.from_pretrained"
+        )
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Prints every prompt with its answers."""
+    _refuse_whole_model(Path(arguments.adapter))
+
     import plainlora.quiet  # noqa: F401
     from plainlora.arguments import dtype_of
     from plainlora.backends import BACKENDS
@@ -37,12 +57,15 @@ def run(arguments: argparse.Namespace) -> None:
     prompts = [render_prompt(prompt, tokenizer, arguments.input) for prompt in arguments.prompt]
     if not all(prompts):
         raise UserError("--prompt is empty, and without a template there is nothing to go on from")
-    if training_quantization(arguments.adapter) is not None:
-        print("trained on quantised weights; here the base is the original checkpoint")
+    if arguments.base == "16bit" and training_quantization(arguments.adapter) is not None:
+        print(
+            "trained on quantised weights; here the base is the original checkpoint; "
+            "for what training saw of it: --base dequantized"
+        )
     answers: dict[str, list[str]] = {}
     for name in ("reference", "peft") if arguments.with_peft else ("reference",):
         backend = BACKENDS[name]
-        base = load_base_for_merge(arguments.adapter, "16bit", dtype_of(arguments.dtype))
+        base = load_base_for_merge(arguments.adapter, arguments.base, dtype_of(arguments.dtype))
         model = backend.load(to_accelerator(base), arguments.adapter)
         if "base" not in answers:
             with backend.disabled(model):

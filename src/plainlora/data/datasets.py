@@ -169,26 +169,32 @@ def read_file(path: Path) -> Dataset:
     return {"parquet": _read_parquet, "csv": _read_csv, "tsv": _read_csv}.get(kind, _read_json)(path)
 
 
-def load_split(name: str, split: str, config: str | None = None, revision: str | None = None) -> Dataset | None:
+def load_split(name: str, split: str, config: str | None = None) -> Dataset | None:
     """The rows of a split, from the Hub or from this disk; `None` if there is no such split.
 
     Args:
         name: Hub id, local folder or local file. A file is the split `train`.
         split: `train`, `test`, ... On the Hub also a slice such as `train[:1%]`.
         config: Configuration name on the Hub.
-        revision: Branch, tag or commit on the Hub.
 
     Raises:
         UserError: The rows cannot be had, or there are none.
     """
     if is_local(name):
+        if "[" in split:  # a slice of the Hub's kind
+            whole, _, first = split.removesuffix("]").partition("[:")
+            raise UserError(
+                f"{name} is on this disk, where no split can be sliced ({split!r}); name the split "
+                f"{whole.partition('[')[0]!r}, and take its first rows with --max_train_rows "
+                f"{first if first.isdecimal() else 'N'}"
+            )
         file = find_local_file(name, split)
         if file is None or (Path(name).expanduser().is_file() and split != "train"):
             return None
         rows = read_file(file)
     else:
         try:
-            rows = cast(Dataset, datasets.load_dataset(name, config, split=split, revision=revision))
+            rows = cast(Dataset, datasets.load_dataset(name, config, split=split))
         except ValueError as error:
             if "nknown split" in str(error):
                 return None

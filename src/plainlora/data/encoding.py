@@ -91,8 +91,17 @@ def _kind(value: object) -> str:
     return "null" if value is None else type(value).__name__
 
 
+def text_pair(row: dict[str, Any], schema: Schema) -> tuple[str, str] | None:
+    """The prompt and the completion of a row that has both as plain text, which no template touches, as in TRL."""
+    if schema == "prompt" and isinstance(row["prompt"], str) and isinstance(row["completion"], str):
+        return row["prompt"], row["completion"]
+    return None
+
+
 def split_row(row: dict[str, Any], schema: Schema) -> tuple[list[Message], list[Message]]:
     """The row's prompt and its answer as chat messages; for a conversation everything is prompt up to the last turn.
+
+    Rows of plain text have none: see `text_pair`.
 
     Raises:
         UserError: The row's messages are not a conversation that ends with the assistant.
@@ -101,8 +110,6 @@ def split_row(row: dict[str, Any], schema: Schema) -> tuple[list[Message], list[
         return [user_message(row["instruction"], row.get("input") or "")], [assistant_message(row["output"])]
     if schema == "prompt":
         prompt, completion = row["prompt"], row["completion"]
-        if isinstance(prompt, str) and isinstance(completion, str):
-            return [user_message(prompt)], [assistant_message(completion)]
         if not isinstance(prompt, list) or not isinstance(completion, list):
             kinds = " and ".join(_kind(side) for side in (prompt, completion))
             raise UserError(f"'prompt' and 'completion' must be two texts or two lists of messages, not {kinds}")
@@ -150,6 +157,9 @@ class Encoder:
             if ids[-1:] != [self.tokenizer.eos_token_id]:
                 ids = [*ids, self.tokenizer.eos_token_id]
             return {"input_ids": ids, "labels": list(ids), "prompt_is_prefix": True}
+        texts = text_pair(row, self.schema)
+        if texts is not None:
+            return self._encode_texts(*texts)
         prompt, answer = split_row(row, self.schema)
         ids = self._tokenize(render([*prompt, *answer], self.tokenizer))
         prompt_ids = self._tokenize(render(prompt, self.tokenizer, for_generation=True))
@@ -165,6 +175,20 @@ class Encoder:
                 "so the model would never learn to stop; set eos_token to the token that ends them, or "
                 "prompt_template to one that does"
             )
+        return {"input_ids": ids, "labels": labels, "prompt_is_prefix": shared == len(prompt_ids)}
+
+    def _encode_texts(self, prompt: str, completion: str) -> dict[str, Any]:
+        """One text after the other, as they are, with the tokenizer's own special tokens.
+
+        https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py (`add_eos`, `tokenize_fn`)
+        """
+        eos = str(self.tokenizer.eos_token)
+        completion = completion if completion.endswith(eos) else completion + eos
+        prompt = without_bos(prompt, self.tokenizer)
+        ids = list(self.tokenizer(prompt + completion, verbose=False).input_ids)
+        prompt_ids = list(self.tokenizer(prompt, verbose=False).input_ids)
+        shared = _common_prefix(prompt_ids, ids)
+        labels = [IGNORED] * shared + ids[shared:] if self.answers_only else list(ids)
         return {"input_ids": ids, "labels": labels, "prompt_is_prefix": shared == len(prompt_ids)}
 
     def _tokenize(self, text: str) -> list[int]:

@@ -38,6 +38,11 @@ def without_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return text.removeprefix(str(tokenizer.bos_token)) if adds_bos(tokenizer) else text
 
 
+def plain_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Plain text with the BOS spelled out that the tokenizer adds in training, for tokenising without it."""
+    return (str(tokenizer.bos_token) if adds_bos(tokenizer) else "") + without_bos(prompt, tokenizer)
+
+
 def install_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
     """Makes the tokenizer render with a built-in template, a file, or, if `None`, its own.
 
@@ -82,5 +87,5 @@ def render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, for_gene
 def render_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, context: str = "") -> str:
     """A single prompt as training rendered it; as it is, where training had plain text and no template."""
     if tokenizer.chat_template is None:
-        return (str(tokenizer.bos_token) if adds_bos(tokenizer) else "") + prompt + context
+        return plain_prompt(prompt + context, tokenizer)
     return render([user_message(prompt, context)], tokenizer, for_generation=True)

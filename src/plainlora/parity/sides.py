@@ -167,25 +167,19 @@ class Peft(Side):
 def _as_trl_expects(rows: Dataset, tokenizer: PreTrainedTokenizerBase, settings: SFTConfig) -> Dataset:
     """The rows in TRL's own layouts, written out here so that no code of the other side stands behind them."""
     columns = rows.column_names
-    if "instruction" in columns:
-        pairs = [(_instruction(row), row["output"].strip()) for row in rows]
-    elif "prompt" in columns and isinstance(rows[0]["prompt"], str):
-        pairs = [(row["prompt"].strip(), row["completion"].strip()) for row in rows]
-    elif "prompt" in columns or "messages" in columns:
+    if "messages" in columns or "prompt" in columns:
         return rows
-    else:  # a BOS that the text spells out would stand there twice
-        bos = tokenizer.bos_token
-        column = settings.dataset_text_field
+    if "instruction" not in columns:  # a BOS that the text spells out would stand there twice
+        bos, column = tokenizer.bos_token, settings.dataset_text_field
         adds_one = bos is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
-        texts = [text.removeprefix(bos) if adds_one else text for text in rows[column]]
-        return Dataset.from_dict({column: texts})
+        return Dataset.from_dict({column: [text.removeprefix(bos) if adds_one else text for text in rows[column]]})
     return Dataset.from_list(
         [
             {
-                "prompt": [{"role": "user", "content": question}],
-                "completion": [{"role": "assistant", "content": answer}],
+                "prompt": [{"role": "user", "content": _instruction(row)}],
+                "completion": [{"role": "assistant", "content": row["output"].strip()}],
             }
-            for question, answer in pairs
+            for row in rows
         ]
     )
 

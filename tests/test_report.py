@@ -1,0 +1,125 @@
+"""What a run leaves for people says what happened."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from trl import ModelConfig, ScriptArguments, SFTConfig
+
+from plainlora.arguments import RecipeArguments
+from plainlora.report import plot_loss, summary, write_model_card, write_run
+
+TRAIN = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
+EVAL = [{"step": 2, "eval_loss": 2.5}]
+RESULTS = {"trainable_params": 1200, "total_params": 120000}
+
+
+def arguments(folder: Path, **options: Any) -> tuple[RecipeArguments, ScriptArguments, SFTConfig, ModelConfig]:
+    """The four real dataclasses; an option goes to the one that knows it."""
+    given: list[dict[str, Any]] = [
+        {},
+        {"dataset_name": "vicgalle/alpaca-gpt4"},
+        {"use_cpu": True, "bf16": False, "report_to": "none", "output_dir": str(folder)},
+        {"model_name_or_path": "openai-community/gpt2"},
+    ]
+    kinds = (RecipeArguments, ScriptArguments, SFTConfig, ModelConfig)
+    for name, value in options.items():
+        next(at for kind, at in zip(kinds, given, strict=True) if name in kind.__dataclass_fields__)[name] = value
+    return tuple(kind(**values) for kind, values in zip(kinds, given, strict=True))  # type: ignore[return-value]
+
+
+def card(folder: Path, template: bool = True, **options: Any) -> ModelCard:
+    if template:
+        (folder / "chat_template.jinja").write_text("{{ messages }}")
+    write_model_card(folder, *arguments(folder, **options), {"eval_loss_adapter": 1.5, **RESULTS})
+    return ModelCard.load(folder / "README.md")
+
+
+def test_the_metadata_is_the_hubs(tmp_path: Path) -> None:
+    data = card(tmp_path).data
+    assert data.library_name == "peft"
+    assert data.pipeline_tag == "text-generation"
+    assert data.base_model == "openai-community/gpt2"
+    assert data.datasets == ["vicgalle/alpaca-gpt4"]
+    assert "lora" in data.tags
+
+
+def test_no_path_is_given_for_a_hub_id(tmp_path: Path) -> None:
+    data = card(tmp_path, model_name_or_path=str(tmp_path), dataset_name="./rows.jsonl").data
+    assert data.base_model is None
+    assert data.datasets is None
+
+
+@pytest.mark.parametrize(
+    ("options", "row", "absent"),
+    [
+        ({"load_in_8bit": True}, "| base weights | 8-bit |", "float32"),
+        ({"load_in_4bit": True}, "| base weights | 4-bit nf4 |", "float32"),
+        ({"dtype": "bfloat16"}, "| base weights | bfloat16 |", "float32"),
+        ({}, "| packing | no |", "packing | 0"),
+        ({"packing": True}, "| packing | yes |", "packing | 1"),
+        ({}, "| epochs | 3 |", "| steps |"),
+        ({"max_steps": 1500}, "| steps | 1,500 |", "| epochs |"),
+    ],
+)
+def test_the_settings_are_those_of_the_run(tmp_path: Path, options: dict[str, Any], row: str, absent: str) -> None:
+    text = card(tmp_path, **options).text
+    assert row in text
+    assert absent not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({}, "rendered by the base tokenizer's own template (`chat_template.jinja`)."),
+        ({"prompt_template": "alpaca"}, "rendered by the template `alpaca` (`chat_template.jinja`)."),
+        ({"chat_template_path": "my.jinja"}, "rendered by the template `my.jinja` (`chat_template.jinja`)."),
+    ],
+)
+def test_the_template_is_the_one_that_was_installed(tmp_path: Path, options: dict[str, Any], sentence: str) -> None:
+    assert f"\nConversations are {sentence}\n" in card(tmp_path, **options).text
+
+
+def test_a_template_that_is_not_there_is_not_claimed(tmp_path: Path) -> None:
+    text = card(tmp_path, template=False).text
+    assert "\nPrompts are plain text: its tokenizer has no chat template.\n" in text
+    assert "chat_template.jinja" not in text
+
+
+def test_secrets_are_left_out_of_run_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = [f"secret{number}" for number in range(5)]
+    command = [
+        *("recipes/sft.py", "--hub_token", secrets[0], f"--hub_token={secrets[1]}", "--hub-token", secrets[2]),
+        *(f"--push-to-hub-token={secrets[3]}", "--hub_model_id", "me/it", "--seed=7"),
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    path = tmp_path / "run.json"
+    write_run(path, arguments(tmp_path, hub_token=secrets[4], seed=7), {"load_in_4bit": True})
+    text = path.read_text()
+    assert not [secret for secret in secrets if secret in text]
+    written = json.loads(text)
+    assert written["command"] == [
+        *("recipes/sft.py", "--hub_token", "...", "--hub_token=...", "--hub-token", "...", "--push-to-hub-token=..."),
+        *("--hub_model_id", "me/it", "--seed=7"),
+    ]
+    assert written["arguments"]["seed"] == 7
+    assert written["arguments"]["model_name_or_path"] == "openai-community/gpt2"
+    assert "hub_token" not in written["arguments"]
+    assert written["quantization_config"] == {"load_in_4bit": True}
+
+
+@pytest.mark.parametrize(("history", "base"), [([], None), (TRAIN, None), ([*TRAIN, *EVAL], 3.5)])
+def test_the_loss_is_drawn_whatever_was_measured(
+    tmp_path: Path, history: list[dict[str, Any]], base: float | None
+) -> None:
+    plot_loss(history, base, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_summary_says_where_tensorboard_finds_its_events(tmp_path: Path) -> None:
+    assert "tensorboard" not in summary(RESULTS, str(tmp_path), [])
+    (tmp_path / "runs").mkdir()
+    assert f"tensorboard --logdir {tmp_path}/runs" in summary(RESULTS, str(tmp_path), [])
