@@ -19,15 +19,14 @@ from plainlora.arguments import RecipeArguments
 from plainlora.backends import BACKENDS, attach_adapter, build_lora_config, check_same_adapter, count_parameters
 from plainlora.checks import check_combinations
 from plainlora.checkpoints import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
-from plainlora.data.datasets import load_train_and_test
-from plainlora.data.encoding import encode_rows, find_schema
 from plainlora.data.prompts import install_template
-from plainlora.errors import UserError, run_program
+from plainlora.errors import run_program
 from plainlora.evaluation import Examiner, compare
 from plainlora.generation import ExactMatch
 from plainlora.merging import merge_adapter
 from plainlora.parsing import StrictParser
 from plainlora.models import check_length, describe_quantization, load_base, load_config, load_tokenizer
+from plainlora.preparation import prepare_rows
 from plainlora.report import plot_loss, summary, write_json, write_model_card, write_run
 from plainlora.training import AdapterTrainer, check_schedule, hand_over, resume_path
 
@@ -58,42 +57,10 @@ def main() -> None:
         trust_remote_code=training.trust_remote_code,
     )
     install_template(tokenizer, recipe.prompt_template or training.chat_template_path)
-    train_rows, test_rows = load_train_and_test(
-        script.dataset_name,
-        config=script.dataset_config,
-        train_split=script.dataset_train_split,
-        test_split=script.dataset_test_split,
-        test_name=recipe.eval_dataset_name,
-        test_split_size=recipe.test_split_size,
-        max_train_rows=recipe.max_train_rows,
-        seed=training.seed,
-    )
-    if test_rows is None and (recipe.exact_match_rows or str(training.eval_strategy.value) != "no"):
-        raise UserError("eval_strategy and exact_match_rows need test rows: set test_split_size or eval_dataset_name")
-    answers_only = training.completion_only_loss
-    if answers_only is None:  # TRL's meaning: on for rows of prompt and completion, off for others
-        answers_only = (
-            find_schema(train_rows, training.dataset_text_field, f"{script.dataset_name} (train)") == "prompt"
-        )
-    encoded = {}
-    for split, rows in {"train": train_rows, "test": test_rows}.items():
-        if rows is not None:
-            encoded[split], counts = encode_rows(
-                rows,
-                tokenizer,
-                where=f"{script.dataset_name} ({split})",
-                text_column=training.dataset_text_field,
-                answers_only=answers_only or training.assistant_only_loss,
-                max_length=training.max_length,
-                on_overflow=recipe.on_overflow,
-                max_overflow=recipe.max_overflow,
-                keep_end=training.truncation_mode == "keep_end",
-                num_proc=training.dataset_num_proc,
-            )
-            say(counts.line(f"{split} rows", recipe.on_overflow))
+    rows = prepare_rows(recipe, script, training, tokenizer, say)
     exact_match = None
-    if recipe.exact_match_rows and test_rows is not None:
-        exact_match = ExactMatch(test_rows, recipe.exact_match_rows, tokenizer, recipe.max_new_tokens)
+    if recipe.exact_match_rows and rows.raw_test is not None:
+        exact_match = ExactMatch(rows.raw_test, recipe.exact_match_rows, tokenizer, recipe.max_new_tokens)
 
     # Seed first, then base, then adapter: the same command gives the same adapter.
     set_seed(training.seed)
@@ -108,14 +75,17 @@ def main() -> None:
         model,
         backend,
         args=hand_over(training),
-        train_dataset=encoded["train"],
-        eval_dataset=encoded.get("test"),
+        train_dataset=rows.train,
+        eval_dataset=rows.test,
         processing_class=tokenizer,
     )
     examine = Examiner(trainer, tokenizer, exact_match, recipe.sample_prompts, recipe.max_new_tokens)
 
-    if trainer.accelerator.is_main_process and not (checkpoint and lies_in(checkpoint, training.output_dir)):
-        clear_output_dir(training.output_dir)
+    output = Path(training.output_dir)
+    if trainer.accelerator.is_main_process:
+        if not (checkpoint and lies_in(checkpoint, training.output_dir)):
+            clear_output_dir(training.output_dir)
+        write_run(output / "run.json", (recipe, script, training, model_args), quantization)
     trainer.accelerator.wait_for_everyone()
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
@@ -127,10 +97,8 @@ def main() -> None:
     after = examine(model, "adapter")
 
     if trainer.accelerator.is_main_process:
-        output = Path(training.output_dir)
         results = outcome.metrics | compare(before, after)
         results |= {"trainable_params": trainable, "total_params": total}
-        write_run(output / "run.json", (recipe, script, training, model_args), quantization)
         plot_loss(trainer.state.log_history, before.loss, output / "loss.png")
         # Written before the merge, which may be refused, and again with its figure.
         write_json(output / "all_results.json", results)

@@ -18,7 +18,7 @@ RANKS = [
     {"arguments", "parsing", "checkpoints", "data.prompts", "data.datasets"},
     {"checks", "data.encoding", "models"},
     {"backends", "generation", "report"},
-    {"training", "evaluation", "merging"},
+    {"training", "evaluation", "merging", "preparation"},
     {"parity", "parity.case"},
     {"parity.sides", "parity.tiny"},
     {"parity.suite"},

@@ -275,6 +275,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_checkpoint(
     assert kept
     saved = load_file(tmp_path / "run" / kept[1] / "adapter_model.safetensors")
     assert all(tensor.isfinite().all() for tensor in saved.values())
+    assert (tmp_path / "run" / "run.json").exists()  # what a checkpoint of a quantised run is merged by
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
