@@ -3,8 +3,8 @@
 accelerate launch --config_file accelerate_configs/single_gpu.yaml \
     recipes/sft.py --config recipes/gpt2-alpaca-gpt4/lora.yaml
 
-Every flag of TRL's ScriptArguments, SFTConfig and ModelConfig works, in the YAML or on the command line, and so do
-those of plainlora.arguments.RecipeArguments. The command line wins.
+The flags are those of TRL's ScriptArguments, SFTConfig and ModelConfig and of plainlora.arguments.RecipeArguments, in
+the YAML or on the command line. The command line wins, and what cannot be honoured is refused.
 """
 
 import plainlora.quiet  # noqa: F401, I001  # before the libraries that it quiets
@@ -17,15 +17,15 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from plainlora.arguments import RecipeArguments
 from plainlora.backends import BACKENDS, attach_adapter, build_lora_config, check_same_adapter, count_parameters
-from plainlora.checks import check_combinations
 from plainlora.checkpoints import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
+from plainlora.checks import check_combinations
 from plainlora.data.prompts import install_template
 from plainlora.errors import run_program
-from plainlora.evaluation import Examiner, compare
+from plainlora.evaluation import Examiner, before_and_after
 from plainlora.generation import ExactMatch
 from plainlora.merging import merge_adapter
-from plainlora.parsing import StrictParser
 from plainlora.models import check_length, describe_quantization, load_base, load_config, load_tokenizer
+from plainlora.parsing import StrictParser
 from plainlora.preparation import prepare_rows
 from plainlora.report import plot_loss, summary, write_json, write_model_card, write_run
 from plainlora.training import AdapterTrainer, check_schedule, hand_over, resume_path
@@ -97,7 +97,7 @@ def main() -> None:
     after = examine(model, "adapter")
 
     if trainer.accelerator.is_main_process:
-        results = outcome.metrics | compare(before, after)
+        results = outcome.metrics | before_and_after(before, after)
         results |= {"trainable_params": trainable, "total_params": total}
         plot_loss(trainer.state.log_history, before.loss, output / "loss.png")
         # Written before the merge, which may be refused, and again with its figure.

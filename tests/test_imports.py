@@ -7,8 +7,8 @@ from tests.conftest import ROOT
 
 # Every module may import from the ranks before its own, and from the siblings listed beside it.
 RANKS = [
-    {"errors", "quiet", "reload"},
-    {"lora.errors", "lora.layer", "lora.module_to_save"},
+    {"lora.errors", "lora.layer", "lora.module_to_save", "quiet", "reload"},
+    {"errors"},
     {"lora.storage", "lora.config"},
     {"lora.targets"},
     {"lora.record"},

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from plainlora.lora.errors import LoRAError
+
 EXIT_CODE = 2
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
@@ -20,18 +22,10 @@ def one_line_errors() -> Iterator[None]:
     """
     try:
         yield
-    except UserError as error:
-        _exit(error)
-    except ValueError as error:
-        if type(error).__name__ != "LoRAError":  # named, not imported: `plainlora --help` need not load torch
-            raise
-        _exit(error)
-
-
-def _exit(error: Exception) -> None:
-    sys.stdout.flush()
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
-    raise SystemExit(EXIT_CODE) from error
+    except (UserError, LoRAError) as error:
+        sys.stdout.flush()
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(EXIT_CODE) from error
 
 
 def run_program(main: Callable[[], None]) -> None:

@@ -76,7 +76,7 @@ class Examiner:
         return found
 
 
-def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
+def before_and_after(before: Measurement, after: Measurement) -> dict[str, Any]:
     """Both sides as flat results: `eval_loss_base`, `eval_loss_adapter`, ... without what was not measured."""
     results: dict[str, Any] = {}
     for arm, side in (("base", before), ("adapter", after)):

@@ -241,8 +241,12 @@ def _attempt(level: Callable[[], Observation]) -> Observation:
     try:
         return level()
     except Exception as error:  # whatever a library raises
-        text = " ".join(str(error).split()) or type(error).__name__
-        return Observation(not_run=text if len(text) < 200 else text[:197] + "...")
+        return Observation(not_run=_reason(error))
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 200 else text[:197] + "..."
 
 
 def observe(side: Side, case: Case, directory: Path, progress: Callable[[str], None]) -> dict[str, Observation]:
@@ -260,7 +264,7 @@ def observe(side: Side, case: Case, directory: Path, progress: Callable[[str], N
     try:
         model = _attach(side, case)
     except Exception as error:  # whatever a library raises
-        return {level: Observation(not_run=" ".join(str(error).split())[:200]) for level in LEVELS}
+        return {level: Observation(not_run=_reason(error)) for level in LEVELS}
     found = {"init": _attempt(lambda: observe_init(side, case, model))}
     if not case.adapter:
         fill(side, model, case.seed)
