@@ -21,6 +21,7 @@ from plainlora.errors import UserError
 # What older recipes say, where the nearest of today's names would mislead.
 RENAMED = {
     "torch_dtype": "dtype",
+    "lora_rank": "lora_r",
     "max_seq_length": "max_length",
     "no_cuda": "use_cpu",
     "group_by_length": "train_sampling_strategy",
