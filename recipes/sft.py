@@ -3,7 +3,7 @@
 accelerate launch --config_file accelerate_configs/single_gpu.yaml \
     recipes/sft.py --config recipes/gpt2-alpaca-gpt4/lora.yaml
 
-The flags are those of TRL's ScriptArguments, SFTConfig and ModelConfig and of plainlora.arguments.RecipeArguments, in
+The flags are those of TRL's ScriptArguments, SFTConfig and ModelConfig and of plainlora.arguments.SFTArguments, in
 the YAML or on the command line. The command line wins, and what cannot be honoured is refused.
 """
 
@@ -15,30 +15,32 @@ from accelerate import PartialState
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
-from plainlora.arguments import RecipeArguments
+from plainlora.arguments import SFTArguments
 from plainlora.backends import BACKENDS, attach_adapter, build_lora_config, check_same_adapter, count_parameters
 from plainlora.checkpoints import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
-from plainlora.checks import check_combinations
+from plainlora.checks import check_sft
 from plainlora.data.prompts import install_template
 from plainlora.errors import run_program
 from plainlora.evaluation import Examiner, before_and_after
 from plainlora.generation import ExactMatch
 from plainlora.merging import merge_adapter
+from plainlora.model_card import write_sft_card
 from plainlora.models import check_length, describe_quantization, load_base, load_config, load_tokenizer
 from plainlora.parsing import StrictParser
+from plainlora.plots import plot_loss
 from plainlora.preparation import prepare_rows
-from plainlora.report import plot_loss, summary, write_json, write_model_card, write_run
+from plainlora.report import summary, write_json, write_run
 from plainlora.training import AdapterTrainer, check_schedule, hand_over, resume_path
 
 
 def main() -> None:
     recipe, script, training, model_args = StrictParser(
-        (RecipeArguments, ScriptArguments, SFTConfig, ModelConfig)
+        (SFTArguments, ScriptArguments, SFTConfig, ModelConfig)
     ).parse()
     say = PartialState().print
 
     # Everything that can be refused is refused before a weight is loaded or a file is touched.
-    check_combinations(recipe, script, training, model_args)
+    check_sft(recipe, script, training, model_args)
     check_schedule(training)
     name, revision = model_args.model_name_or_path, model_args.model_revision
     inputs = {"base model": name, "dataset": script.dataset_name, "test dataset": recipe.eval_dataset_name}
@@ -102,11 +104,11 @@ def main() -> None:
         plot_loss(trainer.state.log_history, before.loss, output / "loss.png")
         # Written before the merge, which may be refused, and again with its figure.
         write_json(output / "all_results.json", results)
-        write_model_card(output, recipe, script, training, model_args, results)
+        write_sft_card(output, recipe, script, training, model_args, results)
         if recipe.merge:
             results["merge_max_abs_diff"] = merge_adapter(output, output / "merged", overwrite=True).max_abs_diff
             write_json(output / "all_results.json", results)
-            write_model_card(output, recipe, script, training, model_args, results)
+            write_sft_card(output, recipe, script, training, model_args, results)
         samples = list(zip(examine.prompts, before.answers, after.answers, strict=True))
         print(summary(results, training.output_dir, samples))
     if training.push_to_hub:

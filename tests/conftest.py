@@ -1,5 +1,6 @@
 """Tiny real models and a tiny real tokenizer, made here from configs: no hub, no downloaded weight."""
 
+import copy
 import json
 import os
 import subprocess
@@ -14,10 +15,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
+    BertConfig,
     BitsAndBytesConfig,
+    DistilBertConfig,
     GPT2Config,
     LlamaConfig,
     PretrainedConfig,
@@ -44,6 +48,29 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         vocab_size=VOCABULARY, max_position_embeddings=256, tie_word_embeddings=True, **SPECIAL,
     ),
 }  # fmt: skip
+
+# Encoders and decoders as they come to be made classifiers: the checkpoint has no head.
+BACKBONES: dict[str, Callable[[], PretrainedConfig]] = {
+    "distilbert": lambda: DistilBertConfig(
+        dim=64, hidden_dim=128, n_layers=2, n_heads=2, vocab_size=VOCABULARY, max_position_embeddings=64,
+        pad_token_id=0,
+    ),
+    "bert": lambda: BertConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=VOCABULARY,
+        max_position_embeddings=64, pad_token_id=0,
+    ),
+    "gpt2": lambda: GPT2Config(
+        n_embd=64, n_head=2, n_layer=2, n_positions=64, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0
+    ),
+}  # fmt: skip
+
+# Told apart by their words; of many lengths, so that there is padding.
+TEXTS = [
+    {"text": f"win a {'big ' * (number % 7)}prize now {number}", "label": "spam"}
+    if number % 3 == 0
+    else {"text": f"see you {'very ' * (number % 5)}soon at {number}", "label": "ham"}
+    for number in range(120)
+]
 
 ROWS = [
     {"instruction": f"Say the number after {number}.", "input": "", "output": f"It is {number + 1}."}
@@ -101,6 +128,51 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
         make_model(kind).save_pretrained(folders[kind])
         tokenizer.save_pretrained(folders[kind])
     return folders
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """WordPiece over the texts above, with BERT's special tokens."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator((row["text"] for row in TEXTS), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names)
+
+
+@pytest.fixture(scope="session")
+def backbone_dirs(
+    tmp_path_factory: pytest.TempPathFactory,
+    tokenizer: PreTrainedTokenizerFast,
+    word_tokenizer: PreTrainedTokenizerFast,
+) -> dict[str, Path]:
+    """A folder for each tiny backbone, as the Hub would hold it. GPT-2 has no pad token, as its own has none."""
+    folders = {}
+    for kind, config in BACKBONES.items():
+        folders[kind] = tmp_path_factory.mktemp(f"backbone-{kind}")
+        torch.manual_seed(0)
+        AutoModel.from_config(config()).save_pretrained(folders[kind])
+        if kind == "gpt2":
+            without_pad = copy.deepcopy(tokenizer)
+            without_pad.pad_token = None
+            without_pad.save_pretrained(folders[kind])
+        else:
+            word_tokenizer.save_pretrained(folders[kind])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def texts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The texts above as csv."""
+    path = tmp_path_factory.mktemp("texts") / "texts.csv"
+    path.write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in TEXTS), encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="session")

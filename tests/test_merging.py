@@ -10,8 +10,9 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from plainlora import inject, save_adapter
+from plainlora.adapter_base import training_quantization
 from plainlora.errors import UserError
-from plainlora.merging import TOLERANCES, _put_in_place, merge_adapter, training_quantization
+from plainlora.merging import TOLERANCES, _put_in_place, merge_adapter
 from plainlora.models import describe_quantization
 from plainlora.report import write_run
 from tests.conftest import load_quantized, make_model, random_ids

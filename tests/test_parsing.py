@@ -11,13 +11,14 @@ import torch
 import yaml
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
-from plainlora.arguments import RecipeArguments, dtype_of, parse_pattern
-from plainlora.checks import check_combinations
+from plainlora.arguments import ClassifyArguments, ClassifyConfig, SFTArguments, dtype_of, parse_pattern
+from plainlora.checks import check_sft
 from plainlora.errors import UserError
 from plainlora.parsing import StrictParser, read_yaml
 from tests.conftest import ROOT
 
-CLASSES = (RecipeArguments, ScriptArguments, SFTConfig, ModelConfig)
+CLASSES = (SFTArguments, ScriptArguments, SFTConfig, ModelConfig)
+CLASSIFY_CLASSES = (ClassifyArguments, ScriptArguments, ClassifyConfig, ModelConfig)
 BASE = "model_name_or_path: m\ndataset_name: d\noutput_dir: out\n"
 NO_ACCELERATOR = pytest.mark.skipif(torch.accelerator.is_available(), reason="not run: there is an accelerator")
 
@@ -37,7 +38,7 @@ def parse(text: str | bytes | None = None, *typed: str) -> dict[str, Any]:
         Path("recipe.yaml").write_bytes(content)
         typed = ("--config", "recipe.yaml", *typed)
     parsed = StrictParser(CLASSES).parse(typed)
-    check_combinations(*parsed)
+    check_sft(*parsed)
     return {name: value for part in parsed for name, value in vars(part).items()}
 
 
@@ -317,10 +318,15 @@ RECIPES = sorted(ROOT.glob("recipes/*/*.yaml"))
 ACCELERATE = sorted(ROOT.glob("accelerate_configs/*.yaml"))
 
 
-def defaults() -> dict[str, Any]:
+def classes_of(path: Path) -> tuple[Any, ...]:
+    """The dataclasses of the program that a recipe is for, as its header says."""
+    return CLASSIFY_CLASSES if "recipes/classify.py" in path.read_text(encoding="utf-8") else CLASSES
+
+
+def defaults(classes: tuple[Any, ...]) -> dict[str, Any]:
     """Every option's default as the parser has it, before a dataclass adjusts it."""
     found = {}
-    for owner in CLASSES:
+    for owner in classes:
         for field in dataclasses.fields(owner):
             factory = field.default_factory
             found[field.name] = field.default if factory is dataclasses.MISSING else factory()
@@ -342,9 +348,10 @@ def test_every_yaml_of_the_project_is_covered_here() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_recipe_parses_and_says_only_what_differs_from_the_defaults(path: Path) -> None:
-    settings = parse(None, "--config", str(path))
+    parts = StrictParser(classes_of(path)).parse(["--config", str(path)])
+    settings = {name: value for part in parts for name, value in vars(part).items()}
     content = read_yaml(path)
-    standard = defaults()
+    standard = defaults(classes_of(path))
     said = content.keys() - {"env", "report_to", "output_dir"}
     assert sorted(name for name in said if content[name] == standard[name]) == []
     assert settings["output_dir"] == content["output_dir"]

@@ -9,15 +9,17 @@ import pytest
 from huggingface_hub import ModelCard
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
-from plainlora.arguments import RecipeArguments
-from plainlora.report import plot_loss, summary, write_model_card, write_run
+from plainlora.arguments import SFTArguments
+from plainlora.model_card import write_sft_card
+from plainlora.plots import plot_loss
+from plainlora.report import summary, write_run
 
 TRAIN = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
 EVAL = [{"step": 2, "eval_loss": 2.5}]
 RESULTS = {"trainable_params": 1200, "total_params": 120000}
 
 
-def arguments(folder: Path, **options: Any) -> tuple[RecipeArguments, ScriptArguments, SFTConfig, ModelConfig]:
+def arguments(folder: Path, **options: Any) -> tuple[SFTArguments, ScriptArguments, SFTConfig, ModelConfig]:
     """The four real dataclasses; an option goes to the one that knows it."""
     given: list[dict[str, Any]] = [
         {},
@@ -25,7 +27,7 @@ def arguments(folder: Path, **options: Any) -> tuple[RecipeArguments, ScriptArgu
         {"use_cpu": True, "bf16": False, "report_to": "none", "output_dir": str(folder)},
         {"model_name_or_path": "openai-community/gpt2"},
     ]
-    kinds = (RecipeArguments, ScriptArguments, SFTConfig, ModelConfig)
+    kinds = (SFTArguments, ScriptArguments, SFTConfig, ModelConfig)
     for name, value in options.items():
         next(at for kind, at in zip(kinds, given, strict=True) if name in kind.__dataclass_fields__)[name] = value
     return tuple(kind(**values) for kind, values in zip(kinds, given, strict=True))  # type: ignore[return-value]
@@ -34,7 +36,7 @@ def arguments(folder: Path, **options: Any) -> tuple[RecipeArguments, ScriptArgu
 def card(folder: Path, template: bool = True, **options: Any) -> ModelCard:
     if template:
         (folder / "chat_template.jinja").write_text("{{ messages }}")
-    write_model_card(folder, *arguments(folder, **options), {"eval_loss_adapter": 1.5, **RESULTS})
+    write_sft_card(folder, *arguments(folder, **options), {"eval_loss_adapter": 1.5, **RESULTS})
     return ModelCard.load(folder / "README.md")
 
 

@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from transformers import TrainingArguments
 
 from plainlora.errors import UserError
 
 
 @dataclass
 class RecipeArguments:
-    """What a recipe needs beyond TRL's `ScriptArguments`, `SFTConfig` and `ModelConfig`."""
+    """What both programs need beyond TRL's `ScriptArguments` and `ModelConfig`: the adapter, the rows, the folder."""
 
     lora_backend: Literal["reference", "peft"] = field(
         default="reference",
@@ -45,6 +46,21 @@ class RecipeArguments:
         default=None,
         metadata={"help": "Share (below 1) or number of rows to hold out for testing, if there is no test split."},
     )
+    merge: bool = field(
+        default=False, metadata={"help": "Also write the merged model to output_dir/merged, and check it."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace the results of another run in output_dir."})
+
+    def __post_init__(self) -> None:
+        for name in ("lora_rank_pattern", "lora_alpha_pattern"):
+            parse_pattern(name, getattr(self, name))
+        check_size("test_split_size", self.test_split_size)
+
+
+@dataclass
+class SFTArguments(RecipeArguments):
+    """What `recipes/sft.py` needs beyond TRL's `ScriptArguments`, `SFTConfig` and `ModelConfig`."""
+
     max_train_rows: int | None = field(default=None, metadata={"help": "Train on the first rows only, for a trial."})
     prompt_template: str | None = field(
         default=None,
@@ -64,17 +80,90 @@ class RecipeArguments:
         default_factory=list, metadata={"help": "Prompts that base and tuned model answer at the end."}
     )
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer, in tokens."})
-    merge: bool = field(
-        default=False, metadata={"help": "Also write the merged model to output_dir/merged, and check it."}
+
+
+@dataclass
+class ClassifyArguments(RecipeArguments):
+    """What `recipes/classify.py` needs beyond `ScriptArguments`, `ClassifyConfig` and `ModelConfig`."""
+
+    method: Literal["lora", "last_layers", "full"] = field(
+        default="lora",
+        metadata={
+            "help": "What to train: LoRA, the last layers only, or every weight. The last two leave lora_* aside."
+        },
     )
-    overwrite: bool = field(default=False, metadata={"help": "Replace the results of another run in output_dir."})
+    lora_query: bool = field(default=False, metadata={"help": "LoRA on the query projections."})
+    lora_key: bool = field(default=False, metadata={"help": "LoRA on the key projections."})
+    lora_value: bool = field(default=False, metadata={"help": "LoRA on the value projections."})
+    lora_projection: bool = field(default=False, metadata={"help": "LoRA on the attention's output projections."})
+    lora_mlp: bool = field(default=False, metadata={"help": "LoRA on the feed-forward layers."})
+    lora_head: bool = field(default=False, metadata={"help": "LoRA on the classification head, which stays frozen."})
+    train_head: bool = field(
+        default=False,
+        metadata={"help": "Train the head whole beside the adapters (modules_to_save, the usual choice with PEFT)."},
+    )
+    last_layers: list[str] | None = field(
+        default=None, metadata={"help": "Modules that `--method last_layers` trains; the head's, if left out."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Column of the texts."})
+    label_column: str = field(default="label", metadata={"help": "Column of the classes, as names or numbers."})
+    labels: list[str] | None = field(
+        default=None, metadata={"help": "Names of the classes in order; as found in the data if left out."}
+    )
+    dataset_columns: list[str] | None = field(
+        default=None, metadata={"help": "Names of the columns of a csv or tsv file that has no header line."}
+    )
+    dataset_validation_split: str = field(default="validation", metadata={"help": "Name of the validation split."})
+    validation_dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id or local file of the validation rows."}
+    )
+    validation_split_size: float | None = field(
+        default=None,
+        metadata={"help": "Share (below 1) or number of rows to hold out for validation, if there is no such split."},
+    )
+    balance_classes: bool = field(
+        default=False, metadata={"help": "Cut every class to the size of the smallest before splitting."}
+    )
+    on_empty: Literal["drop", "keep", "error"] = field(
+        default="drop", metadata={"help": "What happens to a row with an empty text."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Texts are cut to this many tokens; to the model's context if left out."}
+    )
+    max_train_rows: int | None = field(
+        default=None, metadata={"help": "Train on this many rows, drawn at random with each class's share kept."}
+    )
+    max_eval_rows: int | None = field(
+        default=None, metadata={"help": "Validate and test on this many rows each, drawn likewise."}
+    )
+    measured_train_rows: int = field(
+        default=1000, metadata={"help": "How many training rows the accuracy on training rows is measured on."}
+    )
 
     def __post_init__(self) -> None:
-        for name in ("lora_rank_pattern", "lora_alpha_pattern"):
-            parse_pattern(name, getattr(self, name))
-        size = float(self.test_split_size or 0)
-        if not (0 <= size < 1 or (size > 0 and size.is_integer())):
-            raise UserError(f"test_split_size is a share below 1 or a whole number of rows, not {size}")
+        super().__post_init__()
+        check_size("validation_split_size", self.validation_split_size)
+
+
+@dataclass
+class ClassifyConfig(TrainingArguments):
+    """Transformers' `TrainingArguments` with other defaults: batches of similar lengths, a log that can be read."""
+
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "How batches are drawn; `group_by_length` puts texts of similar lengths together.",
+            "choices": ["random", "sequential", "group_by_length", "batch_rebalance"],
+        },
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps, or this share of them."})
+
+
+def check_size(name: str, size: float | None) -> None:
+    """Raises `UserError` unless a split's size is a share below 1 or a whole number of rows."""
+    number = float(size or 0)
+    if not (0 <= number < 1 or (number > 0 and number.is_integer())):
+        raise UserError(f"{name} is a share below 1 or a whole number of rows, not {number}")
 
 
 def parse_pattern(name: str, value: dict[str, int] | str | None) -> dict[str, int]:

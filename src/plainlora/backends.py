@@ -1,10 +1,12 @@
 """The single switch between the hand-written LoRA and PEFT. Nothing else in the project asks which one it is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from types import MethodType
+from typing import Any, Protocol, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -16,13 +18,20 @@ from plainlora.arguments import RecipeArguments, parse_pattern
 from plainlora.errors import UserError
 from plainlora.lora import inject, interchange, load
 from plainlora.lora.config import check_supported
-from plainlora.lora.targets import find_targets
+from plainlora.lora.targets import find_new_weights, find_targets
 
 FIXED_BY_CHECKPOINT = (
     *("r", "lora_alpha", "use_rslora", "lora_dropout", "bias", "rank_pattern", "alpha_pattern", "modules_to_save"),
     "base_model_name_or_path",
 )
 CONDENSED_FROM = 20  # names: from here on PEFT replaces target_modules by shorter ones that match the same
+
+
+class Attach(Protocol):
+    """What puts a fresh adapter into a base model."""
+
+    def __call__(self, model: PreTrainedModel, config: LoraConfig, new_weights: Collection[str] = ()) -> nn.Module:
+        """See `plainlora.inject`."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +45,48 @@ class Backend:
         disabled: A context in which the model computes as its base.
     """
 
-    attach: Callable[[PreTrainedModel, LoraConfig], nn.Module]
+    attach: Attach
     load: Callable[[PreTrainedModel, str | Path], nn.Module]
     reload: Callable[[nn.Module, str | Path], None]
     disabled: Callable[[nn.Module], AbstractContextManager[object]]
 
 
-def _peft_attach(model: PreTrainedModel, config: LoraConfig) -> nn.Module:
+def _reference_attach(model: PreTrainedModel, config: LoraConfig, new_weights: Collection[str] = ()) -> nn.Module:
+    return inject.inject(model, config, new_weights=new_weights)
+
+
+def _save_pretrained(
+    model: PeftModel,
+    save_directory: str,
+    *,
+    new_weights: list[str],
+    state_dict: dict[str, torch.Tensor] | None = None,
+    is_main_process: bool = True,
+    **options: Any,
+) -> None:
+    """PEFT's own, then the weights that the base's checkpoint lacks, which PEFT would leave out.
+
+    https://github.com/huggingface/peft/issues/876
+    """
+    PeftModel.save_pretrained(model, save_directory, state_dict=state_dict, is_main_process=is_main_process, **options)
+    if is_main_process:
+        state = model.state_dict() if state_dict is None else state_dict
+        interchange.add_tensors(save_directory, {name: state[name] for name in new_weights})
+
+
+def _peft_attach(model: PreTrainedModel, config: LoraConfig, new_weights: Collection[str] = ()) -> nn.Module:
     check_supported(config)
     find_targets(model, config)  # PEFT lets a name that matches nothing pass; here it is an error
+    new = find_new_weights(model, config, new_weights)
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"PEFT refuses this adapter: {error}") from error
+    if new:
+        names = [name for name, parameter in adapted.named_parameters() if parameter in new]
+        save = MethodType(partial(_save_pretrained, new_weights=names), adapted)
+        adapted.save_pretrained = save  # type: ignore[method-assign]
+    return adapted
 
 
 def _peft_load(model: PreTrainedModel, directory: str | Path) -> nn.Module:
@@ -62,7 +100,7 @@ def _peft_reload(model: nn.Module, directory: str | Path) -> None:
 
 BACKENDS = {
     "reference": Backend(
-        attach=inject.inject,
+        attach=_reference_attach,
         load=load.load_adapter,
         reload=interchange.load_adapter_weights,
         disabled=inject.disabled,
@@ -161,7 +199,13 @@ def refuse_adapted_head(model: nn.Module) -> None:
         )
 
 
-def attach_adapter(model: PreTrainedModel, config: LoraConfig, backend: Backend, dtype: str = "float32") -> nn.Module:
+def attach_adapter(
+    model: PreTrainedModel,
+    config: LoraConfig,
+    backend: Backend,
+    dtype: str = "float32",
+    new_weights: Collection[str] = (),
+) -> nn.Module:
     """Puts a fresh adapter into a base model and sets its precision.
 
     Args:
@@ -169,12 +213,13 @@ def attach_adapter(model: PreTrainedModel, config: LoraConfig, backend: Backend,
         config: The adapter.
         backend: Which implementation.
         dtype: Of the trained weights: `float32`, or `bfloat16` for half the optimizer memory.
+        new_weights: Names of the parameters that the base's checkpoint lacks; they are saved with the adapter.
 
     Raises:
         UserError: The adapter does not fit the model.
         LoRAError: Likewise.
     """
-    adapted = backend.attach(model, config)
+    adapted = backend.attach(model, config, new_weights)
     refuse_adapted_head(adapted)
     if dtype != "float32":
         for parameter in adapted.parameters():

@@ -10,9 +10,11 @@ from safetensors import SafetensorError, safe_open
 
 from plainlora.errors import UserError
 
-RESULTS = ("adapter_model.safetensors", "adapter_config.json", "trainer_state.json", "all_results.json", "run.json")
-REPORTS = ("README.md", "loss.png", "merged")
-DESCRIPTIONS = ("trainer_state.json", "adapter_config.json")
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+WHOLE_MODEL = ("config.json", "model.safetensors")
+PICTURES = ("loss.png", "confusion.png")
+RESULTS = (*ADAPTER, *WHOLE_MODEL, "trainer_state.json", "all_results.json", "run.json")
+REPORTS = ("README.md", *PICTURES, "merged")
 STATES = ("optimizer.pt", "scheduler.pt")
 
 
@@ -25,14 +27,20 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
+def holds_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter rather than a whole model."""
+    return (Path(folder) / "adapter_config.json").is_file()
+
+
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint can be resumed: every file is there and has its end (a zip's directory stands there)."""
+    description, weights = ADAPTER if holds_adapter(checkpoint) else WHOLE_MODEL
     try:
-        for name in DESCRIPTIONS:
+        for name in ("trainer_state.json", description):
             json.loads((checkpoint / name).read_text(encoding="utf-8"))
         if not all(zipfile.is_zipfile(checkpoint / name) for name in STATES):
             return False
-        with safe_open(checkpoint / "adapter_model.safetensors", framework="pt") as tensors:
+        with safe_open(checkpoint / weights, framework="pt") as tensors:
             return len(tensors.keys()) > 0
     except (SafetensorError, OSError, ValueError):
         return False
@@ -115,5 +123,5 @@ def clear_output_dir(output_dir: str | Path) -> None:
     if is_merged_model(Path(output_dir) / "merged"):
         shutil.rmtree(Path(output_dir) / "merged")
     # run.json last: a clearing that is cut short leaves a folder that can still be told to be a run's.
-    for name in ("README.md", "loss.png", *RESULTS):
+    for name in ("README.md", *PICTURES, *RESULTS):
         (Path(output_dir) / name).unlink(missing_ok=True)

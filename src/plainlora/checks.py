@@ -6,11 +6,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
-from plainlora.arguments import RecipeArguments
+from plainlora.arguments import ClassifyArguments, ClassifyConfig, RecipeArguments, SFTArguments
 from plainlora.errors import UserError
 from plainlora.parsing import trains_on_cpu
 
@@ -18,6 +19,8 @@ from plainlora.parsing import trains_on_cpu
 BOUNDS: dict[str, tuple[float, float]] = {
     "max_length": (1, math.inf),
     "max_train_rows": (1, math.inf),
+    "max_eval_rows": (1, math.inf),
+    "measured_train_rows": (1, math.inf),
     "max_overflow": (0, 1),
     "exact_match_rows": (0, math.inf),
     "max_new_tokens": (1, math.inf),
@@ -33,10 +36,10 @@ BOUNDS: dict[str, tuple[float, float]] = {
 }
 
 
-def check_combinations(
-    recipe: RecipeArguments, script: ScriptArguments, training: SFTConfig, model: ModelConfig
+def check_common(
+    recipe: RecipeArguments, script: ScriptArguments, training: TrainingArguments, model: ModelConfig
 ) -> None:
-    """Refuses settings that this project cannot honour, instead of ignoring them.
+    """Refuses what neither program can honour, instead of ignoring it.
 
     Raises:
         UserError: Naming the setting and what to do.
@@ -46,22 +49,12 @@ def check_combinations(
     if not script.dataset_name:
         raise UserError("dataset_name is missing: give a Hub id or a local file")
     check_ranges(vars(recipe) | vars(script) | vars(training) | vars(model))
-    refused = {
-        "dataset_streaming": (script.dataset_streaming, "rows are checked before training, so all are read first"),
-        "ignore_bias_buffers": (script.ignore_bias_buffers, "current Transformers models need no such workaround"),
-        "dataset_kwargs": (training.dataset_kwargs, "rows are prepared by this project, not by TRL"),
-        "use_liger_kernel": (training.use_liger_kernel, "TRL has deprecated it; its own fused head is used"),
-    }
-    for name, (is_set, reason) in refused.items():
-        if is_set:
-            raise UserError(f"{name} is not supported: {reason}")
-    if training.packing and training.packing_strategy == "wrapped":
-        raise UserError(
-            "packing_strategy=wrapped is refused: it cuts rows in two and lets examples attend to each other "
-            "(trl#1230); use bfd"
-        )
-    if training.packing and training.max_length is None:
-        raise UserError("packing needs max_length: give the length of a packed sequence")
+    _refuse(
+        {
+            "dataset_streaming": (script.dataset_streaming, "rows are checked before training, so all are read first"),
+            "ignore_bias_buffers": (script.ignore_bias_buffers, "current Transformers models need no such workaround"),
+        }
+    )
     if training.fp16 and trains_on_cpu(training.use_cpu):
         raise UserError("fp16 needs a GPU: leave --fp16 out, and a CPU trains in float32")
     check_writable(training.output_dir)
@@ -72,10 +65,59 @@ def check_combinations(
         raise UserError(f"dtype must be auto, float32, float16 or bfloat16, not {model.dtype}")
 
 
+def _refuse(settings: dict[str, tuple[object, str]]) -> None:
+    for name, (is_set, reason) in settings.items():
+        if is_set:
+            raise UserError(f"{name} is not supported: {reason}")
+
+
+def check_sft(recipe: SFTArguments, script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> None:
+    """Refuses settings of `recipes/sft.py` that cannot be honoured.
+
+    Raises:
+        UserError: Naming the setting and what to do.
+    """
+    check_common(recipe, script, training, model)
+    _refuse(
+        {
+            "dataset_kwargs": (training.dataset_kwargs, "rows are prepared by this project, not by TRL"),
+            "use_liger_kernel": (training.use_liger_kernel, "TRL has deprecated it; its own fused head is used"),
+        }
+    )
+    if training.packing and training.packing_strategy == "wrapped":
+        raise UserError(
+            "packing_strategy=wrapped is refused: it cuts rows in two and lets examples attend to each other "
+            "(trl#1230); use bfd"
+        )
+    if training.packing and training.max_length is None:
+        raise UserError("packing needs max_length: give the length of a packed sequence")
+
+
+def check_classify(
+    recipe: ClassifyArguments, script: ScriptArguments, training: ClassifyConfig, model: ModelConfig
+) -> None:
+    """Refuses settings of `recipes/classify.py` that cannot be honoured.
+
+    Raises:
+        UserError: Naming the setting and what to do.
+    """
+    check_common(recipe, script, training, model)
+    if model.lora_task_type not in ("CAUSAL_LM", "SEQ_CLS"):  # the first is ModelConfig's default
+        raise UserError(f"lora_task_type {model.lora_task_type}: this program classifies sequences; leave it out")
+    if recipe.lora_head and recipe.train_head:
+        raise UserError("lora_head and train_head: the head carries LoRA or is trained whole, not both; give one")
+    if recipe.method != "lora" and (model.load_in_4bit or model.load_in_8bit):
+        raise UserError(f"method {recipe.method} trains the base's own weights, which 4 or 8 bits cannot be; use lora")
+    if recipe.method != "lora" and recipe.merge:
+        raise UserError(f"merge: method {recipe.method} leaves a whole model, there is nothing to merge")
+    if recipe.last_layers and recipe.method != "last_layers":
+        raise UserError(f"last_layers belongs to --method last_layers, not {recipe.method}")
+
+
 def check_ranges(settings: dict[str, Any]) -> None:
     """Raises `UserError` for a number outside `BOUNDS`, or for `..._kwargs` that are no mapping."""
     for name, (low, high) in BOUNDS.items():
-        value = settings[name]
+        value = settings.get(name)
         if value is not None and (not low <= value <= high or value == math.inf):
             limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
             raise UserError(f"{name} must be {limits}, not {value}")

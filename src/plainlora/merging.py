@@ -4,30 +4,25 @@ A merge that nobody looked at is a guess (peft#2321, unsloth#2142): the model is
 that knows nothing of adapters, and its logits are compared with those of the adapter model.
 """
 
-import json
 import shutil
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from plainlora.adapter_base import BaseKind, base_of, class_labels, load_base_of, load_tokenizer_of
 from plainlora.checkpoints import is_merged_model
 from plainlora.checks import check_writable
 from plainlora.data.prompts import render_prompt
 from plainlora.errors import UserError
-from plainlora.lora.interchange import read_config
 from plainlora.lora.load import load_adapter
 from plainlora.lora.merge import merge
-from plainlora.models import load_causal_lm, load_tokenizer
 from plainlora.report import package_versions, write_json
-
-Base = Literal["16bit", "dequantized"]
 
 # Largest |difference| of a logit over the largest |logit|. fp32: the sum of products is merely reordered. Half
 # precision rounds each merged weight once, a relative error of 2^-11 (fp16) or 2^-8 (bf16) that adds up over layers.
@@ -61,66 +56,15 @@ class MergeResult:
     dtype: torch.dtype
 
 
-def _base_of(adapter: Path) -> tuple[str, str | None]:
-    config = read_config(adapter)
-    if not config.base_model_name_or_path:
-        raise UserError(f"{adapter}/adapter_config.json names no base model; set base_model_name_or_path in it")
-    return _find_base(config.base_model_name_or_path, adapter), config.revision
-
-
-def _find_base(name: str, adapter: Path) -> str:
-    """A base named by a relative path, as in `recipes/quickstart/base`, is also looked for from the adapter upwards.
-
-    A name without a slash is left to the Hub: a folder that happens to be called `gpt2` is not what it means.
-    """
-    if Path(name).expanduser().exists() or "/" not in name:
-        return name
-    for parent in adapter.resolve().parents:
-        if (parent / name / "config.json").is_file():
-            return str(parent / name)
-    if name.count("/") > 1 or name.startswith(("/", ".", "~")):
-        raise UserError(
-            f"{adapter}/adapter_config.json names the base {name}, which is no folder here; run from where it was "
-            "trained, or edit base_model_name_or_path"
-        )
-    return name
-
-
-def load_tokenizer_of(adapter: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with an adapter, with training's template; the base's if none was saved."""
-    name, revision = _base_of(Path(adapter))
-    own = (Path(adapter) / "tokenizer_config.json").is_file()
-    return load_tokenizer(str(adapter)) if own else load_tokenizer(name, revision)
-
-
-def training_quantization(adapter: str | Path) -> dict[str, Any] | None:
-    """How the base was quantised in training, from `run.json`; `None` if it was not, or if that is unknown."""
-    folder = Path(adapter)
-    path = (folder.parent if folder.name.startswith("checkpoint-") else folder) / "run.json"
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["quantization_config"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); take it away to merge without it") from error
-
-
-def load_base_for_merge(adapter: str | Path, base: Base, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The base to merge into: the checkpoint as it is, or what training saw of it through 4 or 8 bits.
-
-    Raises:
-        UserError: `dequantized` was asked for, but the adapter was not trained on a quantised base.
-    """
-    name, revision = _base_of(Path(adapter))
-    if base == "16bit":
-        return load_causal_lm(name, revision=revision, dtype=dtype)
-    quantization = training_quantization(adapter)
-    if quantization is None:
-        raise UserError(
-            f"{adapter} was not trained on a quantised base (says its run.json, or it has none): use --base 16bit"
-        )
-    model = load_causal_lm(name, revision=revision, dtype=dtype, quantization=BitsAndBytesConfig(**quantization))
-    return model.dequantize().to(model.dtype)
+def _probes(tokenizer: PreTrainedTokenizerBase, classifier: bool) -> dict[str, torch.Tensor]:
+    """Token ids of the texts to compare on: rendered by training's template, or as a classifier reads them."""
+    if classifier:
+        return {str(at): tokenizer(probe, return_tensors="pt").input_ids for at, probe in enumerate(PROBES)}
+    texts = [render_prompt(probe, tokenizer) for probe in PROBES]
+    return {
+        str(at): tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        for at, text in enumerate(texts)
+    }
 
 
 @torch.no_grad()
@@ -144,7 +88,7 @@ def _reloaded_logits(directory: Path, probes: dict[str, torch.Tensor]) -> dict[s
 
 
 def _write_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    generation = model.generation_config
+    generation = getattr(model, "generation_config", None)
     if generation is not None:
         ends, own = generation.eos_token_id, tokenizer.eos_token_id
         # A list names several tokens that end an answer, as Llama 3 and Qwen have them: none may be lost.
@@ -194,7 +138,7 @@ def _put_in_place(scratch: Path, output: Path) -> None:
 def merge_adapter(
     adapter: str | Path,
     output: str | Path,
-    base: Base = "16bit",
+    base: BaseKind = "16bit",
     dtype: torch.dtype | str = "auto",
     overwrite: bool = False,
 ) -> MergeResult:
@@ -214,17 +158,13 @@ def merge_adapter(
     check_writable(str(output), "--output")
     adapter, output = Path(adapter), Path(output).resolve()  # `.` has no name to rename to
     check_writable(str(output.parent), "--output")
-    name, _ = _base_of(adapter)
+    name, _ = base_of(adapter)
     _check_output(output, {"adapter": adapter, "base model": Path(name)}, overwrite)
     tokenizer = load_tokenizer_of(adapter)
-    model = load_adapter(load_base_for_merge(adapter, base, dtype), adapter)
+    model = load_adapter(load_base_of(adapter, base, dtype), adapter)
     merged_dtype = next(model.parameters()).dtype
 
-    texts = [render_prompt(probe, tokenizer) for probe in PROBES]
-    probes = {
-        str(number): tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-        for number, text in enumerate(texts)
-    }
+    probes = _probes(tokenizer, class_labels(adapter) is not None)
     before = _probe_logits(model, probes)
     merged = merge(model)
 

@@ -1,7 +1,10 @@
 """Base model and tokenizer, from the Hub or from this disk, whole or quantised."""
 
 import json
+import logging
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,12 +14,14 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from trl import ModelConfig, get_quantization_config
 
 from plainlora.arguments import dtype_of
@@ -120,17 +125,19 @@ def keep_4bit_weights_unpacked(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def load_causal_lm(
+def load_pretrained(
+    auto: type[_BaseAutoModelClass],
     name: str,
     *,
     revision: str | None = None,
     dtype: torch.dtype | str = "auto",
     quantization: BitsAndBytesConfig | None = None,
     **options: Any,
-) -> PreTrainedModel:
-    """A causal language model; weights from safetensors only.
+) -> tuple[PreTrainedModel, list[str]]:
+    """A model with weights from safetensors only, and the names of the weights that the checkpoint lacks.
 
     Args:
+        auto: The Auto class that knows the model's task.
         name: Hub id or local folder.
         revision: Branch, tag or commit on the Hub.
         dtype: Of the weights that are not quantised; `"auto"` for the checkpoint's own.
@@ -143,15 +150,17 @@ def load_causal_lm(
     _refuse_adapter(name)
     attention = options.get("attn_implementation")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=revision,
-            dtype=dtype,
-            quantization_config=quantization,
-            use_safetensors=True,
-            **options,
-        )
-    except (OSError, ValueError, TypeError, ImportError, SafetensorError) as error:
+        with _quiet_about_new_weights():
+            model, report = auto.from_pretrained(
+                name,
+                revision=revision,
+                dtype=dtype,
+                quantization_config=quantization,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         if attention is not None and re.search("attn|attention", str(error), re.IGNORECASE):
             raise UserError(
                 f"attn_implementation {attention!r} cannot be used here ({_first_line(error)}); leave it out, or "
@@ -161,22 +170,120 @@ def load_causal_lm(
     if getattr(model, "_hf_peft_config_loaded", False):  # from the Hub, where no folder could be looked into
         raise UserError(f"{name} holds an adapter beside the base model; give the base model alone")
     keep_4bit_weights_unpacked(model)
+    return model, sorted(report["missing_keys"])
+
+
+@contextmanager
+def _quiet_about_new_weights() -> Iterator[None]:
+    """Silences Transformers' report on weights that the checkpoint lacks: a classifier's new head is no surprise.
+
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/utils/loading_report.py
+    """
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_no_load_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_load_report)
+
+
+def _is_no_load_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def load_causal_lm(name: str, **options: Any) -> PreTrainedModel:
+    """A causal language model. Arguments and errors are those of `load_pretrained`."""
+    model, missing = load_pretrained(AutoModelForCausalLM, name, **options)
+    if missing:
+        raise UserError(f"{name} is no causal language model: it lacks {missing[0]}")
     return model
+
+
+def classifier_config(
+    name: str, labels: Sequence[str], pad_token_id: int | None, revision: str | None = None, **options: Any
+) -> PretrainedConfig:
+    """The base's config with the classes, and with the tokenizer's pad token.
+
+    A decoder's head reads the last token that is not padding, so it must know which token that is (trl#422).
+
+    Raises:
+        UserError: It cannot be had, or the base is a classifier of other classes already.
+    """
+    config = load_config(name, revision, **options)
+    if is_classifier(config) and config.num_labels != len(labels):
+        raise UserError(
+            f"{name} is a classifier of {config.num_labels} classes already, the data has {len(labels)} "
+            f"({', '.join(labels)}); give a base with as many, or one without a head"
+        )
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: number for number, label in enumerate(labels)}
+    config.pad_token_id = pad_token_id
+    config.use_cache = False  # nothing is generated
+    return config
+
+
+def is_classifier(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint was saved as a sequence classifier, with a head of its own."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def load_classifier(
+    config: PretrainedConfig, name: str, quantization: BitsAndBytesConfig | None = None, **options: Any
+) -> tuple[PreTrainedModel, list[str]]:
+    """A sequence classifier, and the names of the weights that the checkpoint lacks: its new head.
+
+    Args:
+        config: From `classifier_config`.
+        name: Hub id or local folder.
+        quantization: How to quantise while loading. The head is left as it is: a new one has no values to quantise.
+        **options: As for `load_pretrained`.
+
+    Raises:
+        UserError: See `load_pretrained`; also a checkpoint that lacks more than a head.
+    """
+    if quantization is not None:
+        skeleton = build_skeleton(config)
+        heads = [child for child, _ in skeleton.named_children() if child != skeleton.base_model_prefix]
+        quantization.llm_int8_skip_modules = heads  # of 4 bits too, despite its name
+    model, missing = load_pretrained(
+        AutoModelForSequenceClassification, name, config=config, quantization=quantization, **options
+    )
+    backbone = [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
+    if backbone:
+        more = " and more" if len(backbone) > 1 else ""
+        raise UserError(f"{name} lacks {backbone[0]}{more}; it is no checkpoint of this kind")
+    return model, missing
+
+
+def build_skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The classifier that a config describes, without weights (`meta` device): for names and shapes.
+
+    Raises:
+        UserError: The architecture has no sequence classifier.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise UserError(f"{config.model_type} models have no sequence classifier in Transformers") from error
 
 
 def load_base(
     args: ModelConfig, trust_remote_code: bool = False, options: dict[str, Any] | None = None
 ) -> PreTrainedModel:
     """The base model as TRL's `ModelConfig` describes it, with `model_init_kwargs` on top."""
-    return load_causal_lm(
-        str(args.model_name_or_path),
-        revision=args.model_revision,
-        dtype=dtype_of(args.dtype),
-        quantization=get_quantization_config(args),
-        attn_implementation=args.attn_implementation,
-        trust_remote_code=trust_remote_code,
-        **(options or {}),
-    )
+    return load_causal_lm(str(args.model_name_or_path), **loading_options(args, trust_remote_code), **(options or {}))
+
+
+def loading_options(args: ModelConfig, trust_remote_code: bool = False) -> dict[str, Any]:
+    """TRL's `ModelConfig` as arguments of `load_pretrained`."""
+    return {
+        "revision": args.model_revision,
+        "dtype": dtype_of(args.dtype),
+        "quantization": get_quantization_config(args),
+        "attn_implementation": args.attn_implementation,
+        "trust_remote_code": trust_remote_code,
+    }
 
 
 def to_accelerator(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,13 +1,15 @@
-"""A recipe's data flags -> rows ready for SFTTrainer."""
+"""A recipe's data flags -> rows ready for its trainer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments, SFTConfig
 
-from plainlora.arguments import RecipeArguments
+from plainlora.arguments import ClassifyArguments, ClassifyConfig, SFTArguments
+from plainlora.data.classification import encode_texts, load_labelled
 from plainlora.data.datasets import load_train_and_test
 from plainlora.data.encoding import encode_rows, find_schema
 from plainlora.errors import UserError
@@ -29,7 +31,7 @@ class PreparedRows:
 
 
 def prepare_rows(
-    recipe: RecipeArguments,
+    recipe: SFTArguments,
     script: ScriptArguments,
     training: SFTConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -81,3 +83,82 @@ def prepare_rows(
         return encoded
 
     return PreparedRows(encode(train, "train"), None if test is None else encode(test, "test"), test)
+
+
+@dataclass
+class PreparedTexts:
+    """What a classifier is trained and tested on, as `input_ids` and `labels`.
+
+    Attributes:
+        train: Training rows.
+        validation: Rows to choose settings by, if there are any.
+        test: Rows to report, if there are any.
+        labels: Name of each class, by number.
+    """
+
+    train: Dataset
+    validation: Dataset | None
+    test: Dataset | None
+    labels: list[str]
+
+    def splits(self, measured_train_rows: int) -> dict[str, Dataset]:
+        """What accuracy is measured on; the training rows are as shuffled, so their first are a fair sample."""
+        train = self.train.select(range(min(measured_train_rows, len(self.train))))
+        found = {"train": train, "validation": self.validation, "test": self.test}
+        return {name: rows for name, rows in found.items() if rows is not None}
+
+
+def prepare_texts(
+    recipe: ClassifyArguments,
+    script: ScriptArguments,
+    training: ClassifyConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    say: Callable[[str], None],
+) -> PreparedTexts:
+    """Reads, checks, splits and tokenises labelled texts, and says what became of them.
+
+    Args:
+        recipe: Columns, classes, splits.
+        script: Which data set.
+        training: Seed, and whether validation rows are needed.
+        tokenizer: Of the base.
+        max_length: Texts are cut to this many tokens.
+        say: Told one line about each split.
+
+    Raises:
+        UserError: The rows cannot be had or used, or validation rows are asked for and there are none.
+    """
+    read = load_labelled(
+        str(script.dataset_name),
+        config=script.dataset_config,
+        train_split=script.dataset_train_split,
+        validation_split=recipe.dataset_validation_split,
+        test_split=script.dataset_test_split,
+        validation_name=recipe.validation_dataset_name,
+        test_name=recipe.eval_dataset_name,
+        validation_size=recipe.validation_split_size,
+        test_size=recipe.test_split_size,
+        columns=recipe.dataset_columns,
+        text_column=recipe.text_column,
+        label_column=recipe.label_column,
+        labels=recipe.labels,
+        balance=recipe.balance_classes,
+        on_empty=recipe.on_empty,
+        max_train_rows=recipe.max_train_rows,
+        max_eval_rows=recipe.max_eval_rows,
+        seed=training.seed if training.data_seed is None else training.data_seed,
+    )
+    if read.validation is None and training.eval_strategy != "no":
+        raise UserError("eval_strategy needs validation rows: set validation_split_size or validation_dataset_name")
+    say(read.line())
+
+    def encode(rows: Dataset | None, split: str) -> Dataset | None:
+        if rows is None:
+            return None
+        encoded, report = encode_texts(rows, tokenizer, max_length)
+        say(report.line(f"{split} rows"))
+        return encoded
+
+    train = cast(Dataset, encode(read.train, "train"))
+    return PreparedTexts(train, encode(read.validation, "validation"), encode(read.test, "test"), read.labels)

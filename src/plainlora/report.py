@@ -1,4 +1,4 @@
-"""What a run leaves for people: results, a picture, a model card, a summary."""
+"""What a run leaves: its results, how it was run, and a summary for the terminal."""
 
 import json
 import sys
@@ -8,17 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from transformers import SchedulerType
-from trl import ModelConfig, ScriptArguments, SFTConfig
-
-from plainlora.arguments import RecipeArguments
-from plainlora.data.datasets import hub_name, is_local
 from plainlora.data.prompts import INPUT_MARK
 
 SECRETS = ("hub_token", "push_to_hub_token")
-PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "scikit-learn")
 
 
 def write_json(path: str | Path, content: dict[str, Any], update: bool = False) -> None:
@@ -45,11 +38,16 @@ def _without_secrets(command: Sequence[str]) -> list[str]:
     return kept
 
 
-def write_run(path: str | Path, arguments: Sequence[Any], quantization: dict[str, Any] | None) -> None:
-    """`run.json`: the command, every resolved argument, versions, and how the base was stored.
+def write_run(
+    path: str | Path,
+    arguments: Sequence[Any],
+    quantization: dict[str, Any] | None,
+    labels: Sequence[str] | None = None,
+) -> None:
+    """`run.json`: the command, every resolved argument, versions, how the base was stored, a classifier's classes.
 
-    The base's quantisation is needed later, to merge into the very weights that the adapter was trained on. Tokens and
-    keys are left out.
+    The base's quantisation is needed later, to merge into the very weights that the adapter was trained on, and the
+    classes to load a classifier's head. Tokens and keys are left out.
     """
     resolved: dict[str, Any] = {}
     for part in arguments:
@@ -59,144 +57,15 @@ def write_run(path: str | Path, arguments: Sequence[Any], quantization: dict[str
         "command": _without_secrets(sys.argv),
         "arguments": resolved,
         "quantization_config": quantization,
+        "labels": None if labels is None else list(labels),
         "versions": package_versions(),
     }
     write_json(path, content)
 
 
-def plot_loss(history: list[dict[str, Any]], base_loss: float | None, path: str | Path) -> None:
-    """Training and test loss against optimizer steps; the base's test loss as a dotted line.
-
-    Args:
-        history: `trainer.state.log_history`.
-        base_loss: Test loss of the base alone, in nats per token, if it was measured.
-        path: The PNG to write.
-    """
-    figure = Figure(figsize=(7, 4), layout="constrained")  # no pyplot: no window, whatever the machine has
-    axes = figure.add_subplot()
-    train = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    test = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
-    if train:
-        axes.plot(*zip(*train, strict=True), color="#9aa5b1", linewidth=1.5, label="training rows")
-    if test:
-        axes.plot(*zip(*test, strict=True), color="#c2410c", marker="o", markersize=4, label="test rows")
-    if base_loss is not None:
-        axes.axhline(base_loss, color="#1f4e79", linestyle=":", label=f"test rows, base model ({base_loss:.2f})")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title="LoRA fine-tuning")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e5e7eb")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, bool):  # an int too, to Python
-        return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _table(rows: dict[str, Any]) -> str:
-    body = "\n".join(f"| {name} | {_show(value)} |" for name, value in rows.items() if value is not None)
-    return f"| | |\n|---|---|\n{body}"
-
-
-def _base_weights(model: ModelConfig) -> str | None:
-    """How the base was stored in training; a quantised base's `dtype` says nothing of that."""
-    if model.load_in_4bit:
-        return f"4-bit {model.bnb_4bit_quant_type}"
-    return "8-bit" if model.load_in_8bit else model.dtype
-
-
-def _template_sentence(output_dir: str | Path, recipe: RecipeArguments, training: SFTConfig) -> str:
-    """What renders prompts. It speaks of conversations only: rows of plain text pass the template by."""
-    if not (Path(output_dir) / "chat_template.jinja").is_file():
-        return "Prompts are plain text: its tokenizer has no chat template."
-    template = recipe.prompt_template or training.chat_template_path
-    name = f"the template `{template}`" if template else "the base tokenizer's own template"
-    return f"Conversations are rendered by {name} (`chat_template.jinja`)."
-
-
-def write_model_card(
-    output_dir: str | Path,
-    recipe: RecipeArguments,
-    script: ScriptArguments,
-    training: SFTConfig,
-    model: ModelConfig,
-    results: dict[str, Any],
-) -> None:
-    """`README.md` in the Hub's format: metadata, data, settings, results, and how to load the adapter."""
-    base, dataset = str(model.model_name_or_path), str(script.dataset_name)
-    metadata = ["library_name: peft", "pipeline_tag: text-generation", "tags: [lora, sft, trl, plainlora]"]
-    if not is_local(base):  # the Hub refuses a path here (transformers#33922)
-        metadata.append(f"base_model: {base}")
-    if hub_name(dataset):
-        metadata.append(f"datasets: [{dataset}]")
-    settings = {
-        "LoRA back end": recipe.lora_backend,
-        "r": model.lora_r,
-        "alpha": model.lora_alpha,
-        "dropout": model.lora_dropout,
-        "target modules": model.lora_target_modules or "PEFT's default",
-        "base weights": _base_weights(model),
-        "learning rate": training.learning_rate,
-        "schedule": SchedulerType(training.lr_scheduler_type).value,
-        "epochs": training.num_train_epochs if training.max_steps <= 0 else None,
-        "steps": training.max_steps if training.max_steps > 0 else None,  # it overrides the epochs
-        "batch size": training.per_device_train_batch_size * training.world_size,
-        "gradient accumulation": training.gradient_accumulation_steps,
-        "longest row (tokens)": training.max_length,
-        "packing": training.packing,
-        "seed": training.seed,
-    }
-    text = f"""---
-{chr(10).join(metadata)}
----
-
-# {Path(output_dir).name}
-
-A LoRA adapter for `{base}`, trained on `{dataset}` with PlainLoRA.
-{_template_sentence(output_dir, recipe, training)}
-
-## Results
-
-{_table(results)}
-
-## Training
-
-{_table(settings)}
-
-![loss](loss.png)
-
-## Loading
-
-With PEFT:
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("PATH OR HUB ID OF THIS ADAPTER")
-base = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "PATH OR HUB ID OF THIS ADAPTER")
-```
-
-With PlainLoRA, from a local folder:
-
-```python
-from plainlora import load_adapter
-
-model = load_adapter(base, "PATH OF THIS ADAPTER")
-```
-"""
-    (Path(output_dir) / "README.md").write_text(text, encoding="utf-8")
-
-
 def summary(results: dict[str, Any], output_dir: str, samples: Sequence[tuple[str, str, str]]) -> str:
-    """The end of a run, for the terminal: the figures, some answers before and after, where things are, what next."""
-    trainable, total = results["trainable_params"], results["total_params"]
-    lines = ["", f"trainable parameters  {trainable:,} of {total:,} ({trainable / total:.2%})"]
+    """The end of a run of `sft.py`, for the terminal: figures, some answers before and after, what next."""
+    lines = ["", _trained_share(results)]
     for title, key, form in (
         ("test loss", "eval_loss", "{:.3f}"),
         ("test perplexity", "eval_perplexity", "{:.1f}"),
@@ -205,8 +74,7 @@ def summary(results: dict[str, Any], output_dir: str, samples: Sequence[tuple[st
         if f"{key}_base" in results:
             before, after = (form.format(results[f"{key}_{arm}"]) for arm in ("base", "adapter"))
             lines.append(f"{title:<22}{before} -> {after}")
-    if "merge_max_abs_diff" in results:
-        lines.append(f"merged model          reloaded, logits differ by at most {results['merge_max_abs_diff']:.1e}")
+    lines += _merged(results)
     for prompt, before, after in samples:
         lines += [
             "",
@@ -214,17 +82,52 @@ def summary(results: dict[str, Any], output_dir: str, samples: Sequence[tuple[st
             f"    base   {_one_line(before)}",
             f"    tuned  {_one_line(after)}",
         ]
+    lines += ["", f"adapter, model card, loss.png, all_results.json: {output_dir}", *_curves(output_dir)]
+    lines.append(f'next: plainlora generate --adapter {output_dir} --prompt "..."')
+    return "\n".join(lines + _merge_hint(results, output_dir))
+
+
+def classifier_summary(results: dict[str, Any], output_dir: str) -> str:
+    """The end of a run of `classify.py`: accuracy of every split before and after, cost, what next."""
+    lines = ["", _trained_share(results)]
+    for split in ("train", "validation", "test"):
+        if f"{split}_accuracy" in results:
+            before, after = results[f"{split}_accuracy_base"], results[f"{split}_accuracy"]
+            lines.append(f"{split + ' accuracy':<22}{before:.1%} -> {after:.1%}  of {results[f'{split}_rows']:,} rows")
+    lines.append(
+        f"training              {results['train_runtime']:.0f} s, at most {results['peak_memory_bytes'] / 1e9:.1f} GB"
+    )
+    lines += _merged(results)
+    whole = results["method"] != "lora"
     lines += [
         "",
-        f"adapter, model card, loss.png, all_results.json: {output_dir}",
+        f"{'model' if whole else 'adapter'}, model card, confusion.png, loss.png, all_results.json: {output_dir}",
+        *_curves(output_dir),
+        f'next: plainlora predict --model {output_dir} --text "..."',
     ]
-    events = Path(output_dir) / "runs"  # where Trainer's TensorBoard callback writes
-    if events.is_dir():
-        lines.append(f"curves: tensorboard --logdir {events}")
-    lines.append(f'next: plainlora generate --adapter {output_dir} --prompt "..."')
+    return "\n".join(lines + ([] if whole else _merge_hint(results, output_dir)))
+
+
+def _trained_share(results: dict[str, Any]) -> str:
+    trainable, total = results["trainable_params"], results["total_params"]
+    return f"trainable parameters  {trainable:,} of {total:,} ({trainable / total:.2%})"
+
+
+def _merged(results: dict[str, Any]) -> list[str]:
     if "merge_max_abs_diff" not in results:
-        lines.append(f"      plainlora merge --adapter {output_dir} --output {output_dir}-merged")
-    return "\n".join(lines)
+        return []
+    return [f"merged model          reloaded, logits differ by at most {results['merge_max_abs_diff']:.1e}"]
+
+
+def _curves(output_dir: str) -> list[str]:
+    events = Path(output_dir) / "runs"  # where Trainer's TensorBoard callback writes
+    return [f"curves: tensorboard --logdir {events}"] if events.is_dir() else []
+
+
+def _merge_hint(results: dict[str, Any], output_dir: str) -> list[str]:
+    if "merge_max_abs_diff" in results:
+        return []
+    return [f"      plainlora merge --adapter {output_dir} --output {output_dir}-merged"]
 
 
 def _one_line(text: str, width: int = 100) -> str:

@@ -1,15 +1,17 @@
-"""The seams that an adapter which is no PeftModel needs in SFTTrainer, each a named piece with its upstream link."""
+"""The seams that an adapter which is no PeftModel needs in Trainer and SFTTrainer, each with its upstream link."""
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, SchedulerType, TrainingArguments, get_scheduler
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArguments, get_scheduler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 
 from plainlora.backends import Backend
@@ -44,38 +46,34 @@ def adapter_precision_kept(model: nn.Module) -> Iterator[None]:
             parameter.data = data.to(parameter.device)
 
 
-class AdapterTrainer(SFTTrainer):
-    """SFTTrainer for a model that carries an adapter of either back end.
+class _Seams(Trainer):
+    """What both trainers below share.
 
     Args:
-        model: From `attach_adapter`.
-        backend: What attached it.
-        *args: As for SFTTrainer.
-        **kwargs: As for SFTTrainer.
+        model: From `attach_adapter`, or a base that is trained itself.
+        backend: What attached the adapter; `None` if there is none, and the model is saved and loaded whole.
+        *args: As for the trainer.
+        **kwargs: As for the trainer.
     """
 
-    def __init__(self, model: nn.Module, backend: Backend, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, backend: Backend | None, *args: Any, **kwargs: Any) -> None:
         self.backend, self.adapted = backend, model
         with accepted_as_adapter_model(model), adapter_precision_kept(model):
             super().__init__(cast(PreTrainedModel, model), *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Trainer would look for whole-model weights: it knows adapters of PeftModel only."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.backend is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self.backend.reload(self.adapted if model is None else model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         """For `load_best_model_at_end`, likewise."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.backend is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
             self.backend.reload(self.adapted, str(self.state.best_model_checkpoint))
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As Trainer does, without TRL's model card: this project writes its own at the end."""
-        super(SFTTrainer, self)._save_checkpoint(model, trial)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Makes the repository to push to, before training; where that fails, says which and how to go on."""
@@ -112,12 +110,56 @@ class AdapterTrainer(SFTTrainer):
             )
         return loss
 
+
+class AdapterTrainer(_Seams, SFTTrainer):
+    """SFTTrainer for a model that carries an adapter of either back end."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Trainer does, without TRL's model card: this project writes its own at the end."""
+        super(SFTTrainer, self)._save_checkpoint(model, trial)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds perplexity, exp(loss), wherever an evaluation loss is logged."""
         for prefix in ("eval", "base"):
             if (loss := logs.get(f"{prefix}_loss")) is not None:
                 logs[f"{prefix}_perplexity"] = math.exp(min(loss, 700.0))
         super().log(logs, start_time)
+
+
+class ClassifierTrainer(_Seams):
+    """Trainer for a sequence classifier: an adapter of either back end, or the model's own weights."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # A classifier's head takes num_items_in_batch and ignores it. Trainer would believe the loss scaled already,
+        # and take it times the processes and the accumulated batches (transformers#47688).
+        self.model_accepts_loss_kwargs = False
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        """As Trainer's, but batches of similar lengths are drawn by seed and epoch: see `LengthGroupedByEpoch`."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            return LengthGroupedByEpoch(sampler, self.args.seed, lambda: int(self.state.epoch or 0))
+        return sampler
+
+
+class LengthGroupedByEpoch(Sampler[int]):
+    """Draws each epoch of a `LengthGroupedSampler` from the seed and the epoch's number alone.
+
+    Transformers' draws from PyTorch's global stream. Processes whose streams have come apart, by dropout, would train
+    on different orders, some rows twice and some never, and a resumed run on another order than an uninterrupted one.
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer_pt_utils.py
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int, epoch: Callable[[], int]) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        return iter(self.sampler)
 
 
 def resume_path(args: TrainingArguments) -> str | None:
@@ -161,16 +203,25 @@ def check_schedule(args: TrainingArguments) -> None:
         raise UserError(f"lr_scheduler_type {kind}: {error}; see lr_scheduler_kwargs") from error
 
 
+ArgumentsT = TypeVar("ArgumentsT", bound=TrainingArguments)
+
+
+def without_pinned_memory_on_cpu(args: ArgumentsT) -> ArgumentsT:
+    """A copy of the arguments; pinning memory needs a GPU, and Torch warns where there is none."""
+    handed = copy.copy(args)
+    if handed.device.type == "cpu":
+        handed.dataloader_pin_memory = False
+    return handed
+
+
 def hand_over(args: SFTConfig) -> SFTConfig:
     """The arguments for SFTTrainer, without what this project has already done to tokenizer and rows.
 
     SFTTrainer takes rows that carry `input_ids` and `labels` as they are. Packing still needs `max_length`.
     """
-    handed = copy.copy(args)
+    handed = without_pinned_memory_on_cpu(args)
     handed.chat_template_path = handed.pad_token = handed.model_init_kwargs = None
     handed.assistant_only_loss = False
     if not handed.packing:
         handed.max_length = None
-    if handed.device.type == "cpu":
-        handed.dataloader_pin_memory = False
     return handed

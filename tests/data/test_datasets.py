@@ -89,6 +89,55 @@ def test_an_unbalanced_quote_in_a_tsv_does_not_swallow_the_next_row(tmp_path: Pa
     assert rows.to_list() == [{"a": '"hello', "b": "x"}, {"a": "world", "b": 'y"'}]
 
 
+def test_blank_lines_before_a_header_line_are_none(tmp_path: Path) -> None:
+    rows = load_split(write(tmp_path / "a.csv", "\n\na,b\n\n1,2\n"), "train")
+    assert rows is not None
+    assert rows.to_list() == [{"a": "1", "b": "2"}]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("kind", "gap"), [("csv", ","), ("tsv", "\t")])
+def test_a_file_without_a_header_line_gives_every_line_as_a_row(
+    tmp_path: Path, kind: str, gap: str, packed: bool
+) -> None:
+    content = f"ham{gap}first\n\nspam{gap}second\n".encode()
+    path = write(tmp_path / f"a.{kind}{'.gz' * packed}", gzip.compress(content) if packed else content)
+    rows = load_split(path, "train", columns=["label", "sms"])
+    assert rows is not None
+    assert rows.to_list() == [{"label": "ham", "sms": "first"}, {"label": "spam", "sms": "second"}]
+
+
+def test_unbalanced_quotes_in_a_tsv_without_a_header_line_lose_no_row(tmp_path: Path) -> None:
+    lines = ['ham\t"Hello', "spam\tthere", 'ham\tsay "hi" to "her', "spam\tbye"]
+    rows = load_split(write(tmp_path / "a.tsv", "\n".join(lines)), "train", columns=["label", "sms"])
+    assert rows is not None
+    assert [f"{row['label']}\t{row['sms']}" for row in rows] == lines
+
+
+NAMED = {
+    "a field too many": ("a.tsv", "x\ty\n1\t2\t3\n", r"a.tsv line 2: 3 fields, but .* names 2 \(label, sms\)"),
+    "a field too few": ("a.csv", "x,y\n\n1\n", r"a.csv line 3: 1 field, but dataset_columns names 2 \(label, sms\)"),
+    "a first line too wide": ("a.csv", "x,y,z\n", r"a.csv line 1: 3 fields, but dataset_columns names 2"),
+    "a header line": ("a.csv", "label,sms\n1,2\n", r"a.csv line 1 is a header line; leave dataset_columns out"),
+    "JSON lines": ("a.jsonl", ROW, r"a.jsonl: dataset_columns is for a csv or tsv .* a jsonl file names its own"),
+    "parquet": ("a.parquet", parquet(), r"a.parquet: dataset_columns is for a csv or tsv without a header line"),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_column_names_that_do_not_fit_are_refused(tmp_path: Path, case: str) -> None:
+    name, content, message = NAMED[case]
+    with pytest.raises(UserError, match=message):
+        load_split(write(tmp_path / name, content), "train", columns=["label", "sms"])
+
+
+def test_column_names_given_twice_or_for_the_hub_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"dataset_columns names a column twice \(a, b, a\)"):
+        load_split(write(tmp_path / "a.csv", "1,2,3\n"), "train", columns=["a", "b", "a"])
+    with pytest.raises(UserError, match=r"nobody/nothing is on the Hub .*; leave dataset_columns out"):
+        load_split("nobody/nothing", "train", columns=["a", "b"])
+
+
 def test_a_field_longer_than_the_csv_modules_own_limit_is_read(tmp_path: Path) -> None:
     rows = load_split(write(tmp_path / "a.csv", f"a\n{'x' * 200_000}\n"), "train")
     assert rows is not None
@@ -183,6 +232,7 @@ BAD = {
     "binary parquet": ("a.parquet", b"\x17" * 99, r"a.parquet cannot be read as parquet"),
     "empty file": ("a.jsonl", "", r"a.jsonl is empty"),
     "blank lines only": ("a.csv", "\n\n", r"a.csv is empty"),
+    "byte order mark only": ("a.csv", b"\xef\xbb\xbf", r"a.csv \(train\) has no rows"),
     "empty archive": ("a.csv.gz", b"", r"a.csv.gz is empty"),
     "archive of nothing": ("a.jsonl.gz", gzip.compress(b""), r"a.jsonl.gz is empty"),
     "no archive": ("a.jsonl.gz", ROW, r"a.jsonl.gz cannot be read: Not a gzipped file"),

@@ -3,16 +3,21 @@
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
     DistilBertConfig,
     DistilBertForQuestionAnswering,
     DistilBertForSequenceClassification,
     GPT2ForSequenceClassification,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
@@ -26,6 +31,44 @@ OTHER_MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "distilbert-qa": lambda: DistilBertForQuestionAnswering(DistilBertConfig(**DISTILBERT)),
     "gpt2-score": lambda: GPT2ForSequenceClassification(CONFIGS["gpt2"]()),
 }
+BACKBONES: dict[str, Callable[[], PretrainedConfig]] = {
+    "distilbert": lambda: DistilBertConfig(**DISTILBERT),
+    "bert": lambda: BertConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=VOCABULARY
+    ),
+    "gpt2": CONFIGS["gpt2"],
+    "llama": CONFIGS["llama"],
+}
+IN_THE_BACKBONE = {"distilbert": Q_LIN, "bert": ["query", "value"], "gpt2": ["c_attn"], "llama": ["q_proj"]}
+HEAD = {"distilbert": "classifier", "bert": "classifier", "gpt2": "score", "llama": "score"}
+
+
+def save_backbone(kind: str, directory: Path) -> Path:
+    """A checkpoint as for pretraining: without the head of a classifier."""
+    torch.manual_seed(0)
+    AutoModel.from_config(BACKBONES[kind]()).save_pretrained(directory)
+    return directory
+
+
+def load_classifier(directory: Path, seed: int = 0, **options: Any) -> tuple[PreTrainedModel, list[str]]:
+    """A classifier of three labels over such a checkpoint, its head drawn under the seed, and the head's names."""
+    torch.manual_seed(seed)
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        directory, num_labels=3, output_loading_info=True, **options
+    )
+    return model, sorted(report["missing_keys"])
+
+
+def train(model: nn.Module) -> None:
+    """A few steps on random ids with random labels; the model is left in evaluation mode."""
+    torch.manual_seed(3)
+    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=0.01)
+    model.train()
+    for _ in range(3):
+        model(input_ids=random_ids(4), labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
 
 
 def make(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -99,14 +99,14 @@ def test_the_files_are_peft_s(case: str, tmp_path: Path) -> None:
     assert_equal_tensors(load_file(ours / WEIGHTS), read_tensors(theirs))
     content, expected = (json.loads((directory / CONFIG).read_text()) for directory in (ours, theirs))
     assert content.keys() == expected.keys()
-    for field in content.keys() - {"target_modules", "exclude_modules", "modules_to_save", "auto_mapping"}:
+    for field in content.keys() - {"target_modules", "exclude_modules", "modules_to_save"}:
         assert content[field] == expected[field], field
     # Lists that PEFT writes in the order of a set, and twice over where it names the heads itself.
     for field in ("exclude_modules", "modules_to_save"):
         assert set(content[field] or ()) == set(expected[field] or ()), field
     base = make(kind)
     assert find_targets(base, read_config(ours)) == find_targets(base, read_config(theirs))
-    assert case == "no task" or content["auto_mapping"] == expected["auto_mapping"]
+    assert (content["auto_mapping"] is not None) == (case == "no task")
 
 
 @cases

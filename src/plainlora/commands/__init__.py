@@ -12,7 +12,10 @@ from plainlora.errors import UserError, one_line_errors
 VERBS = {
     "compare": "show how far the hand-written LoRA is from PEFT",
     "generate": "answer a prompt with the base and with an adapter, side by side",
+    "predict": "classify texts with a trained classifier",
     "merge": "fold an adapter into its base and check the result by reloading it",
+    "sweep": "search for better hyperparameters of a classifier, judged by validation rows",
+    "table": "train a classifier by every method under several seeds, and set them side by side",
 }
 
 

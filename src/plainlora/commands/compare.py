@@ -29,7 +29,8 @@ def _cases(arguments: argparse.Namespace, steps: int) -> "Iterator[Case]":
     from plainlora.parity.suite import built_in_cases
 
     if arguments.config:
-        yield sources.recipe_case(arguments.config, arguments.flags, steps)
+        make = sources.classifier_case if sources.is_classification(arguments.config) else sources.recipe_case
+        yield make(arguments.config, arguments.flags, steps)
     elif arguments.adapter:
         yield sources.adapter_case(arguments.adapter, arguments.prompt)
     elif arguments.model:

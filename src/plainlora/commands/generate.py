@@ -46,13 +46,15 @@ def run(arguments: argparse.Namespace) -> None:
     _refuse_whole_model(Path(arguments.adapter))
 
     import plainlora.quiet  # noqa: F401
+    from plainlora.adapter_base import class_labels, load_base_of, load_tokenizer_of, training_quantization
     from plainlora.arguments import dtype_of
     from plainlora.backends import BACKENDS
     from plainlora.data.prompts import render_prompt
     from plainlora.generation import generate
-    from plainlora.merging import load_base_for_merge, load_tokenizer_of, training_quantization
     from plainlora.models import to_accelerator
 
+    if class_labels(arguments.adapter) is not None:
+        raise UserError(f"{arguments.adapter} is a classifier's; use plainlora predict --model {arguments.adapter}")
     tokenizer = load_tokenizer_of(arguments.adapter)
     prompts = [render_prompt(prompt, tokenizer, arguments.input) for prompt in arguments.prompt]
     if not all(prompts):
@@ -65,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     answers: dict[str, list[str]] = {}
     for name in ("reference", "peft") if arguments.with_peft else ("reference",):
         backend = BACKENDS[name]
-        base = load_base_for_merge(arguments.adapter, arguments.base, dtype_of(arguments.dtype))
+        base = load_base_of(arguments.adapter, arguments.base, dtype_of(arguments.dtype))
         model = backend.load(to_accelerator(base), arguments.adapter)
         if "base" not in answers:
             with backend.disabled(model):

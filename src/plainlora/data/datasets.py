@@ -121,7 +121,7 @@ def _unstorable(columns: dict[str, list[Any]]) -> str:
     return "a value"
 
 
-def _read_csv(path: Path) -> Dataset:
+def _read_csv(path: Path, columns: list[str] | None = None) -> Dataset:
     """Every field is text. A tsv has no quoting: SMS and tweets hold unbalanced quotes."""
     tabs = _suffix(path) == "tsv"
     csv.field_size_limit(2**31 - 1)
@@ -131,22 +131,32 @@ def _read_csv(path: Path) -> Dataset:
         quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
         strict=True,
     )
+    header = columns
     rows: list[list[str]] = []
     start = 1
     try:
         for row in reader:
-            if row and rows and len(row) > len(rows[0]):
-                raise UserError(f"{path} line {start}: {len(row)} fields, the header has {len(rows[0])}")
-            if row:  # not a blank line
+            if header is None:
+                header = row or None  # a blank line is none
+            elif columns is not None and row == columns:
+                raise UserError(f"{path} line {start} is a header line; leave dataset_columns out")
+            elif columns is not None and row and len(row) != len(columns):
+                fields = f"{len(row)} field{'s' * (len(row) > 1)}"
+                raise UserError(
+                    f"{path} line {start}: {fields}, but dataset_columns names {len(columns)} ({', '.join(columns)})"
+                )
+            elif len(row) > len(header):
+                raise UserError(f"{path} line {start}: {len(row)} fields, the header has {len(header)}")
+            elif row:
                 rows.append(row)
             start = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path} line {start}: malformed {_suffix(path)} ({error})") from error
-    header = rows[0]
+    header = header or []  # a byte order mark and nothing else
     if len(set(header)) < len(header):
         raise UserError(f"{path} line 1: a column name stands there twice ({', '.join(header)})")
-    columns = {name: [row[at] if at < len(row) else None for row in rows[1:]] for at, name in enumerate(header)}
-    return Dataset.from_dict(columns, features=datasets.Features(dict.fromkeys(header, datasets.Value("string"))))
+    fields_of = {name: [row[at] if at < len(row) else None for row in rows] for at, name in enumerate(header)}
+    return Dataset.from_dict(fields_of, features=datasets.Features(dict.fromkeys(header, datasets.Value("string"))))
 
 
 def _read_parquet(path: Path) -> Dataset:
@@ -156,26 +166,39 @@ def _read_parquet(path: Path) -> Dataset:
         raise UserError(f"{path} cannot be read as parquet: {error}") from error
 
 
-def read_file(path: Path) -> Dataset:
+def read_file(path: Path, columns: list[str] | None = None) -> Dataset:
     """Reads one local file into memory, where the rows are checked and tokenised anyway.
 
     The `datasets` builders are not used: they guess types (`NA` becomes null, `7` a number), keep a cache, and cannot
     say which line is malformed.
 
+    Args:
+        path: The file.
+        columns: Names of the columns of a csv or tsv without a header line; its first line is then a row.
+
     Raises:
-        UserError: The file is malformed (the line is named) or empty.
+        UserError: The file is malformed (the line is named) or empty, or has column names of its own.
     """
     kind = _suffix(path)
-    return {"parquet": _read_parquet, "csv": _read_csv, "tsv": _read_csv}.get(kind, _read_json)(path)
+    if columns is None:
+        return {"parquet": _read_parquet, "csv": _read_csv, "tsv": _read_csv}.get(kind, _read_json)(path)
+    if kind not in ("csv", "tsv"):
+        raise UserError(
+            f"{path}: dataset_columns is for a csv or tsv without a header line; a {kind} file names its own"
+        )
+    if len(set(columns)) < len(columns):
+        raise UserError(f"dataset_columns names a column twice ({', '.join(columns)})")
+    return _read_csv(path, columns)
 
 
-def load_split(name: str, split: str, config: str | None = None) -> Dataset | None:
+def load_split(name: str, split: str, config: str | None = None, columns: list[str] | None = None) -> Dataset | None:
     """The rows of a split, from the Hub or from this disk; `None` if there is no such split.
 
     Args:
         name: Hub id, local folder or local file. A file is the split `train`.
         split: `train`, `test`, ... On the Hub also a slice such as `train[:1%]`.
         config: Configuration name on the Hub.
+        columns: Names of the columns of a csv or tsv on this disk that has no header line.
 
     Raises:
         UserError: The rows cannot be had, or there are none.
@@ -191,7 +214,9 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset | No
         file = find_local_file(name, split)
         if file is None or (Path(name).expanduser().is_file() and split != "train"):
             return None
-        rows = read_file(file)
+        rows = read_file(file, columns)
+    elif columns is not None:
+        raise UserError(f"{name} is on the Hub and names its own columns; leave dataset_columns out")
     else:
         try:
             rows = cast(Dataset, datasets.load_dataset(name, config, split=split))
@@ -223,6 +248,15 @@ def check_text_columns(rows: Dataset, columns: list[str], where: str, optional: 
                 raise UserError(f"{where} row {number}: {column!r} {what}; mend or remove the row")
 
 
+def no_training_split(name: str, split: str) -> UserError:
+    """The error to raise where `load_split` found no training rows: what there is instead."""
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        return UserError(f"{name} is the split 'train', not {split!r}; leave dataset_train_split out")
+    found = ", ".join(sorted(file.name for file in folder.iterdir())) if folder.is_dir() else ""
+    return UserError(f"{name} has no split {split!r} (it holds {found or 'no files'}); set dataset_train_split")
+
+
 def load_train_and_test(
     name: str,
     *,
@@ -241,13 +275,7 @@ def load_train_and_test(
     """
     train = load_split(name, train_split, config)
     if train is None:
-        folder = Path(name).expanduser()
-        if folder.is_file():
-            raise UserError(f"{name} is the split 'train', not {train_split!r}; leave dataset_train_split out")
-        found = ", ".join(sorted(file.name for file in folder.iterdir())) if folder.is_dir() else ""
-        raise UserError(
-            f"{name} has no split {train_split!r} (it holds {found or 'no files'}); set dataset_train_split"
-        )
+        raise no_training_split(name, train_split)
     if test_name is not None:
         test = load_split(test_name, test_split, config) or load_split(test_name, "train", config)
         if test is None:

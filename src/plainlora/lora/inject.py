@@ -1,7 +1,7 @@
 """Wrap and unwrap: put LoRA layers into a model, freeze the rest, and take everything out again."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -18,11 +18,12 @@ from plainlora.lora.layer import LoRALinear
 from plainlora.lora.module_to_save import ModuleToSave
 from plainlora.lora.record import Injection, ModelT, injection, lora_layers, saved_modules
 from plainlora.lora.targets import (
-    TASK_HEADS,
     check_patterns,
     condense,
     find_modules_to_save,
+    find_new_weights,
     find_targets,
+    modules_to_save,
     value_for,
 )
 
@@ -47,9 +48,7 @@ def _resolve(model: nn.Module, config: LoraConfig, strict: bool) -> tuple[LoraCo
     """A copy of the config that says explicitly what it selects on this model, and the selected names."""
     check_supported(config)
     config = copy.deepcopy(config)
-    if heads := TASK_HEADS.get(config.task_type or ""):  # as PEFT does: a new head must be trained
-        own = config.modules_to_save or []
-        config.modules_to_save = [*own, *(head for head in heads if head not in own)]
+    config.modules_to_save = modules_to_save(config) or config.modules_to_save
     targets = find_targets(model, config, strict)
     _refuse_tied(model, targets)
     if strict:
@@ -106,7 +105,7 @@ def _save_pretrained(model: nn.Module, save_directory: str, *, is_main_process: 
         save_adapter(model, save_directory)
 
 
-def inject(model: ModelT, config: LoraConfig, *, strict: bool = True) -> ModelT:
+def inject(model: ModelT, config: LoraConfig, *, strict: bool = True, new_weights: Collection[str] = ()) -> ModelT:
     """Puts LoRA layers into a model, in place, and freezes everything else.
 
     Under one seed the new matrices are those of `peft.get_peft_model(model, config)`, bit for bit.
@@ -115,17 +114,21 @@ def inject(model: ModelT, config: LoraConfig, *, strict: bool = True) -> ModelT:
         model: Any model whose targets are `nn.Linear`, Transformers' `Conv1D`, or bitsandbytes' 4-bit or 8-bit layers.
         config: See the README for the supported fields; any other field away from its default is an error.
         strict: Whether every single name and pattern must match. Loading turns this off and checks the file's keys.
+        new_weights: Names of the parameters that the base's checkpoint lacks, Transformers' `missing_keys`. They stay
+            frozen and are saved with the adapter.
 
     Returns:
         The same model.
 
     Raises:
-        LoRAError: An unsupported field or module, a name that matches nothing, a tied target, or a second injection.
+        LoRAError: An unsupported field or module, a name that matches nothing, a tied target, a second injection, or a
+            new weight that cannot be saved with the adapter. Then the model is unchanged.
     """
     if getattr(model, "plainlora", None) is not None:
         raise LoRAError("this model already carries a PlainLoRA adapter; unwrap() or merge() it first")
     resolved, targets = _resolve(model, config, strict)
     to_save = find_modules_to_save(model, resolved, targets)
+    new = find_new_weights(model, resolved, new_weights)
     trainable = [name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor.requires_grad]
     for name in targets:
         base = model.get_submodule(name)
@@ -149,7 +152,7 @@ def inject(model: ModelT, config: LoraConfig, *, strict: bool = True) -> ModelT:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and name.endswith(".bias") and ".trained_module." not in name
     }
-    model.plainlora = Injection(resolved, trainable, biases)  # type: ignore[assignment]
+    model.plainlora = Injection(resolved, trainable, biases, new)  # type: ignore[assignment]
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[assignment]
     return model

@@ -19,6 +19,7 @@ from torch import nn
 
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.record import injection, lora_layers, saved_modules
+from plainlora.lora.targets import head_parameters
 
 PREFIX = "base_model.model."
 
@@ -29,7 +30,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         LoRAError: The model carries no adapter of this package.
     """
-    bias = injection(model).config.bias
+    record = injection(model)
+    bias = record.config.bias
     state: dict[str, torch.Tensor] = {}
     for name, layer in lora_layers(model):
         state[f"{name}.lora_A.weight"] = layer.lora_A.weight
@@ -44,6 +46,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
         }
     for name, module in saved_modules(model):
         state |= {f"{name}.{key}": value for key, value in module.trained_module.state_dict(keep_vars=True).items()}
+    state |= {name: parameter for name, parameter in model.named_parameters() if parameter in record.new_weights}
     return {PREFIX + name: tensor.detach() for name, tensor in state.items()}
 
 
@@ -55,6 +58,12 @@ def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write_tensors(directory: Path, state: dict[str, torch.Tensor]) -> None:
+    _write_atomically(
+        directory / SAFETENSORS_WEIGHTS_NAME, lambda path: save_file(state, path, metadata={"format": "pt"})
+    )
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -75,12 +84,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     state = {name: tensor.clone() for name, tensor in state.items()}  # safetensors refuses shared storage
     config = copy.deepcopy(record.config)
     config.inference_mode = True  # as PEFT writes it: loading does not train unless asked
+    if config.task_type is None:  # from this AutoPeftModel knows the class of the base
+        config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    _write_atomically(
-        target / SAFETENSORS_WEIGHTS_NAME, lambda path: save_file(state, path, metadata={"format": "pt"})
-    )
+    _write_tensors(target, state)
     _write_atomically(target / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -118,6 +127,26 @@ def _read_tensors(directory: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise LoRAError(f"{path} is corrupt or cut short ({error}); copy or save the adapter again") from error
+
+
+def add_tensors(directory: str | os.PathLike[str], tensors: dict[str, torch.Tensor]) -> None:
+    """Writes tensors into a saved adapter, beside those it holds.
+
+    Raises:
+        LoRAError: The directory has no `adapter_model.safetensors`, or an unreadable one.
+    """
+    added = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in tensors.items()}
+    _write_tensors(Path(directory), _read_tensors(directory) | added)
+
+
+def saved_head_weights(model: nn.Module, directory: str | os.PathLike[str]) -> list[str]:
+    """The untouched base's parameters outside its backbone that a saved adapter brings along, by name.
+
+    Raises:
+        LoRAError: `adapter_model.safetensors` is missing or unreadable.
+    """
+    saved = {name.removeprefix(PREFIX).replace(".base_layer.", ".") for name in _read_tensors(directory)}
+    return [name for name in head_parameters(model) if name in saved]
 
 
 def _drop_repeats(model: nn.Module, read: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -4,12 +4,15 @@ import os
 
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.inject import inject, unwrap
-from plainlora.lora.interchange import load_adapter_weights, read_config
+from plainlora.lora.interchange import load_adapter_weights, read_config, saved_head_weights
 from plainlora.lora.record import ModelT
 
 
 def load_adapter(model: ModelT, directory: str | os.PathLike[str], trainable: bool = False) -> ModelT:
     """Injects the adapter that a directory describes and fills it with the saved weights: PEFT's or this package's.
+
+    Weights of the head that were saved with the adapter, because the base's checkpoint lacks them, replace the base's
+    own and stay when the adapter is taken out.
 
     Args:
         model: The base model, untouched so far.
@@ -20,9 +23,11 @@ def load_adapter(model: ModelT, directory: str | os.PathLike[str], trainable: bo
         The same model.
 
     Raises:
-        LoRAError: See `read_config`, `inject` and `load_adapter_weights`. Then the model is as it was before.
+        LoRAError: See `read_config`, `saved_head_weights`, `inject` and `load_adapter_weights`. Then the model is as
+            it was before.
     """
-    inject(model, read_config(directory), strict=False)
+    config = read_config(directory)
+    inject(model, config, strict=False, new_weights=saved_head_weights(model, directory))
     try:
         load_adapter_weights(model, directory)
     except LoRAError:

@@ -23,11 +23,13 @@ class Injection:
         config: The config as resolved: explicit target names, the classification head in `modules_to_save`.
         trainable: Names of the parameters that required gradients before, a tied one's under each of its names.
         biases: The base's own values of the biases that are trained (`bias` of the config), by parameter.
+        new_weights: Frozen parameters that the base's checkpoint lacks, so that they are saved with the adapter.
     """
 
     config: LoraConfig
     trainable: list[str]
     biases: dict[nn.Parameter, torch.Tensor]
+    new_weights: set[nn.Parameter]
 
 
 def injection(model: nn.Module) -> Injection:

@@ -1,16 +1,16 @@
-"""Which modules a `LoraConfig` names. Every name must match, and every matched module must be one LoRA can wrap."""
+"""What a `LoraConfig` selects on a model. Every name must match, and every target must be one LoRA can wrap."""
 
 import difflib
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from peft import LoraConfig, TaskType
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from torch import nn
 
 from plainlora.lora.errors import LoRAError
-from plainlora.lora.storage import is_supported
+from plainlora.lora.storage import is_quantized, is_supported
 
 # The new heads that PEFT trains and saves whole beside the adapters.
 TASK_HEADS: dict[str, tuple[str, ...]] = {
@@ -89,9 +89,12 @@ def default_targets(model: nn.Module) -> list[str] | str:
 
 def condense(names: list[str], model: nn.Module) -> list[str]:
     """The shortest ends of names that select exactly these modules: what a config file should say."""
-    leaves = sorted({_leaf(name) for name in names})
-    selected = [name for name, _ in model.named_modules() if any(_names(leaf, name) for leaf in leaves)]
-    return leaves if sorted(selected) == sorted(names) else sorted(names)
+    for parts in (1, 2):  # `c_proj`, or `mlp.c_proj`
+        ends = sorted({".".join(name.split(".")[-parts:]) for name in names})
+        selected = [name for name, _ in model.named_modules() if any(_names(end, name) for end in ends)]
+        if set(selected) == set(names):
+            return ends
+    return sorted(set(names))
 
 
 def find_targets(model: nn.Module, config: LoraConfig, strict: bool = True) -> list[str]:
@@ -186,6 +189,53 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig, targets: list[str
                 f"{', '.join(entries)}); add {_leaf(target)!r} to exclude_modules"
             )
     return whole
+
+
+def modules_to_save(config: LoraConfig) -> list[str]:
+    """The entries of the config, and the heads that PEFT adds to them for its task: a new head must be trained."""
+    own = config.modules_to_save or []
+    return [*own, *(head for head in TASK_HEADS.get(config.task_type or "", ()) if head not in own)]
+
+
+def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters outside the backbone, by name: what a task adds to a pretrained checkpoint."""
+    backbone = getattr(model, "base_model_prefix", "")
+    if backbone and not hasattr(model, backbone):
+        return {}  # the model is a backbone itself
+    return {name: value for name, value in model.named_parameters() if not name.startswith(f"{backbone}.")}
+
+
+def find_new_weights(model: nn.Module, config: LoraConfig, names: Collection[str]) -> set[nn.Parameter]:
+    """The parameters that must be saved with the adapter because neither the base's checkpoint nor it holds them.
+
+    A head that is neither trained nor in a checkpoint would be drawn anew at every loading (peft#876).
+
+    Args:
+        model: The base model, untouched.
+        config: A parameter of one of its `modules_to_save` is left out: the trained copy is saved.
+        names: Names of the parameters that the base's checkpoint lacks.
+
+    Raises:
+        LoRAError: A name is no parameter's, or its parameter is quantised or inside the backbone.
+    """
+    parameters, head = dict(model.named_parameters()), head_parameters(model)
+    entries = tuple(modules_to_save(config))
+    found = set()
+    for name in names:
+        if name not in parameters:
+            raise LoRAError(f"new_weights: {name!r} is no parameter of this {type(model).__name__}")
+        owner = name.rpartition(".")[0]
+        if any(parent.endswith(entries) for parent in itertools.accumulate(owner.split("."), "{}.{}".format)):
+            continue
+        if name not in head:
+            raise LoRAError(
+                f"new_weights: the base's checkpoint lacks {name!r}, a part of the pretrained model, which would stay "
+                f"random; train it whole: add {owner!r} to modules_to_save"
+            )
+        if is_quantized(model.get_submodule(owner)):
+            raise LoRAError(f"new_weights: {name!r} is quantised; add {owner!r} to llm_int8_skip_modules")
+        found.add(parameters[name])
+    return found
 
 
 def value_for(pattern: dict[str, int], name: str, default: int) -> int:

@@ -4,6 +4,7 @@ import copy
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from datasets import Dataset
@@ -124,22 +125,36 @@ class Peft(Side):
 
     name = "PEFT"
 
+    def __init__(self) -> None:
+        self.heads: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
+
     def attach(self, base: PreTrainedModel, config: LoraConfig) -> nn.Module:
         """See `peft.get_peft_model`."""
         return get_peft_model(base, config)
 
     def load(self, base: PreTrainedModel, directory: str | Path) -> nn.Module:
         """See `peft.PeftModel.from_pretrained`."""
-        return PeftModel.from_pretrained(base, str(directory), is_trainable=True)
+        heads = {base.get_parameter(name) for name in interchange.saved_head_weights(base, directory)}
+        model = PeftModel.from_pretrained(base, str(directory), is_trainable=True)
+        names = [name for name, parameter in model.named_parameters() if parameter in heads]
+        self.heads[model] = [name for name in names if ".original_module." not in name]
+        return model
 
     def save(self, model: nn.Module, directory: str | Path) -> None:
         """See `PeftModel.save_pretrained`."""
         assert isinstance(model, PeftModel)
         model.save_pretrained(str(directory), save_embedding_layers=False)
+        if heads := self._heads_of(model):
+            interchange.add_tensors(directory, heads)
+
+    def _heads_of(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """A frozen head that came with the adapter. PEFT loads it, and would leave it out when it saves (peft#876)."""
+        return {name: model.get_parameter(name).detach() for name in self.heads.get(model, ())}
 
     def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """See `peft.get_peft_model_state_dict`."""
-        return {name: value.detach() for name, value in get_peft_model_state_dict(model).items()}
+        own = {name: value.detach() for name, value in get_peft_model_state_dict(model).items()}
+        return own | self._heads_of(model)
 
     def merge(self, model: nn.Module) -> PreTrainedModel:
         """See `PeftModel.merge_and_unload`."""

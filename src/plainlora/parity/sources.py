@@ -1,33 +1,49 @@
-"""Cases of the user's own: a recipe, a trained adapter, or any model."""
+"""Cases of the user's own: a recipe of either program, a trained adapter, or any model."""
 
 import copy
+from dataclasses import fields
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import (
     AutoModelForSequenceClassification,
-    BitsAndBytesConfig,
+    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
-from plainlora.arguments import RecipeArguments
+from plainlora.adapter_base import class_labels, load_quantized_base_of, load_tokenizer_of, training_quantization
+from plainlora.arguments import ClassifyArguments, ClassifyConfig, SFTArguments
 from plainlora.backends import build_lora_config
-from plainlora.checks import check_combinations
+from plainlora.checks import check_classify, check_sft
 from plainlora.data.datasets import load_train_and_test
 from plainlora.data.encoding import Encoder, find_schema
 from plainlora.data.prompts import install_template, render_prompt
 from plainlora.errors import UserError
 from plainlora.lora.interchange import read_config
-from plainlora.merging import load_tokenizer_of, training_quantization
-from plainlora.models import keep_4bit_weights_unpacked, load_base, load_config, load_tokenizer
+from plainlora.methods import build_classifier_lora
+from plainlora.models import (
+    build_skeleton,
+    classifier_config,
+    context_length,
+    load_base,
+    load_classifier,
+    load_config,
+    load_pretrained,
+    load_tokenizer,
+    loading_options,
+)
 from plainlora.parity.case import Case, seed_everything
 from plainlora.parity.suite import training_arguments
 from plainlora.parity.tiny import byte_tokenizer, model_class, random_batch
-from plainlora.parsing import StrictParser
+from plainlora.parsing import StrictParser, read_yaml
+from plainlora.preparation import prepare_texts
+from plainlora.training import ArgumentsT
+
+MOST_TEXTS = 32  # in the batch that a classifier is compared on
 
 
 def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -40,14 +56,15 @@ def _as_batch(ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
-def _for_comparison(training: SFTConfig, steps: int) -> SFTConfig:
+def _for_comparison(training: ArgumentsT, steps: int) -> ArgumentsT:
     """The recipe's own training, cut to some steps, every one logged and nothing saved on the way."""
     settings = copy.copy(training)
     settings.max_steps, settings.logging_steps = steps, 1
     settings.save_strategy = settings.eval_strategy = "no"
     settings.load_best_model_at_end = settings.push_to_hub = False
     settings.report_to, settings.disable_tqdm = [], True
-    settings.assistant_only_loss = False
+    if isinstance(settings, SFTConfig):
+        settings.assistant_only_loss = False
     return settings
 
 
@@ -62,9 +79,9 @@ def recipe_case(config: str, flags: list[str], steps: int) -> Case:
     Raises:
         UserError: As `recipes/sft.py` would.
     """
-    parser = StrictParser((RecipeArguments, ScriptArguments, SFTConfig, ModelConfig))
+    parser = StrictParser((SFTArguments, ScriptArguments, SFTConfig, ModelConfig))
     recipe, script, training, model = parser.parse(["--config", config, *flags])
-    check_combinations(recipe, script, training, model)
+    check_sft(recipe, script, training, model)
     tokenizer = load_tokenizer(str(model.model_name_or_path), model.model_revision, eos_token=training.eos_token)
     install_template(tokenizer, recipe.prompt_template or training.chat_template_path)
     rows, _ = load_train_and_test(
@@ -104,6 +121,53 @@ def _rows_within(rows: Dataset, tokenizer: PreTrainedTokenizerBase, training: SF
     return rows.select(kept[:enough])
 
 
+def classifier_case(config: str, flags: list[str], steps: int) -> Case:
+    """A classification recipe's own model, adapter, rows and training; what it trains must be LoRA.
+
+    Args:
+        config: The recipe's YAML.
+        flags: More of the recipe's flags, as for `recipes/classify.py`.
+        steps: Optimizer steps of the trajectory.
+
+    Raises:
+        UserError: As `recipes/classify.py` would.
+    """
+    parser = StrictParser((ClassifyArguments, ScriptArguments, ClassifyConfig, ModelConfig))
+    recipe, script, training, model = parser.parse(["--config", config, *flags])
+    check_classify(recipe, script, training, model)
+    if recipe.method != "lora":
+        raise UserError(f"method {recipe.method} trains no LoRA, so there is nothing to compare; give a LoRA recipe")
+    name, revision = str(model.model_name_or_path), model.model_revision
+    tokenizer = load_tokenizer(name, revision)
+    base_config = load_config(name, revision)
+    enough = max(2, min(steps * training.train_batch_size, MOST_TEXTS))
+    recipe.max_train_rows = min(recipe.max_train_rows or enough, enough)
+    longest = recipe.max_length or context_length(base_config)
+    texts = prepare_texts(recipe, script, training, tokenizer, longest, lambda _: None)
+    rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in texts.train]
+    config_with_classes = classifier_config(name, texts.labels, tokenizer.pad_token_id, revision)
+
+    def make_base() -> PreTrainedModel:
+        seed_everything(training.seed)  # of the new head
+        return load_classifier(config_with_classes, name, **loading_options(model))[0].eval()
+
+    return Case(
+        name=config,
+        make_base=make_base,
+        config=build_classifier_lora(model, recipe, build_skeleton(config_with_classes)),
+        inputs=dict(DataCollatorWithPadding(tokenizer)(rows)),
+        arguments=_for_comparison(training, steps),
+        adapter_dtype=recipe.adapter_dtype,
+        seed=training.seed,
+    )
+
+
+def is_classification(config: str) -> bool:
+    """Whether a recipe is one of `recipes/classify.py`: it names an option that only that program has."""
+    own, other = ({field.name for field in fields(kind)} for kind in (ClassifyArguments, SFTArguments))
+    return bool((own - other) & read_yaml(config).keys())
+
+
 def adapter_case(adapter: str, prompt: str | None) -> Case:
     """A trained adapter, loaded into both sides, on a base stored as it was in training.
 
@@ -111,42 +175,36 @@ def adapter_case(adapter: str, prompt: str | None) -> Case:
         UserError: Its base cannot be had.
         LoRAError: The folder holds no LoRA adapter.
     """
-    config = read_config(adapter)
-    name, quantization = str(config.base_model_name_or_path), training_quantization(adapter)
+    quantization = training_quantization(adapter)
     tokenizer = load_tokenizer_of(adapter)
-    is_classifier = config.task_type == "SEQ_CLS"
+    classifies = class_labels(adapter) is not None
     ids = _prompt_ids(prompt or "Name three primary colours.", tokenizer)
-    batch = _as_batch(ids) | ({"labels": torch.zeros(1, dtype=torch.long)} if is_classifier else {})
+    batch = _as_batch(ids) | ({"labels": torch.zeros(1, dtype=torch.long)} if classifies else {})
     stored = "" if quantization is None else f", base in {'4' if quantization.get('load_in_4bit') else '8'} bits"
+
+    def make_base() -> PreTrainedModel:
+        seed_everything(0)
+        return load_quantized_base_of(adapter).eval()
+
     return Case(
         name=adapter + stored,
-        make_base=lambda: _load(name, config.revision, quantization, is_classifier),
-        config=config,
+        make_base=make_base,
+        config=read_config(adapter),
         adapter=adapter,
         inputs=batch,
-        prompts=None if is_classifier else ids,
+        prompts=None if classifies else ids,
     )
 
 
-def _load(
-    name: str, revision: str | None, quantization: dict[str, object] | None = None, is_classifier: bool = False
-) -> PreTrainedModel:
+def _load(name: str) -> PreTrainedModel:
     """The model of the class its config is for; a new classification head is the same every time."""
-    config = load_config(name, revision)
+    config = load_config(name)
     if config.is_encoder_decoder:
         raise UserError(f"{name} is an encoder-decoder model; compare knows decoders and encoders")
-    auto = AutoModelForSequenceClassification if is_classifier else model_class(config)
     seed_everything(0)
-    options = {} if quantization is None else {"quantization_config": BitsAndBytesConfig(**quantization)}
-    try:
-        model: PreTrainedModel = auto.from_pretrained(
-            name, revision=revision, dtype="auto", use_safetensors=True, **options
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+    model, _ = load_pretrained(model_class(config), name)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = 0  # a decoder with a classification head looks for the last token before it
-    keep_4bit_weights_unpacked(model)
     return model.eval()
 
 
@@ -159,7 +217,7 @@ def model_case(name: str, targets: list[str], steps: int) -> Case:
         UserError: The model cannot be had, or is neither.
     """
     config = load_config(name)
-    _load(name, None)  # what cannot be loaded is the user's to know at once
+    _load(name)  # what cannot be loaded is the user's to know at once
     is_classifier = model_class(config) is AutoModelForSequenceClassification
     wanted = "all-linear" if targets == ["all-linear"] else targets
     lora = LoraConfig(
@@ -177,7 +235,7 @@ def model_case(name: str, targets: list[str], steps: int) -> Case:
     settings = training_arguments(steps)
     return Case(
         name=name,
-        make_base=lambda: _load(name, None),
+        make_base=lambda: _load(name),
         config=lora,
         inputs=batch,
         arguments=TrainingArguments(**settings) if is_classifier else SFTConfig(**settings, max_length=None),

@@ -1,0 +1,145 @@
+"""Fine-tuning of a sequence classifier: LoRA, the last layers only, or every weight.
+
+accelerate launch --config_file accelerate_configs/single_gpu.yaml \
+    recipes/classify.py --config recipes/distilbert-imdb/lora.yaml
+
+The flags are those of TRL's ScriptArguments and ModelConfig, of Transformers' TrainingArguments and of
+plainlora.arguments.ClassifyArguments, in the YAML or on the command line. The command line wins, and what cannot be
+honoured is refused.
+"""
+
+import plainlora.quiet  # noqa: F401, I001  # before the libraries that it quiets
+
+from functools import partial
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import DataCollatorWithPadding, set_seed
+from trl import ModelConfig, ScriptArguments
+
+from plainlora.arguments import ClassifyArguments, ClassifyConfig
+from plainlora.backends import check_same_adapter, count_parameters
+from plainlora.checkpoints import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
+from plainlora.checks import check_classify
+from plainlora.errors import run_program
+from plainlora.memory import peak_memory
+from plainlora.merging import merge_adapter
+from plainlora.methods import (
+    build_classifier_lora,
+    check_same_method,
+    find_last_layers,
+    train_adapter,
+    train_weights,
+)
+from plainlora.metrics import flatten, judge_rows, measure, score
+from plainlora.model_card import write_classifier_card
+from plainlora.models import (
+    build_skeleton,
+    check_length,
+    classifier_config,
+    context_length,
+    describe_quantization,
+    load_classifier,
+    load_config,
+    load_tokenizer,
+    loading_options,
+)
+from plainlora.parsing import StrictParser
+from plainlora.plots import plot_confusion, plot_loss
+from plainlora.preparation import prepare_texts
+from plainlora.report import classifier_summary, write_json, write_run
+from plainlora.training import ClassifierTrainer, check_schedule, resume_path, without_pinned_memory_on_cpu
+
+
+def main() -> None:
+    recipe, script, training, model_args = StrictParser(
+        (ClassifyArguments, ScriptArguments, ClassifyConfig, ModelConfig)
+    ).parse()
+    say = PartialState().print
+
+    # Everything that can be refused is refused before a weight is loaded or a file is touched.
+    check_classify(recipe, script, training, model_args)
+    check_schedule(training)
+    name, revision = str(model_args.model_name_or_path), model_args.model_revision
+    inputs = {"base model": name, "dataset": script.dataset_name, "test dataset": recipe.eval_dataset_name}
+    check_inputs_apart(training.output_dir, inputs | {"validation dataset": recipe.validation_dataset_name})
+    checkpoint = resume_path(training)
+    claim_output_dir(training.output_dir, recipe.overwrite, resume=checkpoint)
+    base_config = load_config(name, revision)
+    check_length(recipe.max_length, base_config)
+    tokenizer = load_tokenizer(name, revision)
+    texts = prepare_texts(recipe, script, training, tokenizer, recipe.max_length or context_length(base_config), say)
+    config = classifier_config(name, texts.labels, tokenizer.pad_token_id, revision)
+    skeleton = build_skeleton(config)
+    lora = build_classifier_lora(model_args, recipe, skeleton) if recipe.method == "lora" else None
+    last_layers = find_last_layers(skeleton, recipe.last_layers) if recipe.method == "last_layers" else None
+    if checkpoint is not None:
+        check_same_method(checkpoint, recipe.method)
+        if lora is not None:
+            check_same_adapter(checkpoint, lora)
+
+    # Seed first, then base with its new head, then adapter: the same command gives the same weights.
+    set_seed(training.seed)
+    base, new_weights = load_classifier(config, name, **loading_options(model_args))
+    quantization = describe_quantization(base)
+    trainee = train_weights(base, last_layers) if lora is None else train_adapter(base, lora, recipe, new_weights)
+    trainable, total = count_parameters(trainee.model)
+    say(f"{recipe.method}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
+
+    trainer = ClassifierTrainer(
+        trainee.model,
+        trainee.backend,
+        args=without_pinned_memory_on_cpu(training),
+        train_dataset=texts.train,
+        eval_dataset=texts.validation,
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),  # to the longest text of the batch
+        compute_metrics=partial(score, classes=len(texts.labels)),
+        preprocess_logits_for_metrics=judge_rows,
+    )
+
+    output = Path(training.output_dir)
+    if trainer.accelerator.is_main_process:
+        if not (checkpoint and lies_in(checkpoint, training.output_dir)):
+            clear_output_dir(training.output_dir)
+        write_run(output / "run.json", (recipe, script, training, model_args), quantization, texts.labels)
+    trainer.accelerator.wait_for_everyone()
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    memory = peak_memory()
+    trainer.save_model()
+    trainer.save_state()
+    # Measured after training, the state before included: Trainer.predict prepares the model for evaluation only, and
+    # training would then go on without DistributedDataParallel (transformers#24014).
+    splits = texts.splits(recipe.measured_train_rows)
+    with trainee.disabled():
+        before = {split: measure(trainer, rows, len(texts.labels)) for split, rows in splits.items()}
+    after = {split: measure(trainer, rows, len(texts.labels)) for split, rows in splits.items()}
+
+    if trainer.accelerator.is_main_process:
+        results = outcome.metrics | flatten(before, "_base") | flatten(after)
+        results |= {f"{split}_rows": len(rows) for split, rows in splits.items()}
+        results |= {"method": recipe.method, "labels": texts.labels, "peak_memory_bytes": memory}
+        results |= {"trainable_params": trainable, "total_params": total}
+        shown = "test" if "test" in splits else "validation" if "validation" in splits else "train"
+        tables = {"before": before[shown].confusion, "after": after[shown].confusion}
+        plot_confusion(texts.labels, tables, output / "confusion.png")
+        base_loss = before["validation"].loss if "validation" in before else None
+        plot_loss(trainer.state.log_history, base_loss, output / "loss.png", unit="text", rows="validation")
+        card = partial(write_classifier_card, output, recipe, script, training, model_args, config)
+        targets = None if lora is None else sorted(lora.target_modules or ())
+        # Written before the merge, which may be refused, and again with its figure.
+        write_json(output / "all_results.json", results)
+        card(targets, results)
+        if recipe.merge:
+            results["merge_max_abs_diff"] = merge_adapter(output, output / "merged", overwrite=True).max_abs_diff
+            write_json(output / "all_results.json", results)
+            card(targets, results)
+        print(classifier_summary(results, training.output_dir))
+    if training.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,36 @@
+"""`plainlora predict`: texts -> classes, by a trained classifier."""
+
+import argparse
+import sys
+
+from plainlora.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags."""
+    parser.add_argument("--model", required=True, help="folder that recipes/classify.py wrote: adapter or whole model")
+    parser.add_argument("--text", action="append", help="to classify; repeatable; lines of standard input if left out")
+    parser.add_argument("--with_peft", action="store_true", help="also by PEFT's implementation, if it is an adapter")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints one line for each text: class, probability, text."""
+    texts = arguments.text or [line.rstrip("\n") for line in sys.stdin]
+    if not texts or not all(text.strip() for text in texts):
+        raise UserError("there is an empty text, or none: give --text, or one text a line on standard input")
+
+    import plainlora.quiet  # noqa: F401
+    from plainlora.backends import BACKENDS
+    from plainlora.checkpoints import holds_adapter
+    from plainlora.prediction import classify, load_trained_classifier
+
+    if arguments.with_peft and not holds_adapter(arguments.model):
+        raise UserError(f"with_peft: {arguments.model} holds no adapter, so PEFT has no part in it")
+    for name in ("reference", "peft") if arguments.with_peft else ("reference",):
+        classifier = load_trained_classifier(arguments.model, BACKENDS[name])
+        if name == "peft":
+            print("\nby PEFT:")
+        width = max(map(len, classifier.labels))
+        for text, shares in zip(texts, classify(classifier, texts), strict=True):
+            best = max(range(len(shares)), key=shares.__getitem__)
+            print(f"{classifier.labels[best]:<{width}}  {shares[best]:6.1%}  {' '.join(text.split())[:100]}")

@@ -1,0 +1,392 @@
+"""Rows of text and label -> token ids and class numbers, every row accounted for."""
+
+import math
+import random
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from plainlora.data.datasets import check_text_columns, find_local_file, is_local, load_split, no_training_split
+from plainlora.data.labels import Classes, Table, listed
+from plainlora.errors import UserError
+
+OnEmpty = Literal["drop", "keep", "error"]
+VALIDATION_STEMS = ("validation", "valid", "val", "dev")
+NAME_FLAGS = {"validation": "validation_dataset_name", "test": "eval_dataset_name"}
+
+
+@dataclass
+class LabelledSplits:
+    """Rows to train and test a classifier on, each a `text` and a `label` from 0 to `len(labels) - 1`.
+
+    Attributes:
+        train: Training rows.
+        validation: Rows to choose a checkpoint by, if there are any.
+        test: Rows to report on, if there are any.
+        labels: Name of each class, by number.
+        dropped_empty: Rows dropped because their text was empty or white space, over all files read.
+        kept_empty: Such rows that were kept instead.
+        leaked: Test rows whose text, but for white space around it, is also that of a training row.
+    """
+
+    train: Dataset
+    validation: Dataset | None
+    test: Dataset | None
+    labels: list[str]
+    dropped_empty: int
+    kept_empty: int
+    leaked: int
+
+    def line(self) -> str:
+        """The report in one line."""
+        parts = []
+        for split, rows in (("train", self.train), ("validation", self.validation), ("test", self.test)):
+            if rows is not None:
+                counts = Counter(rows["label"])
+                classes = [f"{counts[number]:,} {name}" for number, name in enumerate(self.labels)]
+                parts.append(f"{split}: {len(rows):,} rows ({listed(classes)})")
+        for count, what in (
+            (self.dropped_empty, "without text dropped"),
+            (self.kept_empty, "without text kept"),
+            (self.leaked, "of test with a text that is also trained on"),
+        ):
+            if count:
+                parts.append(f"{count:,} {what}")
+        return "; ".join(parts)
+
+
+@dataclass
+class TextReport:
+    """What became of the texts. Lengths are in tokens, special tokens included, before anything was cut.
+
+    Attributes:
+        rows: Rows, all of them kept.
+        cut: Rows cut to `max_length`.
+        longest: Tokens of the longest row.
+        median: Median tokens of a row.
+        mean: Mean tokens of a row.
+    """
+
+    rows: int
+    cut: int
+    longest: int
+    median: float
+    mean: float
+
+    def line(self, title: str) -> str:
+        """The report in one line."""
+        line = f"{title}: {self.rows:,} rows; tokens: median {self.median:.0f}, mean {self.mean:.1f}"
+        line += f", longest {self.longest:,}"
+        return f"{line}; {self.cut:,} cut to max_length" if self.cut else line
+
+
+def _find_split(name: str, split: str, config: str | None, columns: list[str] | None) -> Table | None:
+    if not is_local(name):
+        rows = load_split(name, split, config, columns)
+        return None if rows is None else Table(rows, f"{name} ({split})")
+    in_folder = Path(name).expanduser().is_dir()
+    stems = VALIDATION_STEMS if in_folder and split == "validation" else (split,)
+    files = {stem: file for stem in stems if (file := find_local_file(name, stem)) is not None}
+    if len(files) > 1:
+        found = ", ".join(file.name for file in files.values())
+        raise UserError(f"{name} holds several files for {split}: {found}; keep one")
+    stem = next(iter(files), split)
+    rows = load_split(name, stem, config, columns)
+    return None if rows is None else Table(rows, str(files[stem]))
+
+
+def _find_tables(
+    name: str,
+    train_split: str,
+    others: dict[str, tuple[str | None, str]],
+    config: str | None,
+    columns: list[str] | None,
+) -> dict[str, Table]:
+    """The training rows, and of each other part the rows that there are: of its own dataset, or of its split."""
+    for part, (own, split) in others.items():
+        if own is None and split == train_split:
+            raise UserError(
+                f"dataset_{part}_split and dataset_train_split are both {split!r}; name another, or hold rows out"
+            )
+    table = _find_split(name, train_split, config, columns)
+    if table is None:
+        raise no_training_split(name, train_split)
+    tables = {"train": table}
+    for part, (own, split) in others.items():
+        table = _find_split(own or name, split, config, columns)
+        if own is not None and table is None:
+            table = _find_split(own, "train", config, columns)
+            if table is None:
+                raise UserError(f"{NAME_FLAGS[part]}: {own} has neither a split {split!r} nor 'train'")
+        if table is not None:
+            tables[part] = table
+    return tables
+
+
+def _check_texts(table: Table, text_column: str, label_column: str, named: bool) -> None:
+    """Both columns must be there, and every text a text; `named` is whether dataset_columns names the columns."""
+    for flag, column in (("--text_column", text_column), ("--label_column", label_column)):
+        if column not in table.rows.column_names:
+            advice = f"set {flag}"
+            if named:
+                advice += ", or mend --dataset_columns"
+            elif table.where.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
+                advice += ", or, if the file has no header line, name its columns with --dataset_columns"
+            there = listed(table.rows.column_names)
+            raise UserError(f"{table.where} has the columns {there}, and no {column!r}; {advice}")
+    check_text_columns(table.rows, [text_column], table.where)
+
+
+def _counts(rows: Dataset, classes: int) -> list[int]:
+    counts = Counter(rows["label"])
+    return [counts[number] for number in range(classes)]
+
+
+def _draw(rows: Dataset, quotas: list[int], seed: int) -> tuple[Dataset, Dataset]:
+    """Random rows, `quotas[c]` of each class c, and the rest; both shuffled."""
+    classes, left = rows["label"][:], list(quotas)
+    drawn: list[int] = []
+    rest: list[int] = []
+    for at in random.Random(seed).sample(range(len(rows)), len(rows)):
+        (drawn if left[classes[at]] > 0 else rest).append(at)
+        left[classes[at]] -= 1
+    return rows.select(drawn), rows.select(rest)
+
+
+def _stratified(rows: Dataset, size: int, classes: int) -> list[int]:
+    """How many rows of each class make `size` rows with the shares that they have in all rows."""
+    parts = [divmod(count * size, len(rows)) for count in _counts(rows, classes)]
+    quotas = [whole for whole, _ in parts]
+    by_remainder = sorted(range(classes), key=lambda number: -parts[number][1])
+    for number in by_remainder[: size - sum(quotas)]:
+        quotas[number] += 1
+    return quotas
+
+
+def _row_count(part: str, size: float, total: int) -> int:
+    if not (0 < size < 1 or (size >= 1 and size % 1 == 0)):
+        raise UserError(
+            f"{part}_split_size: {size:g} is neither a share of the rows below 1 nor a whole number of them"
+        )
+    return int(size) if size >= 1 else math.ceil(round(size * total, 6))  # rounded: 0.07 * 100 is more than 7
+
+
+def _check_classes(rows: Dataset, names: list[str], what: str, advice: str) -> None:
+    missing = [name for name, count in zip(names, _counts(rows, len(names)), strict=True) if not count]
+    if missing:
+        raise UserError(f"{what}: no row of the class {listed(missing)}; {advice}")
+
+
+def _hold_out(parts: dict[str, Dataset], sizes: dict[str, float], names: list[str], seed: int) -> None:
+    """Moves rows from `parts["train"]` to further parts."""
+    rows = parts["train"]
+    counts = {part: _row_count(part, size, len(rows)) for part, size in sizes.items()}
+    if sum(counts.values()) >= len(rows):
+        asked = " and ".join(f"{part}_split_size {size:g}" for part, size in sizes.items())
+        raise UserError(f"{asked} of {len(rows)} rows leave none to train on")
+    for part, count in counts.items():
+        parts[part], rows = _draw(rows, _stratified(rows, count, len(names)), seed)
+        _check_classes(
+            parts[part], names, f"the {count} {part} rows held out", f"raise {part}_split_size, or set balance_classes"
+        )
+    if counts:
+        _check_classes(rows, names, f"the {len(rows)} rows left to train on", "hold out fewer, or add rows")
+    parts["train"] = rows
+
+
+def _clean(table: Table, text_column: str, classes: Classes, on_empty: OnEmpty) -> tuple[Dataset, int]:
+    """The rows as `text` and `label`, and how many of those read had no text."""
+    texts = [text.rstrip("\r\n") for text in table.rows[text_column]]
+    full = [at for at, text in enumerate(texts) if text.strip()]
+    rows = Dataset.from_dict({"text": texts, "label": classes.numbers(table)})
+    if on_empty == "error" and len(full) < len(texts):
+        row = next(at for at, text in enumerate(texts, 1) if not text.strip())
+        raise UserError(f"{table.where} row {row}: {text_column!r} is empty; mend the row, or set on_empty to drop")
+    return rows if on_empty == "keep" else rows.select(full), len(texts) - len(full)
+
+
+def _leaked(train: Dataset, test: Dataset) -> int:
+    trained = {text.strip() for text in train["text"]}
+    return sum(text.strip() in trained for text in test["text"])
+
+
+def load_labelled(
+    name: str,
+    *,
+    config: str | None,
+    train_split: str,
+    validation_split: str,
+    test_split: str,
+    validation_name: str | None,
+    test_name: str | None,
+    validation_size: float | None,
+    test_size: float | None,
+    columns: list[str] | None,
+    text_column: str,
+    label_column: str,
+    labels: list[str] | None,
+    balance: bool,
+    on_empty: OnEmpty,
+    max_train_rows: int | None,
+    max_eval_rows: int | None,
+    seed: int,
+) -> LabelledSplits:
+    """Training rows, and validation and test rows if there are any, with checked texts and numbered labels.
+
+    Validation and test rows are a dataset of their own, else the split of that name, else held out of the training
+    rows. A label is a class name, or the number of a class where no class is named by a number.
+
+    Args:
+        name: Hub id, local folder or local file. A file is the split `train`.
+        config: Configuration name on the Hub.
+        train_split: Split to train on.
+        validation_split: Split for validation rows. In a local folder `validation` is also `valid`, `val` or `dev`.
+        test_split: Split for test rows.
+        validation_name: Hub id or path of the validation rows, if that is another.
+        test_name: Hub id or path of the test rows, if that is another.
+        validation_size: Validation rows to hold out where there are none: a number of rows, or below 1 a share of all
+            training rows as they were before anything was held out. Stratified by label.
+        test_size: Test rows to hold out where there are none, likewise.
+        columns: Names of the columns of csv or tsv files without a header line.
+        text_column: The column of texts. Newlines that end a text are removed.
+        label_column: The column of labels.
+        labels: Names of the classes, in order; `None` for a ClassLabel's names, or else the training rows' sorted
+            distinct labels.
+        balance: Whether every class is cut to the size of the smallest before anything is held out. Validation and
+            test rows that were not held out stay as they are.
+        on_empty: What happens to rows whose text is empty or white space.
+        max_train_rows: Training rows to keep. They are drawn at random, stratified by label, and not the first: files
+            are often sorted by class, as IMDb is on the Hub.
+        max_eval_rows: Validation rows and test rows to keep, drawn likewise.
+        seed: Of everything that is drawn.
+
+    Raises:
+        UserError: The rows cannot be had, a row cannot be used (it is named), or a split would lack a class.
+    """
+    if text_column == label_column:
+        raise UserError(f"text_column and label_column are both {text_column!r}")
+    for flag, most in (("max_train_rows", max_train_rows), ("max_eval_rows", max_eval_rows)):
+        if most is not None and most < 1:
+            raise UserError(f"{flag}: {most} leaves no rows; leave it out to keep all")
+    others = {"validation": (validation_name, validation_split), "test": (test_name, test_split)}
+    tables = _find_tables(name, train_split, others, config, columns)
+    for table in tables.values():
+        _check_texts(table, text_column, label_column, named=columns is not None)
+    classes = Classes(tables["train"], label_column, labels)
+    parts = {}
+    empty = 0
+    for part, table in tables.items():
+        parts[part], count = _clean(table, text_column, classes, on_empty)
+        empty += count
+        remedy = "labels to the others" if part == "train" else f"{NAME_FLAGS[part]} to other rows"
+        advice = f"add some, or set {remedy}"
+        if table.where.endswith("])"):  # a slice on the Hub
+            advice = "a slice of a sorted split lacks classes, max_train_rows and max_eval_rows draw from all"
+        _check_classes(parts[part], classes.names, f"{table.where} as {part} rows", advice)
+    if balance:
+        counts = _counts(parts["train"], len(classes.names))
+        parts["train"], _ = _draw(parts["train"], [min(counts)] * len(counts), seed)
+    shares = {"test": test_size, "validation": validation_size}
+    _hold_out(parts, {part: size for part, size in shares.items() if size and part not in parts}, classes.names, seed)
+    for part, rows in parts.items():
+        most, flag = (max_train_rows, "max_train_rows") if part == "train" else (max_eval_rows, "max_eval_rows")
+        if most is not None and most < len(rows):
+            parts[part], _ = _draw(rows, _stratified(rows, most, len(classes.names)), seed)
+            _check_classes(
+                parts[part], classes.names, f"{most} of the {part} rows", f"raise {flag}, or set balance_classes"
+            )
+    return LabelledSplits(
+        train=parts["train"],
+        validation=parts.get("validation"),
+        test=parts.get("test"),
+        labels=classes.names,
+        dropped_empty=empty if on_empty == "drop" else 0,
+        kept_empty=empty if on_empty == "keep" else 0,
+        leaked=_leaked(parts["train"], parts["test"]) if "test" in parts else 0,
+    )
+
+
+def tokenize_texts(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> tuple[list[list[int]], list[int]]:
+    """Token ids of every text as a classifier reads it, and how many there were before it was cut to `max_length`.
+
+    Text that spells a special token does not become one: a review must not end a sequence.
+
+    Raises:
+        UserError: An empty text has no tokens.
+    """
+    found = tokenizer(list(texts), split_special_tokens=True, verbose=False).input_ids
+    found = [ids or [_token_for_nothing(tokenizer)] for ids in found]
+    lengths = [len(ids) for ids in found]
+    long = [at for at, length in enumerate(lengths) if max_length is not None and length > max_length]
+    if long:
+        again = tokenizer(
+            [texts[at] for at in long], split_special_tokens=True, truncation=True, max_length=max_length
+        )
+        for at, ids in zip(long, again.input_ids, strict=True):
+            found[at] = ids
+    return found, lengths
+
+
+def encode_texts(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, num_proc: int | None = None
+) -> tuple[Dataset, TextReport]:
+    """Tokenises every text, with the special tokens that the tokenizer adds itself.
+
+    Args:
+        rows: With `text` and `label`, as `load_labelled` returns them.
+        tokenizer: The model's.
+        max_length: Tokens that a row is cut to, special tokens included; `None` for no limit.
+        num_proc: Processes that tokenise.
+
+    Returns:
+        The rows with `input_ids`, `labels` (the class number) and `length` (tokens), and the report.
+
+    Raises:
+        UserError: `max_length` has no place for text, or an empty text has no tokens.
+    """
+    added = tokenizer.num_special_tokens_to_add()
+    if max_length is not None and max_length <= added:
+        raise UserError(f"max_length: {max_length} has no place for text beside {added} special tokens; raise it")
+
+    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        encoded, uncut = tokenize_texts(batch["text"], tokenizer, max_length)
+        lengths = [len(ids) for ids in encoded]
+        return {"input_ids": encoded, "labels": batch["label"], "length": lengths, "uncut": uncut}
+
+    # Not from the cache: its fingerprint does not see a change in this project's code.
+    encoded = rows.map(
+        encode,
+        batched=True,
+        remove_columns=rows.column_names,
+        num_proc=num_proc,
+        keep_in_memory=True,
+        load_from_cache_file=False,
+        desc="Tokenizing",
+    )
+    uncut = encoded["uncut"][:]
+    report = TextReport(
+        rows=len(uncut),
+        cut=sum(max_length is not None and length > max_length for length in uncut),
+        longest=max(uncut),
+        median=statistics.median(uncut),
+        mean=statistics.fmean(uncut),
+    )
+    return encoded.remove_columns("uncut"), report
+
+
+def _token_for_nothing(tokenizer: PreTrainedTokenizerBase) -> int:
+    """GPT-2 makes no token of an empty text, and a model cannot read none."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    raise UserError(
+        "the tokenizer makes no token of an empty text and has no BOS or EOS; drop such rows with on_empty"
+    )

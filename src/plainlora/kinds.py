@@ -1,0 +1,93 @@
+"""Linear layers by kind: which modules are query, key, value, output projection, MLP and head in an architecture."""
+
+import re
+from collections.abc import Collection
+
+from torch import nn
+
+from plainlora.errors import UserError
+from plainlora.lora.targets import condense
+
+KINDS = ("query", "key", "value", "projection", "mlp", "head")
+
+# Regular expressions for the end of a module's name. BERT's `output.dense` stands both after attention and in the MLP.
+_BERT = {
+    "query": r"attention\.self\.query",
+    "key": r"attention\.self\.key",
+    "value": r"attention\.self\.value",
+    "projection": r"attention\.output\.dense",
+    "mlp": r"intermediate\.dense|(?<!attention\.)output\.dense",
+    "head": r"pooler\.dense|classifier",
+}
+_LLAMA = {
+    "query": "q_proj",
+    "key": "k_proj",
+    "value": "v_proj",
+    "projection": "o_proj",
+    "mlp": "gate_proj|up_proj|down_proj",
+    "head": "score",
+}
+ARCHITECTURES = {
+    "distilbert": {
+        "query": "q_lin",
+        "key": "k_lin",
+        "value": "v_lin",
+        "projection": "out_lin",
+        "mlp": "lin1|lin2",
+        "head": "pre_classifier|classifier",
+    },
+    "gpt2": {
+        "query": r"attn\.c_attn",  # one weight for all three
+        "key": r"attn\.c_attn",
+        "value": r"attn\.c_attn",
+        "projection": r"attn\.c_proj",
+        "mlp": r"mlp\.c_fc|mlp\.c_proj",
+        "head": "score",
+    },
+    "bert": _BERT,
+    "roberta": _BERT | {"head": r"classifier\.dense|classifier\.out_proj"},
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
+}
+
+
+def _table_of(model: nn.Module, instead: str) -> dict[str, str]:
+    architecture = str(getattr(getattr(model, "config", None), "model_type", None))
+    if architecture not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise UserError(f"the kinds of layers are known for {known}, not for {architecture}; {instead}")
+    return ARCHITECTURES[architecture]
+
+
+def _matching(model: nn.Module, pattern: str) -> list[str]:
+    return [name for name, _ in model.named_modules() if re.fullmatch(rf"(.*\.)?({pattern})", name)]
+
+
+def find_kinds(model: nn.Module, kinds: Collection[str]) -> list[str]:
+    """The modules of some kinds, as short a list of names as selects exactly these: `target_modules` of a config.
+
+    Args:
+        model: A classifier, with or without weights.
+        kinds: Some of `KINDS`.
+
+    Raises:
+        UserError: The architecture is unknown, or a weight that several kinds share is asked for by some of them only.
+    """
+    table = _table_of(model, "give the names of the modules with --lora_target_modules")
+    for kind in kinds:
+        shared = [other for other in KINDS if table[other] == table[kind]]
+        if left_out := [other for other in shared if other not in kinds]:
+            flags = ", ".join(f"lora_{other}" for other in shared)
+            raise UserError(
+                f"lora_{kind}: {table[kind].rpartition('.')[2]} holds {', '.join(shared)} in one weight, and "
+                f"{', '.join(left_out)} is switched off; switch {flags} all on or all off"
+            )
+    return condense([name for kind in KINDS if kind in kinds for name in _matching(model, table[kind])], model)
+
+
+def find_head(model: nn.Module) -> list[str]:
+    """The linear layers after the encoder, which every fine-tuning trains anew: DistilBERT's last two layers.
+
+    Raises:
+        UserError: The architecture is unknown.
+    """
+    return _matching(model, _table_of(model, "give the names of the modules with --last_layers")["head"])

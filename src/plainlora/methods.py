@@ -1,0 +1,134 @@
+"""What a classifier trains: LoRA, its last layers, or every weight. One set of verbs for all three."""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import PreTrainedModel
+from trl import ModelConfig
+
+from plainlora.arguments import ClassifyArguments
+from plainlora.backends import BACKENDS, Backend, attach_adapter, build_lora_config
+from plainlora.checkpoints import holds_adapter
+from plainlora.errors import UserError
+from plainlora.kinds import KINDS, find_head, find_kinds
+from plainlora.lora.targets import find_targets
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A model that is ready to be trained.
+
+    Attributes:
+        model: With gradients required where the method wants them.
+        backend: What attached its adapter; `None` if it has none.
+        disabled: A context in which it computes as it did before training.
+    """
+
+    model: nn.Module
+    backend: Backend | None
+    disabled: Callable[[], AbstractContextManager[object]]
+
+
+def build_classifier_lora(model: ModelConfig, recipe: ClassifyArguments, skeleton: PreTrainedModel) -> LoraConfig:
+    """The adapter of a classifier: targets by kind or by name, the head frozen, adapted, or trained whole.
+
+    A frozen head gets no `task_type`, because PEFT would then train it: `SEQ_CLS` adds it to `modules_to_save`.
+
+    Args:
+        model: Rank, alpha and the like.
+        recipe: Which kinds of layer, and what becomes of the head.
+        skeleton: The architecture, without weights.
+
+    Raises:
+        UserError: No module or none of its kind is named, or both kinds and names are.
+        LoRAError: The names do not fit the model.
+    """
+    kinds = [kind for kind in KINDS if getattr(recipe, f"lora_{kind}")]
+    config = build_lora_config(model, recipe)
+    config.task_type = "SEQ_CLS" if recipe.train_head else None
+    if kinds and model.lora_target_modules:
+        raise UserError(
+            f"lora_target_modules and lora_{kinds[0]}: name modules or switch kinds on, not both; "
+            f"--lora_{kinds[0]} false switches one off"
+        )
+    if kinds:
+        config.target_modules = find_kinds(skeleton, kinds)
+    if recipe.train_head:
+        config.modules_to_save = sorted({*(config.modules_to_save or ()), *find_head(skeleton)})
+    find_targets(skeleton, config)
+    return config
+
+
+def find_last_layers(skeleton: PreTrainedModel, names: Collection[str] | None) -> list[str]:
+    """Full names of the modules that `last_layers` trains: the head's, or those named.
+
+    Raises:
+        UserError: A name is no module, or the architecture's head is not known.
+    """
+    modules = [name for name, _ in skeleton.named_modules() if name]
+    for name in names or ():
+        if name not in modules:
+            ends = sorted(module for module in modules if module.endswith(f".{name}"))
+            hint = f"did you mean {ends[-1]}?" if ends else f"the last are {', '.join(modules[-3:])}"
+            raise UserError(f"last_layers: there is no module {name!r}; {hint}")
+    return list(names) if names else find_head(skeleton)
+
+
+@contextmanager
+def _initial_values(initial: dict[nn.Parameter, torch.Tensor]) -> Iterator[None]:
+    trained = {parameter: parameter.detach().cpu().clone() for parameter in initial}
+    try:
+        for parameter, value in initial.items():
+            parameter.data.copy_(value)
+        yield
+    finally:
+        for parameter, value in trained.items():
+            parameter.data.copy_(value)
+
+
+def train_weights(model: PreTrainedModel, modules: Collection[str] | None) -> Trainee:
+    """Trains some modules of a model, or all of it, and freezes the rest.
+
+    Args:
+        model: A classifier.
+        modules: Full names; `None` for all.
+    """
+    model.requires_grad_(modules is None)
+    for name in modules or ():
+        model.get_submodule(name).requires_grad_(True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    initial = {parameter: parameter.detach().cpu().clone() for parameter in trained}
+    return Trainee(model, None, partial(_initial_values, initial))
+
+
+def train_adapter(
+    model: PreTrainedModel, config: LoraConfig, recipe: ClassifyArguments, new_weights: Collection[str]
+) -> Trainee:
+    """Puts a fresh adapter into a classifier.
+
+    Args:
+        model: A classifier.
+        config: From `build_classifier_lora`.
+        recipe: Which back end, which precision.
+        new_weights: What the base's checkpoint lacks, to be saved with the adapter.
+
+    Raises:
+        UserError: The adapter does not fit the model.
+        LoRAError: Likewise.
+    """
+    backend = BACKENDS[recipe.lora_backend]
+    adapted = attach_adapter(model, config, backend, recipe.adapter_dtype, new_weights)
+    return Trainee(adapted, backend, partial(backend.disabled, adapted))
+
+
+def check_same_method(checkpoint: str | Path, method: str) -> None:
+    """Raises `UserError` if a checkpoint to resume from was written by another method."""
+    if holds_adapter(checkpoint) != (method == "lora"):
+        held = "an adapter" if holds_adapter(checkpoint) else "a whole model"
+        raise UserError(f"resume_from_checkpoint: {checkpoint} holds {held}, which method {method} cannot go on from")

@@ -1,0 +1,68 @@
+"""Accuracy, F1 and confusion of a classifier, measured by its trainer on any rows."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+from torch.nn import functional
+from transformers import EvalPrediction, Trainer
+
+
+def judge_rows(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
+    """`(batch, classes)` -> `(batch, 2)`, each row's class and cross-entropy (nats).
+
+    For `preprocess_logits_for_metrics`: no logits pile up, and the loss is that of the rows. Trainer's own is a mean
+    of batches, and of rows that several processes saw twice.
+    """
+    logits = (logits[0] if isinstance(logits, tuple) else logits).float()
+    loss = functional.cross_entropy(logits, labels, reduction="none")
+    return torch.stack([logits.argmax(-1).float(), loss], dim=-1)
+
+
+def score(prediction: EvalPrediction, classes: int) -> dict[str, float]:
+    """Accuracy, and F1: of the second class if there are two, else the mean over the classes (dimensionless).
+
+    Args:
+        prediction: What `judge_rows` made of every row.
+        classes: How many there are.
+    """
+    truth, chosen = np.asarray(prediction.label_ids), np.asarray(prediction.predictions)[:, 0].astype(int)
+    kind = "binary" if classes == 2 else "macro"
+    return {
+        "accuracy": float(accuracy_score(truth, chosen)),
+        "f1": float(f1_score(truth, chosen, average=kind, zero_division=0.0)),
+    }
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a classifier achieved on some rows.
+
+    Attributes:
+        loss: Mean cross-entropy in nats per row.
+        accuracy: Share of rows classified right.
+        f1: See `score`.
+        confusion: `confusion[i][j]` rows of class i were taken for class j.
+    """
+
+    loss: float
+    accuracy: float
+    f1: float
+    confusion: list[list[int]]
+
+
+def measure(trainer: Trainer, rows: Dataset, classes: int) -> Scores:
+    """Classifies every row, over all processes."""
+    output = trainer.predict(rows)
+    judged = np.asarray(output.predictions)
+    metrics = output.metrics or {}
+    table = confusion_matrix(output.label_ids, judged[:, 0].astype(int), labels=range(classes))
+    return Scores(float(judged[:, 1].mean()), metrics["test_accuracy"], metrics["test_f1"], table.tolist())
+
+
+def flatten(scores: dict[str, Scores], suffix: str = "") -> dict[str, Any]:
+    """`{"test": Scores}` -> `{"test_accuracy": ..., "test_f1": ..., "test_loss": ..., "test_confusion": ...}`."""
+    return {f"{split}_{name}{suffix}": value for split, found in scores.items() for name, value in vars(found).items()}

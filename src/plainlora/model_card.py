@@ -1,0 +1,217 @@
+"""The model card: `README.md` in the Hub's format, with metadata, settings, results, and how to load the weights."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig, SchedulerType, TrainingArguments
+from trl import ModelConfig, ScriptArguments, SFTConfig
+
+from plainlora.arguments import ClassifyArguments, ClassifyConfig, SFTArguments
+from plainlora.data.datasets import hub_name, is_local
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool):  # an int too, to Python
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _table(rows: dict[str, Any]) -> str:
+    body = "\n".join(f"| {name} | {_show(value)} |" for name, value in rows.items() if value is not None)
+    return f"| | |\n|---|---|\n{body}"
+
+
+def _base_weights(model: ModelConfig) -> str | None:
+    """How the base was stored in training; a quantised base's `dtype` says nothing of that."""
+    if model.load_in_4bit:
+        return f"4-bit {model.bnb_4bit_quant_type}"
+    return "8-bit" if model.load_in_8bit else model.dtype
+
+
+def _template_sentence(output_dir: str | Path, recipe: SFTArguments, training: SFTConfig) -> str:
+    """What renders prompts. It speaks of conversations only: rows of plain text pass the template by."""
+    if not (Path(output_dir) / "chat_template.jinja").is_file():
+        return "Prompts are plain text: its tokenizer has no chat template."
+    template = recipe.prompt_template or training.chat_template_path
+    name = f"the template `{template}`" if template else "the base tokenizer's own template"
+    return f"Conversations are rendered by {name} (`chat_template.jinja`)."
+
+
+def _metadata(library: str, task: str, tags: Sequence[str], base: str, dataset: str) -> str:
+    lines = [f"library_name: {library}", f"pipeline_tag: {task}", f"tags: [{', '.join(tags)}]"]
+    if not is_local(base):  # the Hub refuses a path here (transformers#33922)
+        lines.append(f"base_model: {base}")
+    if hub_name(dataset):
+        lines.append(f"datasets: [{dataset}]")
+    return "\n".join(lines)
+
+
+def _adapter_settings(backend: str, targets: Any, model: ModelConfig) -> dict[str, Any]:
+    return {
+        "LoRA back end": backend,
+        "r": model.lora_r,
+        "alpha": model.lora_alpha,
+        "dropout": model.lora_dropout,
+        "target modules": targets or "PEFT's default",
+    }
+
+
+def _training_settings(training: TrainingArguments) -> dict[str, Any]:
+    return {
+        "learning rate": training.learning_rate,
+        "schedule": SchedulerType(training.lr_scheduler_type).value,
+        "epochs": training.num_train_epochs if training.max_steps <= 0 else None,
+        "steps": training.max_steps if training.max_steps > 0 else None,  # it overrides the epochs
+        "batch size": training.per_device_train_batch_size * training.world_size,
+        "gradient accumulation": training.gradient_accumulation_steps,
+        "seed": training.seed,
+    }
+
+
+def _write(
+    output_dir: str | Path,
+    metadata: str,
+    introduction: str,
+    results: dict[str, Any],
+    settings: dict[str, Any],
+    load: str,
+) -> None:
+    pictures = "\n".join(
+        f"![{path.stem}]({path.name})" for path in sorted(Path(output_dir).glob("*.png"), reverse=True)
+    )
+    text = f"""---
+{metadata}
+---
+
+# {Path(output_dir).name}
+
+{introduction}
+
+## Results
+
+{_table(results)}
+
+## Training
+
+{_table(settings)}
+
+{pictures}
+
+## Loading
+
+{load}"""
+    (Path(output_dir) / "README.md").write_text(text, encoding="utf-8")
+
+
+def write_sft_card(
+    output_dir: str | Path,
+    recipe: SFTArguments,
+    script: ScriptArguments,
+    training: SFTConfig,
+    model: ModelConfig,
+    results: dict[str, Any],
+) -> None:
+    """The card of an adapter for a causal language model."""
+    base, dataset = str(model.model_name_or_path), str(script.dataset_name)
+    settings = _adapter_settings(recipe.lora_backend, model.lora_target_modules, model)
+    settings |= {"base weights": _base_weights(model)} | _training_settings(training)
+    settings |= {"longest row (tokens)": training.max_length, "packing": training.packing}
+    load = f"""With PEFT:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH OR HUB ID OF THIS ADAPTER")
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "PATH OR HUB ID OF THIS ADAPTER")
+```
+
+With PlainLoRA, from a local folder:
+
+```python
+from plainlora import load_adapter
+
+model = load_adapter(base, "PATH OF THIS ADAPTER")
+```
+"""
+    _write(
+        output_dir,
+        _metadata("peft", "text-generation", ("lora", "sft", "trl", "plainlora"), base, dataset),
+        f"A LoRA adapter for `{base}`, trained on `{dataset}` with PlainLoRA.\n"
+        f"{_template_sentence(output_dir, recipe, training)}",
+        results,
+        settings,
+        load,
+    )
+
+
+def write_classifier_card(
+    output_dir: str | Path,
+    recipe: ClassifyArguments,
+    script: ScriptArguments,
+    training: ClassifyConfig,
+    model: ModelConfig,
+    config: PretrainedConfig,
+    targets: Any,
+    results: dict[str, Any],
+) -> None:
+    """The card of a classifier: an adapter with its head, or a whole model.
+
+    Args:
+        output_dir: Where it goes.
+        recipe: Method and data.
+        script: Which data set.
+        training: How it was trained.
+        model: Which base.
+        config: The classifier's, with its classes.
+        targets: The modules that carry LoRA; `None` without.
+        results: Flat results; the confusion matrices are left to the picture.
+    """
+    base, dataset = str(model.model_name_or_path), str(script.dataset_name)
+    adapter = recipe.method == "lora"
+    settings: dict[str, Any] = {"method": recipe.method.replace("_", " ")}
+    if adapter:
+        head = "trained whole" if recipe.train_head else "LoRA" if recipe.lora_head else "frozen as it started"
+        settings |= _adapter_settings(recipe.lora_backend, ", ".join(targets), model) | {"head": head}
+    settings |= {"base weights": _base_weights(model)} | _training_settings(training)
+    names = ", ".join(f"`{label}`" for label in (config.id2label or {}).values())
+    if adapter:
+        load = f"""The head that the base lacks is saved with the adapter, under its own name, and PEFT loads it too:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH OR HUB ID OF THIS ADAPTER")
+base = AutoModelForSequenceClassification.from_pretrained(
+    "{base}",
+    id2label={config.id2label},
+    pad_token_id={config.pad_token_id},
+)
+model = PeftModel.from_pretrained(base, "PATH OR HUB ID OF THIS ADAPTER")
+```
+"""
+    else:
+        load = """```python
+from transformers import pipeline
+
+classify = pipeline("text-classification", "PATH OR HUB ID OF THIS MODEL")
+```
+"""
+    _write(
+        output_dir,
+        _metadata(
+            "peft" if adapter else "transformers",
+            "text-classification",
+            ("lora", "plainlora") if adapter else ("plainlora",),
+            base,
+            dataset,
+        ),
+        f"{'A LoRA adapter that makes' if adapter else 'This is'} `{base}` a classifier of {names}, trained on "
+        f"`{dataset}` with PlainLoRA.",
+        {name: value for name, value in results.items() if not isinstance(value, (list, dict))},
+        settings,
+        load,
+    )

@@ -1,0 +1,116 @@
+"""Pictures of a run: what people would rather look at than read."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+
+def plot_loss(
+    history: list[dict[str, Any]],
+    base_loss: float | None,
+    path: str | Path,
+    unit: str = "token",
+    rows: str = "test",
+) -> None:
+    """Training and evaluation loss against optimizer steps; the base's loss as a dotted line.
+
+    Args:
+        history: `trainer.state.log_history`.
+        base_loss: Loss of the base alone on the same rows, in nats, if it was measured.
+        path: The PNG to write.
+        unit: What the loss is a mean over.
+        rows: Which rows are evaluated on the way.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")  # no pyplot: no window, whatever the machine has
+    axes = figure.add_subplot()
+    train = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    test = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    if train:
+        axes.plot(*zip(*train, strict=True), color="#9aa5b1", linewidth=1.5, label="training rows")
+    if test:
+        axes.plot(*zip(*test, strict=True), color="#c2410c", marker="o", markersize=4, label=f"{rows} rows")
+    if base_loss is not None:
+        axes.axhline(base_loss, color="#1f4e79", linestyle=":", label=f"{rows} rows, base model ({base_loss:.2f})")
+    axes.set(xlabel="optimizer step", ylabel=f"loss (nats per {unit})", title="fine-tuning")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e5e7eb")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def plot_confusion(labels: Sequence[str], tables: dict[str, list[list[int]]], path: str | Path) -> None:
+    """Confusion matrices side by side: rows are the true classes, columns what the model said.
+
+    Args:
+        labels: Names of the classes.
+        tables: Title of each matrix, and the matrix.
+        path: The PNG to write.
+    """
+    side = max(3.2, 0.55 * len(labels) + 1.6)
+    figure = Figure(figsize=(side * len(tables), side), layout="constrained")
+    for at, (title, table) in enumerate(tables.items(), 1):
+        axes = figure.add_subplot(1, len(tables), at)
+        shares = [[count / max(sum(row), 1) for count in row] for row in table]
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        right = sum(table[number][number] for number in range(len(labels)))
+        axes.set_title(f"{title}: {right:,} of {sum(map(sum, table)):,} right", fontsize=10)
+        axes.set_xticks(range(len(labels)), labels, rotation=45 if len(labels) > 4 else 0)
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set(xlabel="said", ylabel="true")
+        if len(labels) <= 12:
+            for row, counts in enumerate(table):
+                for column, count in enumerate(counts):
+                    color = "white" if shares[row][column] > 0.6 else "#1f2937"
+                    axes.text(column, row, f"{count:,}", ha="center", va="center", color=color)
+    figure.savefig(path, dpi=150)
+
+
+def plot_methods(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Test accuracy against trained parameters, a labelled point an arm, with its confidence interval.
+
+    Args:
+        rows: `arm`, `trainable_params`, `test_accuracy` and `test_accuracy_half_width` (shares; `None` for one seed).
+        path: The PNG to write.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for row in rows:
+        at = (row["trainable_params"], 100 * row["test_accuracy"])
+        error = 100 * (row["test_accuracy_half_width"] or 0.0)
+        colour = "#c2410c" if row["method"] == "lora" else "#1f4e79"
+        axes.errorbar(*at, yerr=error or None, color=colour, marker="o", capsize=4)
+        axes.annotate(row["arm"], at, xytext=(7, 5), textcoords="offset points")
+    axes.set(xscale="log", xlabel="trained parameters", ylabel="test accuracy, %", title="Accuracy against size")
+    axes.margins(x=0.2, y=0.15)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e5e7eb")
+    figure.savefig(path, dpi=150)
+
+
+def plot_trials(values: Sequence[tuple[int, float]], metric: str, maximize: bool, path: str | Path) -> None:
+    """Every trial's value, and the best so far as a staircase.
+
+    Args:
+        values: Number and value of each finished trial, in order.
+        metric: What the values are.
+        maximize: Whether more is better.
+        path: The PNG to write.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    best = list(accumulate((value for _, value in values), max if maximize else min))
+    axes.plot(*zip(*values, strict=True), color="#9aa5b1", marker="o", linestyle="none", label="trial")
+    numbers = [number for number, _ in values]
+    axes.plot(numbers, best, color="#c2410c", drawstyle="steps-post", label="best so far")
+    axes.set(xlabel="trial", ylabel=metric, title="Hyperparameter search")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e5e7eb")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)

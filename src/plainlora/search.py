@@ -1,0 +1,150 @@
+"""What a sweep searches: names, ranges and choices, and what they mean as the recipe's flags."""
+
+import difflib
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from plainlora.errors import UserError
+from plainlora.kinds import ARCHITECTURES, KINDS
+from plainlora.models import load_config
+from plainlora.runs import OWN_FLAGS, recipe_parser
+
+# What a sweep tries unless it is told. A name with + in it is several flags that take the same value.
+LORA = {"learning_rate": "1e-5..1e-3", "lora_r": "2|4|8|16|32", "lora_alpha": "8|16|32|64|128"}
+WEIGHTS = {
+    "last_layers": {"learning_rate": "1e-5..1e-2", "weight_decay": "0..0.1"},
+    "full": {"learning_rate": "5e-6..2e-4", "weight_decay": "0..0.1"},
+}
+
+
+def parse_spec(name: str, spec: str) -> BaseDistribution:
+    """`1e-5..1e-3` is a range, logarithmic from a ratio of 10; `2..5` whole numbers; `4|8|16` a choice.
+
+    Choices stay the text that was typed, so that the recipe's own parser reads them.
+
+    Raises:
+        UserError: It is none of these, or an empty range or choice.
+    """
+    form = "write a range such as 1e-5..1e-3, whole numbers such as 2..5, or a choice such as 4|8|16"
+    if ".." not in spec:
+        choices = spec.split("|")
+        if len(choices) < 2 or len(set(choices)) < len(choices) or not all(choices):
+            raise UserError(f"--search {name}={spec} is no choice of different values; {form}")
+        return CategoricalDistribution(choices)
+    ends = spec.split("..", 1)
+    try:
+        low, high = map(float, ends)
+    except ValueError as error:
+        raise UserError(f"--search {name}={spec}: the ends of a range are numbers; {form}") from error
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise UserError(f"--search {name}={spec}: the first end must be below the second; {form}")
+    if all(re.fullmatch(r"[+-]?\d+", end) for end in ends):
+        return IntDistribution(int(low), int(high))
+    return FloatDistribution(low, high, log=low > 0 and high / low >= 10)
+
+
+def default_search(settings: dict[str, Any], fixed: set[str]) -> dict[str, str]:
+    """What a method's sweep tries if it is not told.
+
+    Args:
+        settings: Of `resolve`.
+        fixed: Names that flags give a value, which are not searched.
+
+    Raises:
+        UserError: The base model's config cannot be had.
+    """
+    if settings["method"] != "lora":
+        search = dict(WEIGHTS[settings["method"]])
+    else:
+        search = LORA | ({} if settings["lora_target_modules"] else _kinds(settings))
+    return {name: spec for name, spec in search.items() if not fixed & set(name.split("+"))}
+
+
+def _kinds(settings: dict[str, Any]) -> dict[str, str]:
+    """Every kind of layer on or off; kinds that share a weight (GPT-2's query, key, value) together."""
+    name = settings["model_name_or_path"]
+    table = ARCHITECTURES.get(load_config(str(name), settings["model_revision"]).model_type, {}) if name else {}
+    groups: dict[str, list[str]] = {}
+    for kind in KINDS:
+        if not (kind == "head" and settings["train_head"]):
+            groups.setdefault(table.get(kind, kind), []).append(f"lora_{kind}")
+    return {"+".join(flags): "true|false" for flags in groups.values()}
+
+
+def parse_search(words: Sequence[str], fixed: set[str]) -> dict[str, str]:
+    """`["lora_r=4|8"]` -> `{"lora_r": "4|8"}`, every name and value checked by the recipe's own parser.
+
+    Raises:
+        UserError: No `NAME=SPEC`; an unknown name; a value that the name cannot take; a name that is fixed by a flag.
+    """
+    search: dict[str, str] = {}
+    parser = recipe_parser()
+    known = vars(parser.parse_known_args([])[0])
+    seen: set[str] = set()
+    for word in words:
+        name, equals, spec = word.partition("=")
+        if not equals:
+            raise UserError(f"--search {word}: write NAME=SPEC, as in --search learning_rate=1e-5..1e-3")
+        for flag in name.split("+"):
+            if flag not in known:
+                near = difflib.get_close_matches(flag, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else "see recipes/classify.py --help"
+                raise UserError(f"--search {word}: {flag} is no option; {hint}")
+            if flag in seen:
+                raise UserError(f"--search: {flag} stands there twice; keep one of them")
+            if flag in fixed or flag in OWN_FLAGS or flag == "method":
+                raise UserError(f"--search {word}: {flag} is the same in every trial")
+            seen.add(flag)
+            for value in _examples(parse_spec(name, spec)):
+                parser.parse_known_args([f"--{flag}={value}"])
+        search[name] = spec
+    return search
+
+
+def _examples(distribution: BaseDistribution) -> Sequence[Any]:
+    """All choices, or both ends."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices
+    assert isinstance(distribution, (FloatDistribution, IntDistribution))
+    return distribution.low, distribution.high
+
+
+def own_values(space: dict[str, BaseDistribution], settings: dict[str, Any]) -> dict[str, Any]:
+    """The config's own values, as far as they lie in the space: what a sweep should be better than."""
+    parser = recipe_parser()
+    values: dict[str, Any] = {}
+    for name, distribution in space.items():
+        flag = name.split("+")[0]
+
+        def read(value: object, flag: str = flag) -> Any:
+            return vars(parser.parse_known_args([f"--{flag}={value}"])[0])[flag]
+
+        if settings[flag] is None:
+            continue
+        own = read(settings[flag])
+        if isinstance(distribution, CategoricalDistribution):
+            equal = [choice for choice in distribution.choices if read(choice) == own]
+        else:
+            low, high = _examples(distribution)
+            equal = [own] if low <= own <= high else []
+        if equal:
+            values[name] = equal[0]
+    return values
+
+
+def to_flags(parameters: dict[str, Any]) -> list[str]:
+    """A trial's parameters as the recipe's flags."""
+    return [f"--{flag}={value}" for name, value in parameters.items() for flag in name.split("+")]
+
+
+def no_kind(parameters: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether a trial switches off every kind of layer that is on, which leaves LoRA nothing to adapt."""
+    flags = [f"lora_{kind}" for kind in KINDS]
+    values = {flag: value for name, value in parameters.items() for flag in name.split("+")}
+    return not values.keys().isdisjoint(flags) and all(
+        str(values.get(flag, settings[flag])).lower() == "false" for flag in flags
+    )

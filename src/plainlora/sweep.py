@@ -1,0 +1,303 @@
+"""A search for better hyperparameters: one run a trial, judged by validation rows, remembered in a study."""
+
+import json
+import math
+import platform
+import shlex
+import sqlite3
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from plainlora.errors import UserError
+from plainlora.parsing import read_yaml
+from plainlora.plots import plot_trials
+from plainlora.report import package_versions, write_json
+from plainlora.runs import Outcome, duration, flag_names, held, resolve, run_recipe
+from plainlora.search import default_search, no_kind, own_values, parse_search, parse_spec, to_flags
+
+FAILURES_IN_A_ROW = 3  # then it is the config, or the machine, rather than the combination
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study is about. A study goes on under the plan that it was begun with, and under no other.
+
+    Attributes:
+        config: The recipe's YAML.
+        settings: Every setting of a run, before the search.
+        search: Names and specs.
+        metric: The figure of a run that is to be the best.
+        flags: Of every trial.
+    """
+
+    config: str
+    settings: dict[str, Any]
+    search: dict[str, str]
+    metric: str
+    flags: list[str]
+
+    @property
+    def space(self) -> dict[str, BaseDistribution]:
+        """The specs, as Optuna reads them."""
+        return {name: parse_spec(name, spec) for name, spec in self.search.items()}
+
+    def record(self) -> dict[str, Any]:
+        """What must not change, as JSON would give it back."""
+        record = {"config": read_yaml(self.config), "search": self.search, "metric": self.metric, "flags": self.flags}
+        return dict(json.loads(json.dumps(record, default=str)))
+
+    def differences(self, then: dict[str, Any]) -> list[str]:
+        """What differs from an earlier record, in words."""
+        found = []
+        for part, now in self.record().items():
+            if isinstance(now, dict):
+                before = then[part]
+                names = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
+                found += [f"{part}: {name} was {before.get(name)}, is {now.get(name)}" for name in names]
+            elif now != then[part]:
+                found.append(f"{part} was {_plain(then[part])}, is {_plain(now)}")
+        return found
+
+
+def _plain(value: object) -> str:
+    return " ".join(value) or "none" if isinstance(value, list) else str(value)
+
+
+def open_study(plan: Plan, output: Path) -> optuna.Study:
+    """The folder's study, or a new one, which tries the config's own values first.
+
+    A trial that a killed sweep left running is tried again.
+
+    Args:
+        plan: What it is about.
+        output: Its folder.
+
+    Raises:
+        UserError: The study there has results of another plan, or cannot be read.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    direction = StudyDirection.MINIMIZE if "loss" in plan.metric else StudyDirection.MAXIMIZE
+    try:
+        storage = optuna.storages.RDBStorage(f"sqlite:///{output / 'study.db'}")
+        study = optuna.create_study(storage=storage, study_name="sweep", direction=direction, load_if_exists=True)
+        if study.trials and (differences := plan.differences(study.user_attrs["plan"])):
+            if finished(study):
+                raise UserError(
+                    f"{output} holds a sweep that was begun otherwise ({'; '.join(differences)}); give another "
+                    "--output_dir"
+                )
+            optuna.delete_study(study_name="sweep", storage=storage)
+            study = optuna.create_study(storage=storage, study_name="sweep", direction=direction)
+    except (SQLAlchemyError, sqlite3.Error, RuntimeError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{output / 'study.db'} cannot be read ({reason}); give another --output_dir") from error
+    if not study.trials:
+        study.set_user_attr("plan", plan.record())
+        study.enqueue_trial(own_values(plan.space, plan.settings))
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):
+        study.enqueue_trial(trial.params, user_attrs={"folder": _folder(trial.number, trial.user_attrs)})
+        study.tell(trial.number, state=TrialState.FAIL)
+    return study
+
+
+def _folder(number: int, attributes: dict[str, Any]) -> str:
+    """A trial's folder; a trial that was interrupted and is tried again keeps its own."""
+    return str(attributes.get("folder", f"trial-{number:03}"))
+
+
+def finished(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that have a value."""
+    return study.get_trials(states=(TrialState.COMPLETE,))
+
+
+def sampler_for(study: optuna.Study, seed: int) -> optuna.samplers.BaseSampler:
+    """A sampler whose random numbers depend on how many trials are decided, so that resuming repeats none of them."""
+    decided = [t for t in study.trials if t.state.is_finished() and (t.state != TrialState.FAIL or _reason(t))]
+    return optuna.samplers.TPESampler(seed=int(np.random.SeedSequence([seed, len(decided)]).generate_state(1)[0]))
+
+
+def _reason(trial: FrozenTrial) -> str:
+    """Why a trial failed; nothing if it was interrupted, and has been tried again."""
+    return str(trial.user_attrs.get("reason", ""))
+
+
+def sweep(
+    config: str,
+    trials: int,
+    search: Sequence[str] | None,
+    output_dir: str | None,
+    seed: int,
+    metric: str,
+    flags: Sequence[str],
+) -> None:
+    """Runs trials until there are enough, and writes `sweep.md`, `sweep.json` and `sweep.png`.
+
+    Args:
+        config: The recipe's YAML.
+        trials: How many trials shall have a value, those of earlier calls included.
+        search: `NAME=SPEC` words; the method's defaults if left out.
+        output_dir: The study's folder; `outputs/<folder>-<name>-sweep` if left out.
+        seed: Of the sampler.
+        metric: Name of the figure in a run's `all_results.json`.
+        flags: More of the recipe's flags, for every trial.
+
+    Raises:
+        UserError: Bad arguments; the first run fails, or several in a row; a run has no such figure.
+    """
+    if trials < 1:
+        raise UserError(f"--trials must be at least 1, not {trials}")
+    if seed < 0:
+        raise UserError(f"--seed must be at least 0, not {seed}")
+    if not metric.startswith("validation_"):
+        raise UserError(
+            f"--metric {metric}: a sweep goes by validation rows, such as validation_accuracy, validation_f1 or "
+            "validation_loss; test rows that chose the settings would measure nothing any more"
+        )
+    settings, fixed = resolve(config, flags, {}), flag_names(flags)
+    specs = default_search(settings, fixed) if search is None else parse_search(search, fixed)
+    if not specs:
+        raise UserError("nothing is left to search: every default is given by a flag; name others with --search")
+    plan = Plan(config, settings, specs, metric, list(flags))
+    if output_dir is None:
+        output_dir = f"outputs/{Path(config).absolute().parent.name}-{Path(config).stem}-sweep"
+    with held(output_dir) as output:
+        study = open_study(plan, output)
+        try:
+            _run_all(study, plan, output, trials, seed)
+        finally:
+            if finished(study):
+                _write(study, plan, output)
+
+
+def _run_all(study: optuna.Study, plan: Plan, output: Path, trials: int, seed: int) -> None:
+    clock: list[float] = []
+    failures = 0
+    if done := len(finished(study)):
+        print(f"{done} finished trials are there already", flush=True)
+    while (done := len(finished(study))) < trials:
+        study.sampler = sampler_for(study, seed)
+        trial = study.ask(plan.space)
+        line = f"{done + 1}/{trials}  "
+        if no_kind(trial.params, plan.settings):
+            study.tell(trial, state=TrialState.PRUNED)
+            continue
+        if twin := next((known for known in finished(study) if known.params == trial.params), None):
+            for name, attribute in (twin.user_attrs | {"folder": _folder(twin.number, twin.user_attrs)}).items():
+                trial.set_user_attr(name, attribute)
+            study.tell(trial, twin.value)
+            print(f"{line}the same as trial {twin.number}: {_shown(trial.params)}", flush=True)
+            continue
+        folder = output / _folder(trial.number, trial.user_attrs)
+        try:
+            outcome = run_recipe(plan.config, [*plan.flags, *to_flags(trial.params)], folder)
+            value = _value(outcome, plan.metric, folder)
+        except UserError as error:
+            failures += 1
+            trial.set_user_attr("reason", str(error))
+            study.tell(trial, state=TrialState.FAIL)
+            if failures == FAILURES_IN_A_ROW or not finished(study):
+                which = "the first run" if not finished(study) else f"{failures} runs in a row"
+                raise UserError(f"{which} failed: {error}") from error
+            print(f"{line}failed: {error}  {_shown(trial.params)}", flush=True)
+            continue
+        failures = 0
+        if outcome.seconds is not None:
+            clock.append(outcome.seconds)
+        for name in ("test_accuracy", "trainable_params", "train_runtime"):
+            trial.set_user_attr(name, outcome.results.get(name))
+        study.tell(trial, value)
+        line += f"{plan.metric} {value:.4f}  best {study.best_value:.4f}  {_shown(trial.params)}"
+        if clock and done + 1 < trials:
+            line += f"  about {duration(statistics.fmean(clock) * (trials - done - 1))} left"
+        print(line, flush=True)
+
+
+def _value(outcome: Outcome, metric: str, folder: Path) -> float:
+    value = outcome.results.get(metric)
+    if value is None:
+        raise UserError(
+            f"{folder}/all_results.json has no {metric}; give the recipe validation rows with "
+            "-- --validation_split_size 0.1 or --validation_dataset_name"
+        )
+    return float(value)
+
+
+def _shown(parameters: dict[str, Any]) -> str:
+    """`learning_rate 0.00023, lora_r 8, lora_query`: a switch that is off is left out."""
+    on = {name: value for name, value in parameters.items() if value != "false"}
+    return ", ".join(name if value == "true" else f"{name} {_short(value)}" for name, value in on.items())
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def best_command(plan: Plan, parameters: dict[str, Any]) -> str:
+    """The command line of one trial, to paste."""
+    launch = ["accelerate", "launch", "--config_file", "accelerate_configs/single_gpu.yaml"]
+    return shlex.join([*launch, "recipes/classify.py", "--config", plan.config, *plan.flags, *to_flags(parameters)])
+
+
+def _state(trial: FrozenTrial) -> str:
+    if trial.state == TrialState.FAIL:
+        return "failed" if _reason(trial) else "interrupted"
+    return {TrialState.COMPLETE: "finished", TrialState.PRUNED: "not run: no kind of layer"}.get(trial.state, "open")
+
+
+def _as_record(trial: FrozenTrial) -> dict[str, Any]:
+    return {
+        "trial": trial.number,
+        "value": trial.value if trial.state == TrialState.COMPLETE else None,
+        "state": _state(trial),
+        "parameters": trial.params,
+        "seconds": trial.duration.total_seconds() if trial.duration else None,
+        "output_dir": _folder(trial.number, trial.user_attrs),
+    } | {name: value for name, value in trial.user_attrs.items() if name != "folder"}
+
+
+def markdown(records: Sequence[dict[str, Any]], metric: str) -> str:
+    """Every trial that was decided, the best first."""
+    names = list(dict.fromkeys(name for record in records for name in record["parameters"]))
+    lines = [f"| trial | {metric} | " + " | ".join(names) + " | seconds |", "|---|" + "---|" * (len(names) + 2)]
+    for record in records:
+        if record["state"] in ("finished", "failed"):
+            value = f"{record['value']:.4f}" if record["state"] == "finished" else "failed"
+            cells = [_short(record["parameters"].get(name, "")) for name in names]
+            lines.append(f"| {record['trial']} | {value} | " + " | ".join(cells) + f" | {record['seconds']:.0f} |")
+    failed = [record for record in records if record["state"] == "failed"]
+    lines += [f"\nTrial {record['trial']} failed: {record['reason']}" for record in failed]
+    return "\n".join(lines)
+
+
+def _write(study: optuna.Study, plan: Plan, output: Path) -> None:
+    sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
+    records = [_as_record(trial) for trial in study.trials if trial.state.is_finished()]
+    records.sort(key=lambda record: math.inf if record["value"] is None else sign * record["value"])
+    best, command = records[0], best_command(plan, study.best_params)
+    versions = package_versions() | {"optuna": version("optuna"), "python": platform.python_version()}
+    write_json(
+        output / "sweep.json",
+        {"trials": records, "plan": plan.record(), "best_command": command, "versions": versions},
+    )
+    summary = f"best of {len(finished(study))}: trial {best['trial']}, {plan.metric} {best['value']:.4f}"
+    if best["test_accuracy"] is not None:
+        summary += f", test_accuracy {best['test_accuracy']:.4f}"
+    advice = "The best of many trials is partly luck: run it under another seed, with --seed N, before you believe it."
+    signature = ", ".join(f"{name} {number}" for name, number in versions.items())
+    text = f"{summary}\n\n    {command}\n\n{advice}"
+    table = markdown(records, plan.metric)
+    (output / "sweep.md").write_text(f"{text}\n\n{table}\n\n{signature}\n", encoding="utf-8")
+    values = [(trial.number, float(trial.value)) for trial in finished(study) if trial.value is not None]
+    plot_trials(values, plan.metric, sign < 0, output / "sweep.png")
+    print(f"\n{text}\n\nsweep.md, sweep.json, sweep.png: {output}")

@@ -1,0 +1,239 @@
+"""The methods side by side: every arm under every seed, means and confidence intervals."""
+
+import math
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t  # type: ignore[import-untyped]
+
+from plainlora.errors import UserError
+from plainlora.plots import plot_methods
+from plainlora.report import package_versions, write_json
+from plainlora.runs import METHODS, duration, held, resolve, run_recipe
+
+CONFIDENCE = 0.95
+OTHERWISE = {"seed": "use --seeds", "method": "every method is an arm; for some, give several --config"}
+FIGURES = (
+    "method",
+    "test_accuracy",
+    "test_f1",
+    "trainable_params",
+    "total_params",
+    "train_runtime",
+    "peak_memory_bytes",
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table: a config, and the flags that make it another method."""
+
+    name: str
+    config: str
+    flags: tuple[str, ...] = ()
+
+
+def find_arms(configs: Sequence[str], flags: Sequence[str] = ()) -> list[Arm]:
+    """What is compared, after a look at every config and flag.
+
+    Several configs are compared as they are. One config stands for its folder: every YAML there is an arm, and every
+    method that none of them has is the given config with that `--method`.
+
+    Raises:
+        UserError: A config cannot be read or stands there twice; a flag cannot go to every run.
+    """
+    given = Path(configs[0])
+    beside: list[str] = []
+    if len(configs) == 1:
+        beside = [str(path) for path in given.parent.glob("*.yaml") if path.name != given.name]
+    arms = [Arm(name, config) for name, config in _named([*configs, *beside])]
+    present = {resolve(arm.config, flags, OTHERWISE)["method"] for arm in arms}
+    if len(configs) > 1:
+        return arms
+    taken = {arm.name for arm in arms}
+    for method in METHODS:
+        if method not in present:
+            name = method if method not in taken else f"{given.stem}-{method}"
+            arms.append(Arm(name, configs[0], (f"--method={method}",)))
+    return sorted(arms, key=lambda arm: (_place(arm.name), arm.name))
+
+
+def _place(name: str) -> int:
+    if name in METHODS:
+        return {"last_layers": 0, "lora": 1, "full": 3}[name]
+    return 2 if name.startswith("lora_") else 4
+
+
+def _named(configs: Sequence[str]) -> list[tuple[str, str]]:
+    """The files with their names, and their folders' where the names alone would not tell them apart."""
+    names = [Path(config).stem for config in configs]
+    if len(set(names)) < len(names):
+        names = [f"{Path(config).absolute().parent.name}-{Path(config).stem}" for config in configs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--config: {name} stands there twice; keep one of them")
+    return list(zip(names, configs, strict=True))
+
+
+def mean_and_half_width(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean, and half of its confidence interval by Student's t: t(n-1) s / sqrt(n); None for a single value."""
+    if len(values) < 2:
+        return statistics.fmean(values), None
+    quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+    return statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def summarise(arm: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One arm's line of the table.
+
+    Args:
+        arm: Its name.
+        runs: Its finished runs, one a seed.
+    """
+    row: dict[str, Any] = {"arm": arm, "seeds": [run["seed"] for run in runs]}
+    for name in ("test_accuracy", "test_f1"):
+        mean, half_width = mean_and_half_width([run[name] for run in runs])
+        row |= {name: mean, f"{name}_half_width": half_width}
+    for name in ("train_runtime", "peak_memory_bytes"):
+        row[name] = statistics.fmean(run[name] for run in runs)
+    return row | {name: runs[0][name] for name in ("method", "trainable_params", "total_params")}
+
+
+def percent(share: float, half_width: float | None) -> str:
+    """`93.1 ± 0.4`: as many digits as the interval leaves meaningful (one of its own, two if the first is a 1)."""
+    if half_width is None:
+        return f"{100 * share:.1f}"
+    if half_width == 0:
+        return f"{100 * share:.1f} ± 0"
+    exponent = math.floor(math.log10(100 * half_width))
+    leads_with_one = 100 * half_width < 2 * 10**exponent
+    decimals = min(max(-exponent + leads_with_one, 0), 2)
+    return f"{100 * share:.{decimals}f} ± {100 * half_width:.{decimals}f}"
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table for people."""
+    unit, size = ("GB", 1e9) if max(row["peak_memory_bytes"] for row in rows) >= 1e9 else ("MB", 1e6)
+    lora = next((row for row in rows if row["method"] == "lora"), None)
+    header = ["arm", "test accuracy, %", "test F1, %", "trained parameters", "of all", "time, s", f"memory, {unit}"]
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    for row in rows:
+        trained = f"{row['trainable_params']:,}"
+        if lora and row is not lora:
+            trained += f" ({row['trainable_params'] / lora['trainable_params']:.3g} times {lora['arm']})"
+        cells = [
+            row["arm"],
+            percent(row["test_accuracy"], row["test_accuracy_half_width"]),
+            percent(row["test_f1"], row["test_f1_half_width"]),
+            trained,
+            f"{row['trainable_params'] / row['total_params']:.2%}",
+            f"{row['train_runtime']:.{0 if row['train_runtime'] >= 10 else 1}f}",
+            f"{row['peak_memory_bytes'] / size:.{1 if unit == 'GB' else 0}f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    counts = {row["arm"]: len(row["seeds"]) for row in rows}
+    few = [f"{arm} {count}" for arm, count in counts.items() if count < max(counts.values())]
+    single = max(counts.values()) == 1
+    note = "One seed, so there is no interval" if single else f"Mean over {max(counts.values())} seeds"
+    note += f" ({', '.join(few)})" if few else ""
+    note += "" if single else f" ± half of its {CONFIDENCE:.0%} confidence interval (Student's t)"
+    return "\n".join([*lines, "", f"{note}; time of training and peak memory are means.", ""])
+
+
+def make_table(configs: Sequence[str], seeds: Sequence[int], output_dir: str | None, flags: Sequence[str]) -> None:
+    """Runs every arm under every seed, and writes `table.md`, `table.json` and `table.png`.
+
+    Args:
+        configs: One recipe, which stands for its folder, or several.
+        seeds: The seeds of every arm.
+        output_dir: Where the runs and the table go; `outputs/<folder>-table` if left out.
+        flags: More of the recipe's flags, for every run.
+
+    Raises:
+        UserError: Bad arguments; or a run failed, after all the others.
+    """
+    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise UserError(f"--seeds are different whole numbers from 0, not {' '.join(map(str, seeds))}")
+    arms = find_arms(configs, flags)
+    if output_dir is None:
+        output_dir = f"outputs/{Path(configs[0]).absolute().parent.name}-table"
+    with held(output_dir) as output:
+        runs, failures = _run_all(arms, seeds, output, flags)
+        if runs:
+            _write(arms, runs, failures, output, flags)
+    if failures:
+        first = failures[0]
+        raise UserError(
+            f"{len(failures)} of {len(runs) + len(failures)} runs failed, the first of them {first['arm']} with seed "
+            f"{first['seed']}: {first['reason']}; what is finished is kept, and the same command tries the rest again"
+        )
+
+
+def _run_all(
+    arms: Sequence[Arm], seeds: Sequence[int], output: Path, flags: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The figures of the finished runs, and the reasons of the failed ones. Seed by seed, so that all arms advance."""
+    jobs = [(arm, seed) for seed in seeds for arm in arms]
+    runs: list[dict[str, Any]] = []
+    failures: list[dict[str, Any]] = []
+    clock: dict[str, list[float]] = {}
+    for number, (arm, seed) in enumerate(jobs, start=1):
+        folder = output / f"{arm.name}-seed{seed}"
+        line = f"{number}/{len(jobs)}  {arm.name}  seed {seed}  "
+        try:
+            outcome = run_recipe(arm.config, [*flags, *arm.flags, f"--seed={seed}"], folder)
+            if missing := [name for name in FIGURES if outcome.results.get(name) is None]:
+                raise UserError(f"{folder}/all_results.json has no {', '.join(missing)}; give the recipe test rows")
+        except UserError as error:
+            failures.append({"arm": arm.name, "seed": seed, "reason": str(error)})
+            print(f"{line}failed: {error}", flush=True)
+            if not runs and len(failures) == len(arms):  # every arm, so that another seed would be no better
+                break
+            continue
+        figures = {name: outcome.results[name] for name in FIGURES}
+        runs.append({"arm": arm.name, "seed": seed, "output_dir": str(folder)} | figures)
+        line += f"test accuracy {figures['test_accuracy']:.1%}  {duration(figures['train_runtime'])} of training"
+        if outcome.seconds is None:
+            line += "  (finished before)"
+        else:
+            clock.setdefault(arm.name, []).append(outcome.seconds)
+        if clock and number < len(jobs):
+            line += f"  about {duration(_time_left(clock, [arm.name for arm, _ in jobs[number:]]))} left"
+        print(line, flush=True)
+    return runs, failures
+
+
+def _time_left(clock: dict[str, list[float]], names: Sequence[str]) -> float:
+    """Every arm to come at its own pace so far; at that of all for an arm that has not run yet."""
+    every = [seconds for times in clock.values() for seconds in times]
+    return sum(statistics.fmean(clock.get(name, every)) for name in names)
+
+
+def _write(
+    arms: Sequence[Arm],
+    runs: Sequence[dict[str, Any]],
+    failures: Sequence[dict[str, Any]],
+    output: Path,
+    flags: Sequence[str],
+) -> None:
+    by_arm = {arm.name: [run for run in runs if run["arm"] == arm.name] for arm in arms}
+    rows = [summarise(name, own) for name, own in by_arm.items() if own]
+    commands = {arm.name: {"config": arm.config, "flags": [*flags, *arm.flags]} for arm in arms}
+    versions = package_versions() | {"python": platform.python_version()}
+    write_json(
+        output / "table.json",
+        {"arms": rows, "runs": runs, "failures": failures, "commands": commands, "versions": versions}
+        | {"confidence": CONFIDENCE},
+    )
+    text = markdown(rows)
+    for failure in failures:
+        text += f"\nFailed: {failure['arm']} with seed {failure['seed']}: {failure['reason']}\n"
+    settings = f"Flags of every run: `{' '.join(flags)}`\n\n" if flags else ""
+    signature = ", ".join(f"{name} {version}" for name, version in versions.items())
+    (output / "table.md").write_text(f"{text}\n{settings}{signature}\n", encoding="utf-8")
+    plot_methods(rows, output / "table.png")
+    print(f"\n{text}\ntable.md, table.json, table.png: {output}")

@@ -1,0 +1,207 @@
+"""Both back ends over a classifier whose head its checkpoint lacks: what is saved is what was trained (peft#876)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from plainlora import load_adapter, save_adapter
+from plainlora.backends import BACKENDS, attach_adapter
+from plainlora.errors import UserError
+from plainlora.lora.errors import LoRAError
+from tests.conftest import make_model, random_ids
+from tests.lora.oracle import (
+    HEAD,
+    IN_THE_BACKBONE,
+    assert_equal_tensors,
+    config,
+    load_classifier,
+    logits,
+    move,
+    requires_grad,
+    save_backbone,
+    snapshot,
+    train,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:::peft"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+]
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+FROZEN = {
+    "distilbert": {"pre_classifier.weight", "pre_classifier.bias", "classifier.weight", "classifier.bias"},
+    "bert": {"classifier.weight", "classifier.bias"},
+    "gpt2": {"score.weight"},
+}
+HEADS = ("frozen", "LoRA", "whole")
+backends = pytest.mark.parametrize("backend", BACKENDS)
+kinds = pytest.mark.parametrize("kind", FROZEN)
+heads = pytest.mark.parametrize("head", HEADS)
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: save_backbone(kind, tmp_path_factory.mktemp(kind)) for kind in IN_THE_BACKBONE}
+
+
+def attach(backend: str, kind: str, head: str, backbones: dict[str, Path], **options: object) -> nn.Module:
+    """An adapter in a classifier whose head is frozen, carries LoRA, or is trained whole as PEFT does for the task."""
+    targets = IN_THE_BACKBONE[kind] + [HEAD[kind]] * (head == "LoRA")
+    task = "SEQ_CLS" if head == "whole" else None
+    base, missing = load_classifier(backbones[kind])
+    assert set(missing) == FROZEN[kind]
+    torch.manual_seed(1)
+    made = config(target_modules=targets, task_type=task, lora_dropout=0.1, **options)
+    return attach_adapter(base, made, BACKENDS[backend], new_weights=missing)
+
+
+def plain_keys(directory: Path) -> set[str]:
+    return {name.removeprefix(PREFIX) for name in load_file(directory / WEIGHTS) if ".lora_" not in name}
+
+
+@backends
+@kinds
+@heads
+def test_a_reload_over_another_random_head_predicts_the_same(
+    backend: str, kind: str, head: str, backbones: dict[str, Path], tmp_path: Path
+) -> None:
+    model = attach(backend, kind, head, backbones)
+    needed = requires_grad(model)
+    untrained = logits(model.eval())
+    train(model)
+    assert requires_grad(model) == needed
+    expected = logits(model)
+    assert not torch.equal(expected, untrained)
+    model.save_pretrained(tmp_path)
+
+    wrapped = {f"{HEAD[kind]}.{name}": f"{HEAD[kind]}.base_layer.{name}" for name in ("weight", "bias")}
+    assert plain_keys(tmp_path) == {wrapped.get(name, name) if head == "LoRA" else name for name in FROZEN[kind]}
+    assert not torch.equal(
+        logits(load_classifier(backbones[kind], 9)[0].eval()), logits(load_classifier(backbones[kind])[0].eval())
+    )
+    for load in (load_adapter, PeftModel.from_pretrained, *(each.load for each in BACKENDS.values())):
+        base, _ = load_classifier(backbones[kind], seed=9)
+        assert torch.equal(logits(load(base, tmp_path).eval()), expected), load
+
+
+@kinds
+@heads
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_the_back_ends_write_the_same_weights_to_the_byte(
+    kind: str, head: str, bias: str, backbones: dict[str, Path], tmp_path: Path
+) -> None:
+    for backend in BACKENDS:
+        model = attach(backend, kind, head, backbones, bias=bias)
+        train(model)
+        model.save_pretrained(tmp_path / backend)
+    if head == "whole" and bias == "all":  # where PEFT writes the head's biases over again
+        own, theirs = (load_file(tmp_path / backend / WEIGHTS) for backend in ("reference", "peft"))
+        copies = (".modules_to_save.bias", ".original_module.bias")
+        assert_equal_tensors(own, {name: tensor for name, tensor in theirs.items() if not name.endswith(copies)})
+    else:
+        assert (tmp_path / "reference" / WEIGHTS).read_bytes() == (tmp_path / "peft" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("head", ["frozen", "LoRA"])
+def test_a_file_of_the_peft_back_end_goes_through_ours_unchanged(
+    head: str, backbones: dict[str, Path], tmp_path: Path
+) -> None:
+    model = attach("peft", "distilbert", head, backbones)
+    move(model)
+    model.save_pretrained(tmp_path / "peft")
+    save_adapter(load_adapter(load_classifier(backbones["distilbert"], 9)[0], tmp_path / "peft"), tmp_path / "ours")
+    assert (tmp_path / "ours" / WEIGHTS).read_bytes() == (tmp_path / "peft" / WEIGHTS).read_bytes()
+
+
+@backends
+@kinds
+@heads
+def test_reload_puts_everything_back(
+    backend: str, kind: str, head: str, backbones: dict[str, Path], tmp_path: Path
+) -> None:
+    model = attach(backend, kind, head, backbones)
+    move(model)
+    model.save_pretrained(tmp_path)
+    saved, needed = snapshot(model), requires_grad(model)
+    move(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if HEAD[kind] in name and ".original_module." not in name:
+                parameter.add_(1)
+    BACKENDS[backend].reload(model, tmp_path)
+    assert_equal_tensors(snapshot(model), saved)
+    assert requires_grad(model) == needed
+
+
+@backends
+@heads
+def test_trainer_s_checkpoints_hold_the_head(
+    backend: str, head: str, backbones: dict[str, Path], tmp_path: Path
+) -> None:
+    model = attach(backend, "bert", head, backbones)
+    rows = [{"input_ids": ids, "labels": number % 3} for number, ids in enumerate(random_ids(4))]
+    arguments = TrainingArguments(
+        tmp_path, max_steps=2, save_steps=1, learning_rate=0.01, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    Trainer(model, arguments, train_dataset=rows).train()
+    base, _ = load_classifier(backbones["bert"], seed=9)
+    expected = logits(model.eval())
+    assert torch.equal(logits(load_adapter(base, tmp_path / "checkpoint-2")), expected)
+    assert plain_keys(tmp_path / "checkpoint-1") == plain_keys(tmp_path / "checkpoint-2") != set()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+    resumed = attach(backend, "bert", head, backbones)
+    BACKENDS[backend].reload(resumed, tmp_path / "checkpoint-1")
+    assert not torch.equal(logits(resumed.eval()), expected)
+    BACKENDS[backend].reload(resumed, tmp_path / "checkpoint-2")
+    assert torch.equal(logits(resumed.eval()), expected)
+
+
+@backends
+def test_another_process_writes_nothing(backend: str, backbones: dict[str, Path], tmp_path: Path) -> None:
+    model = attach(backend, "gpt2", "LoRA", backbones)
+    model.save_pretrained(tmp_path, state_dict=None, is_main_process=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_state_dict_that_trainer_gathered_is_what_is_saved(backbones: dict[str, Path], tmp_path: Path) -> None:
+    model = attach("peft", "gpt2", "frozen", backbones)
+    gathered = {name: torch.full_like(tensor, 0.5) for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=gathered)
+    assert all((tensor == 0.5).all() for tensor in load_file(tmp_path / WEIGHTS).values())
+
+
+@backends
+def test_without_new_weights_nothing_is_added(backend: str, backbones: dict[str, Path], tmp_path: Path) -> None:
+    model = BACKENDS[backend].attach(load_classifier(backbones["gpt2"])[0], config(target_modules=["c_attn"]))
+    model.save_pretrained(tmp_path)
+    assert plain_keys(tmp_path) == set()
+
+
+@backends
+@pytest.mark.parametrize("name", ["classifier.wieght", "distilbert.embeddings.word_embeddings.weight"])
+def test_a_new_weight_that_cannot_be_saved_is_refused(backend: str, name: str, backbones: dict[str, Path]) -> None:
+    base, missing = load_classifier(backbones["distilbert"])
+    before = snapshot(base)
+    with pytest.raises(LoRAError, match=f"new_weights: .*{name}"):
+        attach_adapter(base, config(target_modules=["q_lin"]), BACKENDS[backend], new_weights=[*missing, name])
+    assert_equal_tensors(snapshot(base), before)
+
+
+@backends
+@pytest.mark.parametrize("kind", IN_THE_BACKBONE)
+def test_the_head_of_a_classifier_may_carry_lora_and_that_of_a_language_model_may_not(
+    backend: str, kind: str, backbones: dict[str, Path]
+) -> None:
+    base, missing = load_classifier(backbones[kind])
+    head = config(target_modules=[HEAD[kind]])
+    adapted = attach_adapter(base, head, BACKENDS[backend], new_weights=missing)
+    assert any(f"{HEAD[kind]}.lora_A" in name for name, needed in requires_grad(adapted).items() if needed)
+    with pytest.raises(UserError, match="the output head cannot carry LoRA"):
+        attach_adapter(make_model("llama"), config(target_modules=["lm_head"]), BACKENDS[backend])

@@ -1,0 +1,185 @@
+"""`plainlora table`: which arms, which figures, and the real program on a tiny DistilBERT."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from plainlora.commands import main
+from plainlora.errors import UserError
+from plainlora.runs import run_recipe
+from plainlora.table import Arm, find_arms, mean_and_half_width, percent
+
+
+def write_recipe(path: Path, backbone: Path, texts: Path, **changes: object) -> Path:
+    """A recipe that takes no time, with nothing wrong."""
+    content = {
+        "model_name_or_path": str(backbone), "dataset_name": str(texts), "labels": ["ham", "spam"],
+        "lora_query": True, "lora_value": True, "lora_r": 4, "lora_alpha": 8, "learning_rate": 5e-4,
+        "validation_split_size": 20, "test_split_size": 40, "max_steps": 4, "use_cpu": True, "save_strategy": "steps",
+        "save_steps": 2, "output_dir": "never-used",
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(content | changes))
+    return path
+
+
+def folder_of(folder: Path, **methods: str) -> str:
+    """YAML files with these methods; the path of the first."""
+    for name, method in methods.items():
+        (folder / f"{name}.yaml").write_text(f"method: {method}\n" if method else "seed: 1\n")
+    return str(folder / f"{next(iter(methods))}.yaml")
+
+
+def test_one_config_stands_for_its_folder_in_a_fixed_order(tmp_path: Path) -> None:
+    given = folder_of(tmp_path, lora="", zoo="full", full="full", lora_b="lora", bar="lora", last_layers="last_layers")
+    (tmp_path / "notes.txt").write_text("not a recipe")
+    arms = find_arms([given])
+    assert [arm.name for arm in arms] == ["last_layers", "lora", "lora_b", "full", "bar", "zoo"]
+    assert all(arm == Arm(arm.name, str(tmp_path / f"{arm.name}.yaml")) for arm in arms)
+
+
+def test_methods_that_the_folder_lacks_are_the_given_config_with_a_flag(tmp_path: Path) -> None:
+    given = folder_of(tmp_path, lora="")
+    assert find_arms([given]) == [
+        Arm("last_layers", given, ("--method=last_layers",)),
+        Arm("lora", given),
+        Arm("full", given, ("--method=full",)),
+    ]
+
+
+def test_an_added_method_never_takes_the_name_of_a_file(tmp_path: Path) -> None:
+    given = folder_of(tmp_path, full="lora", last_layers="last_layers")
+    assert [(arm.name, arm.flags) for arm in find_arms([given])] == [
+        ("last_layers", ()),
+        ("full", ()),
+        ("full-full", ("--method=full",)),
+    ]
+
+
+def test_several_configs_are_compared_as_they_are(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    one, two = (folder_of(tmp_path / name, lora="lora", full="full") for name in ("one", "two"))
+    assert find_arms([two, one]) == [Arm("two-lora", two), Arm("one-lora", one)]
+    assert [arm.name for arm in find_arms([one, one.replace("lora", "full")])] == ["lora", "full"]
+    with pytest.raises(UserError, match="one-lora stands there twice"):
+        find_arms([one, one])
+
+
+def test_the_recipes_of_this_repository() -> None:
+    imdb = find_arms(["recipes/distilbert-imdb/lora.yaml"])
+    assert [arm.name for arm in imdb] == ["last_layers", "lora", "lora_best", "full"]
+    assert not any(arm.flags for arm in imdb)
+    assert [arm.name for arm in find_arms(["recipes/gpt2-sms-spam/lora.yaml"])] == ["last_layers", "lora", "full"]
+
+
+def test_the_interval_is_students() -> None:
+    # Quantiles of t for 97.5 %, from printed tables: 1, 2 and 9 degrees of freedom.
+    for count, quantile in ((2, 12.7062), (3, 4.3027), (10, 2.2622)):
+        values = np.random.default_rng(count).normal(0.9, 0.02, count)
+        mean, half_width = mean_and_half_width(values.tolist())
+        assert mean == pytest.approx(values.sum() / count)
+        variance = ((values - values.mean()) ** 2).sum() / (count - 1)
+        assert half_width == pytest.approx(quantile * (variance / count) ** 0.5, rel=1e-4)
+    assert mean_and_half_width([0.5]) == (0.5, None)
+
+
+@pytest.mark.parametrize(
+    ("share", "half_width", "shown"),
+    [
+        (0.93123, None, "93.1"),
+        (0.93123, 0.0, "93.1 ± 0"),
+        (0.93123, 0.0034, "93.1 ± 0.3"),
+        (0.93123, 0.00134, "93.12 ± 0.13"),
+        (0.93123, 0.034, "93 ± 3"),
+        (0.93123, 0.0134, "93.1 ± 1.3"),
+        (0.93123, 0.134, "93 ± 13"),
+        (0.93123, 0.00001, "93.12 ± 0.00"),
+    ],
+)
+def test_no_more_digits_than_the_interval_leaves(share: float, half_width: float | None, shown: str) -> None:
+    assert percent(share, half_width) == shown
+
+
+def fail(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, str]:
+    """What the command printed before its error, and its one line."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    printed = capfd.readouterr()
+    assert ended.value.code == 2
+    line = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert len(line) == 1
+    return printed.out, line[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--seeds", "1", "1"], r"--seeds are different whole numbers from 0, not 1 1"),
+        (["--seeds", "-1"], r"--seeds are different whole numbers from 0, not -1"),
+        (["--", "--method", "full"], r"--method cannot stand after the --: every method is an arm"),
+        (["--", "--seed", "3"], r"--seed cannot stand after the --: use --seeds"),
+        (["--output_dir", ""], r"--output_dir is empty; give a folder"),
+    ],
+)
+def test_bad_arguments_run_nothing(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    given = folder_of(tmp_path, lora="")
+    monkeypatch.chdir(tmp_path)
+    printed, line = fail(capfd, "table", "--config", given, *arguments)
+    assert re.search(said, line)
+    assert printed == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.yaml"]
+
+
+def test_a_failing_run_loses_no_other_and_a_finished_one_is_not_run_again(
+    backbone_dirs: dict[str, Path], texts_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "tiny" / "lora.yaml", backbone_dirs["distilbert"], texts_file)
+    broken = write_recipe(tmp_path / "tiny" / "z.yaml", backbone_dirs["distilbert"], texts_file, lora_rank=4)
+    output = tmp_path / "out"
+    command = ["table", "--config", recipe, broken, "--seeds", 0, "--output_dir", output, "--", "--weight_decay=0.01"]
+    printed, line = fail(capfd, *command)
+    assert "1 of 2 runs failed, the first of them z with seed 0: " in line
+    assert "lora_rank is not an option; did you mean lora_r?" in line
+    assert f"(log: {output / 'z-seed0.log'})" in line
+    assert re.search(r"^1/2  lora  seed 0  test accuracy \d+\.\d%", printed, re.MULTILINE)
+    assert re.search(r"^2/2  z  seed 0  failed: ", printed, re.MULTILINE)
+    assert "Failed: z with seed 0" in (output / "table.md").read_text()
+    first = json.loads((output / "table.json").read_text())
+    assert [run["arm"] for run in first["runs"]] == ["lora"]
+    assert [failure["arm"] for failure in first["failures"]] == ["z"]
+    arguments = json.loads((output / "lora-seed0" / "run.json").read_text())["arguments"]
+    assert (arguments["seed"], arguments["weight_decay"], arguments["lora_r"]) == (0, 0.01, 4)
+    assert not list(output.glob("*/checkpoint-*"))
+
+    # The broken one is mended: only what is missing runs.
+    write_recipe(broken, backbone_dirs["distilbert"], texts_file, method="full")
+    before = (output / "lora-seed0" / "run.json").stat().st_mtime_ns
+    main([str(word) for word in command])
+    printed = capfd.readouterr().out
+    assert len(re.findall(r"\(finished before\)", printed)) == 1
+    assert (output / "lora-seed0" / "run.json").stat().st_mtime_ns == before
+    table = json.loads((output / "table.json").read_text())
+    assert table["failures"] == []
+    assert [arm["arm"] for arm in table["arms"]] == ["lora", "z"]
+    results = json.loads((output / "z-seed0" / "all_results.json").read_text())
+    arm = table["arms"][1]
+    assert (arm["method"], arm["test_accuracy"], arm["test_accuracy_half_width"]) == (
+        "full", results["test_accuracy"], None,
+    )  # fmt: skip
+    assert arm["trainable_params"] == arm["total_params"]
+    assert table["versions"]["torch"]
+    assert (output / "table.md").read_text().split("\n\n")[0] in printed
+    assert (output / "table.png").read_bytes().startswith(b"\x89PNG")
+
+    # Another flag is another run. This one is refused, and nothing vouches for the results of the first any more.
+    with pytest.raises(UserError, match=r"max_length 9999 is longer than the model's context .*lora-seed0.log\)"):
+        run_recipe(str(recipe), ["--weight_decay=0.01", "--seed=0", "--max_length=9999"], output / "lora-seed0")
+    assert not (output / "lora-seed0" / "command.json").exists()
