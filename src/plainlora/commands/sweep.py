@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Runs the trials that are missing, then shows and writes what was found."""
     import plainlora.quiet  # noqa: F401
-    from plainlora.sweep import sweep
+    from plainlora.experiments.sweep import sweep
 
     sweep(
         arguments.config,

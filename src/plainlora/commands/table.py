@@ -20,6 +20,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Runs what is not finished, then shows and writes the table."""
     import plainlora.quiet  # noqa: F401
-    from plainlora.table import make_table
+    from plainlora.experiments.table import make_table
 
     make_table(arguments.config, arguments.seeds, arguments.output_dir, arguments.flags)

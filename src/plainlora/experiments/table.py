@@ -11,9 +11,9 @@ from typing import Any
 from scipy.stats import t  # type: ignore[import-untyped]
 
 from plainlora.errors import UserError
+from plainlora.experiments.runs import METHODS, duration, held, resolve, run_recipe
 from plainlora.plots import plot_methods
 from plainlora.report import package_versions, write_json
-from plainlora.runs import METHODS, duration, held, resolve, run_recipe
 
 CONFIDENCE = 0.95
 OTHERWISE = {"seed": "use --seeds", "method": "every method is an arm; for some, give several --config"}

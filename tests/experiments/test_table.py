@@ -10,8 +10,8 @@ import yaml
 
 from plainlora.commands import main
 from plainlora.errors import UserError
-from plainlora.runs import run_recipe
-from plainlora.table import Arm, find_arms, mean_and_half_width, percent
+from plainlora.experiments.runs import run_recipe
+from plainlora.experiments.table import Arm, find_arms, mean_and_half_width, percent
 
 
 def write_recipe(path: Path, backbone: Path, texts: Path, **changes: object) -> Path:

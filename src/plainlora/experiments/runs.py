@@ -24,7 +24,7 @@ from plainlora.errors import INTERRUPTED, UserError
 from plainlora.parsing import StrictParser, read_yaml
 from plainlora.report import write_json
 
-PROGRAM = Path(__file__).parents[2] / "recipes" / "classify.py"
+PROGRAM = Path(__file__).parents[3] / "recipes" / "classify.py"
 METHODS = ("last_layers", "lora", "full")
 RESULTS, RECORD = "all_results.json", "command.json"
 QUIET = ("--disable_tqdm=true", "--report_to=none")  # flags after these win

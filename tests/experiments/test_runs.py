@@ -1,4 +1,4 @@
-"""One run in a process of its own. What needs a real run is in tests/test_table.py and tests/test_sweep.py."""
+"""One run in a process of its own. What needs a real run is in test_table.py and test_sweep.py."""
 
 import os
 import subprocess
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from plainlora import runs
 from plainlora.errors import UserError
+from plainlora.experiments import runs
 
 CONFIG = "recipes/distilbert-imdb/lora.yaml"
 
@@ -53,7 +53,7 @@ def test_without_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 def test_one_command_at_a_time_in_a_folder(tmp_path: Path) -> None:
     holder = (
-        "import sys, time; from plainlora.runs import held\n"
+        "import sys, time; from plainlora.experiments.runs import held\n"
         "with held(sys.argv[1]): print('held', flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", holder, tmp_path], stdout=subprocess.PIPE, text=True) as process:

@@ -17,11 +17,11 @@ from optuna.trial import TrialState
 
 from plainlora.commands import main
 from plainlora.errors import UserError
-from plainlora.runs import resolve
-from plainlora.search import default_search, no_kind, own_values, parse_search, parse_spec, to_flags
-from plainlora.sweep import Plan, best_command, finished, open_study, sampler_for
+from plainlora.experiments.runs import resolve
+from plainlora.experiments.search import default_search, no_kind, own_values, parse_search, parse_spec, to_flags
+from plainlora.experiments.sweep import Plan, best_command, finished, open_study, sampler_for
 from tests.conftest import ROOT
-from tests.test_table import fail, write_recipe
+from tests.experiments.test_table import fail, write_recipe
 
 CONFIG = "recipes/distilbert-imdb/lora.yaml"
 
@@ -178,7 +178,7 @@ def test_a_trial_that_was_running_is_tried_again_in_its_own_folder(tmp_path: Pat
         ),
         (
             {"config": "recipes/distilbert-imdb/lora_best.yaml"},
-            "config: learning_rate was 5e-05, is 0.0005; ",
+            "config: learning_rate was 0.0005, is 0.002; ",
         ),
     ],
 )

@@ -1,0 +1,1 @@
+"""Many runs of a recipe: the methods side by side, and a search for better settings."""
