@@ -16,6 +16,7 @@ from trl import ModelConfig
 
 from plainlora.arguments import RecipeArguments, parse_pattern
 from plainlora.errors import UserError
+from plainlora.fuse import fuse
 from plainlora.lora import inject, interchange, load
 from plainlora.lora.config import check_supported
 from plainlora.lora.targets import find_new_weights, find_targets
@@ -43,12 +44,14 @@ class Backend:
         load: Puts a saved adapter into a base model, for inference.
         reload: Copies a saved adapter into a model that already carries one, and goes on training.
         disabled: A context in which the model computes as its base.
+        one_pass_head: Whether a frozen output head computes its loss in one pass (`plainlora.loss`), not by TRL's own.
     """
 
     attach: Attach
     load: Callable[[PreTrainedModel, str | Path], nn.Module]
     reload: Callable[[nn.Module, str | Path], None]
     disabled: Callable[[nn.Module], AbstractContextManager[object]]
+    one_pass_head: bool = False
 
 
 def _reference_attach(model: PreTrainedModel, config: LoraConfig, new_weights: Collection[str] = ()) -> nn.Module:
@@ -98,7 +101,18 @@ def _peft_reload(model: nn.Module, directory: str | Path) -> None:
     cast(PeftModel, model).load_adapter(str(directory), "default", is_trainable=True)
 
 
+def _fused_attach(model: PreTrainedModel, config: LoraConfig, new_weights: Collection[str] = ()) -> nn.Module:
+    return fuse(_reference_attach(model, config, new_weights))
+
+
 BACKENDS = {
+    "fused": Backend(
+        attach=_fused_attach,
+        load=lambda model, directory: fuse(load.load_adapter(model, directory)),
+        reload=interchange.load_adapter_weights,
+        disabled=inject.disabled,
+        one_pass_head=True,
+    ),
     "reference": Backend(
         attach=_reference_attach,
         load=load.load_adapter,

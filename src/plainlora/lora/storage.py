@@ -34,6 +34,26 @@ def features(module: nn.Module) -> tuple[int, int]:
     return module.in_features, module.out_features
 
 
+def is_fusable(module: nn.Module) -> bool:
+    """Whether the input gradient of a frozen module is `dh W0`, with a W0 that `dense_weight` can give."""
+    return type(module) in (nn.Linear, Conv1D) or _is_4bit(module)
+
+
+def _is_4bit(module: nn.Module) -> bool:
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    return bitsandbytes is not None and isinstance(module, bitsandbytes.nn.Linear4bit)
+
+
+@torch.no_grad()
+def dense_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """W0 as `(d_out, d_in)`; a view where the weight is dense and of that dtype already."""
+    weight = cast(torch.Tensor, module.weight)
+    if _is_4bit(module):
+        state = module.weight.quant_state  # type: ignore[union-attr]
+        return sys.modules["bitsandbytes"].functional.dequantize_4bit(weight.data, state).to(dtype)
+    return (weight.T if is_conv1d(module) else weight).to(dtype)
+
+
 @torch.no_grad()
 def merged_weight(module: nn.Module, delta: torch.Tensor) -> torch.Tensor:
     """W0 + delta as the module stores it, rounded once to W0's dtype.

@@ -1,0 +1,89 @@
+"""`fuse(model)`: the LoRA layers of an injected model, or of PEFT's, compute the fused form, in place."""
+
+import logging
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from plainlora.lora import storage
+from plainlora.lora.fused import fused_forward
+from plainlora.lora.layer import LoRALinear
+from plainlora.lora.record import ModelT
+
+logger = logging.getLogger(__name__)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear | LoraLayer]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, (LoRALinear, LoraLayer)))
+
+
+def _forward_own(layer: LoRALinear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if not layer.enabled or args or kwargs:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    p = _probability(layer.lora_dropout)
+    return fused_forward(layer.base_layer, x, layer.lora_A.weight, layer.lora_B.weight, layer.scaling, p)
+
+
+def _forward_peft(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """What PEFT's `lora.Linear.forward` computes for its active adapters; whatever else it can do, it does itself.
+
+    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/layer.py
+    """
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    p = max((_probability(layer.lora_dropout[name]) for name in names), default=0.0)
+    plain = not (args or kwargs or layer.disable_adapters or layer.merged or not names)
+    if not plain or any(name in layer.lora_variant for name in names) or (p > 0 and len(names) > 1):
+        return type(layer).forward(layer, x, *args, **kwargs)
+    lora_a, lora_b = layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight
+    scaling = layer.scaling[names[0]]
+    if len(names) > 1:  # one map of the sum of the ranks
+        lora_a = torch.cat([layer.lora_A[name].weight for name in names])
+        lora_b = torch.cat([layer.lora_B[name].weight * layer.scaling[name] for name in names], dim=1)
+        scaling = 1.0
+    return fused_forward(layer.base_layer, x, lora_a, lora_b, scaling, p)
+
+
+def _probability(dropout: nn.Module) -> float:
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def _is_covered(layer: LoRALinear | LoraLayer) -> bool:
+    base = layer.base_layer
+    if not isinstance(base, nn.Module) or not storage.is_fusable(base) or base.weight.requires_grad:
+        return False
+    return isinstance(layer, LoRALinear) or not any(getattr(layer, "lora_bias", {}).values())
+
+
+def fuse(model: ModelT) -> ModelT:
+    """Gives every LoRA layer the fused form, in place; `unfuse` takes it back.
+
+    With an existing TRL + PEFT script this is one line after `get_peft_model`. What is not covered keeps the form it
+    has and is named in the log: 8-bit layers, embeddings, convolutions; DoRA and other variants go PEFT's own way.
+
+    Args:
+        model: From `plainlora.inject`, `plainlora.load_adapter`, `peft.get_peft_model` or `PeftModel.from_pretrained`.
+
+    Returns:
+        The same model.
+    """
+    left = []
+    for name, layer in _layers(model):
+        if _is_covered(layer):
+            form = _forward_own if isinstance(layer, LoRALinear) else _forward_peft
+            layer.forward = MethodType(form, layer)  # type: ignore[method-assign, union-attr]
+        else:
+            left.append(name)
+    if left:
+        logger.warning("not fused: %s", ", ".join(left))
+    return model
+
+
+def unfuse(model: ModelT) -> ModelT:
+    """Every LoRA layer's own form again: the inverse of `fuse`."""
+    for _, layer in _layers(model):
+        layer.__dict__.pop("forward", None)
+    return model

@@ -1,0 +1,105 @@
+"""The map of `layer.py` as one autograd Function: less time, less memory, the same result up to rounding.
+
+    h = W0 x + b + s B A (m * x)              s = scaling / (1 - p), m the dropout's mask, all ones without dropout
+
+    g  = dh B                                 (N, r)
+    dB = s dh^T (m * x) A^T                   (d_out, r)
+    dA = s g^T (m * x)                        (r, d_in)
+    dx = dh W0 + m * (s g A)                  (N, d_in)
+
+The reference form allocates four outputs, sums two input gradients, and saves a dropped copy of x with an fp32 mask.
+Here the low-rank product is accumulated into the base's own output (`addmm_`), the scaling is applied at rank r, one
+input gradient is accumulated in place, and x, the rank-r activation and a boolean mask are all that is saved.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from plainlora.lora import storage
+
+
+def draw_mask(x: torch.Tensor, p: float) -> torch.Tensor:
+    """Which elements `nn.Dropout(p)` would keep of `x`, drawn from the same random stream, as booleans.
+
+    Args:
+        x: Any shape.
+        p: Probability of dropping, in [0, 1).
+    """
+    if x.device.type == "cuda":
+        return torch.native_dropout(x, p, True)[1]
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
+
+
+class _LowRankSum(torch.autograd.Function):
+    """`h, x, A, B -> h + s B A (m * x)`, with `h = W0 x + b` computed here too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        mask: torch.Tensor | None,
+        base: nn.Module,
+        scaling: float,
+    ) -> torch.Tensor:
+        """`(..., d_in) -> (..., d_out)`."""
+        h = base(x)  # (..., d_out)
+        kept = (x if mask is None else x * mask).reshape(-1, x.shape[-1])  # (N, d_in)
+        down = kept @ lora_a.to(x.dtype).T  # (N, r)
+        h.view(-1, h.shape[-1]).addmm_(down.to(h.dtype), lora_b.to(h.dtype).T, alpha=scaling)
+        ctx.save_for_backward(x, down, lora_a, lora_b, mask)
+        ctx.base, ctx.scaling = base, scaling
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of x, the bias, A and B."""
+        x, down, lora_a, lora_b, mask = ctx.saved_tensors
+        needs_x, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
+        grad = gradients[0].reshape(-1, gradients[0].shape[-1])  # (N, d_out)
+        through_b = (grad @ lora_b.to(grad.dtype)).mul_(ctx.scaling)  # (N, r)
+        grad_x = grad_a = grad_b = grad_bias = None
+        if needs_b:
+            grad_b = (grad.T @ (down.to(grad.dtype) * ctx.scaling)).to(lora_b.dtype)
+        if needs_a:
+            kept = (x if mask is None else x * mask).reshape(-1, x.shape[-1])  # (N, d_in)
+            grad_a = (through_b.T @ kept.to(grad.dtype)).to(lora_a.dtype)
+        if needs_bias:
+            grad_bias = grad.sum(0)
+        if needs_x:
+            grad_x = grad @ storage.dense_weight(ctx.base, grad.dtype)  # (N, d_in)
+            if mask is None:
+                grad_x.addmm_(through_b, lora_a.to(grad.dtype))
+            else:
+                grad_x.add_((through_b @ lora_a.to(grad.dtype)).mul_(mask.view_as(grad_x)))
+            grad_x = grad_x.view(x.shape)
+        return grad_x, grad_bias, grad_a, grad_b, None, None, None
+
+
+def fused_forward(
+    base: nn.Module,
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    p: float = 0.0,
+) -> torch.Tensor:
+    """`W0 x + b + scaling * B A dropout(x)`, shape `(..., d_out)`, in the base's dtype.
+
+    Args:
+        base: A frozen layer that `storage.is_fusable`.
+        x: `(..., d_in)`.
+        lora_a: `(r, d_in)`.
+        lora_b: `(d_out, r)`.
+        scaling: alpha / r (dimensionless).
+        p: Probability of dropping an element of the adapter's input; 0 outside training.
+    """
+    mask = draw_mask(x, p) if p > 0 else None
+    bias = cast(torch.Tensor | None, base.bias)
+    return cast(torch.Tensor, _LowRankSum.apply(x, bias, lora_a, lora_b, mask, base, scaling / (1 - p)))

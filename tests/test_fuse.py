@@ -1,0 +1,159 @@
+"""`fuse` on a PeftModel and on an injected model: the same model, computed otherwise."""
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from plainlora import inject, load_adapter, merge, save_adapter
+from plainlora.fuse import fuse, unfuse
+from tests.conftest import load_quantized, make_model, random_ids
+
+TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "llama": ["q_proj", "v_proj", "gate_proj", "down_proj"]}
+
+
+def config(kind: str, **options: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": TARGETS[kind]} | options)
+
+
+def filled(model: nn.Module) -> nn.Module:
+    torch.manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def observe(model: nn.Module, train: bool = False) -> dict[str, torch.Tensor]:
+    """Logits, and the gradient of every trained parameter."""
+    ids = random_ids()
+    model.train(train).zero_grad()
+    torch.manual_seed(7)
+    output = model(input_ids=ids, labels=ids)
+    output.loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return found | {"logits": output.logits.detach()}
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], tolerance: float = 1e-6) -> None:
+    assert left.keys() == right.keys()
+    for name, expected in left.items():
+        scale = float(expected.abs().max())
+        assert float((right[name] - expected).abs().max()) <= tolerance * max(scale, 1e-30) * 10, name
+
+
+def is_fused(model: nn.Module) -> list[bool]:
+    return ["forward" in module.__dict__ for module in model.modules() if hasattr(module, "lora_A")]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("kind", TARGETS)
+def test_a_peft_model_computes_the_same_and_goes_back(kind: str, dropout: float) -> None:
+    model = filled(get_peft_model(make_model(kind), config(kind, lora_dropout=dropout)))
+    before = observe(model, train=kind == "llama")  # GPT-2's own dropouts are left out of this
+    assert fuse(model) is model
+    assert all(is_fused(model))
+    assert_same(before, observe(model, train=kind == "llama"))
+    unfuse(model)
+    assert not any(is_fused(model))
+    again = observe(model, train=kind == "llama")
+    assert all(torch.equal(again[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_an_injected_model_computes_the_same(kind: str) -> None:
+    model = filled(inject(make_model(kind), config(kind)))
+    before = observe(model)
+    assert_same(before, observe(fuse(model)))
+
+
+def test_fp64_agrees_to_1e_12() -> None:
+    model = filled(inject(make_model("llama", torch.float64), config("llama")))
+    before = observe(model)
+    after = observe(fuse(model))
+    for name, expected in before.items():
+        assert float((after[name] - expected).abs().max() / expected.abs().max()) < 1e-12, name
+
+
+def test_several_active_adapters_are_one_sum() -> None:
+    model = get_peft_model(make_model("llama"), config("llama"))
+    model.add_adapter("second", config("llama", r=2, lora_alpha=3))
+    filled(model).base_model.set_adapter(["default", "second"])
+    before = observe(model)
+    assert any("second" in name for name in before)
+    assert_same(before, observe(fuse(model)))
+
+
+def test_a_disabled_a_merged_and_a_switched_adapter_are_respected() -> None:
+    model = fuse(filled(get_peft_model(make_model("llama"), config("llama")))).eval()
+    plain = make_model("llama")
+    ids = random_ids()
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+    with torch.no_grad():
+        adapted = model(ids).logits
+        model.merge_adapter()
+        torch.testing.assert_close(model(ids).logits, adapted, rtol=1e-4, atol=1e-5)
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(ids).logits, adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_not_covered_is_left_alone_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = filled(get_peft_model(make_model("llama"), config("llama", use_dora=True)))
+    before = observe(model)
+    after = observe(fuse(model))
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    mixed = get_peft_model(make_model("llama"), config("llama", target_modules=["q_proj", "embed_tokens"]))
+    with caplog.at_level(logging.WARNING, logger="plainlora.fuse"):
+        fuse(mixed)
+    assert "not fused: base_model.model.model.embed_tokens" in caplog.text
+    assert sum(is_fused(mixed)) == 2
+
+
+@pytest.mark.parametrize(
+    "options", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}], ids=["nf4", "8-bit"]
+)
+def test_quantised_bases(model_dirs: dict[str, Any], options: dict[str, Any]) -> None:
+    model = filled(get_peft_model(load_quantized(model_dirs["llama"], **options), config("llama")))
+    before = observe(model)
+    after = observe(fuse(model))
+    assert all(is_fused(model)) == ("load_in_4bit" in options)
+    assert_same(before, after)
+
+
+def test_under_checkpointing_and_autocast() -> None:
+    for checkpointing, autocast in ((True, False), (False, True)):
+        found = []
+        for fused in (False, True):
+            model = filled(get_peft_model(make_model("llama"), config("llama", lora_dropout=0.1)))
+            if checkpointing:
+                model.gradient_checkpointing_enable()
+                model.enable_input_require_grads()
+            if fused:
+                fuse(model)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                found.append(observe(model, train=True))
+        assert_same(found[0], found[1], 1e-6 if checkpointing else 5e-3)
+
+
+def test_a_copy_is_fused_on_its_own_and_files_are_the_same(tmp_path: Any) -> None:
+    model = fuse(filled(inject(make_model("llama"), config("llama"))))
+    twin = copy.deepcopy(model)
+    for name, parameter in twin.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    ids = random_ids()
+    with torch.no_grad():
+        assert torch.equal(twin(ids).logits, make_model("llama")(ids).logits)
+        adapted = model(ids).logits
+        assert not torch.equal(adapted, twin(ids).logits)
+        save_adapter(model, tmp_path)
+        loaded = fuse(load_adapter(make_model("llama"), tmp_path))
+        assert torch.equal(loaded(ids).logits, adapted)
+        peft = fuse(PeftModel.from_pretrained(make_model("llama"), str(tmp_path)))
+        assert torch.equal(peft(ids).logits, adapted)
+        torch.testing.assert_close(merge(model)(ids).logits, adapted, rtol=1e-4, atol=1e-5)
