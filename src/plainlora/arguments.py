@@ -15,7 +15,7 @@ class RecipeArguments:
     """What both programs need beyond TRL's `ScriptArguments` and `ModelConfig`: the adapter, the rows, the folder."""
 
     lora_backend: Literal["fused", "reference", "peft"] = field(
-        default="fused",
+        default="reference",
         metadata={
             "help": "Which LoRA to train: `reference`, written by hand in plainlora.lora; `fused`, the same in less "
             "time and memory; or `peft`."
