@@ -26,7 +26,7 @@ from plainlora.memory import peak_memory
 from plainlora.merging import merge_adapter
 from plainlora.methods import (
     build_classifier_lora,
-    check_same_method,
+    check_same_run,
     find_last_layers,
     train_adapter,
     train_weights,
@@ -35,6 +35,7 @@ from plainlora.metrics import flatten, judge_rows, measure, score
 from plainlora.model_card import write_classifier_card
 from plainlora.models import (
     build_skeleton,
+    check_ending,
     check_length,
     classifier_config,
     context_length,
@@ -68,13 +69,14 @@ def main() -> None:
     base_config = load_config(name, revision)
     check_length(recipe.max_length, base_config)
     tokenizer = load_tokenizer(name, revision)
+    check_ending(tokenizer, base_config)
     texts = prepare_texts(recipe, script, training, tokenizer, recipe.max_length or context_length(base_config), say)
     config = classifier_config(name, texts.labels, tokenizer.pad_token_id, revision)
     skeleton = build_skeleton(config)
     lora = build_classifier_lora(model_args, recipe, skeleton) if recipe.method == "lora" else None
     last_layers = find_last_layers(skeleton, recipe.last_layers) if recipe.method == "last_layers" else None
     if checkpoint is not None:
-        check_same_method(checkpoint, recipe.method)
+        check_same_run(checkpoint, vars(recipe) | vars(training) | vars(model_args), texts.labels)
         if lora is not None:
             check_same_adapter(checkpoint, lora)
 
@@ -121,12 +123,13 @@ def main() -> None:
         results |= {"method": recipe.method, "labels": texts.labels, "peak_memory_bytes": memory}
         results |= {"trainable_params": trainable, "total_params": total}
         shown = "test" if "test" in splits else "validation" if "validation" in splits else "train"
-        tables = {"before": before[shown].confusion, "after": after[shown].confusion}
+        tables = {f"{shown} rows before": before[shown].confusion, "after": after[shown].confusion}
         plot_confusion(texts.labels, tables, output / "confusion.png")
         base_loss = before["validation"].loss if "validation" in before else None
         plot_loss(trainer.state.log_history, base_loss, output / "loss.png", unit="text", rows="validation")
         card = partial(write_classifier_card, output, recipe, script, training, model_args, config)
-        targets = None if lora is None else sorted(lora.target_modules or ())
+        named = None if lora is None else lora.target_modules  # or a pattern
+        targets = named if isinstance(named, str) else ", ".join(sorted(named or ()))
         # Written before the merge, which may be refused, and again with its figure.
         write_json(output / "all_results.json", results)
         card(targets, results)

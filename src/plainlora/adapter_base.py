@@ -2,20 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from safetensors import safe_open
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from plainlora.errors import UserError
-from plainlora.lora.interchange import read_config
+from plainlora.lora.interchange import read_config, saved_shapes
 from plainlora.models import classifier_config, load_causal_lm, load_classifier, load_tokenizer
 
 BaseKind = Literal["16bit", "dequantized"]
 
 # Where an architecture keeps the rows of its classes.
-CLASS_ROWS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+CLASS_ROWS = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")
 
 
 def base_of(adapter: str | Path) -> tuple[str, str | None]:
@@ -70,9 +69,25 @@ def read_run(folder: str | Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); take it away to go on without it") from error
-    if not isinstance(content, dict) or "quantization_config" not in content:
-        raise UserError(f"{path} is damaged (it has no quantization_config); take it away to go on without it")
-    return content
+    problem = _find_damage(content)
+    if problem:
+        raise UserError(f"{path} is damaged ({problem}); take it away to go on without it")
+    return cast(dict[str, Any], content)
+
+
+def _find_damage(run: object) -> str | None:
+    """What no `write_run` can have written."""
+    if not isinstance(run, dict) or "quantization_config" not in run:
+        return "it has no quantization_config"
+    for name in ("quantization_config", "arguments"):
+        if not isinstance(run.get(name), dict | None):
+            return f"its {name} is no mapping"
+    labels = run.get("labels")
+    if not isinstance(labels, list | None) or not all(isinstance(label, str) for label in labels or ()):
+        return "its labels are no list of names"
+    if not isinstance((run.get("arguments") or {}).get("max_length"), int | None):
+        return "its max_length is no whole number"
+    return None
 
 
 def training_quantization(adapter: str | Path) -> dict[str, Any] | None:
@@ -87,12 +102,13 @@ def class_labels(adapter: str | Path) -> list[str] | None:
     """
     if labels := read_run(adapter).get("labels"):
         return list(labels)
-    if read_config(adapter).task_type != "SEQ_CLS":
+    config = read_config(adapter)
+    base_class = (config.auto_mapping or {}).get("base_model_class", "")  # beside it, PEFT's files name no task
+    if config.task_type != "SEQ_CLS" and not base_class.endswith("ForSequenceClassification"):
         return None
-    with safe_open(Path(adapter) / "adapter_model.safetensors", framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118  # no dict
-            if name.endswith(CLASS_ROWS):
-                return [f"LABEL_{number}" for number in range(tensors.get_slice(name).get_shape()[0])]
+    for name, shape in saved_shapes(adapter).items():
+        if name.replace(".base_layer.", ".").endswith(CLASS_ROWS):
+            return [f"LABEL_{number}" for number in range(shape[0])]
     raise UserError(f"{adapter} is a classifier's adapter without its head: its predictions are lost, train it again")
 
 

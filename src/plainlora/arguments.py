@@ -92,7 +92,8 @@ class ClassifyArguments(RecipeArguments):
     method: Literal["lora", "last_layers", "full"] = field(
         default="lora",
         metadata={
-            "help": "What to train: LoRA, the last layers only, or every weight. The last two leave lora_* aside."
+            "help": "What to train: LoRA, the last layers only, or every weight. The last two leave lora_*, "
+            "train_head and adapter_dtype aside."
         },
     )
     lora_query: bool = field(default=False, metadata={"help": "LoRA on the query projections."})

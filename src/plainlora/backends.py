@@ -23,7 +23,7 @@ from plainlora.lora.targets import find_new_weights, find_targets
 
 FIXED_BY_CHECKPOINT = (
     *("r", "lora_alpha", "use_rslora", "lora_dropout", "bias", "rank_pattern", "alpha_pattern", "modules_to_save"),
-    "base_model_name_or_path",
+    *("exclude_modules", "layers_to_transform", "base_model_name_or_path"),
 )
 CONDENSED_FROM = 20  # names: from here on PEFT replaces target_modules by shorter ones that match the same
 
@@ -139,7 +139,16 @@ def keep_names_a_list(targets: list[str] | str | None) -> list[str] | str | None
 
 
 def build_lora_config(model: ModelConfig, recipe: RecipeArguments) -> LoraConfig:
-    """TRL's and this project's flags as one `peft.LoraConfig`."""
+    """TRL's and this project's flags as one `peft.LoraConfig`.
+
+    Raises:
+        UserError: Layers are numbered for modules that a pattern selects.
+    """
+    if recipe.lora_layers_to_transform and isinstance(keep_names_a_list(model.lora_target_modules), str):
+        raise UserError(
+            f"lora_layers_to_transform needs names of modules, not the pattern {model.lora_target_modules!r}: list "
+            "them in lora_target_modules, or put the layers' numbers into the pattern"
+        )
     return LoraConfig(
         task_type=model.lora_task_type,
         base_model_name_or_path=model.model_name_or_path,
@@ -163,8 +172,8 @@ def build_lora_config(model: ModelConfig, recipe: RecipeArguments) -> LoraConfig
 
 def _comparable(name: str, value: Any) -> Any:
     """A config's value such that two that mean the same are equal."""
-    if name == "modules_to_save":
-        return sorted(value or ())
+    if name in ("modules_to_save", "exclude_modules"):
+        return value if isinstance(value, str) else sorted(value or ())
     if name in ("rank_pattern", "alpha_pattern"):
         return value or {}
     if name == "base_model_name_or_path" and value and Path(value).expanduser().exists():

@@ -36,8 +36,11 @@ def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint can be resumed: every file is there and has its end (a zip's directory stands there)."""
     description, weights = ADAPTER if holds_adapter(checkpoint) else WHOLE_MODEL
     try:
-        for name in ("trainer_state.json", description):
-            json.loads((checkpoint / name).read_text(encoding="utf-8"))
+        state, _ = (
+            json.loads((checkpoint / name).read_text(encoding="utf-8")) for name in ("trainer_state.json", description)
+        )
+        if not isinstance(state, dict) or "global_step" not in state:
+            return False
         if not all(zipfile.is_zipfile(checkpoint / name) for name in STATES):
             return False
         with safe_open(checkpoint / weights, framework="pt") as tensors:

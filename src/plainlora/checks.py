@@ -12,6 +12,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from plainlora.arguments import ClassifyArguments, ClassifyConfig, RecipeArguments, SFTArguments
+from plainlora.data.datasets import is_local
 from plainlora.errors import UserError
 from plainlora.parsing import trains_on_cpu
 
@@ -36,6 +37,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
 }
 
 
+SCORES = ("accuracy", "f1")  # what a classifier's validation measures beside the loss
+
+
 def check_common(
     recipe: RecipeArguments, script: ScriptArguments, training: TrainingArguments, model: ModelConfig
 ) -> None:
@@ -55,6 +59,21 @@ def check_common(
             "ignore_bias_buffers": (script.ignore_bias_buffers, "current Transformers models need no such workaround"),
         }
     )
+    sources = [getattr(recipe, name, None) for name in ("eval_dataset_name", "validation_dataset_name")]
+    if script.dataset_config and all(is_local(name) for name in (script.dataset_name, *sources) if name):
+        raise UserError(f"dataset_config {script.dataset_config}: local files have no configurations; leave it out")
+    if model.model_revision not in (None, "main") and is_local(model.model_name_or_path):
+        raise UserError(f"model_revision {model.model_revision}: a local folder has no revisions; leave it out")
+    if training.dataloader_num_workers < 0:
+        raise UserError(f"dataloader_num_workers must be at least 0, not {training.dataloader_num_workers}")
+    if training.save_strategy == "best" and not training.metric_for_best_model:
+        raise UserError("save_strategy best needs metric_for_best_model: give one, such as loss")
+    wholly_trained = recipe.lora_bias != "none" or model.lora_modules_to_save or getattr(recipe, "train_head", False)
+    if recipe.adapter_dtype != "float32" and wholly_trained and not training.bf16 and model.dtype != "bfloat16":
+        raise UserError(
+            f"adapter_dtype {recipe.adapter_dtype}: biases, heads and other modules that are trained whole would not "
+            f"fit a base in {model.dtype}; leave it out, or give --bf16 or --dtype bfloat16"
+        )
     if training.fp16 and trains_on_cpu(training.use_cpu):
         raise UserError("fp16 needs a GPU: leave --fp16 out, and a CPU trains in float32")
     check_writable(training.output_dir)
@@ -102,6 +121,19 @@ def check_classify(
         UserError: Naming the setting and what to do.
     """
     check_common(recipe, script, training, model)
+    _refuse(
+        {
+            "use_liger_kernel": (training.use_liger_kernel, "its kernels are for causal language models"),
+            "label_names": (training.label_names, "the column of classes is label_column"),
+            "batch_eval_metrics": (training.batch_eval_metrics, "accuracy and F1 are those of all rows"),
+            "prediction_loss_only": (training.prediction_loss_only, "every row is classified and counted"),
+            "dataloader_drop_last": (training.dataloader_drop_last, "every row is classified and counted"),
+            "eval_do_concat_batches": (not training.eval_do_concat_batches, "accuracy and F1 are those of all rows"),
+        }
+    )
+    metric = (training.metric_for_best_model or "loss").removeprefix("eval_")
+    if metric not in ("loss", *SCORES):
+        raise UserError(f"metric_for_best_model: there is no {metric!r}; there are loss, {', '.join(SCORES)}")
     if model.lora_task_type not in ("CAUSAL_LM", "SEQ_CLS"):  # the first is ModelConfig's default
         raise UserError(f"lora_task_type {model.lora_task_type}: this program classifies sequences; leave it out")
     if recipe.lora_head and recipe.train_head:

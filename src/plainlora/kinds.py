@@ -62,15 +62,17 @@ def _matching(model: nn.Module, pattern: str) -> list[str]:
     return [name for name, _ in model.named_modules() if re.fullmatch(rf"(.*\.)?({pattern})", name)]
 
 
-def find_kinds(model: nn.Module, kinds: Collection[str]) -> list[str]:
+def find_kinds(model: nn.Module, kinds: Collection[str], layers: Collection[int] | None = None) -> list[str]:
     """The modules of some kinds, as short a list of names as selects exactly these: `target_modules` of a config.
 
     Args:
         model: A classifier, with or without weights.
         kinds: Some of `KINDS`.
+        layers: Numbers of the layers to take them from, all if left out. The head is in none and always taken.
 
     Raises:
-        UserError: The architecture is unknown, or a weight that several kinds share is asked for by some of them only.
+        UserError: The architecture is unknown, a weight that several kinds share is asked for by some of them only, or
+            there is no layer of a number.
     """
     table = _table_of(model, "give the names of the modules with --lora_target_modules")
     for kind in kinds:
@@ -81,7 +83,21 @@ def find_kinds(model: nn.Module, kinds: Collection[str]) -> list[str]:
                 f"lora_{kind}: {table[kind].rpartition('.')[2]} holds {', '.join(shared)} in one weight, and "
                 f"{', '.join(left_out)} is switched off; switch {flags} all on or all off"
             )
-    return condense([name for kind in KINDS if kind in kinds for name in _matching(model, table[kind])], model)
+    found = [name for kind in KINDS if kind in kinds for name in _matching(model, table[kind])]
+    if layers:
+        numbers = {name: _layer_of(name) for name in found}
+        there = sorted({number for number in numbers.values() if number is not None})
+        if unknown := [layer for layer in layers if layer not in there]:
+            has = f"{there[0]} to {there[-1]}" if there else "none of these kinds"
+            raise UserError(f"lora_layers_to_transform: there is no layer {unknown[0]}; the model has {has}")
+        found = [name for name in found if numbers[name] is None or numbers[name] in layers]
+    return condense(found, model)
+
+
+def _layer_of(name: str) -> int | None:
+    """The first number in a module's name; `None` for a head, which lies in no layer."""
+    match = re.search(r"\.(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
 def find_head(model: nn.Module) -> list[str]:

@@ -48,12 +48,14 @@ class MergeResult:
         relative_diff: The same over the largest logit (dimensionless).
         tolerance: What `relative_diff` was held to.
         dtype: Precision of the merged weights.
+        auto_class: What loads the merged model.
     """
 
     max_abs_diff: float
     relative_diff: float
     tolerance: float
     dtype: torch.dtype
+    auto_class: str
 
 
 def _probes(tokenizer: PreTrainedTokenizerBase, classifier: bool) -> dict[str, torch.Tensor]:
@@ -164,7 +166,9 @@ def merge_adapter(
     model = load_adapter(load_base_of(adapter, base, dtype), adapter)
     merged_dtype = next(model.parameters()).dtype
 
-    probes = _probes(tokenizer, class_labels(adapter) is not None)
+    classifier = class_labels(adapter) is not None
+    auto_class = "AutoModelForSequenceClassification" if classifier else "AutoModelForCausalLM"
+    probes = _probes(tokenizer, classifier)
     before = _probe_logits(model, probes)
     merged = merge(model)
 
@@ -175,7 +179,8 @@ def merge_adapter(
         after = _reloaded_logits(scratch, probes)
         difference = max(float((before[key] - after[key]).abs().max()) for key in before)
         scale = max(float(logits.abs().max()) for logits in before.values())
-        result = MergeResult(difference, difference / scale, TOLERANCES.get(merged_dtype, 1e-5), merged_dtype)
+        tolerance = TOLERANCES.get(merged_dtype, 1e-5)
+        result = MergeResult(difference, difference / scale, tolerance, merged_dtype, auto_class)
         if not result.relative_diff <= result.tolerance:
             advice = "" if merged_dtype == torch.float32 else "; try --dtype float32"
             raise UserError(

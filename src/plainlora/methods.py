@@ -1,10 +1,12 @@
 """What a classifier trains: LoRA, its last layers, or every weight. One set of verbs for all three."""
 
-from collections.abc import Callable, Collection, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -12,12 +14,23 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl import ModelConfig
 
+from plainlora.adapter_base import read_run
 from plainlora.arguments import ClassifyArguments
 from plainlora.backends import BACKENDS, Backend, attach_adapter, build_lora_config
 from plainlora.checkpoints import holds_adapter
 from plainlora.errors import UserError
 from plainlora.kinds import KINDS, find_head, find_kinds
-from plainlora.lora.targets import find_targets
+from plainlora.lora.config import check_supported
+from plainlora.lora.targets import check_patterns, find_modules_to_save, find_targets
+from plainlora.models import load_config
+
+# What a run that is resumed must share with the one that wrote the checkpoint: what is trained, and which rows are
+# held out. Rows that a test is made of may not have been trained on before.
+FIXED_BY_RUN = (
+    *("method", "model_name_or_path", "last_layers", "labels", *(f"lora_{kind}" for kind in KINDS), "train_head"),
+    *("lora_target_modules", "lora_exclude_modules", "lora_layers_to_transform"),
+    *("seed", "data_seed", "validation_split_size", "test_split_size", "balance_classes", "max_train_rows"),
+)
 
 
 @dataclass(frozen=True)
@@ -57,11 +70,20 @@ def build_classifier_lora(model: ModelConfig, recipe: ClassifyArguments, skeleto
             f"lora_target_modules and lora_{kinds[0]}: name modules or switch kinds on, not both; "
             f"--lora_{kinds[0]} false switches one off"
         )
+    if not kinds and not model.lora_target_modules:
+        raise UserError(
+            "LoRA has no layer to sit on: switch kinds on, as in --lora_query true --lora_value true, or name modules "
+            "with --lora_target_modules"
+        )
     if kinds:
-        config.target_modules = find_kinds(skeleton, kinds)
+        config.target_modules = find_kinds(skeleton, kinds, recipe.lora_layers_to_transform)
+        config.layers_to_transform = None  # the names say it; PEFT would pass a head over, which lies in no layer
     if recipe.train_head:
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *find_head(skeleton)})
-    find_targets(skeleton, config)
+    check_supported(config)
+    targets = find_targets(skeleton, config)
+    check_patterns(config, targets)
+    find_modules_to_save(skeleton, config, targets)
     return config
 
 
@@ -124,11 +146,56 @@ def train_adapter(
     """
     backend = BACKENDS[recipe.lora_backend]
     adapted = attach_adapter(model, config, backend, recipe.adapter_dtype, new_weights)
-    return Trainee(adapted, backend, partial(backend.disabled, adapted))
+    biases = {}
+    if config.bias != "none":
+        trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+        biases = {value: value.detach().cpu().clone() for name, value in trained.items() if name.endswith("bias")}
+    return Trainee(adapted, backend, partial(_before_training, backend, adapted, biases))
 
 
-def check_same_method(checkpoint: str | Path, method: str) -> None:
-    """Raises `UserError` if a checkpoint to resume from was written by another method."""
+@contextmanager
+def _before_training(backend: Backend, model: nn.Module, biases: dict[nn.Parameter, torch.Tensor]) -> Iterator[None]:
+    """Without adapters, and with trained biases as they were: PEFT, which warns of it, leaves these as they are."""
+    with _initial_values(biases), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
+        with backend.disabled(model):
+            yield
+
+
+def check_same_run(checkpoint: str | Path, settings: dict[str, Any], labels: Sequence[str]) -> None:
+    """A run goes on with the weights, the classes and the rows it began with, as far as its `run.json` tells.
+
+    Args:
+        checkpoint: To resume from.
+        settings: All of the run's now, by name.
+        labels: Names of the classes now, in order.
+
+    Raises:
+        UserError: Naming the first that differs; also a checkpoint of another method.
+    """
+    method, run = settings["method"], read_run(checkpoint)
     if holds_adapter(checkpoint) != (method == "lora"):
         held = "an adapter" if holds_adapter(checkpoint) else "a whole model"
         raise UserError(f"resume_from_checkpoint: {checkpoint} holds {held}, which method {method} cannot go on from")
+    classes = run.get("labels") or _labels_of(checkpoint) or list(labels)
+    then = dict(run.get("arguments") or {}) | {"labels": classes}
+    now = settings | {"labels": list(labels)}
+    for name in FIXED_BY_RUN:
+        if name in then and _comparable(then[name]) != _comparable(now[name]):
+            raise UserError(
+                f"resume_from_checkpoint: {checkpoint} was trained with {name} {then[name]}, now it is {now[name]}; "
+                "give the same settings, or start anew in another --output_dir"
+            )
+
+
+def _comparable(value: Any) -> Any:
+    """A path is the same however it is written."""
+    found = isinstance(value, str) and Path(value).expanduser().exists()
+    return Path(value).expanduser().resolve() if found else value
+
+
+def _labels_of(checkpoint: str | Path) -> list[str] | None:
+    """A whole model's classes, from its config; an adapter's stand in `run.json` alone."""
+    if holds_adapter(checkpoint):
+        return None
+    return list((load_config(str(checkpoint)).id2label or {}).values())

@@ -10,6 +10,8 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from torch.nn import functional
 from transformers import EvalPrediction, Trainer
 
+from plainlora.errors import UserError
+
 
 def judge_rows(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
     """`(batch, classes)` -> `(batch, 2)`, each row's class and cross-entropy (nats).
@@ -55,9 +57,18 @@ class Scores:
 
 
 def measure(trainer: Trainer, rows: Dataset, classes: int) -> Scores:
-    """Classifies every row, over all processes."""
+    """Classifies every row, over all processes.
+
+    Raises:
+        UserError: The loss is not finite, so that the classes mean nothing.
+    """
     output = trainer.predict(rows)
     judged = np.asarray(output.predictions)
+    if not np.isfinite(judged[:, 1]).all():
+        raise UserError(
+            f"the loss of {len(rows)} rows is not finite, so they were not classified; lower learning_rate (now "
+            f"{trainer.args.learning_rate:g}) or train in float32"
+        )
     metrics = output.metrics or {}
     table = confusion_matrix(output.label_ids, judged[:, 0].astype(int), labels=range(classes))
     return Scores(float(judged[:, 1].mean()), metrics["test_accuracy"], metrics["test_f1"], table.tolist())

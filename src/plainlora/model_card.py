@@ -9,6 +9,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from plainlora.arguments import ClassifyArguments, ClassifyConfig, SFTArguments
 from plainlora.data.datasets import hub_name, is_local
+from plainlora.models import is_classifier
 
 
 def _show(value: Any) -> str:
@@ -147,6 +148,19 @@ model = load_adapter(base, "PATH OF THIS ADAPTER")
     )
 
 
+def _head_sentence(head: str, in_base: bool) -> str:
+    """Where the head of an adapter's classifier comes from at a reload."""
+    if head == "trained whole":
+        return "The trained head is saved with the adapter, and PEFT loads both:"
+    where = "is the base's own" if in_base else "is saved with the adapter, because the base has none"
+    if head == "LoRA":
+        return (
+            f"The head {where}, and carries LoRA too. PEFT loads it so, but not by "
+            "`AutoPeftModelForSequenceClassification`, which would train the head whole:"
+        )
+    return f"The head {where}, and PEFT loads it too:"
+
+
 def write_classifier_card(
     output_dir: str | Path,
     recipe: ClassifyArguments,
@@ -154,7 +168,7 @@ def write_classifier_card(
     training: ClassifyConfig,
     model: ModelConfig,
     config: PretrainedConfig,
-    targets: Any,
+    targets: str,
     results: dict[str, Any],
 ) -> None:
     """The card of a classifier: an adapter with its head, or a whole model.
@@ -166,19 +180,19 @@ def write_classifier_card(
         training: How it was trained.
         model: Which base.
         config: The classifier's, with its classes.
-        targets: The modules that carry LoRA; `None` without.
+        targets: The modules that carry LoRA, as text; empty without.
         results: Flat results; the confusion matrices are left to the picture.
     """
     base, dataset = str(model.model_name_or_path), str(script.dataset_name)
     adapter = recipe.method == "lora"
+    head = "trained whole" if recipe.train_head else "LoRA" if recipe.lora_head else "frozen as it started"
     settings: dict[str, Any] = {"method": recipe.method.replace("_", " ")}
     if adapter:
-        head = "trained whole" if recipe.train_head else "LoRA" if recipe.lora_head else "frozen as it started"
-        settings |= _adapter_settings(recipe.lora_backend, ", ".join(targets), model) | {"head": head}
+        settings |= _adapter_settings(recipe.lora_backend, targets, model) | {"head": head}
     settings |= {"base weights": _base_weights(model)} | _training_settings(training)
     names = ", ".join(f"`{label}`" for label in (config.id2label or {}).values())
     if adapter:
-        load = f"""The head that the base lacks is saved with the adapter, under its own name, and PEFT loads it too:
+        load = f"""{_head_sentence(head, is_classifier(config))}
 
 ```python
 from peft import PeftModel
@@ -209,8 +223,8 @@ classify = pipeline("text-classification", "PATH OR HUB ID OF THIS MODEL")
             base,
             dataset,
         ),
-        f"{'A LoRA adapter that makes' if adapter else 'This is'} `{base}` a classifier of {names}, trained on "
-        f"`{dataset}` with PlainLoRA.",
+        f"{'A LoRA adapter that makes' if adapter else 'This model is'} `{base}`{'' if adapter else ' made'} a "
+        f"classifier of {names}, trained on `{dataset}` with PlainLoRA.",
         {name: value for name, value in results.items() if not isinstance(value, (list, dict))},
         settings,
         load,

@@ -95,12 +95,16 @@ def load_tokenizer(
     """The tokenizer, with a pad token that differs from EOS wherever the vocabulary has one to spare.
 
     Raises:
-        UserError: It cannot be had, or a named token is not in its vocabulary.
+        UserError: It cannot be had or has no vocabulary, or a named token is not in it.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise _explain(name, "tokenizer", error) from error
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # what a folder without one is loaded as
+        raise UserError(
+            f"{name} holds no tokenizer, or one without a vocabulary; copy the base's tokenizer files there"
+        )
     for role, token in (("eos_token", eos_token), ("pad_token", pad_token)):
         if token is not None:
             if token not in tokenizer.get_vocab():
@@ -220,6 +224,15 @@ def classifier_config(
     config.pad_token_id = pad_token_id
     config.use_cache = False  # nothing is generated
     return config
+
+
+def check_ending(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Raises `UserError` if an encoder-decoder, whose head reads the EOS at a text's end, would find none there."""
+    if config.is_encoder_decoder and tokenizer("text").input_ids[-1:] != [config.eos_token_id]:
+        raise UserError(
+            f"the head of {config.model_type} models reads the token {config.eos_token_id} at the end of a text, and "
+            f"{tokenizer.name_or_path}'s tokenizer adds none; give a base with its own tokenizer"
+        )
 
 
 def is_classifier(config: PretrainedConfig) -> bool:

@@ -59,8 +59,9 @@ def plot_confusion(labels: Sequence[str], tables: dict[str, list[list[int]]], pa
         shares = [[count / max(sum(row), 1) for count in row] for row in table]
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         right = sum(table[number][number] for number in range(len(labels)))
-        axes.set_title(f"{title}: {right:,} of {sum(map(sum, table)):,} right", fontsize=10)
-        axes.set_xticks(range(len(labels)), labels, rotation=45 if len(labels) > 4 else 0)
+        axes.set_title(f"{title}\n{right:,} of {sum(map(sum, table)):,} right", fontsize=10)
+        tilt, align = (45, "right") if sum(map(len, labels)) > 24 else (0, "center")
+        axes.set_xticks(range(len(labels)), labels, rotation=tilt, ha=align, rotation_mode="anchor")
         axes.set_yticks(range(len(labels)), labels)
         axes.set(xlabel="said", ylabel="true")
         if len(labels) <= 12:

@@ -51,7 +51,7 @@ def load_trained_classifier(folder: str | Path, backend: Backend) -> Classifier:
         UserError: It is neither, or not a classifier's, or its base cannot be had.
         LoRAError: The adapter does not fit its base.
     """
-    max_length = read_run(folder).get("arguments", {}).get("max_length")
+    max_length = (read_run(folder).get("arguments") or {}).get("max_length")
     if holds_adapter(folder):
         labels = class_labels(folder)
         if labels is None:

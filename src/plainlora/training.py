@@ -70,6 +70,16 @@ class _Seams(Trainer):
         else:
             self.backend.reload(self.adapted if model is None else model, resume_from_checkpoint)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Says in one line that a checkpoint's optimizer is one of other weights."""
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise UserError(
+                f"resume_from_checkpoint: the optimizer in {checkpoint} is not one for this run's weights ({error}); "
+                "give the settings that the checkpoint was written with"
+            ) from error
+
     def _load_best_model(self) -> None:
         """For `load_best_model_at_end`, likewise."""
         if self.backend is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:

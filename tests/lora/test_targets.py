@@ -86,13 +86,23 @@ def test_u14_a_pattern_that_matches_nothing_is_an_error() -> None:
     [
         {"target_modules": QV, "exclude_modules": QV},
         {"target_modules": QV, "exclude_modules": ".*"},
-        {"target_modules": QV, "layers_to_transform": [7]},
-        {"target_modules": QV, "layers_to_transform": [0], "layers_pattern": "blocks"},
         {"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]},
     ],
 )
 def test_nothing_left_to_adapt_is_an_error(options: dict[str, object]) -> None:
     refused("llama", "no module is left to adapt", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"layers_to_transform": [0, 7]}, r"no target module in layer 7; they lie in the layers 0 to 1"),
+        ({"layers_to_transform": [0], "layers_pattern": "blocks"}, r"in layer 0; they lie in no layer"),
+        ({"exclude_modules": ["q_prj"]}, r"exclude_modules: 'q_prj' matches no module; did you mean q_proj"),
+    ],
+)
+def test_a_number_or_name_that_changes_nothing_is_an_error(options: dict[str, object], said: str) -> None:
+    refused("llama", said, target_modules=QV, **options)
 
 
 @pytest.mark.parametrize(

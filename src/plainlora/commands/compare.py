@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Compares, shows, writes; exit code 1 if a level that ran does not hold."""
     import plainlora.quiet  # noqa: F401
     from plainlora.checks import check_writable
+    from plainlora.errors import UserError
     from plainlora.parity.compare import compare
     from plainlora.parity.report import terminal_header, terminal_rows, write
     from plainlora.parity.tiny import quiet_models
@@ -80,9 +81,11 @@ def run(arguments: argparse.Namespace) -> None:
             results.append(compare(case, _show_progress))
             _show_progress("")
             print("\n".join(terminal_rows(results[-1].verdicts)), flush=True)
+    verdicts = [verdict for result in results for verdict in result.verdicts]
+    if all(verdict.status == "not run" for verdict in verdicts):
+        raise UserError(f"nothing could be compared: {verdicts[0].reason}")
     write(results, Path(arguments.output))
 
-    verdicts = [verdict for result in results for verdict in result.verdicts]
     counts = {status: sum(v.status == status for v in verdicts) for status in ("pass", "fail", "not run")}
     identical = sum(verdict.identical for verdict in verdicts)
     print(

@@ -33,8 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _refuse_whole_model(folder: Path) -> None:
     """A merged model's folder is easily taken for the adapter's beside it."""
-    whole = any((folder / name).is_file() for name in ("merge.json", "config.json"))
+    config = folder / "config.json"
+    whole = config.is_file() or (folder / "merge.json").is_file()
     if whole and not (folder / "adapter_config.json").is_file():
+        if config.is_file() and "ForSequenceClassification" in config.read_text(encoding="utf-8", errors="replace"):
+            raise UserError(f"{folder} is a classifier; use plainlora predict --model {folder}")
         raise UserError(
             f"{folder} is a whole model, not an adapter; give --adapter the folder that training wrote, or load the "
             "model with AutoModelForCausalLM.from_pretrained"

@@ -46,5 +46,5 @@ def run(arguments: argparse.Namespace) -> None:
         f"merged in {str(result.dtype).removeprefix('torch.')} and reloaded: logits differ from the adapter model's "
         f"by at most {result.max_abs_diff:.1e}, {result.relative_diff:.1e} of the largest "
         f"(allowed: {result.tolerance:.0e})\n"
-        f"{arguments.output} loads with AutoModelForCausalLM.from_pretrained; the figures are in its merge.json"
+        f"{arguments.output} loads with {result.auto_class}.from_pretrained; the figures are in its merge.json"
     )

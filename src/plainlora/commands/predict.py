@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from plainlora.errors import UserError
 
@@ -24,7 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
     from plainlora.checkpoints import holds_adapter
     from plainlora.prediction import classify, load_trained_classifier
 
-    if arguments.with_peft and not holds_adapter(arguments.model):
+    if arguments.with_peft and Path(arguments.model).is_dir() and not holds_adapter(arguments.model):
         raise UserError(f"with_peft: {arguments.model} holds no adapter, so PEFT has no part in it")
     for name in ("reference", "peft") if arguments.with_peft else ("reference",):
         classifier = load_trained_classifier(arguments.model, BACKENDS[name])

@@ -125,6 +125,12 @@ def _find_tables(
             if table is None:
                 raise UserError(f"{NAME_FLAGS[part]}: {own} has neither a split {split!r} nor 'train'")
         if table is not None:
+            for other, read in tables.items():
+                if table.where == read.where:
+                    raise UserError(
+                        f"{table.where} holds the {other} rows and the {part} rows; give other rows for one of them, "
+                        f"or hold some out with {part}_split_size"
+                    )
             tables[part] = table
     return tables
 

@@ -101,6 +101,8 @@ def read_config(directory: str | os.PathLike[str]) -> LoraConfig:
     """
     path = Path(directory) / CONFIG_NAME
     if not path.is_file():
+        if (path.parent / "config.json").is_file():
+            raise LoRAError(f"{directory} is a whole model, not an adapter: it has no {CONFIG_NAME}")
         where = "has no" if path.parent.is_dir() else "does not exist, so it has no"
         raise LoRAError(f"{directory} {where} {CONFIG_NAME}; give the folder that training wrote")
     try:
@@ -147,6 +149,15 @@ def saved_head_weights(model: nn.Module, directory: str | os.PathLike[str]) -> l
     """
     saved = {name.removeprefix(PREFIX).replace(".base_layer.", ".") for name in _read_tensors(directory)}
     return [name for name in head_parameters(model) if name in saved]
+
+
+def saved_shapes(directory: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """The shape of every saved tensor, by its name in the file.
+
+    Raises:
+        LoRAError: `adapter_model.safetensors` is missing or unreadable.
+    """
+    return {name: tuple(tensor.shape) for name, tensor in _read_tensors(directory).items()}
 
 
 def _drop_repeats(model: nn.Module, read: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

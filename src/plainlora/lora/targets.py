@@ -48,18 +48,38 @@ def _is_excluded(name: str, config: LoraConfig) -> bool:
     return any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in config.modules_to_save or ())
 
 
-def _is_in_layers(name: str, config: LoraConfig) -> bool:
-    """Whether `layers_to_transform` lets the module through: the first number in its name is its layer."""
-    layers = config.layers_to_transform
-    if layers is None or layers == []:
-        return True
+def _layer_of(name: str, config: LoraConfig) -> int | None:
+    """PEFT's rule for the layer that a module lies in: the first number in its name. A head lies in none."""
     patterns = config.layers_pattern or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
     for pattern in patterns or [r"[^.]*"]:
         prefix = r".*?\." if not patterns else r"(?:^|.*?\.)"
         if match := re.match(rf"{prefix}{pattern}\.(?P<layer>\d+)\.", name):
-            return int(match["layer"]) in ([layers] if isinstance(layers, int) else layers)
-    return False
+            return int(match["layer"])
+    return None
+
+
+def _in_layers(names: list[str], wanted: Collection[str], config: LoraConfig, strict: bool) -> list[str]:
+    """The names that `layers_to_transform` lets through; as in PEFT, also each that is written out in full."""
+    layers = config.layers_to_transform
+    if layers is None or layers == []:
+        return names
+    layers = [layers] if isinstance(layers, int) else layers
+    numbers = {name: _layer_of(name, config) for name in names}
+    unknown = [layer for layer in layers if layer not in numbers.values()]
+    if strict and unknown:
+        there = sorted({number for number in numbers.values() if number is not None})
+        has = f"they lie in the layers {there[0]} to {there[-1]}" if there else "they lie in no layer"
+        raise LoRAError(f"layers_to_transform: there is no target module in layer {unknown[0]}; {has}")
+    return [name for name in names if name in wanted or numbers[name] in layers]
+
+
+def _check_all_excluded(names: Iterable[str], linear: Iterable[str], config: LoraConfig) -> None:
+    """PEFT lets a name that excludes nothing pass, and then adapts what was to be left out."""
+    excluded = config.exclude_modules
+    for entry in () if isinstance(excluded, str) else excluded or ():
+        if not any(_names(entry, name) for name in names):
+            raise LoRAError(f"exclude_modules: {entry!r} matches no module; {_near_misses(entry, linear)}")
 
 
 def _all_linear(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -132,8 +152,10 @@ def find_targets(model: nn.Module, config: LoraConfig, strict: bool = True) -> l
                 f"target_modules: none of {', '.join(sorted(wanted))} names a module of this {type(model).__name__}; "
                 "the adapter is for another architecture"
             )
-        matched = [name for name in matched if name in wanted or _is_in_layers(name, config)]
+        matched = _in_layers(matched, wanted, config, strict)
 
+    if strict:
+        _check_all_excluded(modules, linear, config)
     targets = [name for name in matched if not _is_excluded(name, config)]
     if not targets:
         raise LoRAError(

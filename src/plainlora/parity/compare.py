@@ -31,7 +31,7 @@ def tolerance_for(device: str, dtype: str, quantised: bool) -> tuple[float, str]
     is_half = dtype in ("float16", "bfloat16")
     if device == "cpu" and not (quantised and is_half):
         return TOLERANCES["cpu"]
-    return TOLERANCES["half" if is_half else dtype]
+    return TOLERANCES["half" if is_half else dtype or "float32"]  # none is known where nothing could be loaded
 
 
 @dataclass

@@ -23,7 +23,7 @@ from plainlora.data.datasets import load_train_and_test
 from plainlora.data.encoding import Encoder, find_schema
 from plainlora.data.prompts import install_template, render_prompt
 from plainlora.errors import UserError
-from plainlora.lora.interchange import read_config
+from plainlora.lora.interchange import read_config, saved_shapes
 from plainlora.methods import build_classifier_lora
 from plainlora.models import (
     build_skeleton,
@@ -173,8 +173,10 @@ def adapter_case(adapter: str, prompt: str | None) -> Case:
 
     Raises:
         UserError: Its base cannot be had.
-        LoRAError: The folder holds no LoRA adapter.
+        LoRAError: The folder holds no LoRA adapter, or an unreadable one.
     """
+    config = read_config(adapter)
+    saved_shapes(adapter)  # unreadable tensors are refused here: a level would say that it did not run
     quantization = training_quantization(adapter)
     tokenizer = load_tokenizer_of(adapter)
     classifies = class_labels(adapter) is not None
@@ -189,7 +191,7 @@ def adapter_case(adapter: str, prompt: str | None) -> Case:
     return Case(
         name=adapter + stored,
         make_base=make_base,
-        config=read_config(adapter),
+        config=config,
         adapter=adapter,
         inputs=batch,
         prompts=None if classifies else ids,
