@@ -6,7 +6,7 @@
     with disabled(model): ...                   # the base alone
     model = merge(model)                        # the base architecture with the deltas folded in
     model = unwrap(model)                       # the base again
-    model = fuse(model)                         # ours or PEFT's: the same map in less time and memory; unfuse undoes it
+    model = fuse(model)                         # ours or PEFT's: the same map in another form; unfuse undoes it
 
 Names are resolved on first use, so that `plainlora --help` need not wait for torch.
 """

@@ -309,3 +309,29 @@ def test_another_runs_folder_is_kept_unless_overwriting_is_asked_for(
     run_sft("gpt2", "run", "--seed", "7", "--overwrite")
     assert adapter_bytes(output) != before
     assert (output / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_fused_form_trains_what_the_reference_form_trains(run_sft: RunSFT, kind: str) -> None:
+    flags = ["--learning_rate", "1e-3", "--logging_steps", "2", "--lora_backend"]
+    reference = run_sft(kind, "reference", *flags, "reference")
+    fused = run_sft(kind, "fused", *flags, "fused")
+    assert losses(fused) == pytest.approx(losses(reference), rel=1e-6)
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (fused, reference))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():  # Adam makes a full step of any gradient, be it rounding alone
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4)
+    figures = [json.loads((folder / "all_results.json").read_text()) for folder in (fused, reference)]
+    assert figures[0]["eval_loss_adapter"] == pytest.approx(figures[1]["eval_loss_adapter"], rel=1e-5)
+    logs = [json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (fused, reference)]
+    for entry in logs[0]:
+        if "loss" in entry:
+            assert 0 <= entry["mean_token_accuracy"] <= 1
+            assert entry["entropy"] > 0
+
+
+def test_a_resumed_fused_run_ends_bit_for_bit_where_an_uninterrupted_one_does(run_sft: RunSFT) -> None:
+    whole = run_sft("llama", "whole", "--lora_backend", "fused")
+    shutil.copytree(whole / "checkpoint-3", whole.parent / "resumed" / "checkpoint-3")
+    resumed = run_sft("llama", "resumed", "--lora_backend", "fused", "--resume_from_checkpoint", "true")
+    assert adapter_bytes(resumed) == adapter_bytes(whole)
