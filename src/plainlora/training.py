@@ -48,7 +48,39 @@ def adapter_precision_kept(model: nn.Module) -> Iterator[None]:
             parameter.data = data.to(parameter.device)
 
 
-class _Seams(Trainer):
+class LengthGroupedByEpoch(Sampler[int]):
+    """Draws each epoch of a `LengthGroupedSampler` from the seed and the epoch's number alone.
+
+    Transformers' draws from PyTorch's global stream. Processes whose streams have come apart, by dropout, train on
+    different orders: of 64 rows on two processes, 8 were never seen in the second epoch and 8 were seen twice. A
+    resumed run has another order than an uninterrupted one. Compare transformers#48025, which mends evaluation.
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer_pt_utils.py
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int, epoch: Callable[[], int]) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        return iter(self.sampler)
+
+
+class RowsInOrder(Trainer):
+    """Trainer whose batches of similar lengths are drawn by seed and epoch, see `LengthGroupedByEpoch`."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        """As Trainer's, but for length grouping."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return LengthGroupedByEpoch(sampler, seed, lambda: int(self.state.epoch or 0))
+        return sampler
+
+
+class _Seams(RowsInOrder):
     """What both trainers below share.
 
     Args:
@@ -171,32 +203,6 @@ class ClassifierTrainer(_Seams):
         # A classifier's head takes num_items_in_batch and ignores it. Trainer would believe the loss scaled already,
         # and take it times the processes and the accumulated batches (transformers#47688).
         self.model_accepts_loss_kwargs = False
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        """As Trainer's, but batches of similar lengths are drawn by seed and epoch: see `LengthGroupedByEpoch`."""
-        sampler = super()._get_train_sampler(train_dataset)
-        if isinstance(sampler, LengthGroupedSampler):
-            return LengthGroupedByEpoch(sampler, self.args.seed, lambda: int(self.state.epoch or 0))
-        return sampler
-
-
-class LengthGroupedByEpoch(Sampler[int]):
-    """Draws each epoch of a `LengthGroupedSampler` from the seed and the epoch's number alone.
-
-    Transformers' draws from PyTorch's global stream. Processes whose streams have come apart, by dropout, would train
-    on different orders, some rows twice and some never, and a resumed run on another order than an uninterrupted one.
-    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer_pt_utils.py
-    """
-
-    def __init__(self, sampler: LengthGroupedSampler, seed: int, epoch: Callable[[], int]) -> None:
-        self.sampler, self.seed, self.epoch = sampler, seed, epoch
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[int]:
-        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch())
-        return iter(self.sampler)
 
 
 def resume_path(args: TrainingArguments) -> str | None:

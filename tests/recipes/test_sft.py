@@ -53,6 +53,17 @@ def test_u09_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(run_
         assert losses(resumed) == losses(whole)
 
 
+def test_u09_the_second_epoch_of_rows_grouped_by_length_is_the_same_when_resumed(run_sft: RunSFT) -> None:
+    # 32 rows in batches of 2: step 20 lies in the second epoch.
+    flags = ["--train_sampling_strategy", "group_by_length", "--packing", "false"]
+    flags += ["--max_steps", "24", "--save_steps", "20", "--eval_strategy", "no"]
+    whole = run_sft("gpt2", "whole", *flags)
+    shutil.copytree(whole / "checkpoint-20", whole.parent / "resumed" / "checkpoint-20")
+    resumed = run_sft("gpt2", "resumed", *flags, "--resume_from_checkpoint", "true")
+    assert losses(resumed) == losses(whole)
+    assert adapter_bytes(resumed) == adapter_bytes(whole)
+
+
 def test_u10_resuming_passes_over_a_broken_newest_checkpoint(run_sft: RunSFT) -> None:
     whole = run_sft("gpt2", "whole")
     resumed = whole.parent / "resumed"

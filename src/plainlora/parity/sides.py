@@ -18,7 +18,7 @@ from plainlora import backends
 from plainlora.data.encoding import encode_rows
 from plainlora.lora import inject, interchange, load, merge
 from plainlora.parity.case import Case
-from plainlora.training import AdapterTrainer, adapter_precision_kept, hand_over
+from plainlora.training import AdapterTrainer, RowsInOrder, adapter_precision_kept, hand_over
 
 
 class Side(ABC):
@@ -174,9 +174,13 @@ class Peft(Side):
         settings.chat_template_path = settings.pad_token = settings.model_init_kwargs = None
         rows = case.rows if _is_tokenised(case.rows) else _as_trl_expects(case.rows, case.tokenizer, settings)
         with adapter_precision_kept(model):
-            return SFTTrainer(
+            return _SFTTrainer(
                 cast(PeftModel, model), args=settings, train_dataset=rows, processing_class=case.tokenizer
             )
+
+
+class _SFTTrainer(RowsInOrder, SFTTrainer):
+    """SFTTrainer itself; only the order of rows grouped by length, which is no part of LoRA, is made the same."""
 
 
 def _as_trl_expects(rows: Dataset, tokenizer: PreTrainedTokenizerBase, settings: SFTConfig) -> Dataset:
