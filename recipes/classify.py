@@ -122,7 +122,7 @@ def main() -> None:
         results |= {f"{split}_rows": len(rows) for split, rows in splits.items()}
         results |= {"method": recipe.method, "labels": texts.labels, "peak_memory_bytes": memory}
         results |= {"trainable_params": trainable, "total_params": total}
-        shown = "test" if "test" in splits else "validation" if "validation" in splits else "train"
+        shown = "test" if "test" in splits else "validation" if "validation" in splits else "training"
         tables = {f"{shown} rows before": before[shown].confusion, "after": after[shown].confusion}
         plot_confusion(texts.labels, tables, output / "confusion.png")
         base_loss = before["validation"].loss if "validation" in before else None

@@ -104,7 +104,7 @@ class PreparedTexts:
     def splits(self, measured_train_rows: int) -> dict[str, Dataset]:
         """What accuracy is measured on; the training rows are as shuffled, so their first are a fair sample."""
         train = self.train.select(range(min(measured_train_rows, len(self.train))))
-        found = {"train": train, "validation": self.validation, "test": self.test}
+        found = {"training": train, "validation": self.validation, "test": self.test}
         return {name: rows for name, rows in found.items() if rows is not None}
 
 

@@ -90,12 +90,12 @@ def summary(results: dict[str, Any], output_dir: str, samples: Sequence[tuple[st
 def classifier_summary(results: dict[str, Any], output_dir: str) -> str:
     """The end of a run of `classify.py`: accuracy of every split before and after, cost, what next."""
     lines = ["", _trained_share(results)]
-    for split in ("train", "validation", "test"):
+    for split in ("training", "validation", "test"):
         if f"{split}_accuracy" in results:
             before, after = results[f"{split}_accuracy_base"], results[f"{split}_accuracy"]
             lines.append(f"{split + ' accuracy':<22}{before:.1%} -> {after:.1%}  of {results[f'{split}_rows']:,} rows")
     lines.append(
-        f"training              {results['train_runtime']:.0f} s, at most {results['peak_memory_bytes'] / 1e9:.1f} GB"
+        f"training took         {results['train_runtime']:.0f} s, at most {results['peak_memory_bytes'] / 1e9:.1f} GB"
     )
     lines += _merged(results)
     whole = results["method"] != "lora"

@@ -62,7 +62,7 @@ def test_every_method_learns_and_reports_what_it_did(run_classify: RunClassify, 
     if method != "last_layers":  # whose backbone is random here
         assert found["test_accuracy"] > 0.9 > found["test_accuracy_base"]
     assert found["method"] == method
-    for split, rows in (("train", 80), ("validation", 20), ("test", 20)):
+    for split, rows in (("training", 80), ("validation", 20), ("test", 20)):
         assert found[f"{split}_rows"] == rows == sum(map(sum, found[f"{split}_confusion"]))
         for suffix in ("", "_base"):  # accuracy and F1 follow from the table alone
             (ham, ham_as_spam), (spam_as_ham, spam) = found[f"{split}_confusion{suffix}"]
@@ -71,6 +71,7 @@ def test_every_method_learns_and_reports_what_it_did(run_classify: RunClassify, 
             assert found[f"{split}_accuracy{suffix}"] == pytest.approx(accuracy_score(truth, said))
             assert found[f"{split}_f1{suffix}"] == pytest.approx(f1_score(truth, said, zero_division=0.0))
     assert found["train_runtime"] > 0
+    assert found["train_loss"] == pytest.approx(sum(losses(output)) / len(losses(output)), rel=1e-3)  # Trainer's own
     assert 1e8 < found["peak_memory_bytes"] < 1e11
     for name in ("confusion.png", "loss.png"):
         assert (output / name).read_bytes()[1:4] == b"PNG"
@@ -114,7 +115,7 @@ def test_u20_a_reloaded_adapter_predicts_the_same_here_and_in_peft(
     said = ["spam" if spam > ham else "ham" for ham, spam in ours]
     right = sum(row["label"] == answer for row, answer in zip(TEXTS, said, strict=True))
     measured = sum(
-        expected[f"{split}_accuracy"] * expected[f"{split}_rows"] for split in ("train", "validation", "test")
+        expected[f"{split}_accuracy"] * expected[f"{split}_rows"] for split in ("training", "validation", "test")
     )
     assert right == round(measured)
 
