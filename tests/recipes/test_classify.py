@@ -86,7 +86,7 @@ def test_every_method_learns_and_reports_what_it_did(run_classify: RunClassify, 
 @pytest.mark.parametrize(
     "flags", [[], ["--lora_head", "true"], ["--train_head", "true"]], ids=["frozen", "lora", "whole"]
 )
-@pytest.mark.parametrize("backend", ["reference", "peft"])
+@pytest.mark.parametrize("backend", ["fused", "reference", "peft"])
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_u20_a_reloaded_adapter_predicts_the_same_here_and_in_peft(
     run_classify: RunClassify, kind: str, backend: str, flags: list[str]
