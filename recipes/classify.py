@@ -127,16 +127,14 @@ def main() -> None:
         plot_confusion(texts.labels, tables, output / "confusion.png")
         base_loss = before["validation"].loss if "validation" in before else None
         plot_loss(trainer.state.log_history, base_loss, output / "loss.png", unit="text", rows="validation")
-        card = partial(write_classifier_card, output, recipe, script, training, model_args, config)
-        named = None if lora is None else lora.target_modules  # or a pattern
-        targets = named if isinstance(named, str) else ", ".join(sorted(named or ()))
+        card = partial(write_classifier_card, output, recipe, script, training, model_args, config, lora)
         # Written before the merge, which may be refused, and again with its figure.
         write_json(output / "all_results.json", results)
-        card(targets, results)
+        card(results)
         if recipe.merge:
             results["merge_max_abs_diff"] = merge_adapter(output, output / "merged", overwrite=True).max_abs_diff
             write_json(output / "all_results.json", results)
-            card(targets, results)
+            card(results)
         print(classifier_summary(results, training.output_dir))
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)

@@ -30,6 +30,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from tests.refusals import Run, snapshot, the_one_line
+
 ROOT = Path(__file__).parent.parent
 VOCABULARY = 320
 SPECIAL = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0}
@@ -208,3 +210,21 @@ def run_program(*command: str | Path, **environment: str) -> subprocess.Complete
         timeout=600,
         check=False,
     )
+
+
+@pytest.fixture
+def plainlora(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command in this process and returns its one line."""
+
+    from plainlora.commands import main
+
+    def run(*arguments: str | Path) -> str:
+        before = snapshot(tmp_path)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as raised:
+            main([str(argument) for argument in arguments])
+        assert snapshot(tmp_path) == before
+        assert not (tmp_path / "out").exists()
+        return the_one_line(raised.value.code, *capfd.readouterr())
+
+    return run

@@ -39,11 +39,10 @@ def observe(model: nn.Module, train: bool = False) -> dict[str, torch.Tensor]:
     return found | {"logits": output.logits.detach()}
 
 
-def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], tolerance: float = 1e-6) -> None:
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], tolerance: float = 5e-6) -> None:
     assert left.keys() == right.keys()
     for name, expected in left.items():
-        scale = float(expected.abs().max())
-        assert float((right[name] - expected).abs().max()) <= tolerance * max(scale, 1e-30) * 10, name
+        assert float((right[name] - expected).abs().max()) <= tolerance * float(expected.abs().max()), name
 
 
 def is_fused(model: nn.Module) -> list[bool]:
@@ -137,7 +136,7 @@ def test_under_checkpointing_and_autocast() -> None:
                 fuse(model)
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 found.append(observe(model, train=True))
-        assert_same(found[0], found[1], 1e-6 if checkpointing else 5e-3)
+        assert_same(found[0], found[1], 3e-2 if autocast else 5e-6)
 
 
 def test_a_copy_is_fused_on_its_own_and_files_are_the_same(tmp_path: Any) -> None:

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,8 @@ from plainlora.commands import main
 from plainlora.models import classifier_config, load_classifier
 from plainlora.prediction import classify, load_trained_classifier
 from tests.conftest import make_model
-from tests.recipes.test_bad_input import snapshot, the_one_line
+from tests.refusals import Run
 
-Run = Callable[..., str]
 TEXT = ["--text", "win a big prize"]
 HEADS = {
     "frozen": {"target_modules": ["q_lin"]},
@@ -60,22 +58,6 @@ def whole(tmp_path: Path, backbone_dirs: dict[str, Path], word_tokenizer: PreTra
     model.save_pretrained(tmp_path / "whole")
     word_tokenizer.save_pretrained(tmp_path / "whole")
     return tmp_path / "whole"
-
-
-@pytest.fixture
-def plainlora(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command in this process and returns its one line."""
-
-    def run(*arguments: str | Path) -> str:
-        before = snapshot(tmp_path)
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as raised:
-            main([str(argument) for argument in arguments])
-        assert snapshot(tmp_path) == before
-        assert not (tmp_path / "out").exists()
-        return the_one_line(raised.value.code, *capfd.readouterr())
-
-    return run
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
 from transformers import PretrainedConfig, SchedulerType, TrainingArguments
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
@@ -168,7 +169,7 @@ def write_classifier_card(
     training: ClassifyConfig,
     model: ModelConfig,
     config: PretrainedConfig,
-    targets: str,
+    lora: LoraConfig | None,
     results: dict[str, Any],
 ) -> None:
     """The card of a classifier: an adapter with its head, or a whole model.
@@ -180,18 +181,19 @@ def write_classifier_card(
         training: How it was trained.
         model: Which base.
         config: The classifier's, with its classes.
-        targets: The modules that carry LoRA, as text; empty without.
+        lora: The adapter's; `None` for a whole model.
         results: Flat results; the confusion matrices are left to the picture.
     """
     base, dataset = str(model.model_name_or_path), str(script.dataset_name)
-    adapter = recipe.method == "lora"
     head = "trained whole" if recipe.train_head else "LoRA" if recipe.lora_head else "frozen as it started"
     settings: dict[str, Any] = {"method": recipe.method.replace("_", " ")}
-    if adapter:
+    if lora is not None:
+        named = lora.target_modules
+        targets = named if isinstance(named, str) else ", ".join(sorted(named or ()))
         settings |= _adapter_settings(recipe.lora_backend, targets, model) | {"head": head}
     settings |= {"base weights": _base_weights(model)} | _training_settings(training)
     names = ", ".join(f"`{label}`" for label in (config.id2label or {}).values())
-    if adapter:
+    if lora is not None:
         load = f"""{_head_sentence(head, is_classifier(config))}
 
 ```python
@@ -217,13 +219,13 @@ classify = pipeline("text-classification", "PATH OR HUB ID OF THIS MODEL")
     _write(
         output_dir,
         _metadata(
-            "peft" if adapter else "transformers",
+            "peft" if lora else "transformers",
             "text-classification",
-            ("lora", "plainlora") if adapter else ("plainlora",),
+            ("lora", "plainlora") if lora else ("plainlora",),
             base,
             dataset,
         ),
-        f"{'A LoRA adapter that makes' if adapter else 'This model is'} `{base}`{'' if adapter else ' made'} a "
+        f"{'A LoRA adapter that makes' if lora else 'This model is'} `{base}`{'' if lora else ' made'} a "
         f"classifier of {names}, trained on `{dataset}` with PlainLoRA.",
         {name: value for name, value in results.items() if not isinstance(value, (list, dict))},
         settings,

@@ -204,7 +204,7 @@ def load_causal_lm(name: str, **options: Any) -> PreTrainedModel:
 
 
 def classifier_config(
-    name: str, labels: Sequence[str], pad_token_id: int | None, revision: str | None = None, **options: Any
+    name: str, labels: Sequence[str], pad_token_id: int | None, revision: str | None = None
 ) -> PretrainedConfig:
     """The base's config with the classes, and with the tokenizer's pad token.
 
@@ -213,7 +213,7 @@ def classifier_config(
     Raises:
         UserError: It cannot be had, or the base is a classifier of other classes already.
     """
-    config = load_config(name, revision, **options)
+    config = load_config(name, revision)
     if is_classifier(config) and config.num_labels != len(labels):
         raise UserError(
             f"{name} is a classifier of {config.num_labels} classes already, the data has {len(labels)} "
@@ -261,6 +261,7 @@ def load_classifier(
     model, missing = load_pretrained(
         AutoModelForSequenceClassification, name, config=config, quantization=quantization, **options
     )
+    # A pooler may be new too: pretraining on masked tokens alone has none.
     backbone = [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
     if backbone:
         more = " and more" if len(backbone) > 1 else ""
@@ -268,7 +269,7 @@ def load_classifier(
     return model, missing
 
 
-def build_skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The classifier that a config describes, without weights (`meta` device): for names and shapes.
 
     Raises:
@@ -276,7 +277,7 @@ def build_skeleton(config: PretrainedConfig, trust_remote_code: bool = False) ->
     """
     try:
         with torch.device("meta"):
-            return AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+            return AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
         raise UserError(f"{config.model_type} models have no sequence classifier in Transformers") from error
 

@@ -5,7 +5,6 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,10 @@ import torch
 from peft import LoraConfig
 
 from plainlora import inject, save_adapter
-from plainlora.commands import VERBS, main
+from plainlora.commands import VERBS
 from tests.conftest import make_model, run_program
-from tests.recipes.test_bad_input import snapshot, the_one_line
+from tests.refusals import Run, the_one_line
 
-Run = Callable[..., str]
 TENSORS = "adapter_model.safetensors"
 
 
@@ -31,22 +29,6 @@ def make_adapter(folder: Path, kind: str, base: str | None) -> Path:
 def adapter(model_dirs: dict[str, Path], tmp_path: Path) -> Path:
     """An adapter folder with nothing wrong, beside nothing else."""
     return make_adapter(tmp_path / "adapter", "llama", str(model_dirs["llama"]))
-
-
-@pytest.fixture
-def plainlora(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command in this process and returns its one line."""
-
-    def run(*arguments: str | Path) -> str:
-        before = snapshot(tmp_path)
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as raised:
-            main([str(argument) for argument in arguments])
-        assert snapshot(tmp_path) == before
-        assert not (tmp_path / "out").exists()
-        return the_one_line(raised.value.code, *capfd.readouterr())
-
-    return run
 
 
 @pytest.fixture

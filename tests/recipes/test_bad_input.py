@@ -5,7 +5,6 @@ import re
 import runpy
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,33 +14,13 @@ from plainlora import errors
 from plainlora.errors import UserError
 from plainlora.models import load_causal_lm
 from tests.conftest import ROOT, ROWS, run_program
+from tests.refusals import Run, snapshot, the_one_line, without_progress
 
-Run = Callable[..., str]
 Capture = pytest.CaptureFixture[str]
 
-PROGRESS = re.compile(r"\d+%\||\d+(it|examples|s)/(s|it|example)\b|\?(it| examples)/s")
 CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 TEMPLATE = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
 ROW = '{"instruction": "a", "output": "b"}\n'
-
-
-def without_progress(stderr: str) -> list[str]:
-    """The lines a person is left with once the progress bars have gone."""
-    return [line for line in re.split(r"[\r\n]+", stderr) if line.strip() and not PROGRESS.search(line)]
-
-
-def the_one_line(code: object, stdout: str, stderr: str) -> str:
-    """The error, after checking that it is all there is."""
-    lines = without_progress(stderr)
-    assert code == 2, stderr
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    assert re.fullmatch(r"((train|test) rows: .*\n)*", stdout), stdout
-    return lines[0]
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture

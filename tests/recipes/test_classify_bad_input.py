@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, BartConfig, BartMod
 from plainlora import models
 from tests.conftest import BACKBONES, TEXTS
 from tests.recipes.conftest import RunClassify
-from tests.recipes.test_bad_input import snapshot, without_progress
+from tests.refusals import snapshot, without_progress
 
 Refused = Callable[..., str]
 

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", help="with --adapter: what both answer")
     parser.add_argument("--steps", type=int, help="optimizer steps of the trajectory (default: 10)")
     parser.add_argument("--output", default="outputs/parity", help="folder for parity.json, parity.md and parity.png")
-    parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="with --config: as for recipes/sft.py")
+    parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="with --config: flags of the recipe's program")
 
 
 def _cases(arguments: argparse.Namespace, steps: int) -> "Iterator[Case]":
