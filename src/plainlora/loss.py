@@ -4,7 +4,7 @@
 
 The head W is frozen, so the way back needs no logits: the gradient of each token's log-probability with respect to its
 own hidden state, `(N, d)`, is computed in the forward pass, chunk by chunk, and the way back is one product by the
-gradient of each log-probability. That is 4 N d V multiplications where recomputing the logits takes 6 N d V, and the
+gradient of each log-probability. That is 4 N d V operations where recomputing the logits takes 6 N d V, and the
 logits of one chunk are all that is ever there. Tokens without a label are left out.
 """
 
@@ -13,15 +13,22 @@ from types import MethodType
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
+from trl import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-CHUNK = 128  # tokens whose logits are there at a time
+CHUNK_BYTES = 64 * 2**20  # of fp32 logits that are there at a time
 
 # Config fields by which some architectures change the logits; TRL's own head knows them.
 SCALINGS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+
+
+def chunk_rows(vocabulary: int, precision: torch.dtype = torch.float32) -> int:
+    """How many tokens' logits `CHUNK_BYTES` hold."""
+    return max(CHUNK_BYTES // (vocabulary * precision.itemsize), 1)
 
 
 class TokenLogProbs(torch.autograd.Function):
@@ -47,26 +54,28 @@ class TokenLogProbs(torch.autograd.Function):
             statistics: `(2, N)` to be filled with entropy (nats) and whether the label is the likeliest token; `None`
                 to leave both out.
         """
+        if torch.is_autocast_enabled(hidden.device.type):  # which would cast the weight anew for every chunk
+            weight = weight.to(torch.get_autocast_dtype(hidden.device.type))
         precision = torch.promote_types(hidden.dtype, torch.float32)
         log_probs = hidden.new_empty(len(labels), dtype=precision)
-        needed = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if needed else None
-        for start in range(0, len(labels), CHUNK):
-            part = slice(start, start + CHUNK)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        rows = chunk_rows(len(weight), precision)
+        for start in range(0, len(labels), rows):
+            part = slice(start, start + rows)
             chosen = labels[part, None]  # (n, 1)
-            logits = (hidden[part] @ weight.T).to(precision)  # (n, V)
+            logits = (hidden[part].to(weight.dtype) @ weight.T).to(precision)  # (n, V)
             if bias is not None:
                 logits += bias
             if statistics is not None:
                 statistics[1, part] = (logits.argmax(-1) == labels[part]).to(statistics.dtype)
-            logits -= logits.logsumexp(-1, keepdim=True)  # log-probabilities from here on
+            torch.log_softmax(logits, -1, out=logits)
             log_probs[part] = logits.gather(1, chosen)[:, 0]
             if statistics is not None:
-                statistics[0, part] = -(logits.exp() * logits).sum(-1)
+                statistics[0, part] = -torch.linalg.vecdot(logits.exp(), logits)
             if gradient is not None:
                 probabilities = logits.exp_()  # (n, V)
                 probabilities.scatter_add_(1, chosen, probabilities.new_full(chosen.shape, -1.0))
-                torch.mm(probabilities.to(weight.dtype), weight, out=gradient[part])
+                gradient[part] = probabilities.to(weight.dtype) @ weight
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return log_probs
@@ -89,6 +98,11 @@ def is_covered(model: PreTrainedModel) -> bool:
     return not any(scaled) and not getattr(config, "output_router_logits", False)
 
 
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The causal language model inside a PeftModel, or the model itself."""
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
 class OnePassHead:
     """Takes the place of the head that SFTTrainer gives a model (`trl.trainer.utils.add_fused_lm_head`).
 
@@ -98,7 +112,7 @@ class OnePassHead:
         model: A causal language model that already has TRL's head.
 
     Attributes:
-        with_statistics: Whether to compute token accuracy and entropy, which cost about as much as the loss.
+        with_statistics: Whether to compute token accuracy and entropy.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -143,3 +157,38 @@ class OnePassHead:
             is_top1=spread(is_top1).bool(),
             label_mask=mask,
         )
+
+
+def use_one_pass_head(trainer: SFTTrainer) -> SFTTrainer:
+    """Gives a trainer's model the one-pass head, and token accuracy and entropy at logging steps only.
+
+    With an existing TRL + PEFT script this is one line after the trainer is made. A head that is trained or adapted,
+    quantised, or whose logits are scaled goes through TRL's own, as before.
+
+    Args:
+        trainer: Of an injected model or a PeftModel, or of any causal language model with a frozen head.
+
+    Returns:
+        The same trainer.
+    """
+    model = base_of(cast(nn.Module, trainer.model))
+    head, theirs = OnePassHead(model), cast(Callable[..., Any], trainer.compute_loss)
+
+    def is_logged() -> bool:
+        step, every = trainer.state.global_step + 1, int(trainer.state.logging_steps)
+        return step % max(every, 1) == 0 or (step == 1 and trainer.args.logging_first_step)
+
+    def compute_loss(wrapped: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """As SFTTrainer's; what was not computed is left out of the means that it logs."""
+        head.with_statistics = not wrapped.training or is_logged() or not is_covered(model)
+        try:
+            loss = theirs(wrapped, *args, **kwargs)
+            if not head.with_statistics:
+                for name in ("entropy", "mean_token_accuracy"):
+                    trainer._metrics["train"][name].pop()
+            return loss
+        finally:
+            head.with_statistics = True
+
+    trainer.compute_loss = compute_loss  # type: ignore[assignment]
+    return trainer

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArguments, get_scheduler
@@ -18,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from plainlora.backends import Backend
 from plainlora.checkpoints import is_whole, newest_checkpoint
 from plainlora.errors import UserError
-from plainlora.loss import OnePassHead
+from plainlora.loss import use_one_pass_head
 
 
 @contextmanager
@@ -155,33 +154,13 @@ class _Seams(RowsInOrder):
         return loss
 
 
-def base_of(model: nn.Module) -> PreTrainedModel:
-    """The causal language model inside a PeftModel, or the model itself."""
-    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
-
-
 class AdapterTrainer(_Seams, SFTTrainer):
     """SFTTrainer for a model that carries an adapter of either back end."""
 
     def __init__(self, model: nn.Module, backend: Backend, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, backend, *args, **kwargs)
-        self.one_pass_head = OnePassHead(base_of(model)) if backend.one_pass_head else None
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As SFTTrainer's; token accuracy and entropy of training rows are computed where they are logged, only."""
-        head = self.one_pass_head
-        if head is None or not model.training:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        step, every = self.state.global_step + 1, int(self.state.logging_steps)
-        head.with_statistics = step % max(every, 1) == 0 or (step == 1 and self.args.logging_first_step)
-        try:
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
-            if not head.with_statistics:
-                for name in ("entropy", "mean_token_accuracy"):
-                    self._metrics["train"][name].pop()
-            return loss
-        finally:
-            head.with_statistics = True
+        if backend.one_pass_head:
+            use_one_pass_head(self)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Trainer does, without TRL's model card: this project writes its own at the end."""
