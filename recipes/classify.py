@@ -35,6 +35,7 @@ from plainlora.metrics import flatten, judge_rows, measure, score
 from plainlora.model_card import write_classifier_card
 from plainlora.models import (
     build_skeleton,
+    check_dropout,
     check_ending,
     check_length,
     classifier_config,
@@ -68,6 +69,7 @@ def main() -> None:
     claim_output_dir(training.output_dir, recipe.overwrite, resume=checkpoint)
     base_config = load_config(name, revision)
     check_length(recipe.max_length, base_config)
+    check_dropout(recipe.base_dropout, base_config)
     tokenizer = load_tokenizer(name, revision)
     check_ending(tokenizer, base_config)
     texts = prepare_texts(recipe, script, training, tokenizer, recipe.max_length or context_length(base_config), say)
@@ -82,7 +84,7 @@ def main() -> None:
 
     # Seed first, then base with its new head, then adapter: the same command gives the same weights.
     set_seed(training.seed)
-    base, new_weights = load_classifier(config, name, **loading_options(model_args))
+    base, new_weights = load_classifier(config, name, dropout=recipe.base_dropout, **loading_options(model_args))
     quantization = describe_quantization(base)
     trainee = train_weights(base, last_layers) if lora is None else train_adapter(base, lora, recipe, new_weights)
     trainable, total = count_parameters(trainee.model)

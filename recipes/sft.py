@@ -13,9 +13,10 @@ from pathlib import Path
 
 from accelerate import PartialState
 from transformers import set_seed
-from trl import ModelConfig, ScriptArguments, SFTConfig
+from trl import ModelConfig, ScriptArguments
 
-from plainlora.arguments import SFTArguments
+from plainlora.activations import needs_checkpointing
+from plainlora.arguments import SFTArguments, SFTRecipeConfig
 from plainlora.backends import BACKENDS, attach_adapter, build_lora_config, check_same_adapter, count_parameters
 from plainlora.checkpoints import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
 from plainlora.checks import check_sft
@@ -23,9 +24,17 @@ from plainlora.data.prompts import install_template
 from plainlora.errors import run_program
 from plainlora.evaluation import Examiner, before_and_after
 from plainlora.generation import ExactMatch
+from plainlora.memory import free_memory
 from plainlora.merging import merge_adapter
 from plainlora.model_card import write_sft_card
-from plainlora.models import check_length, describe_quantization, load_base, load_config, load_tokenizer
+from plainlora.models import (
+    check_dropout,
+    check_length,
+    describe_quantization,
+    load_base,
+    load_config,
+    load_tokenizer,
+)
 from plainlora.parsing import StrictParser
 from plainlora.plots import plot_loss
 from plainlora.preparation import prepare_rows
@@ -35,7 +44,7 @@ from plainlora.training import AdapterTrainer, check_schedule, hand_over, resume
 
 def main() -> None:
     recipe, script, training, model_args = StrictParser(
-        (SFTArguments, ScriptArguments, SFTConfig, ModelConfig)
+        (SFTArguments, ScriptArguments, SFTRecipeConfig, ModelConfig)
     ).parse()
     say = PartialState().print
 
@@ -50,7 +59,9 @@ def main() -> None:
     lora = build_lora_config(model_args, recipe)
     if checkpoint is not None:
         check_same_adapter(checkpoint, lora)
-    check_length(training.max_length, load_config(name, revision, training.trust_remote_code))
+    base_config = load_config(name, revision, training.trust_remote_code)
+    check_length(training.max_length, base_config)
+    check_dropout(recipe.base_dropout, base_config)
     tokenizer = load_tokenizer(
         name,
         revision,
@@ -66,12 +77,17 @@ def main() -> None:
 
     # Seed first, then base, then adapter: the same command gives the same adapter.
     set_seed(training.seed)
-    base = load_base(model_args, training.trust_remote_code, training.model_init_kwargs)
+    free = free_memory(training.device)
+    base = load_base(model_args, training.trust_remote_code, training.model_init_kwargs, recipe.base_dropout)
     quantization = describe_quantization(base)
     backend = BACKENDS[recipe.lora_backend]
     model = attach_adapter(base, lora, backend, recipe.adapter_dtype)
     trainable, total = count_parameters(model)
     say(f"{recipe.lora_backend} LoRA: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
+    if training.gradient_checkpointing is None:
+        longest = training.max_length or max(map(len, rows.train["input_ids"]))
+        needed = needs_checkpointing(training, base, lora, backend, recipe.adapter_dtype, longest, free, say)
+        training.gradient_checkpointing = training.activation_checkpointing = needed
 
     trainer = AdapterTrainer(
         model,

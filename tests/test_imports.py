@@ -19,7 +19,7 @@ RANKS = [
     {"arguments", "parsing", "checkpoints", "memory", "plots", "data.prompts", "data.datasets", "data.labels"},
     {"checks", "fuse", "kinds", "loss", "report", "data.encoding", "data.classification", "models"},
     {"adapter_base", "backends", "generation", "metrics", "model_card"},
-    {"training", "evaluation", "merging", "methods", "prediction", "preparation"},
+    {"activations", "training", "evaluation", "merging", "methods", "prediction", "preparation"},
     {"parity", "parity.case"},
     {"parity.sides", "parity.tiny"},
     {"parity.suite"},
@@ -30,7 +30,11 @@ RANKS = [
     {"experiments", "experiments.runs"},
     {"experiments.search", "experiments.table"},
     {"experiments.sweep"},
-    {f"commands.{verb}" for verb in ("compare", "generate", "merge", "predict", "sweep", "table")},
+    {"bench", "bench.case", "bench.counting", "bench.rows", "bench.turns"},
+    {"bench.classify", "bench.head", "bench.language", "bench.layer", "bench.lifecycle", "bench.worker"},
+    {"bench.race", "bench.suites"},
+    {"bench.report"},
+    {f"commands.{verb}" for verb in ("bench", "compare", "generate", "merge", "predict", "sweep", "table")},
     {"commands"},
 ]
 

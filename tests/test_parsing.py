@@ -9,15 +9,22 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from trl import ModelConfig, ScriptArguments, SFTConfig
+from trl import ModelConfig, ScriptArguments
 
-from plainlora.arguments import ClassifyArguments, ClassifyConfig, SFTArguments, dtype_of, parse_pattern
+from plainlora.arguments import (
+    ClassifyArguments,
+    ClassifyConfig,
+    SFTArguments,
+    SFTRecipeConfig,
+    dtype_of,
+    parse_pattern,
+)
 from plainlora.checks import check_sft
 from plainlora.errors import UserError
 from plainlora.parsing import StrictParser, read_yaml
 from tests.conftest import ROOT
 
-CLASSES = (SFTArguments, ScriptArguments, SFTConfig, ModelConfig)
+CLASSES = (SFTArguments, ScriptArguments, SFTRecipeConfig, ModelConfig)
 CLASSIFY_CLASSES = (ClassifyArguments, ScriptArguments, ClassifyConfig, ModelConfig)
 BASE = "model_name_or_path: m\ndataset_name: d\noutput_dir: out\n"
 NO_ACCELERATOR = pytest.mark.skipif(torch.accelerator.is_available(), reason="not run: there is an accelerator")
@@ -83,6 +90,33 @@ def test_a_yaml_value_has_its_options_type(line: str, name: str, value: object) 
     found = parse(line + "\n")[name]
     assert found == value
     assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "typed", "expected"),
+    [
+        ("", [], None),  # open until the recipe has counted
+        ("gradient_checkpointing: null\n", [], None),
+        ("gradient_checkpointing: true\n", [], True),
+        ("gradient_checkpointing: false\n", [], False),
+        ("gradient_checkpointing: false\n", ["--gradient_checkpointing"], True),
+        ("gradient_checkpointing: true\n", ["--gradient_checkpointing", "false"], False),
+        ("activation_checkpointing: true\n", [], True),
+        ("", ["--activation_checkpointing=false"], False),
+        ("gradient_checkpointing_kwargs:\n  use_reentrant: false\n", [], True),
+        ("activation_checkpointing_kwargs:\n  use_reentrant: false\n", [], True),
+        ("gradient_checkpointing_kwargs:\n  use_reentrant: false\n", ["--gradient_checkpointing", "false"], False),
+    ],
+)
+def test_gradient_checkpointing_is_open_unless_said(text: str, typed: list[str], expected: bool | None) -> None:
+    settings = parse(text, *typed)
+    assert settings["gradient_checkpointing"] is expected
+    assert settings["activation_checkpointing"] is expected
+
+
+def test_the_fused_back_end_is_the_one_that_is_taken() -> None:
+    assert parse("")["lora_backend"] == "fused"
+    assert parse("", "--lora_backend", "reference")["lora_backend"] == "reference"
 
 
 @pytest.mark.parametrize(
@@ -285,6 +319,15 @@ def test_a_setting_that_cannot_be_honoured_is_refused(line: str, reason: str) ->
 )
 def test_a_number_out_of_range_is_refused(name: str, value: str, limits: str) -> None:
     assert f"{name} must be {limits}, not " in refusal("", f"--{name}", value)
+
+
+@pytest.mark.parametrize("p", ["1", "1.5", "-0.1", "nan"])
+def test_a_base_dropout_that_is_no_probability_below_1_is_refused(p: str) -> None:
+    assert refusal(f"base_dropout: {p.replace('nan', '.nan')}\n") == (
+        f"base_dropout must be at least 0 and below 1, not {float(p)}"
+    )
+    assert parse("", "--base_dropout", "0.99")["base_dropout"] == 0.99
+    assert parse("")["base_dropout"] is None
 
 
 def test_a_tracker_that_is_not_installed_is_refused() -> None:

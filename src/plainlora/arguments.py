@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from transformers import TrainingArguments
+from trl import SFTConfig
 
 from plainlora.errors import UserError
 
@@ -15,10 +16,10 @@ class RecipeArguments:
     """What both programs need beyond TRL's `ScriptArguments` and `ModelConfig`: the adapter, the rows, the folder."""
 
     lora_backend: Literal["fused", "reference", "peft"] = field(
-        default="reference",
+        default="fused",
         metadata={
-            "help": "Which LoRA to train: `reference`, written by hand in plainlora.lora; `fused`, the same in less "
-            "time and memory; or `peft`."
+            "help": "Which LoRA to train: `reference`, written by hand in plainlora.lora and equal to PEFT's to the "
+            "last bit; `fused`, the same map in less time and memory, equal up to rounding; or `peft`."
         },
     )
     lora_bias: Literal["none", "all", "lora_only"] = field(
@@ -41,6 +42,13 @@ class RecipeArguments:
     )
     adapter_dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "Precision of the trained adapter, whatever the base is stored in."}
+    )
+    base_dropout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Every dropout probability of the frozen base; the base's own if left out. lora_dropout, the "
+            "adapter's, is another one."
+        },
     )
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "Hub id or local file of the test rows, if dataset_name does not hold them."}
@@ -83,6 +91,32 @@ class SFTArguments(RecipeArguments):
         default_factory=list, metadata={"help": "Prompts that base and tuned model answer at the end."}
     )
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer, in tokens."})
+
+
+@dataclass
+class SFTRecipeConfig(SFTConfig):
+    """TRL's `SFTConfig`, in which `gradient_checkpointing` may be left open: `None` until the recipe has decided it.
+
+    `activation_checkpointing`, Transformers' newer name for it, is `None` as long.
+    """
+
+    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Compute activations again on the way back instead of keeping them; if left out, only where they "
+            "would not fit into the free memory.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.gradient_checkpointing_kwargs or self.activation_checkpointing_kwargs:  # how, but not whether
+            self.gradient_checkpointing = self.gradient_checkpointing is not False
+        is_open = self.gradient_checkpointing is None and self.activation_checkpointing is None
+        super().__post_init__()
+        if is_open:
+            self.gradient_checkpointing = self.activation_checkpointing = None
 
 
 @dataclass

@@ -59,6 +59,8 @@ def check_common(
             "ignore_bias_buffers": (script.ignore_bias_buffers, "current Transformers models need no such workaround"),
         }
     )
+    if recipe.base_dropout is not None and not 0 <= recipe.base_dropout < 1:
+        raise UserError(f"base_dropout must be at least 0 and below 1, not {recipe.base_dropout}")
     sources = [getattr(recipe, name, None) for name in ("eval_dataset_name", "validation_dataset_name")]
     if script.dataset_config and all(is_local(name) for name in (script.dataset_name, *sources) if name):
         raise UserError(f"dataset_config {script.dataset_config}: local files have no configurations; leave it out")

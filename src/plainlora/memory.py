@@ -1,7 +1,8 @@
-"""How much memory this process has used at most."""
+"""How much memory this process has used at most, and how much is free."""
 
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -12,3 +13,52 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts kilobytes on Linux, bytes on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that may still be allocated on a device; `None` where that is unknown.
+
+    On a CPU under Linux it is what the kernel thinks available, or less where a control group allows less.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu" or not Path("/proc/meminfo").is_file():
+        return None
+    return min([_read_fields(Path("/proc/meminfo"))["MemAvailable:"] * 1024, *_left_to_cgroups()])
+
+
+def _read_fields(path: Path) -> dict[str, int]:
+    """`name number` lines."""
+    lines = [line.split() for line in path.read_text(encoding="ascii").splitlines()]
+    return {name: int(number) for name, number, *_ in lines}
+
+
+def _left_to_cgroups() -> list[int]:
+    """Bytes left in this process's control group and in each around it."""
+    left = []
+    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers in ("", "memory"):  # v2, v1
+            root = Path("/sys/fs/cgroup") / controllers
+            folder = root / group.lstrip("/")
+            left += [left_to_cgroup(each) for each in (folder, *folder.parents) if each.is_relative_to(root)]
+    return [each for each in left if each is not None]
+
+
+def left_to_cgroup(folder: Path) -> int | None:
+    """Bytes that a control group may still use; `None` without a limit. Its idle file pages can go, so they are free.
+
+    https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
+
+    Args:
+        folder: Of the group, version 2 or version 1.
+    """
+    for limit, used, idle in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        if (folder / limit).is_file():
+            allowed = (folder / limit).read_text(encoding="ascii").strip()
+            files = _read_fields(folder / "memory.stat").get(idle, 0)
+            return None if allowed == "max" else int(allowed) - int((folder / used).read_text("ascii")) + files
+    return None

@@ -1,5 +1,6 @@
 """Base model and tokenizer, from the Hub or from this disk, whole or quantised."""
 
+import copy
 import json
 import logging
 import re
@@ -84,6 +85,55 @@ def check_length(max_length: int | None, config: PretrainedConfig) -> None:
         raise UserError(f"max_length {max_length} is longer than the model's context of {longest} tokens; lower it")
 
 
+def find_dropouts(config: PretrainedConfig) -> list[tuple[PretrainedConfig, str]]:
+    """Where a config, or one inside it, sets a dropout probability: `(config, field)`.
+
+    Found by name: `attn_pdrop`, `hidden_dropout_prob`, `seq_classif_dropout`. A `classifier_dropout` that is `None`
+    falls back to another of them. LayerDrop and stochastic depth leave out whole layers, which is something else.
+    """
+    inner = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
+    own = [
+        (config, name)
+        for name, value in vars(config).items()
+        if ("dropout" in name or "pdrop" in name) and not isinstance(value, bool) and isinstance(value, int | float)
+    ]
+    return own + [found for each in inner for found in find_dropouts(each)]
+
+
+def check_dropout(p: float | None, config: PretrainedConfig) -> None:
+    """Raises `UserError` if a base has no dropout that could be set, unless 0 or nothing is asked for."""
+    if p and not find_dropouts(config):
+        raise UserError(f"base_dropout {p}: {config.model_type} models have no dropout to set; leave it out")
+
+
+@contextmanager
+def _dropouts(config: PretrainedConfig, values: Sequence[float]) -> Iterator[None]:
+    """Within, the config's dropouts have these values, in the order in which they are found."""
+    places = find_dropouts(config)
+    before = [getattr(*place) for place in places]
+    try:
+        for place, value in zip(places, values, strict=True):
+            setattr(*place, value)
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            setattr(*place, value)
+
+
+def _keep_dropout_out_of_saves(model: PreTrainedModel, own: Sequence[float]) -> None:
+    """Makes `save_pretrained` write the base's own dropouts: those of one training are no part of the model.
+
+    They cannot be put back before, because some architectures read them from the config in every forward pass.
+    """
+    save = model.save_pretrained
+
+    def save_pretrained(*args: Any, **kwargs: Any) -> None:
+        with _dropouts(model.config, own):
+            save(*args, **kwargs)
+
+    model.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
 def load_tokenizer(
     name: str,
     revision: str | None = None,
@@ -136,6 +186,7 @@ def load_pretrained(
     revision: str | None = None,
     dtype: torch.dtype | str = "auto",
     quantization: BitsAndBytesConfig | None = None,
+    dropout: float | None = None,
     **options: Any,
 ) -> tuple[PreTrainedModel, list[str]]:
     """A model with weights from safetensors only, and the names of the weights that the checkpoint lacks.
@@ -146,6 +197,7 @@ def load_pretrained(
         revision: Branch, tag or commit on the Hub.
         dtype: Of the weights that are not quantised; `"auto"` for the checkpoint's own.
         quantization: How to quantise while loading.
+        dropout: Probability of all its dropouts while it is in memory; it is saved with its own. `None` to leave them.
         **options: For `from_pretrained`.
 
     Raises:
@@ -153,7 +205,14 @@ def load_pretrained(
     """
     _refuse_adapter(name)
     attention = options.get("attn_implementation")
+    own: list[float] | None = None
     try:
+        if dropout is not None:
+            config, options = _split_config(name, revision, options)
+            own = [getattr(*place) for place in find_dropouts(config)]
+            for place in find_dropouts(config):
+                setattr(*place, dropout)
+            options["config"] = config
         with _quiet_about_new_weights():
             model, report = auto.from_pretrained(
                 name,
@@ -174,7 +233,22 @@ def load_pretrained(
     if getattr(model, "_hf_peft_config_loaded", False):  # from the Hub, where no folder could be looked into
         raise UserError(f"{name} holds an adapter beside the base model; give the base model alone")
     keep_4bit_weights_unpacked(model)
+    if own is not None:
+        _keep_dropout_out_of_saves(model, own)
     return model, sorted(report["missing_keys"])
+
+
+def _split_config(name: str, revision: str | None, options: dict[str, Any]) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """A model's config of its own, and the options that are none of the config's, as `from_pretrained` splits them."""
+    rest = {key: options[key] for key in ("attn_implementation", "trust_remote_code") if key in options}
+    given = {key: value for key, value in options.items() if key not in rest and key != "config"}
+    if options.get("config") is not None:
+        return copy.deepcopy(options["config"]), rest | given
+    trust = rest.get("trust_remote_code", False)
+    config, given = AutoConfig.from_pretrained(
+        name, revision=revision, trust_remote_code=trust, return_unused_kwargs=True, **given
+    )
+    return config, rest | given
 
 
 @contextmanager
@@ -283,10 +357,14 @@ def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def load_base(
-    args: ModelConfig, trust_remote_code: bool = False, options: dict[str, Any] | None = None
+    args: ModelConfig,
+    trust_remote_code: bool = False,
+    options: dict[str, Any] | None = None,
+    dropout: float | None = None,
 ) -> PreTrainedModel:
-    """The base model as TRL's `ModelConfig` describes it, with `model_init_kwargs` on top."""
-    return load_causal_lm(str(args.model_name_or_path), **loading_options(args, trust_remote_code), **(options or {}))
+    """The base model as TRL's `ModelConfig` describes it, with `model_init_kwargs` on top and `base_dropout`."""
+    settings = loading_options(args, trust_remote_code) | {"dropout": dropout}
+    return load_causal_lm(str(args.model_name_or_path), **settings, **(options or {}))
 
 
 def loading_options(args: ModelConfig, trust_remote_code: bool = False) -> dict[str, Any]:

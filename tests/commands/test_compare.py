@@ -11,8 +11,11 @@ from plainlora.parity.observe import LEVELS
 from tests.commands.test_generate import with_template
 from tests.test_merging import trained_adapter
 
+GPT2 = ["--config", "recipes/gpt2-alpaca-gpt4/lora.yaml"]
+CLASSIFY = ["--config", "recipes/gpt2-sms-spam/lora.yaml"]
 
-def recipe(tmp_path: Path, model: Path, rows: Path) -> list[str]:
+
+def recipe(tmp_path: Path, model: Path, rows: Path, *form: str) -> list[str]:
     return [
         *(
             "compare",
@@ -22,27 +25,61 @@ def recipe(tmp_path: Path, model: Path, rows: Path) -> list[str]:
             "3",
             "--output",
             str(tmp_path / "out"),
+            *form,
         ),
         *("--", "--model_name_or_path", str(model), "--dataset_name", str(rows), "--max_length", "256"),
         *("--per_device_train_batch_size", "2", "--lora_dropout", "0.1"),
     ]
 
 
+@pytest.mark.parametrize("form", ["fused", "reference"])
 def test_a_recipes_own_model_adapter_and_rows_are_compared(
-    tmp_path: Path, model_dirs: dict[str, Path], rows_file: Path, capfd: pytest.CaptureFixture[str]
+    form: str, tmp_path: Path, model_dirs: dict[str, Path], rows_file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    main(recipe(tmp_path, model_dirs["gpt2"], rows_file))
-    printed = capfd.readouterr().out
-    assert "8 levels hold, 8 of them to the last bit; 0 fail; 0 did not run" in printed
+    main(recipe(tmp_path, model_dirs["gpt2"], rows_file, "--lora_backend", form))
+    printed, said = capfd.readouterr()
+    assert f"the {form} form of PlainLoRA beside PEFT" in printed
+    assert "8 levels hold" in printed
+    assert "0 fail; 0 did not run" in printed
+    assert "not fused" not in said
     found = json.loads((tmp_path / "out" / "parity.json").read_text())
     (case,) = found["cases"]
+    assert case["lora_backend"] == form
     assert [level["level"] for level in case["levels"]] == list(LEVELS)
-    assert case["losses"]["plainlora"] == case["losses"]["PEFT"]
+    assert case["losses"]["plainlora"] == pytest.approx(case["losses"]["PEFT"], rel=1e-6 if form == "fused" else 0)
     assert len(case["losses"]["PEFT"]) == 3
-    assert case["environment"] == {"base dtype": "float32", "device": "cpu"}
+    layers = {"fused layers": "2 of 2"} if form == "fused" else {}
+    assert case["environment"] == {"base dtype": "float32", "device": "cpu"} | layers
     assert {"torch", "peft", "trl", "python"} <= found["versions"].keys()
-    assert "| = | = | = | = | = | = | = | = |" in (tmp_path / "out" / "parity.md").read_text()
+    assert {row["relative"] for row in found["tolerances"].values()} >= {0, 1e-12, 1e-6}
+    identical = {level["level"] for level in case["levels"] if level["identical"]}
+    assert identical >= (set(LEVELS) - {"merge"} if form == "reference" else {"init", "generation"})
+    table = (tmp_path / "out" / "parity.md").read_text()
+    assert f"The {form} form of PlainLoRA beside PEFT." in table
+    assert "| = |" in table
     assert (tmp_path / "out" / "parity.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ([], [], "fused"),
+        ([], ["--lora_backend", "reference"], "reference"),
+        ([], ["--lora-backend=reference"], "reference"),
+        (["--lora_backend", "reference"], ["--lora_backend", "reference"], "reference"),
+    ],
+)
+def test_a_recipes_own_form_is_the_one_compared(
+    before: list[str],
+    after: list[str],
+    expected: str,
+    tmp_path: Path,
+    model_dirs: dict[str, Path],
+    rows_file: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    main([*recipe(tmp_path, model_dirs["gpt2"], rows_file, *before), *after])
+    assert f"the {expected} form of PlainLoRA" in capfd.readouterr().out
 
 
 def test_a_level_that_does_not_hold_is_exit_code_1(
@@ -55,7 +92,7 @@ def test_a_level_that_does_not_hold_is_exit_code_1(
     original = LoRALinear.forward
     monkeypatch.setattr(LoRALinear, "forward", lambda self, x: original(self, x) * 1.001)
     with pytest.raises(SystemExit) as stopped:
-        main(recipe(tmp_path, model_dirs["gpt2"], rows_file))
+        main(recipe(tmp_path, model_dirs["gpt2"], rows_file, "--lora_backend", "reference"))
     assert stopped.value.code == 1
     assert "logits differs by" in capfd.readouterr().out
     assert "**FAIL**" in (tmp_path / "out" / "parity.md").read_text()
@@ -81,6 +118,12 @@ def test_a_trained_adapter_is_loaded_into_both(
         (["--model", "./nowhere"], "there is no folder ./nowhere"),
         (["--", "--lora_r", "3"], "is for --config only"),
         (["--config", "nowhere.yaml"], "there is no file nowhere.yaml"),
+        (["--lora_backend", "peft"], "invalid choice: 'peft'"),
+        ([*GPT2, "--", "--lora_backend", "peft"], "PEFT would be compared with itself"),
+        (["--lora_backend", "fused", *GPT2, "--", "--lora_backend", "reference"], "contradicts the recipe's"),
+        (["--lora_backend", "reference", *GPT2, "--", "--lora-backend=fused"], "contradicts the recipe's"),
+        (["--lora_backend", "fused", *CLASSIFY, "--", "--lora_backend", "reference"], "contradicts the recipe's"),
+        ([*GPT2, "--", "--lora_backend", "foo"], "invalid choice: 'foo'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -244,6 +244,31 @@ def test_unwrap_is_the_inverse_of_inject(kind: str, options: dict[str, object]) 
     by_us(model, **options)  # and it can be done again
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_low_cpu_mem_usage_draws_nothing_and_leaves_a_and_b_to_be_filled(dtype: torch.dtype) -> None:
+    options = {"init_lora_weights": "gaussian", "modules_to_save": ["lm_head"]}
+    drawn, base = by_us(make("llama", dtype), **options), make("llama", dtype)
+    before = torch.get_rng_state()
+    model = inject(base, config(**options), low_cpu_mem_usage=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    expected = trainable(drawn)
+    assert trainable(model).keys() == expected.keys()
+    for name, parameter in trainable(model).items():
+        assert parameter.is_meta == (".lora_" in name)
+        assert (parameter.shape, parameter.dtype) == (expected[name].shape, expected[name].dtype)
+    assert_equal_tensors(snapshot(unwrap(model)), snapshot(make("llama", dtype)))
+
+
+@pytest.mark.parametrize("case", ["patterns", "bias and head", "tied modules_to_save", "embedding to save"])
+def test_what_was_put_in_is_found_in_the_model_s_own_order(case: str) -> None:
+    kind, options = (FIELDS | {"patterns": FIELDS["rank_pattern"]})[case]
+    model = by_us(make(kind), **options)
+    named = list(model.named_modules())
+    assert list(lora_layers(model)) == [item for item in named if isinstance(item[1], LoRALinear)]
+    assert list(saved_modules(model)) == [item for item in named if isinstance(item[1], ModuleToSave)]
+    assert list(lora_layers(model))
+
+
 def test_training_mode_passes_on_to_the_new_layers() -> None:
     for training in (True, False):
         model = by_us(make("llama").train(training), lora_dropout=0.1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from plainlora import disabled, load_adapter, save_adapter, unwrap
 from plainlora.lora.errors import LoRAError
@@ -158,6 +159,74 @@ def test_u9_loading_draws_nothing_at_random(case: str, tmp_path: Path) -> None:
     model = make(kind)
     torch.manual_seed(12345)
     assert_equal_tensors(snapshot(load_adapter(model, ours)), first)
+
+
+class Written(TorchDispatchMode):
+    """The names of the operations that write real memory: copies and random draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        if name in ("copy_", "clone", "_to_copy", "uniform_", "normal_", "zeros_", "zero_") and not out.is_meta:
+            self.names.append(name)
+        return out
+
+
+def test_loading_and_saving_copy_and_draw_nothing(tmp_path: Path) -> None:
+    model = by_us(make("llama"), **LM)
+    move(model)
+    with Written() as saving:
+        save_adapter(model, tmp_path)
+    base = make("llama")
+    before = torch.get_rng_state()
+    with Written() as loading:
+        loaded = load_adapter(base, tmp_path)
+    assert saving.names == loading.names == []
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(logits(loaded), logits(model))
+    with Written() as again:  # an optimizer may hold these parameters: they are written to, not replaced
+        load_adapter_weights(loaded, tmp_path)
+    assert again.names == ["copy_"] * 8
+
+
+def test_what_was_loaded_does_not_hang_on_the_file(tmp_path: Path) -> None:
+    model = by_us(make("llama"), **LM)
+    move(model)
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(make("llama"), tmp_path)
+    with (tmp_path / WEIGHTS).open("r+b") as file:
+        file.write(bytes((tmp_path / WEIGHTS).stat().st_size))
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_file_of_another_precision_fills_parameters_of_the_usual_one(
+    stored: torch.dtype, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = by_us(make("llama", dtype), **LM)
+    move(model)
+    save_adapter(model, tmp_path)
+    edit_tensors(tmp_path, lambda tensors: tensors.update({name: t.to(stored) for name, t in tensors.items()}))
+    loaded = adapter_state_dict(load_adapter(make("llama", dtype), tmp_path))
+    for name, tensor in adapter_state_dict(model).items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor.to(stored).to(tensor.dtype))
+
+
+def test_a_strided_tensor_and_a_shared_one_are_saved(tmp_path: Path) -> None:
+    model = by_us(make("llama"), **LM)
+    move(model)
+    (_, one), (_, other), *_ = lora_layers(model)
+    one.lora_A.weight = torch.nn.Parameter(one.lora_A.weight.detach().T.contiguous().T)
+    other.lora_A.weight = one.lora_A.weight
+    assert not one.lora_A.weight.is_contiguous()
+    save_adapter(model, tmp_path)
+    assert_equal_tensors(load_file(tmp_path / WEIGHTS), adapter_state_dict(model))
 
 
 def test_u9_loading_to_use_freezes_and_evaluates(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The built-in suite in short, and models of a user's own."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import (
     RobertaConfig,
 )
 
+from plainlora.parity.case import FORMS
 from plainlora.parity.compare import compare
 from plainlora.parity.observe import LEVELS
 from plainlora.parity.sources import model_case
@@ -24,19 +26,26 @@ from plainlora.parity.suite import built_in_cases
 from plainlora.parity.tiny import quiet_models
 
 NOT_RUN = {"DistilBERT, classifier": "generation"}
+IDENTICAL = {"fused": {"init", "generation"}, "reference": set(LEVELS) - {"merge"}}
 
 
-def test_every_level_of_every_built_in_case_holds() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_every_level_of_every_built_in_case_holds(form: str) -> None:
+    not_run = NOT_RUN | ({"Llama, bf16": "generation"} if form == "fused" else {})
     names = []
     with quiet_models():
         for case in built_in_cases(steps=2):
             names.append(case.name)
-            for verdict in compare(case).verdicts:
-                expected = "not run" if verdict.level == NOT_RUN.get(case.name) else "pass"
+            result = compare(replace(case, lora_backend=form))
+            for verdict in result.verdicts:
+                expected = "not run" if verdict.level == not_run.get(case.name) else "pass"
                 assert verdict.status == expected, (case.name, verdict)
-                if expected == "pass":
+                if expected == "pass" and verdict.level in IDENTICAL[form]:
                     assert verdict.identical, (case.name, verdict)
                 assert verdict.reason
+            covered, _, layers = result.environment.get("fused layers", "0 of 0").partition(" of ")
+            assert covered == ("0" if "8-bit" in case.name else layers), "what is not fused proves nothing of it"
+            assert (int(layers) > 0) == (form == "fused")
     assert len(names) == len(set(names)) == 15
 
 
@@ -52,14 +61,15 @@ OWN: dict[str, Callable[[], PretrainedConfig]] = {
 }
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", OWN)
-def test_a_model_of_ones_own_is_compared(name: str, tmp_path: Path) -> None:
+def test_a_model_of_ones_own_is_compared(name: str, form: str, tmp_path: Path) -> None:
     config = OWN[name]()
     is_encoder = name in ("BERT", "RoBERTa")
     auto = AutoModelForSequenceClassification if is_encoder else AutoModelForCausalLM
     with quiet_models():
         auto.from_config(config).save_pretrained(tmp_path)
-        result = compare(model_case(str(tmp_path), ["all-linear"], steps=3))
+        result = compare(replace(model_case(str(tmp_path), ["all-linear"], steps=3), lora_backend=form))
     for verdict in result.verdicts:
         assert verdict.status == ("not run" if is_encoder and verdict.level == "generation" else "pass"), verdict
     assert [verdict.level for verdict in result.verdicts] == list(LEVELS)

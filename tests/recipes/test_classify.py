@@ -44,8 +44,9 @@ def test_the_hand_written_lora_trains_the_very_classifier_that_peft_trains(
 ) -> None:
     kinds = [flag for name in ("query", "key", "value", "mlp") for flag in (f"--lora_{name}", "true")]
     flags = {"frozen": [], "lora": ["--lora_head", "true"], "trained": ["--train_head", "true"]}[head]
-    ours = run_classify(kind, "ours", *kinds, *flags, "--lora_dropout", "0.1")
-    theirs = run_classify(kind, "theirs", *kinds, *flags, "--lora_dropout", "0.1", "--lora_backend", "peft")
+    flags = [*kinds, *flags, "--lora_dropout", "0.1", "--lora_backend"]
+    ours = run_classify(kind, "ours", *flags, "reference")
+    theirs = run_classify(kind, "theirs", *flags, "peft")
     assert len(losses(ours)) == 6
     assert losses(ours) == losses(theirs)
     assert weights(ours) == weights(theirs)
@@ -145,6 +146,27 @@ def test_last_layers_trains_these_and_leaves_every_other_weight_as_it_was(run_cl
     assert results(only)["trainable_params"] == 2 * 64 + 2
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_base_without_dropout_is_what_training_sees_and_nothing_that_is_saved(
+    run_classify: RunClassify, backbone_dirs: dict[str, Path], tmp_path: Path, method: str
+) -> None:
+    config = json.loads((backbone_dirs["distilbert"] / "config.json").read_text())
+    own = {name: value for name, value in config.items() if "dropout" in name and not isinstance(value, bool)}
+    assert {"attention_dropout", "dropout", "seq_classif_dropout"} <= own.keys()
+    assert all(own.values())
+    without = shutil.copytree(backbone_dirs["distilbert"], tmp_path / "without")
+    (without / "config.json").write_text(json.dumps(config | dict.fromkeys(own, 0.0)))
+
+    set_ = run_classify("distilbert", "set", "--method", method, "--base_dropout", "0")
+    never_there = run_classify("distilbert", "never", "--method", method, "--model_name_or_path", str(without))
+    assert weights(set_) == weights(never_there)
+    assert losses(set_) != losses(run_classify("distilbert", "left", "--method", method))
+    for saved in set_.rglob("config.json"):
+        content = json.loads(saved.read_text())
+        assert {name: content[name] for name in own} == own
+    assert bool(list(set_.rglob("checkpoint-6/config.json"))) == (method != "lora")
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_u20_a_tuned_decoder_reads_the_last_real_token_on_either_side(run_classify: RunClassify, side: str) -> None:
     output = run_classify("gpt2", "run", "--merge", config=GPT2)
@@ -225,7 +247,7 @@ def launch(processes: int, batch: int, output: Path, model: Path, texts: Path, *
 @pytest.mark.parametrize(
     ("kind", "method", "backend"),
     [
-        ("distilbert", "lora", "reference"),
+        ("distilbert", "lora", "fused"),
         ("gpt2", "lora", "peft"),
         ("distilbert", "last_layers", "reference"),
         ("gpt2", "full", "reference"),
@@ -300,6 +322,7 @@ def test_a_classifiers_recipe_and_its_adapter_are_compared(
 ) -> None:
     data = ["--model_name_or_path", str(backbone_dirs["distilbert"]), "--dataset_name", str(texts_file)]
     flags = [*data, "--labels", "ham", "spam", "--test_split_size", "20", "--lora_dropout", "0.1", *head]
+    flags += ["--lora_backend", "reference"]
     start = ["compare", "--config", "recipes/distilbert-imdb/lora.yaml", "--steps", "4"]
     main([*start, "--output", str(tmp_path / "out"), "--", *flags])
     assert "7 levels hold, 7 of them to the last bit; 0 fail; 1 did not run" in capfd.readouterr().out

@@ -13,7 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from plainlora import merging
+from plainlora import activations, merging
+from plainlora.backends import BACKENDS
 from plainlora.data.prompts import render_prompt
 from tests.conftest import CONFIGS, ROOT, ROWS, random_ids
 from tests.recipes.conftest import RunSFT
@@ -131,12 +132,60 @@ def test_load_best_model_at_end_saves_the_best_checkpoint(run_sft: RunSFT) -> No
     assert results["eval_loss_adapter"] == pytest.approx(state["best_metric"], rel=1e-6)
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(run_sft: RunSFT) -> None:
-    plain = run_sft("llama", "plain", "--gradient_checkpointing", "false")
-    checkpointed = run_sft("llama", "checkpointed", "--gradient_checkpointing", "true")
-    assert losses(plain) == pytest.approx(losses(checkpointed), rel=1e-6)
-    for name, tensor in load_file(plain / "adapter_model.safetensors").items():
-        torch.testing.assert_close(load_file(checkpointed / "adapter_model.safetensors")[name], tensor)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_checkpointing_changes_nothing_but_memory(run_sft: RunSFT, backend: str) -> None:
+    flags = ["--lora_backend", backend, "--gradient_checkpointing"]
+    plain = run_sft("gpt2", "plain", *flags, "false")
+    checkpointed = run_sft("gpt2", "checkpointed", *flags, "true")
+    assert losses(plain) == losses(checkpointed)
+    assert adapter_bytes(plain) == adapter_bytes(checkpointed)
+
+
+def checkpointing(folder: Path) -> list[bool]:
+    settings = json.loads((folder / "run.json").read_text())["arguments"]
+    return [settings["gradient_checkpointing"], settings["activation_checkpointing"]]
+
+
+def test_gradient_checkpointing_is_decided_by_what_fits_and_what_is_said_stays(
+    run_sft: RunSFT, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits = run_sft("llama", "fits", "--max_steps", "1")
+    assert re.search(
+        r"(?m)^activations: 0\.\d GB for 2 x 256 tokens, [\d.]+ GB free: no gradient checkpointing$",
+        capfd.readouterr().out,
+    )
+    assert checkpointing(fits) == [False, False]
+    for said, expected in (("true", True), ("false", False)):
+        asked = run_sft("llama", said, "--max_steps", "1", "--gradient_checkpointing", said)
+        assert "activations" not in capfd.readouterr().out
+        assert checkpointing(asked) == [expected, expected]
+    monkeypatch.setattr(activations, "SHARE", 1e-9)
+    scarce = run_sft("llama", "scarce", "--max_steps", "1")
+    assert re.search(r"(?m) GB free: gradient checkpointing$", capfd.readouterr().out)
+    assert checkpointing(scarce) == [True, True]
+    assert adapter_bytes(scarce) == adapter_bytes(fits)
+
+
+def test_a_base_without_dropout_is_what_training_sees_and_nothing_that_is_saved(
+    run_sft: RunSFT, model_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    config = json.loads((model_dirs["gpt2"] / "config.json").read_text())
+    dropouts = {name: value for name, value in config.items() if "drop" in name}
+    assert set(dropouts.values()) == {0.1}
+    without = shutil.copytree(model_dirs["gpt2"], tmp_path / "without")
+    (without / "config.json").write_text(json.dumps(config | dict.fromkeys(dropouts, 0.0)))
+
+    recipe = (ROOT / "recipes/gpt2-alpaca-gpt4/lora.yaml").read_text()
+    unset = tmp_path / "unset.yaml"
+    unset.write_text(re.sub(r"(?m)^base_dropout.*\n(  +#.*\n)*", "", recipe))
+    set_ = run_sft("gpt2", "set", "--merge")
+    never_there = run_sft("gpt2", "never", "--model_name_or_path", str(without), config=str(unset))
+    left = run_sft("gpt2", "left", config=str(unset))
+    assert adapter_bytes(set_) == adapter_bytes(never_there)
+    assert losses(set_) != losses(left)
+    assert json.loads((set_ / "run.json").read_text())["arguments"]["base_dropout"] == 0.0
+    merged = json.loads((set_ / "merged" / "config.json").read_text())
+    assert {name: merged[name] for name in dropouts} == dropouts
 
 
 QUANTIZED = {
@@ -150,7 +199,7 @@ QUANTIZED = {
 @pytest.mark.parametrize("scheme", QUANTIZED)
 def test_u16_u21_a_quantised_base_trains_fp32_adapters_as_peft_does(run_sft: RunSFT, scheme: str) -> None:
     """Without the seam SFTTrainer would round A to bf16, so equality with an untouched A also shows the seam."""
-    ours = run_sft("llama", "ours", *QUANTIZED[scheme])
+    ours = run_sft("llama", "ours", *QUANTIZED[scheme], "--lora_backend", "reference")
     theirs = run_sft("llama", "theirs", *QUANTIZED[scheme], "--lora_backend", "peft")
     mine, other = (load_file(folder / "adapter_model.safetensors") for folder in (ours, theirs))
     assert mine.keys() == other.keys()
@@ -320,6 +369,14 @@ def test_another_runs_folder_is_kept_unless_overwriting_is_asked_for(
     run_sft("gpt2", "run", "--seed", "7", "--overwrite")
     assert adapter_bytes(output) != before
     assert (output / "notes.txt").read_text() == "mine"
+
+
+def test_bf16_typed_on_a_cpu_trains_in_mixed_precision(run_sft: RunSFT) -> None:
+    full, mixed = run_sft("llama", "full"), run_sft("llama", "mixed", "--bf16", "true")
+    assert json.loads((mixed / "run.json").read_text())["arguments"]["bf16"] is True
+    assert losses(mixed) != losses(full)
+    assert losses(mixed) == pytest.approx(losses(full), rel=1e-2)
+    assert {tensor.dtype for tensor in load_file(mixed / "adapter_model.safetensors").values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

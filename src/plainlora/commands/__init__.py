@@ -10,6 +10,7 @@ import plainlora
 from plainlora.errors import UserError, one_line_errors
 
 VERBS = {
+    "bench": "measure time and memory beside PEFT with TRL",
     "compare": "show how far the hand-written LoRA is from PEFT",
     "generate": "answer a prompt with the base and with an adapter, side by side",
     "predict": "classify texts with a trained classifier",

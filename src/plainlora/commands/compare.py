@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--adapter", help="a trained adapter's folder, loaded into both")
     source.add_argument("--model", help="any decoder or encoder: a Hub id or a local folder")
     parser.add_argument("--target_modules", nargs="+", help="with --model: what LoRA adapts (default: all-linear)")
+    parser.add_argument(
+        "--lora_backend",
+        choices=["fused", "reference"],
+        help="which form of the hand-written LoRA (default: the recipe's, else fused)",
+    )
     parser.add_argument("--prompt", help="with --adapter: what both answer")
     parser.add_argument("--steps", type=int, help="optimizer steps of the trajectory (default: 10)")
     parser.add_argument("--output", default="outputs/parity", help="folder for parity.json, parity.md and parity.png")
@@ -26,17 +32,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _cases(arguments: argparse.Namespace, steps: int) -> "Iterator[Case]":
     from plainlora.parity import sources
+    from plainlora.parity.case import FORMS
     from plainlora.parity.suite import built_in_cases
 
     if arguments.config:
         make = sources.classifier_case if sources.is_classification(arguments.config) else sources.recipe_case
-        yield make(arguments.config, arguments.flags, steps)
-    elif arguments.adapter:
-        yield sources.adapter_case(arguments.adapter, arguments.prompt)
+        yield make(arguments.config, arguments.flags, steps, arguments.lora_backend)
+        return
+    if arguments.adapter:
+        cases = iter([sources.adapter_case(arguments.adapter, arguments.prompt)])
     elif arguments.model:
-        yield sources.model_case(arguments.model, arguments.target_modules or ["all-linear"], steps)
+        cases = iter([sources.model_case(arguments.model, arguments.target_modules or ["all-linear"], steps)])
     else:
-        yield from built_in_cases(steps)
+        cases = built_in_cases(steps)
+    for case in cases:
+        yield replace(case, lora_backend=arguments.lora_backend or FORMS[0])
 
 
 def _refuse_idle_flags(arguments: argparse.Namespace) -> None:
@@ -77,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
     with quiet_models():
         for case in _cases(arguments, arguments.steps or 10):
             if not results:
-                print(terminal_header())
+                print(terminal_header(case.lora_backend))
             results.append(compare(case, _show_progress))
             _show_progress("")
             print("\n".join(terminal_rows(results[-1].verdicts)), flush=True)

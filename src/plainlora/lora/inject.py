@@ -1,7 +1,7 @@
 """Wrap and unwrap: put LoRA layers into a model, freeze the rest, and take everything out again."""
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -16,26 +16,25 @@ from plainlora.lora.errors import LoRAError
 from plainlora.lora.interchange import save_adapter
 from plainlora.lora.layer import LoRALinear
 from plainlora.lora.module_to_save import ModuleToSave
-from plainlora.lora.record import Injection, ModelT, injection, lora_layers, saved_modules
+from plainlora.lora.record import Injection, ModelT, injection, lora_layers, replace_module, saved_modules
 from plainlora.lora.targets import (
     check_patterns,
     condense,
     find_modules_to_save,
     find_new_weights,
-    find_targets,
+    find_target_modules,
     modules_to_save,
     value_for,
 )
 
 
-def _refuse_tied(model: nn.Module, targets: list[str]) -> None:
+def _refuse_tied(parameters: dict[str, nn.Parameter], targets: Iterable[str]) -> None:
     """A weight used under two names cannot carry a delta under one of them (peft#2018)."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(name)
+    owners: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in parameters.items():
+        owners.setdefault(parameter, []).append(name.rpartition(".")[0])
     for target in targets:
-        shared = owners[id(model.get_submodule(target).weight)]
+        shared = owners[parameters[f"{target}.weight"]]
         if len(shared) > 1:
             other = next(name for name in shared if name != target)
             raise LoRAError(
@@ -44,21 +43,20 @@ def _refuse_tied(model: nn.Module, targets: list[str]) -> None:
             )
 
 
-def _resolve(model: nn.Module, config: LoraConfig, strict: bool) -> tuple[LoraConfig, list[str]]:
-    """A copy of the config that says explicitly what it selects on this model, and the selected names."""
+def _resolve(model: nn.Module, config: LoraConfig, strict: bool) -> tuple[LoraConfig, dict[str, nn.Module]]:
+    """A copy of the config that says explicitly what it selects on this model, and the selected modules by name."""
     check_supported(config)
     config = copy.deepcopy(config)
     config.modules_to_save = modules_to_save(config) or config.modules_to_save
-    targets = find_targets(model, config, strict)
-    _refuse_tied(model, targets)
+    targets = find_target_modules(model, config, strict)
     if strict:
         check_patterns(config, targets)
-    transposed = any(storage.is_conv1d(model.get_submodule(name)) for name in targets)
+    transposed = any(storage.is_conv1d(module) for module in targets.values())
     if config.fan_in_fan_out and not transposed:
         raise LoRAError("fan_in_fan_out=True, but no target stores its weight as (in, out); leave it out, it is found")
     config.fan_in_fan_out = transposed
     if config.target_modules is None or isinstance(config.target_modules, str):
-        config.target_modules = condense(targets, model)
+        config.target_modules = condense(list(targets), model)
     else:
         config.target_modules = sorted(config.target_modules)
     if isinstance(config.exclude_modules, set):  # PEFT's own class makes it one, which JSON has no word for
@@ -73,26 +71,25 @@ def _place(layer: LoRALinear, weight: torch.Tensor) -> None:
     Half-precision bases get fp32 adapters whose start is rounded to the base's dtype, as PEFT's are.
     """
     for matrix in (layer.lora_A, layer.lora_B):
-        if matrix.weight.device != torch.device("meta"):
-            matrix.to(weight.device)
+        values = matrix.weight.data
+        if not values.is_meta:
+            values = values.to(weight.device)
         if weight.is_floating_point():
-            matrix.to(weight.dtype)
-        matrix.to(torch.promote_types(matrix.weight.dtype, torch.float32))
+            values = values.to(weight.dtype)
+        matrix.weight.data = values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def _freeze_all_but_adapters(model: nn.Module, bias: str) -> None:
-    model.requires_grad_(False)
-    for _, layer in lora_layers(model):
-        layer.lora_A.requires_grad_(True)
-        layer.lora_B.requires_grad_(True)
-        if bias == "lora_only" and layer.bias is not None:
-            layer.bias.requires_grad_(True)
-    for _, module in saved_modules(model):
-        module.trained_module.requires_grad_(True)
-    if bias == "all":
-        for name, parameter in model.named_parameters():
-            if name.endswith(".bias") and ".original_module." not in name:
-                parameter.requires_grad_(True)
+def _biases_to_train(model: nn.Module, bias: str, targets: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The base's biases that train beside the adapters; those of modules trained whole are theirs already."""
+    if bias == "lora_only":
+        return [module.bias for module in targets if isinstance(module.bias, nn.Parameter)]
+    if bias == "none":
+        return []
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if name.endswith(".bias") and ".original_module." not in name and ".trained_module." not in name
+    ]
 
 
 def _save_pretrained(model: nn.Module, save_directory: str, *, is_main_process: bool = True, **_: Any) -> None:
@@ -105,7 +102,14 @@ def _save_pretrained(model: nn.Module, save_directory: str, *, is_main_process: 
         save_adapter(model, save_directory)
 
 
-def inject(model: ModelT, config: LoraConfig, *, strict: bool = True, new_weights: Collection[str] = ()) -> ModelT:
+def inject(
+    model: ModelT,
+    config: LoraConfig,
+    *,
+    strict: bool = True,
+    new_weights: Collection[str] = (),
+    low_cpu_mem_usage: bool = False,
+) -> ModelT:
     """Puts LoRA layers into a model, in place, and freezes everything else.
 
     Under one seed the new matrices are those of `peft.get_peft_model(model, config)`, bit for bit.
@@ -116,6 +120,7 @@ def inject(model: ModelT, config: LoraConfig, *, strict: bool = True, new_weight
         strict: Whether every single name and pattern must match. Loading turns this off and checks the file's keys.
         new_weights: Names of the parameters that the base's checkpoint lacks, Transformers' `missing_keys`. They stay
             frozen and are saved with the adapter.
+        low_cpu_mem_usage: As in PEFT, whether A and B are left on the meta device, for `load_adapter_weights` to fill.
 
     Returns:
         The same model.
@@ -129,9 +134,12 @@ def inject(model: ModelT, config: LoraConfig, *, strict: bool = True, new_weight
     resolved, targets = _resolve(model, config, strict)
     to_save = find_modules_to_save(model, resolved, targets)
     new = find_new_weights(model, resolved, new_weights)
-    trainable = [name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor.requires_grad]
-    for name in targets:
-        base = model.get_submodule(name)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    _refuse_tied(parameters, targets)
+    trainable = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+    for name, base in targets.items():
         layer = LoRALinear(
             base,
             *storage.features(base),
@@ -139,19 +147,18 @@ def inject(model: ModelT, config: LoraConfig, *, strict: bool = True, new_weight
             lora_alpha=value_for(resolved.alpha_pattern or {}, name, resolved.lora_alpha),
             lora_dropout=resolved.lora_dropout,
             use_rslora=resolved.use_rslora,
-            init_lora_weights=resolved.init_lora_weights,  # type: ignore[arg-type]  # narrowed by check_supported
+            init_lora_weights=not low_cpu_mem_usage and resolved.init_lora_weights,  # type: ignore[arg-type]
+            device="meta" if low_cpu_mem_usage else None,
         )
         _place(layer, layer.weight)
         layer.train(base.training)
-        model.set_submodule(name, layer)
+        replace_module(model, name, layer)
     for name in to_save:
-        model.set_submodule(name, ModuleToSave(model.get_submodule(name)))
-    _freeze_all_but_adapters(model, resolved.bias)
-    biases = {
-        parameter: parameter.detach().clone()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and name.endswith(".bias") and ".trained_module." not in name
-    }
+        replace_module(model, name, ModuleToSave(model.get_submodule(name)))
+    biases: dict[nn.Parameter, torch.Tensor] = {}
+    for parameter in _biases_to_train(model, resolved.bias, targets.values()):
+        parameter.requires_grad_(True)
+        biases[parameter] = parameter.detach().clone()
     model.plainlora = Injection(resolved, trainable, biases, new)  # type: ignore[assignment]
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[assignment]
@@ -166,9 +173,9 @@ def unwrap(model: ModelT) -> ModelT:
     """
     record = injection(model)
     for name, layer in list(lora_layers(model)):
-        model.set_submodule(name, layer.base_layer)
+        replace_module(model, name, layer.base_layer)
     for name, module in list(saved_modules(model)):
-        model.set_submodule(name, module.original_module)
+        replace_module(model, name, module.original_module)
     for bias, value in record.biases.items():
         bias.data.copy_(value)
     restore_identity(model, record)

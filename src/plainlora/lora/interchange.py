@@ -7,21 +7,23 @@ carry PEFT's attribute names, so saving is adding a prefix.
 import copy
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import nn
 
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.record import injection, lora_layers, saved_modules
+from plainlora.lora.storage import is_finite
 from plainlora.lora.targets import head_parameters
 
 PREFIX = "base_model.model."
+LORA_WEIGHTS = (".lora_A.weight", ".lora_B.weight")
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -46,7 +48,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
         }
     for name, module in saved_modules(model):
         state |= {f"{name}.{key}": value for key, value in module.trained_module.state_dict(keep_vars=True).items()}
-    state |= {name: parameter for name, parameter in model.named_parameters() if parameter in record.new_weights}
+    if record.new_weights:
+        state |= {name: parameter for name, parameter in model.named_parameters() if parameter in record.new_weights}
     return {PREFIX + name: tensor.detach() for name, tensor in state.items()}
 
 
@@ -61,9 +64,17 @@ def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _write_tensors(directory: Path, state: dict[str, torch.Tensor]) -> None:
-    _write_atomically(
-        directory / SAFETENSORS_WEIGHTS_NAME, lambda path: save_file(state, path, metadata={"format": "pt"})
-    )
+    """Writes contiguous tensors of the CPU from where they lie; `save_file` would first look for shared storage."""
+    specs = {
+        name: TensorSpec(
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=tensor.shape,
+            data_ptr=tensor.data_ptr(),
+            data_len=tensor.nbytes,
+        )
+        for name, tensor in state.items()
+    }
+    _write_atomically(directory / SAFETENSORS_WEIGHTS_NAME, lambda path: serialize_file(specs, path, {"format": "pt"}))
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -79,10 +90,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     record = injection(model)
     state = {name: tensor.contiguous().cpu() for name, tensor in adapter_state_dict(model).items()}
     for name, tensor in state.items():
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise LoRAError(f"{name} holds values that are not finite; nothing was saved")
-    state = {name: tensor.clone() for name, tensor in state.items()}  # safetensors refuses shared storage
-    config = copy.deepcopy(record.config)
+    config = copy.copy(record.config)
     config.inference_mode = True  # as PEFT writes it: loading does not train unless asked
     if config.task_type is None:  # from this AutoPeftModel knows the class of the base
         config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
@@ -115,7 +125,9 @@ def read_config(directory: str | os.PathLike[str]) -> LoraConfig:
     return config
 
 
-def _read_tensors(directory: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+@contextmanager
+def _opened(directory: str | os.PathLike[str]) -> Iterator[safe_open]:
+    """The file of tensors, to be read from the disk rather than mapped: whoever cuts it later harms no tensor."""
     path = Path(directory) / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         pickle = Path(directory) / WEIGHTS_NAME
@@ -126,9 +138,15 @@ def _read_tensors(directory: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
             )
         raise LoRAError(f"{directory} has no {path.name}; give the folder that training wrote")
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt", backend="pread") as file:
+            yield file
     except (SafetensorError, OSError, ValueError) as error:
         raise LoRAError(f"{path} is corrupt or cut short ({error}); copy or save the adapter again") from error
+
+
+def _read_tensors(directory: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    with _opened(directory) as file:
+        return file.get_tensors()
 
 
 def add_tensors(directory: str | os.PathLike[str], tensors: dict[str, torch.Tensor]) -> None:
@@ -137,7 +155,7 @@ def add_tensors(directory: str | os.PathLike[str], tensors: dict[str, torch.Tens
     Raises:
         LoRAError: The directory has no `adapter_model.safetensors`, or an unreadable one.
     """
-    added = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in tensors.items()}
+    added = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     _write_tensors(Path(directory), _read_tensors(directory) | added)
 
 
@@ -147,8 +165,10 @@ def saved_head_weights(model: nn.Module, directory: str | os.PathLike[str]) -> l
     Raises:
         LoRAError: `adapter_model.safetensors` is missing or unreadable.
     """
-    saved = {name.removeprefix(PREFIX).replace(".base_layer.", ".") for name in _read_tensors(directory)}
-    return [name for name in head_parameters(model) if name in saved]
+    with _opened(directory) as file:
+        names = [name.removeprefix(PREFIX) for name in file.keys() if not name.endswith(LORA_WEIGHTS)]  # noqa: SIM118
+    saved = {name.replace(".base_layer.", ".") for name in names}
+    return [name for name in head_parameters(model) if name in saved] if saved else []
 
 
 def saved_shapes(directory: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
@@ -157,7 +177,8 @@ def saved_shapes(directory: str | os.PathLike[str]) -> dict[str, tuple[int, ...]
     Raises:
         LoRAError: `adapter_model.safetensors` is missing or unreadable.
     """
-    return {name: tuple(tensor.shape) for name, tensor in _read_tensors(directory).items()}
+    with _opened(directory) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def _drop_repeats(model: nn.Module, read: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -174,7 +195,9 @@ def _some(names: set[str]) -> str:
 
 @torch.no_grad()
 def load_adapter_weights(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Copies a saved adapter into a model that already carries one of the same shape.
+    """Puts a saved adapter into a model that already carries one of the same shape.
+
+    Values are copied into the model's own parameters; A and B on the meta device become the tensors that were read.
 
     Raises:
         LoRAError: A file is missing or unreadable, or a key is missing, unexpected, wrongly shaped or not finite. Then
@@ -194,7 +217,12 @@ def load_adapter_weights(model: nn.Module, directory: str | os.PathLike[str]) ->
                 f"{path}: {name} has shape {tuple(tensor.shape)}, the model needs {tuple(own[name].shape)}; "
                 "the adapter was trained on another base model or rank"
             )
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise LoRAError(f"{path}: {name} holds values that are not finite; the training that wrote it diverged")
+    for name, layer in lora_layers(model):
+        for key, matrix in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            if matrix.weight.is_meta:
+                tensor = read.pop(f"{PREFIX}{name}.{key}.weight")
+                matrix.weight = nn.Parameter(tensor.to(layer.weight.device, matrix.weight.dtype))
     for name, tensor in read.items():
         own[name].copy_(tensor)

@@ -31,6 +31,7 @@ class LoRALinear(nn.Module):
         lora_dropout: Probability of dropping an element of the adapter's input, in [0, 1).
         use_rslora: Scale by `alpha / sqrt(r)` (Kalajdzievski 2023, arXiv:2312.03732) instead of `alpha / r`.
         init_lora_weights: How A and B start, see `reset_lora_parameters`.
+        device: Where A and B are made; on `"meta"` nothing is drawn, for weights that come from a file.
     """
 
     def __init__(
@@ -43,14 +44,15 @@ class LoRALinear(nn.Module):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         init_lora_weights: bool | Literal["gaussian"] = True,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features, self.r = d_in, d_out, r
         self.scaling = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
         self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
-        self.lora_A = nn.Linear(d_in, r, bias=False)
-        self.lora_B = nn.Linear(r, d_out, bias=False)
+        self.lora_A = nn.Linear(d_in, r, bias=False, device=device)
+        self.lora_B = nn.Linear(r, d_out, bias=False, device=device)
         self.reset_lora_parameters(init_lora_weights)
         self.enabled = True
 
@@ -75,12 +77,6 @@ class LoRALinear(nn.Module):
             return h
         x = x.to(self.lora_A.weight.dtype)  # (..., d_in)
         return (h + self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling).to(h.dtype)
-
-    @torch.no_grad()
-    def delta_weight(self) -> torch.Tensor:
-        """`(alpha / r) B A`, shape (d_out, d_in), in at least fp32."""
-        precision = torch.promote_types(self.lora_A.weight.dtype, torch.float32)
-        return self.lora_B.weight.to(precision) @ self.lora_A.weight.to(precision) * self.scaling
 
     @property
     def weight(self) -> torch.Tensor:

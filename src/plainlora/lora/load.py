@@ -27,7 +27,13 @@ def load_adapter(model: ModelT, directory: str | os.PathLike[str], trainable: bo
             it was before.
     """
     config = read_config(directory)
-    inject(model, config, strict=False, new_weights=saved_head_weights(model, directory))
+    inject(
+        model,
+        config,
+        strict=False,
+        new_weights=saved_head_weights(model, directory),
+        low_cpu_mem_usage=True,  # what was saved takes the place of A and B, so none is drawn
+    )
     try:
         load_adapter_weights(model, directory)
     except LoRAError:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from plainlora.lora import storage
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.inject import restore_identity
-from plainlora.lora.record import ModelT, injection, lora_layers, saved_modules
+from plainlora.lora.record import ModelT, injection, lora_layers, replace_module, saved_modules
 
 
 def _untie_if_diverged(model: nn.Module) -> None:
@@ -39,15 +39,16 @@ def merge(model: ModelT) -> ModelT:
     """
     record = injection(model)
     layers = list(lora_layers(model))
-    for name, layer in layers:  # every sum once to check it, before the first weight changes
-        if not all(torch.isfinite(parameter).all() for parameter in (layer.lora_A.weight, layer.lora_B.weight)):
+    for name, layer in layers:  # all are checked before the first weight changes
+        lora_b, lora_a = layer.lora_B.weight, layer.lora_A.weight
+        if not (storage.is_finite(lora_a) and storage.is_finite(lora_b)):
             raise LoRAError(f"the adapter of {name!r} holds values that are not finite; nothing was merged")
-        storage.merged_weight(layer.base_layer, layer.delta_weight())
+        storage.check_addition(layer.base_layer, lora_b, lora_a, layer.scaling)
     for name, layer in layers:
-        layer.weight.copy_(storage.merged_weight(layer.base_layer, layer.delta_weight()))
-        model.set_submodule(name, layer.base_layer)
+        storage.add_product(layer.base_layer, layer.lora_B.weight, layer.lora_A.weight, layer.scaling)
+        replace_module(model, name, layer.base_layer)
     for name, module in list(saved_modules(model)):
-        model.set_submodule(name, module.trained_module)
+        replace_module(model, name, module.trained_module)
     restore_identity(model, record)
     _untie_if_diverged(model)
     return model

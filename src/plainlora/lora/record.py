@@ -27,7 +27,7 @@ class Injection:
     """
 
     config: LoraConfig
-    trainable: list[str]
+    trainable: set[str]
     biases: dict[nn.Parameter, torch.Tensor]
     new_weights: set[nn.Parameter]
 
@@ -46,11 +46,26 @@ def injection(model: nn.Module) -> Injection:
     return record
 
 
+def _wrappers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, LoRALinear | ModuleToSave]]:
+    """What `inject` put in, with full names; unlike `named_modules` it does not look inside them."""
+    for key, child in module.named_children():
+        if isinstance(child, (LoRALinear, ModuleToSave)):
+            yield f"{prefix}{key}", child
+        else:
+            yield from _wrappers(child, f"{prefix}{key}.")
+
+
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     """The LoRA layers with their full names, in the model's own order."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
+    return ((name, module) for name, module in _wrappers(model) if isinstance(module, LoRALinear))
 
 
 def saved_modules(model: nn.Module) -> Iterator[tuple[str, ModuleToSave]]:
     """The wholly trained modules with their full names, in the model's own order."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, ModuleToSave))
+    return ((name, module) for name, module in _wrappers(model) if isinstance(module, ModuleToSave))
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in the place of the one that has this full name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

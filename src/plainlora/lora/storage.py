@@ -1,6 +1,8 @@
 """How a base layer stores W0: `nn.Linear` (out, in), GPT-2's `Conv1D` (in, out), bitsandbytes 4-bit and 8-bit."""
 
+import math
 import sys
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -8,6 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from plainlora.lora.errors import LoRAError
+
+ROWS = 64  # of a weight, at a time, where a sum cannot be formed in place
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -54,24 +58,67 @@ def dense_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     return (weight.T if is_conv1d(module) else weight).to(dtype)
 
 
-@torch.no_grad()
-def merged_weight(module: nn.Module, delta: torch.Tensor) -> torch.Tensor:
-    """W0 + delta as the module stores it, rounded once to W0's dtype.
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite. A finite sum has finite terms only, and is one read without a mask."""
+    precision = torch.promote_types(tensor.dtype, torch.float32)
+    return math.isfinite(tensor.sum(dtype=precision)) or bool(torch.isfinite(tensor).all())
 
-    Args:
-        module: A supported, unquantised module; left as it is.
-        delta: `(d_out, d_in)`, any floating dtype.
 
-    Raises:
-        LoRAError: The weight is quantised, or the sum overflows its dtype.
+def _as_stored(
+    module: nn.Module, lora_b: torch.Tensor, lora_a: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """W0 as it is stored, and the two factors whose product has its shape, in the precision of the sum."""
+    weight = cast(torch.Tensor, module.weight).detach()
+    left, right = (lora_a.T, lora_b.T) if is_conv1d(module) else (lora_b, lora_a)
+    precision = torch.promote_types(torch.promote_types(weight.dtype, left.dtype), torch.float32)
+    return weight, left.detach().to(precision), right.detach().to(precision)
+
+
+def _sums(
+    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling: float
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """`weight + scaling * left right`, `ROWS` rows at a time: those of the weight, and their sum before rounding."""
+    for rows, factor in zip(weight.split(ROWS), left.split(ROWS), strict=True):
+        yield rows, torch.addmm(rows.to(factor.dtype), factor, right, alpha=scaling)
+
+
+def check_addition(module: nn.Module, lora_b: torch.Tensor, lora_a: torch.Tensor, scaling: float) -> None:
+    """Raises `LoRAError` where `add_product` cannot be had: a quantised weight, or a sum that overflows its dtype.
+
+    No element of the product is larger than
+
+        |scaling| max_i sum_k |B_ik| max_j |A_kj|
+
+    and less than half a unit in the last place of the largest number of W0's dtype lifts no finite weight beyond that
+    number. So W0 need not be read; only where the bound is above a quarter, as it is rounded too, is the sum formed.
     """
     if is_quantized(module):
         raise LoRAError(
             "cannot merge into quantised weights: rounding the sum back to 4 or 8 bits can erase the adapter "
             "(peft#2321); load the base in 16 bit, or call its dequantize() first"
         )
-    weight = cast(torch.Tensor, module.weight)
-    merged = (weight + (delta.T if is_conv1d(module) else delta)).to(weight.dtype)
-    if not torch.isfinite(merged).all():
-        raise LoRAError(f"the merged weight is not finite in {merged.dtype}; merge in a wider dtype")
-    return merged
+    weight, left, right = _as_stored(module, lora_b, lora_a)
+    largest = torch.finfo(weight.dtype).max
+    unit = largest * torch.finfo(weight.dtype).eps / 2
+    bound = abs(scaling) * float((left.abs() @ right.abs().amax(1)).amax())
+    if bound < unit / 4:
+        return
+    if not all(is_finite(total.to(weight.dtype)) for _, total in _sums(weight, left, right, scaling)):
+        raise LoRAError(f"the merged weight is not finite in {weight.dtype}; merge in a wider dtype")
+
+
+def add_product(module: nn.Module, lora_b: torch.Tensor, lora_a: torch.Tensor, scaling: float) -> None:
+    """`W0 <- W0 + scaling * B A`, in place, rounded once to W0's dtype; nothing of W0's size is allocated.
+
+    Args:
+        module: A supported module that `check_addition` lets pass.
+        lora_b: `(d_out, r)`, any floating dtype.
+        lora_a: `(r, d_in)`.
+        scaling: alpha / r (dimensionless).
+    """
+    weight, left, right = _as_stored(module, lora_b, lora_a)
+    if weight.dtype == left.dtype:
+        weight.addmm_(left, right, alpha=scaling)
+        return
+    for rows, total in _sums(weight, left, right, scaling):
+        rows.copy_(total)

@@ -118,7 +118,12 @@ def condense(names: list[str], model: nn.Module) -> list[str]:
 
 
 def find_targets(model: nn.Module, config: LoraConfig, strict: bool = True) -> list[str]:
-    """Full names of the modules to adapt, in the model's own order.
+    """Full names of the modules to adapt, see `find_target_modules`."""
+    return list(find_target_modules(model, config, strict))
+
+
+def find_target_modules(model: nn.Module, config: LoraConfig, strict: bool = True) -> dict[str, nn.Module]:
+    """The modules to adapt by full name, in the model's own order.
 
     Args:
         model: The base model.
@@ -168,7 +173,7 @@ def find_targets(model: nn.Module, config: LoraConfig, strict: bool = True) -> l
                 f"({', '.join(sorted({_leaf(item) for item in linear}))})"
             )
     _refuse_bypassed(model, targets)
-    return targets
+    return {name: modules[name] for name in targets}
 
 
 def _refuse_bypassed(model: nn.Module, targets: list[str]) -> None:
@@ -186,14 +191,16 @@ def _refuse_bypassed(model: nn.Module, targets: list[str]) -> None:
                 )
 
 
-def find_modules_to_save(model: nn.Module, config: LoraConfig, targets: list[str]) -> list[str]:
+def find_modules_to_save(model: nn.Module, config: LoraConfig, targets: Collection[str]) -> list[str]:
     """Full names of the modules trained whole beside the adapters (PEFT's rule: the name ends with the entry).
 
     Raises:
         LoRAError: An entry that the user wrote matches nothing, or a module that holds one of the targets.
     """
+    entries = config.modules_to_save
+    if not entries:
+        return []
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    entries = config.modules_to_save or []
     heads = {head for heads in TASK_HEADS.values() for head in heads}
     for entry in entries:
         if entry not in heads and not any(name.endswith(entry) for name in names):
@@ -240,6 +247,8 @@ def find_new_weights(model: nn.Module, config: LoraConfig, names: Collection[str
     Raises:
         LoRAError: A name is no parameter's, or its parameter is quantised or inside the backbone.
     """
+    if not names:
+        return set()
     parameters, head = dict(model.named_parameters()), head_parameters(model)
     entries = tuple(modules_to_save(config))
     found = set()
@@ -265,7 +274,7 @@ def value_for(pattern: dict[str, int], name: str, default: int) -> int:
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
-def check_patterns(config: LoraConfig, targets: list[str]) -> None:
+def check_patterns(config: LoraConfig, targets: Collection[str]) -> None:
     """Raises `LoRAError` for a key of `rank_pattern` or `alpha_pattern` that fits no target."""
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field) or {}:

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 Inputs = dict[str, torch.Tensor]
+FORMS = ("fused", "reference")  # the hand-written back ends; the first is compared unless another is asked for
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Case:
         tokenizer: Turns the rows into tokens.
         adapter_dtype: Precision of the trained weights.
         prompts: What generation continues; token ids `(batch, length)`, without padding.
+        lora_backend: Which of `FORMS` is compared with PEFT.
         seed: Of every random stream.
     """
 
@@ -43,6 +45,7 @@ class Case:
     tokenizer: PreTrainedTokenizerBase | None = None
     adapter_dtype: str = "float32"
     prompts: torch.Tensor | None = None
+    lora_backend: str = FORMS[0]
     seed: int = 0
 
     def fresh_config(self) -> LoraConfig:

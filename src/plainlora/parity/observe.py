@@ -1,5 +1,6 @@
 """What each side does, as named tensors, level by level. One side is observed at a time, so one model is in memory."""
 
+import hashlib
 import json
 import re
 import tempfile
@@ -13,6 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PrinterCallback
+from trl import SFTTrainer
 
 from plainlora.lora.storage import is_quantized
 from plainlora.parity.case import Case, seed_everything
@@ -20,9 +22,8 @@ from plainlora.parity.sides import Side
 
 LEVELS = ("init", "forward", "gradients", "dropout", "trajectory", "files", "merge", "generation")
 BOOKKEEPING = ("auto_mapping", "peft_version")  # who wrote the file, not what it says
-
-
 SAVED = "the trainer saves the adapter as it is"
+LOGGED = ("loss", "grad_norm", "entropy", "mean_token_accuracy")  # the last two by SFTTrainer only
 
 
 @dataclass
@@ -33,11 +34,13 @@ class Observation:
         tensors: What is compared as numbers.
         facts: What is compared as equal or not: names, dtypes, config fields.
         not_run: Why the level did not run; empty if it did.
+        notes: What the report says of this side alone; not compared.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     facts: dict[str, object] = field(default_factory=dict)
     not_run: str = ""
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 def _clone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -82,13 +85,18 @@ def observe_init(side: Side, case: Case, model: nn.Module) -> Observation:
             "device": first.device.type,
             "quantised": _is_quantized(model),
         },
+        notes=side.notes(model),
     )
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, case: Case) -> torch.Tensor:
+    return model(**_on(model, case.inputs)).logits
 
 
 def observe_forward(side: Side, case: Case, model: nn.Module) -> Observation:
     """Logits of the batch, dropout off."""
-    with torch.no_grad():
-        return Observation(_clone({"logits": model.eval()(**_on(model, case.inputs)).logits}))
+    return Observation(_clone({"logits": _logits(model.eval(), case)}))
 
 
 @contextmanager
@@ -121,16 +129,24 @@ def observe_gradients(side: Side, case: Case, model: nn.Module) -> Observation:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.eval()
-    model.zero_grad()
     seed_everything(case.seed + 2)  # some attention kernels drop by themselves in training mode
+    _, gradients = _there_and_back(model, case)
+    return Observation(gradients, {"trained parameters": _trained(model)})
+
+
+def _there_and_back(model: nn.Module, case: Case) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The logits, and the gradients of every trained parameter and of the input embeddings' output."""
+    model.zero_grad()
     with _embedding_output_watched(model) as seen:
-        model(**_on(model, case.inputs)).loss.backward()
+        output = model(**_on(model, case.inputs))
+        output.loss.backward()
     gradients = {
         _on_disk(name): p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None
     }
     gradients |= {name: output.grad for name, output in seen.items() if output.grad is not None}
+    gradients = _clone(gradients)
     model.zero_grad()
-    return Observation(_clone(gradients), {"trained parameters": _trained(model)})
+    return output.logits, gradients
 
 
 def _trained(model: nn.Module) -> list[str]:
@@ -144,16 +160,19 @@ def _on_disk(name: str) -> str:
 
 
 def observe_dropout(side: Side, case: Case, model: nn.Module) -> Observation:
-    """Logits in training mode under one seed: the same elements must be dropped."""
+    """Logits and gradients in training mode under one seed: the same elements must be dropped, there and back."""
     if case.config.lora_dropout == 0:
         return Observation(not_run="the config drops nothing")
     seed_everything(case.seed + 1)
-    with torch.no_grad():
-        return Observation(_clone({"logits": model.train()(**_on(model, case.inputs)).logits}))
+    logits, gradients = _there_and_back(model.train(), case)
+    return Observation(_clone({"logits": logits}) | gradients)
 
 
 def observe_files(side: Side, case: Case, model: nn.Module, directory: Path) -> Observation:
-    """The saved adapter: names, shapes, dtypes, values, the fields of its config, and what it does once loaded."""
+    """The saved adapter and what it does once loaded.
+
+    Names, shapes, dtypes, values and the fields of the config are facts: they are equal or not.
+    """
     side.save(model, directory)
     tensors = load_file(directory / "adapter_model.safetensors")
     fields = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
@@ -163,12 +182,21 @@ def observe_files(side: Side, case: Case, model: nn.Module, directory: Path) -> 
         if name not in BOOKKEEPING and name not in ("target_modules", "modules_to_save") and value not in ("", [], {})
     }
     facts = {name: value for name, value in facts.items() if value is not None}
+    facts |= {name: _fingerprint(tensor) for name, tensor in tensors.items()}
+    loaded = side.load(case.make_base(), directory, trainable=False)
+    logits = {"logits after loading": _logits(loaded.eval(), case)}
+    del loaded
     loaded = side.load(case.make_base(), directory)
     facts["trained after loading"] = _trained(loaded)
-    logits = {"logits after loading": observe_forward(side, case, loaded).tensors["logits"]}
-    if case.config.lora_dropout:
-        logits["logits after loading, dropout on"] = observe_dropout(side, case, loaded).tensors["logits"]
-    return Observation(tensors | logits, facts)
+    seed_everything(case.seed + 1)
+    logits["logits after loading, training mode"] = _logits(loaded.train(), case)
+    return Observation(_clone(logits), facts)
+
+
+def _fingerprint(tensor: torch.Tensor) -> str:
+    """Dtype, shape, and a digest of every byte."""
+    digest = hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} {digest[:16]}"
 
 
 def observe_merge(side: Side, case: Case, model: nn.Module, directory: Path) -> Observation:
@@ -176,8 +204,7 @@ def observe_merge(side: Side, case: Case, model: nn.Module, directory: Path) -> 
     if _is_quantized(model):
         model = side.load(case.make_base().dequantize(), directory)
     merged = side.merge(model).eval()
-    with torch.no_grad():
-        logits = merged(**_on(merged, case.inputs)).logits
+    logits = _logits(merged, case)
     facts: dict[str, object] = {
         "class": type(merged).__name__,
         "saves as its base does": "save_pretrained" not in vars(merged) and not hasattr(merged, "plainlora"),
@@ -209,7 +236,7 @@ def _checksums(model: nn.Module) -> dict[str, float]:
 
 
 def observe_trajectory(side: Side, case: Case) -> Observation:
-    """Loss and gradient norm of every optimizer step through the real trainer, and the adapter that it saves."""
+    """What the real trainer logs of every optimizer step, the adapter that it saves, and the logits in the end."""
     if case.arguments is None:
         return Observation(not_run="no rows to train on: give --config")
     with tempfile.TemporaryDirectory() as scratch:
@@ -222,13 +249,43 @@ def observe_trajectory(side: Side, case: Case) -> Observation:
         final = _clone(side.weights(model))
         saved = load_file(Path(scratch) / "adapter_model.safetensors")
         log = [entry for entry in trainer.state.log_history if "loss" in entry]
-        curves = {name: torch.tensor([entry[name] for entry in log]).double() for name in ("loss", "grad_norm")}
+        curves = {
+            name: torch.tensor([entry[name] for entry in log]).double() for name in LOGGED if name in (log or [{}])[0]
+        }
+        if isinstance(trainer, SFTTrainer):  # which divides by itself; others may call the head that it gave the model
+            with torch.no_grad():
+                outcome = model.eval()(**_on(model, case.inputs), fused_lm_head=True)
+            curves["head's own loss"] = outcome.loss[None].double()  # TRL's is fp32 whatever the base
+        curves["logits after training"] = _logits(model.eval(), case)  # they show the last step, which no loss does
         facts: dict[str, object] = {
             "frozen weights changed": [name for name, value in _checksums(model).items() if value != frozen[name]],
             "device": str(trainer.args.device.type),
             SAVED: _same(saved, final),
         }
         return Observation(_clone(curves | {f"final {key}": value for key, value in final.items()}), facts)
+
+
+@torch.no_grad()
+def move_last_bits(model: nn.Module, seed: int) -> None:
+    """Moves every floating-point weight to one of its two neighbours, drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, weight in sorted(model.named_parameters()):
+        if weight.is_floating_point():
+            up = torch.randint(2, weight.shape, generator=generator).to(weight.device)
+            weight.copy_(torch.nextafter(weight, torch.where(up == 1, torch.inf, -torch.inf).to(weight.dtype)))
+
+
+def observe_last_bits(side: Side, case: Case) -> dict[str, Observation]:
+    """The levels that compute without an optimizer, once more, with every weight moved in its last bit."""
+    model = _attach(side, case)
+    if not case.adapter:
+        fill(side, model, case.seed)
+    move_last_bits(model, case.seed)
+    return {
+        "forward": _attempt(lambda: observe_forward(side, case, model)),
+        "gradients": _attempt(lambda: observe_gradients(side, case, model)),
+        "dropout": _attempt(lambda: observe_dropout(side, case, model)),
+    }
 
 
 def _on(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

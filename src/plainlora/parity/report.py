@@ -36,9 +36,14 @@ def terminal_rows(verdicts: Iterable[Verdict]) -> list[str]:
     return lines
 
 
-def terminal_header() -> str:
-    """The line above them."""
-    return "  ".join(title.ljust(width) for title, width in zip(HEADER, WIDTHS, strict=True)).rstrip()
+def terminal_header(lora_backend: str) -> str:
+    """The two lines above them: what is compared, and the columns."""
+    columns = "  ".join(title.ljust(width) for title, width in zip(HEADER, WIDTHS, strict=True)).rstrip()
+    return f"{_what(lora_backend)}\n{columns}"
+
+
+def _what(lora_backend: str) -> str:
+    return f"the {lora_backend} form of PlainLoRA beside PEFT"
 
 
 def _matrix_cell(verdict: Verdict) -> str:
@@ -49,7 +54,8 @@ def _matrix_cell(verdict: Verdict) -> str:
 
 def markdown(results: Sequence[CaseResult]) -> str:
     """A matrix of cases and levels, what its signs mean, and the versions it holds for."""
-    lines = ["| case | " + " | ".join(LEVELS) + " |", "|---|" + "---|" * len(LEVELS)]
+    lines = [f"{line[0].upper()}{line[1:]}." for line in map(_what, _forms(results))]
+    lines += ["", "| case | " + " | ".join(LEVELS) + " |", "|---|" + "---|" * len(LEVELS)]
     for result in results:
         lines.append("| " + " | ".join([result.case.name, *map(_matrix_cell, result.verdicts)]) + " |")
     notes = sorted({f"{verdict.level}: {verdict.reason}" for verdict in _flat(results) if verdict.status == "not run"})
@@ -59,6 +65,8 @@ def markdown(results: Sequence[CaseResult]) -> str:
         "`=` every bit identical; a number: the largest relative difference, within its tolerance; `·` not run.",
     ]
     lines += ["", *(f"- not run: {note}" for note in notes), *(f"- **FAIL** {failure}" for failure in failures)]
+    lines += [f"- allowed {note}" for note in _allowed(results)]
+    lines += [f"- {name}: the fused form covers {covered} layers" for name, covered in _not_all_fused(results)]
     lines += ["", "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
     lines += ["| " + " | ".join(_cells(verdict)) + " |" for verdict in _flat(results)]
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
@@ -68,6 +76,26 @@ def markdown(results: Sequence[CaseResult]) -> str:
 
 def _flat(results: Sequence[CaseResult]) -> list[Verdict]:
     return [verdict for result in results for verdict in result.verdicts]
+
+
+def _allowed(results: Sequence[CaseResult]) -> list[str]:
+    """Every reason for which some difference was allowed, how much at most, and at which levels."""
+    held = [verdict for verdict in _flat(results) if verdict.status == "pass" and verdict.tolerance]
+    lines = []
+    for reason in sorted({verdict.reason for verdict in held}):
+        most = max(verdict.tolerance or 0.0 for verdict in held if verdict.reason == reason)
+        levels = [level for level in LEVELS if any((v.level, v.reason) == (level, reason) for v in held)]
+        lines.append(f"{most:.1e} ({', '.join(levels)}): {reason}")
+    return lines
+
+
+def _forms(results: Sequence[CaseResult]) -> list[str]:
+    return sorted({result.case.lora_backend for result in results})
+
+
+def _not_all_fused(results: Sequence[CaseResult]) -> list[tuple[str, str]]:
+    found = [(result.case.name, result.environment.get("fused layers", "0 of 0")) for result in results]
+    return [(name, covered) for name, covered in found if len(set(covered.split(" of "))) > 1]
 
 
 def _devices(results: Sequence[CaseResult]) -> str:
@@ -91,8 +119,11 @@ def plot(results: Sequence[CaseResult], path: Path) -> None:
         curves.plot([loss / first for loss in theirs], color="black", linewidth=0.8, linestyle="--")
         distance = [abs(a - b) for a, b in zip(ours, theirs, strict=False)]
         label = result.case.name if any(distance) else None
-        gaps.plot([gap or floor for gap in distance], color=colour, marker="o", markersize=3, linewidth=1, label=label)
-    curves.set(title="PlainLoRA (wide) and PEFT (dashed)", ylabel="loss / first loss")
+        gaps.plot(
+            [gap or floor for gap in distance], color=colour, marker="o", markersize=3, linestyle="", label=label
+        )
+    form = ", ".join(_forms(results))
+    curves.set(title=f"PlainLoRA, {form} form (wide), and PEFT (dashed)", ylabel="loss / first loss")
     gaps.set(title="Difference of the losses", ylabel="|difference|", yscale="log", ylim=(1e-19, 1))
     gaps.set_yticks([floor, 1e-12, 1e-9, 1e-6, 1e-3, 1], ["none", "1e-12", "1e-9", "1e-6", "1e-3", "1"])
     gaps.minorticks_off()
@@ -102,11 +133,11 @@ def plot(results: Sequence[CaseResult], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e5e7eb")
     equal = sum(ours == theirs for ours, theirs in (result.losses.values() for result in drawn))
-    gaps.annotate(f"no difference in {equal} of {len(drawn)} cases", (0.03, 0.12), xycoords="axes fraction")
+    gaps.annotate(f"no difference in {equal} of {len(drawn)} cases", (0.03, 0.95), xycoords="axes fraction")
     if drawn:
         curves.legend(frameon=False, fontsize=7, loc="lower left")
     if equal < len(drawn):
-        gaps.legend(frameon=False, fontsize=7, loc="upper right")
+        gaps.legend(frameon=False, fontsize=7, loc="lower right", bbox_to_anchor=(1, 0.08))
     figure.savefig(path, dpi=150)
 
 
@@ -124,6 +155,7 @@ def write(results: Sequence[CaseResult], directory: Path) -> None:
                 {
                     "name": result.case.name,
                     "seed": result.case.seed,
+                    "lora_backend": result.case.lora_backend,
                     "environment": result.environment,
                     "losses": result.losses,
                     "levels": [
@@ -133,7 +165,7 @@ def write(results: Sequence[CaseResult], directory: Path) -> None:
                 }
                 for result in results
             ],
-            "tolerances": {name: {"relative": value, "reason": why} for name, (value, why) in TOLERANCES.items()},
+            "tolerances": {name: {"relative": row.relative, "reason": row.reason} for name, row in TOLERANCES.items()},
             "versions": package_versions() | {"python": platform.python_version()},
         },
     )

@@ -16,7 +16,9 @@ from trl import SFTConfig, SFTTrainer
 
 from plainlora import backends
 from plainlora.data.encoding import encode_rows
-from plainlora.lora import inject, interchange, load, merge
+from plainlora.fuse import fuse
+from plainlora.lora import interchange, load, merge
+from plainlora.lora.record import lora_layers
 from plainlora.parity.case import Case
 from plainlora.training import AdapterTrainer, RowsInOrder, adapter_precision_kept, hand_over
 
@@ -31,8 +33,8 @@ class Side(ABC):
         """Puts a fresh adapter into a base."""
 
     @abstractmethod
-    def load(self, base: PreTrainedModel, directory: str | Path) -> nn.Module:
-        """Puts a saved adapter into a base, to go on training."""
+    def load(self, base: PreTrainedModel, directory: str | Path, trainable: bool = True) -> nn.Module:
+        """Puts a saved adapter into a base, to go on training or to compute with."""
 
     @abstractmethod
     def save(self, model: nn.Module, directory: str | Path) -> None:
@@ -49,6 +51,10 @@ class Side(ABC):
     @abstractmethod
     def trainer(self, model: nn.Module, case: Case, output_dir: str) -> Trainer:
         """A trainer of the case's rows, prepared in this side's own way."""
+
+    def notes(self, model: nn.Module) -> dict[str, str]:
+        """What the report says about this side alone."""
+        return {}
 
 
 def _arguments(case: Case, output_dir: str) -> TrainingArguments:
@@ -70,17 +76,28 @@ def _is_tokenised(rows: Dataset) -> bool:
 
 
 class HandWritten(Side):
-    """This package: its LoRA, and its own preparation of the rows."""
+    """This package: its LoRA, and its own preparation of the rows.
+
+    Args:
+        lora_backend: `fused` or `reference`.
+    """
 
     name = "plainlora"
 
-    def attach(self, base: PreTrainedModel, config: LoraConfig) -> nn.Module:
-        """See `plainlora.inject`."""
-        return inject.inject(base, config)
+    def __init__(self, lora_backend: str) -> None:
+        self.is_fused = lora_backend == "fused"
+        self.backend = backends.BACKENDS[lora_backend]
 
-    def load(self, base: PreTrainedModel, directory: str | Path) -> nn.Module:
-        """See `plainlora.load_adapter`."""
-        return load.load_adapter(base, directory, trainable=True)
+    def attach(self, base: PreTrainedModel, config: LoraConfig) -> nn.Module:
+        """See `plainlora.backends.Backend`."""
+        return self.backend.attach(base, config)
+
+    def load(self, base: PreTrainedModel, directory: str | Path, trainable: bool = True) -> nn.Module:
+        """See `plainlora.backends.Backend`; to go on training, `plainlora.load_adapter` and `plainlora.fuse`."""
+        if not trainable:
+            return self.backend.load(base, directory)
+        model = load.load_adapter(base, directory, trainable=True)
+        return fuse(model) if self.is_fused else model
 
     def save(self, model: nn.Module, directory: str | Path) -> None:
         """See `plainlora.save_adapter`."""
@@ -113,11 +130,18 @@ class HandWritten(Side):
             )
         return AdapterTrainer(
             model,
-            backends.BACKENDS["reference"],
+            self.backend,
             args=hand_over(settings),
             train_dataset=rows,
             processing_class=case.tokenizer,
         )
+
+    def notes(self, model: nn.Module) -> dict[str, str]:
+        """How many layers the fused form covers: what it leaves in the reference form is no proof of it."""
+        if not self.is_fused:
+            return {}
+        fused = ["forward" in vars(layer) for _, layer in lora_layers(model)]  # what `fuse` sets and `unfuse` removes
+        return {"fused layers": f"{sum(fused)} of {len(fused)}"}
 
 
 class Peft(Side):
@@ -132,10 +156,10 @@ class Peft(Side):
         """See `peft.get_peft_model`."""
         return get_peft_model(base, config)
 
-    def load(self, base: PreTrainedModel, directory: str | Path) -> nn.Module:
+    def load(self, base: PreTrainedModel, directory: str | Path, trainable: bool = True) -> nn.Module:
         """See `peft.PeftModel.from_pretrained`."""
         heads = {base.get_parameter(name) for name in interchange.saved_head_weights(base, directory)}
-        model = PeftModel.from_pretrained(base, str(directory), is_trainable=True)
+        model = PeftModel.from_pretrained(base, str(directory), is_trainable=trainable)
         names = [name for name, parameter in model.named_parameters() if parameter in heads]
         self.heads[model] = [name for name in names if ".original_module." not in name]
         return model

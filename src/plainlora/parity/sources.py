@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import fields
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -27,6 +28,7 @@ from plainlora.lora.interchange import read_config, saved_shapes
 from plainlora.methods import build_classifier_lora
 from plainlora.models import (
     build_skeleton,
+    check_dropout,
     classifier_config,
     context_length,
     load_base,
@@ -36,7 +38,7 @@ from plainlora.models import (
     load_tokenizer,
     loading_options,
 )
-from plainlora.parity.case import Case, seed_everything
+from plainlora.parity.case import FORMS, Case, seed_everything
 from plainlora.parity.suite import training_arguments
 from plainlora.parity.tiny import byte_tokenizer, model_class, random_batch
 from plainlora.parsing import StrictParser, read_yaml
@@ -68,21 +70,49 @@ def _for_comparison(training: ArgumentsT, steps: int) -> ArgumentsT:
     return settings
 
 
-def recipe_case(config: str, flags: list[str], steps: int) -> Case:
+def _parse(kinds: tuple[Any, ...], config: str, flags: list[str], lora_backend: str | None) -> tuple[Any, ...]:
+    """A recipe's settings; its `lora_backend` becomes the form to compare.
+
+    Raises:
+        UserError: As the recipe's program would; two forms are asked for; or the recipe trains PEFT's LoRA.
+    """
+    parser = StrictParser(kinds)
+    parser.set_defaults(lora_backend=None)  # so that what the recipe says can be told from what it leaves open
+    recipe, *others = parser.parse(["--config", config, *flags])
+    said = recipe.lora_backend
+    if said == "peft":
+        raise UserError(
+            f"{config}: with lora_backend peft, PEFT would be compared with itself; end the command with -- "
+            f"--lora_backend {lora_backend or FORMS[0]}"
+        )
+    if said and lora_backend and said != lora_backend:
+        raise UserError(
+            f"--lora_backend {lora_backend} contradicts the recipe's lora_backend {said}; leave the first out, or end "
+            f"the command with -- --lora_backend {lora_backend}"
+        )
+    recipe.lora_backend = said or lora_backend or FORMS[0]
+    return recipe, *others
+
+
+def recipe_case(config: str, flags: list[str], steps: int, lora_backend: str | None = None) -> Case:
     """A recipe's own model, adapter, rows and training.
 
     Args:
         config: The recipe's YAML.
         flags: More of the recipe's flags, as for `recipes/sft.py`.
         steps: Optimizer steps of the trajectory.
+        lora_backend: One of `FORMS`; the recipe's if left out, and the first if that says nothing.
 
     Raises:
-        UserError: As `recipes/sft.py` would.
+        UserError: As `recipes/sft.py` would, or the recipe says another back end.
     """
-    parser = StrictParser((SFTArguments, ScriptArguments, SFTConfig, ModelConfig))
-    recipe, script, training, model = parser.parse(["--config", config, *flags])
+    # TRL's own config: it checkpoints where the recipe leaves that open, which changes memory and no number.
+    kinds = (SFTArguments, ScriptArguments, SFTConfig, ModelConfig)
+    recipe, script, training, model = _parse(kinds, config, flags, lora_backend)
     check_sft(recipe, script, training, model)
-    tokenizer = load_tokenizer(str(model.model_name_or_path), model.model_revision, eos_token=training.eos_token)
+    name, revision = str(model.model_name_or_path), model.model_revision
+    check_dropout(recipe.base_dropout, load_config(name, revision, training.trust_remote_code))
+    tokenizer = load_tokenizer(name, revision, eos_token=training.eos_token)
     install_template(tokenizer, recipe.prompt_template or training.chat_template_path)
     rows, _ = load_train_and_test(
         str(script.dataset_name),
@@ -98,7 +128,9 @@ def recipe_case(config: str, flags: list[str], steps: int) -> Case:
     ids = _prompt_ids((recipe.sample_prompts or ["Name three colours."])[0], tokenizer)
     return Case(
         name=config,
-        make_base=lambda: load_base(model, training.trust_remote_code, training.model_init_kwargs).eval(),
+        make_base=lambda: load_base(
+            model, training.trust_remote_code, training.model_init_kwargs, recipe.base_dropout
+        ).eval(),
         config=build_lora_config(model, recipe),
         inputs=_as_batch(ids),
         arguments=_for_comparison(training, steps),
@@ -106,6 +138,7 @@ def recipe_case(config: str, flags: list[str], steps: int) -> Case:
         tokenizer=tokenizer,
         adapter_dtype=recipe.adapter_dtype,
         prompts=ids,
+        lora_backend=recipe.lora_backend,
         seed=training.seed,
     )
 
@@ -121,25 +154,27 @@ def _rows_within(rows: Dataset, tokenizer: PreTrainedTokenizerBase, training: SF
     return rows.select(kept[:enough])
 
 
-def classifier_case(config: str, flags: list[str], steps: int) -> Case:
+def classifier_case(config: str, flags: list[str], steps: int, lora_backend: str | None = None) -> Case:
     """A classification recipe's own model, adapter, rows and training; what it trains must be LoRA.
 
     Args:
         config: The recipe's YAML.
         flags: More of the recipe's flags, as for `recipes/classify.py`.
         steps: Optimizer steps of the trajectory.
+        lora_backend: See `recipe_case`.
 
     Raises:
-        UserError: As `recipes/classify.py` would.
+        UserError: As `recipes/classify.py` would, or the recipe says another back end.
     """
-    parser = StrictParser((ClassifyArguments, ScriptArguments, ClassifyConfig, ModelConfig))
-    recipe, script, training, model = parser.parse(["--config", config, *flags])
+    kinds = (ClassifyArguments, ScriptArguments, ClassifyConfig, ModelConfig)
+    recipe, script, training, model = _parse(kinds, config, flags, lora_backend)
     check_classify(recipe, script, training, model)
     if recipe.method != "lora":
         raise UserError(f"method {recipe.method} trains no LoRA, so there is nothing to compare; give a LoRA recipe")
     name, revision = str(model.model_name_or_path), model.model_revision
     tokenizer = load_tokenizer(name, revision)
     base_config = load_config(name, revision)
+    check_dropout(recipe.base_dropout, base_config)
     enough = max(2, min(steps * training.train_batch_size, MOST_TEXTS))
     recipe.max_train_rows = min(recipe.max_train_rows or enough, enough)
     longest = recipe.max_length or context_length(base_config)
@@ -149,7 +184,8 @@ def classifier_case(config: str, flags: list[str], steps: int) -> Case:
 
     def make_base() -> PreTrainedModel:
         seed_everything(training.seed)  # of the new head
-        return load_classifier(config_with_classes, name, **loading_options(model))[0].eval()
+        options = loading_options(model) | {"dropout": recipe.base_dropout}
+        return load_classifier(config_with_classes, name, **options)[0].eval()
 
     return Case(
         name=config,
@@ -158,6 +194,7 @@ def classifier_case(config: str, flags: list[str], steps: int) -> Case:
         inputs=dict(DataCollatorWithPadding(tokenizer)(rows)),
         arguments=_for_comparison(training, steps),
         adapter_dtype=recipe.adapter_dtype,
+        lora_backend=recipe.lora_backend,
         seed=training.seed,
     )
 

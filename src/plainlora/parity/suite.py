@@ -31,12 +31,17 @@ ROWS = [
 
 
 def training_arguments(steps: int, **options: Any) -> dict[str, Any]:
-    """What both trainers are given: every step logged, nothing else written."""
+    """What both trainers are given: every step logged, nothing else written.
+
+    Where a gradient is zero but for rounding, as that of a key's bias, Adam moves the weight by the learning rate in
+    the direction of the rounding. At 1e-2 the gradient norms of two correct implementations come apart by 1e-5 within
+    50 steps; at 1e-3 by 2e-7.
+    """
     return {
         "output_dir": "unused",
         "max_steps": steps,
         "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
+        "learning_rate": 1e-3,
         "lr_scheduler_type": "constant",
         "gradient_checkpointing": False,
         "bf16": False,

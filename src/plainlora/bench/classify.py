@@ -1,0 +1,152 @@
+"""An epoch of a classifier through the real Trainer: batches of similar lengths, of random rows, and padded."""
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    DistilBertConfig,
+    GPT2Config,
+    PretrainedConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from plainlora.backends import BACKENDS
+from plainlora.bench.case import AS_SHIPPED, FLOOR, FUSED, MATCHED, PEFT, REFERENCE, Case, Target
+from plainlora.bench.rows import draw_lengths, make_rows
+from plainlora.bench.turns import Turns
+from plainlora.models import find_dropouts
+from plainlora.parity.tiny import byte_tokenizer
+from plainlora.training import ClassifierTrainer
+
+NO_DROPOUT, PADDED = "fused, base dropouts 0", "peft, padded to 120"
+SPECIAL: dict[str, Any] = {"pad_token_id": 1}
+
+
+def _config(model: str, full: bool) -> PretrainedConfig:
+    if model == "distilbert":
+        return DistilBertConfig(
+            **({} if full else {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 2}), **SPECIAL
+        )
+    return GPT2Config(**({} if full else {"n_embd": 64, "n_layer": 2, "n_head": 2}), num_labels=2, **SPECIAL)
+
+
+def cases(size: str, device: str) -> list[Case]:
+    """DistilBERT on IMDb's lengths, GPT-2 on those of SMS spam; matched and as shipped each."""
+    del device
+    batches = {"distilbert": (12, 4), "gpt2": (8, 12)} if size == "full" else {"distilbert": (2, 2), "gpt2": (2, 2)}
+    adapters = {
+        "distilbert": {"r": 8, "target_modules": ["q_lin", "v_lin"]},
+        "gpt2": {"r": 16, "target_modules": ["c_attn", "c_proj", "c_fc"]},
+    }
+    names = {
+        "distilbert": "DistilBERT, IMDb's lengths, r=8 on query and value",
+        "gpt2": "GPT-2, lengths of SMS spam, r=16 on every linear layer",
+    }
+    found = []
+    for model, data, epoch_target in (("distilbert", "imdb", 0.65), ("gpt2", "sms", None)):
+        batch, count = batches[model]
+        options = {"model": model, "data": data, "size": size, "batch": batch, "batches": count}
+        options |= {"adapter": adapters[model]}
+        matched = {arm: {"backend": arm, "grouped": True} for arm in (FUSED, PEFT, REFERENCE, FLOOR)}
+        shipped: dict[str, dict[str, Any]] = {
+            FUSED: {"backend": FUSED, "grouped": True},
+            NO_DROPOUT: {"backend": FUSED, "grouped": True, "base_dropout": 0.0},
+            PEFT: {"backend": PEFT, "grouped": False},
+        }
+        targets = [] if epoch_target is None else [Target("time", PEFT, epoch_target)]
+        if model == "gpt2":
+            shipped[PADDED] = {"backend": PEFT, "grouped": False, "padded_to": 120}
+            targets.append(Target("time", PADDED, 0.35))
+        found.append(Case("classify", names[model], matched, options, MATCHED))
+        found.append(Case("classify", names[model], shipped, options, AS_SHIPPED, tuple(targets)))
+    return found
+
+
+def choose_rows(lengths: list[int], batch: int, batches: int, grouped: bool) -> list[int]:
+    """Row numbers of a sample of an epoch, in the order of training.
+
+    The same rows for every arm: those of `batches` batches, evenly spread, of rows grouped by length.
+
+    Args:
+        lengths: Of all rows.
+        batch: Rows of a batch.
+        batches: How many batches.
+        grouped: In batches of similar lengths; in random order if not.
+    """
+    sampler = LengthGroupedSampler(batch, lengths=lengths, generator=torch.Generator().manual_seed(0))
+    order = sorted(sampler, key=lambda row: lengths[row])
+    step = len(order) // batches
+    chosen = [row for number in range(batches) for row in order[number * step + step // 2 :][:batch]]
+    if not grouped:
+        chosen = [chosen[place] for place in torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))]
+    return chosen
+
+
+class _Baton(TrainerCallback):
+    """A turn is an epoch."""
+
+    def __init__(self, turns: Turns) -> None:
+        self.turns = turns
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """The model is where it trains."""
+        self.turns.ready()
+
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        """The first batch is drawn within."""
+        self.turns.begin()
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        """The last step is done."""
+        self.turns.end()
+
+
+def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
+    """Trains epochs of the sample until there are no more turns."""
+    del arm
+    config = _config(options["model"], options["size"] == "full")
+    if options.get("base_dropout") is not None:
+        for place, name in find_dropouts(config):
+            setattr(place, name, options["base_dropout"])
+    model = AutoModelForSequenceClassification.from_config(config)
+    lengths = draw_lengths(options["data"], 50 * options["batch"], 512 if options["size"] == "full" else 16)
+    chosen = choose_rows(lengths, options["batch"], options["batches"], options["grouped"])
+    rows = make_rows([lengths[row] for row in chosen], config.vocab_size, labels=2)
+    turns.facts["tokens an epoch"] = sum(lengths[row] for row in chosen)
+    arguments = TrainingArguments(
+        output_dir=turns.scratch,
+        per_device_train_batch_size=options["batch"],
+        train_sampling_strategy="sequential",  # the order is chosen above
+        num_train_epochs=1_000_000,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+        use_cpu=turns.device == "cpu",
+        dataloader_pin_memory=turns.device != "cpu",
+    )
+    padding: dict[str, Any] = {"padding": "max_length", "max_length": 120} if options.get("padded_to") else {}
+    common: dict[str, Any] = {
+        "args": arguments,
+        "train_dataset": rows,
+        "data_collator": DataCollatorWithPadding(byte_tokenizer(), **padding),
+        "callbacks": [_Baton(turns)],
+    }
+    lora = LoraConfig(task_type="SEQ_CLS", lora_alpha=16, **options["adapter"])
+    backend = options["backend"]
+    if backend == FLOOR:  # the head alone is trained, and the gradient passes through the whole base
+        lora = LoraConfig(
+            task_type="SEQ_CLS", r=1, layers_to_transform=[0], target_modules=options["adapter"]["target_modules"][:1]
+        )
+    if backend == PEFT:
+        trainer = Trainer(get_peft_model(model, lora), **common)
+    else:
+        form = BACKENDS[FUSED if backend == FLOOR else backend]
+        trainer = ClassifierTrainer(form.attach(model, lora), form, **common)
+    trainer.train()

@@ -1,0 +1,72 @@
+"""The loss head alone: from hidden states to the loss and back to their gradient."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+from plainlora.bench.case import FLOOR, FUSED, PEFT, REFERENCE, Case, Target
+from plainlora.bench.turns import Turns
+from plainlora.loss import OnePassHead
+
+STATISTICS = "fused, with accuracy and entropy"
+HEADS = {"Llama-2-7b": (4096, 32_000), "GPT-2": (768, 50_257), "Qwen2-0.5B": (896, 151_936)}  # d, V
+TRL_FIELDS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks for at every step
+
+
+def cases(size: str, device: str) -> list[Case]:
+    """Three vocabularies, 512 and 1024 tokens."""
+    del device
+    factor = 1 if size == "full" else 16
+    return [
+        Case(
+            suite="head",
+            name=f"{name} {d} x {vocabulary:,}, {tokens} tokens",
+            arms={arm: {} for arm in (FUSED, STATISTICS, PEFT, REFERENCE, FLOOR)},
+            options={"d": d // factor, "vocabulary": vocabulary // factor, "tokens": tokens // factor},
+            targets=(
+                Target("time", PEFT, 0.45),
+                Target("peak above weights", PEFT, 0.10),
+                Target("time", REFERENCE, 0.70),
+                Target("time", FLOOR, 1.2),
+            ),
+        )
+        for name, (d, vocabulary) in HEADS.items()
+        for tokens in (512, 1024)
+    ]
+
+
+def make_model(d: int, vocabulary: int) -> LlamaForCausalLM:
+    """A language model without a layer: embeddings, the last norm, and a frozen head."""
+    config = LlamaConfig(
+        hidden_size=d, vocab_size=vocabulary, num_hidden_layers=0, num_attention_heads=1, tie_word_embeddings=True
+    )
+    return LlamaForCausalLM(config).requires_grad_(False).train()
+
+
+def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
+    """Runs one form of the head: in one pass, TRL's own, with all logits at once, or two bare products of matrices."""
+    model = make_model(options["d"], options["vocabulary"]).to(turns.device)  # type: ignore[arg-type]
+    if arm in (FUSED, STATISTICS, PEFT):
+        add_fused_lm_head(model, outputs=TRL_FIELDS)
+    if arm in (FUSED, STATISTICS):
+        OnePassHead(model).with_statistics = arm == STATISTICS
+    hidden = torch.randn(1, options["tokens"], options["d"], device=turns.device, requires_grad=True)
+    labels = torch.randint(options["vocabulary"], (1, options["tokens"]), device=turns.device)
+    head: nn.Linear = model.get_output_embeddings()
+    turns.ready()
+    while True:
+        hidden.grad = None
+        turns.begin()
+        if arm == FLOOR:
+            with torch.no_grad():
+                logits = hidden[0] @ head.weight.T
+                logits @ head.weight
+                del logits
+        elif arm == REFERENCE:
+            model(inputs_embeds=hidden, labels=labels, use_cache=False).loss.backward()
+        else:
+            model(inputs_embeds=hidden, labels=labels, fused_lm_head=True).loss.backward()
+        turns.end()

@@ -1,0 +1,76 @@
+"""One adapted layer, forward and backward: six shapes of the models that the recipes train."""
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from plainlora.bench.case import FLOOR, FUSED, PEFT, REFERENCE, Case, Target
+from plainlora.bench.counting import count
+from plainlora.bench.turns import Turns
+from plainlora.fuse import fuse
+from plainlora.lora.inject import inject
+
+# name: (d_in, d_out, r, whether the weight is stored transposed)
+SHAPES = {
+    "GPT-2 c_attn": (768, 2304, 2, True),
+    "DistilBERT q_lin": (768, 768, 8, False),
+    "Qwen2-0.5B v_proj": (896, 128, 2, False),
+    "Qwen2-0.5B gate_proj": (896, 4864, 2, False),
+    "Llama-2-7b q_proj": (4096, 4096, 8, False),
+    "Llama-2-7b gate_proj": (4096, 11008, 8, False),
+}
+TURN_FLOPS = 2e10  # a turn repeats a small layer until it is about this long
+
+
+def cases(size: str, device: str) -> list[Case]:
+    """Every shape, without dropout and with 0.1."""
+    del device
+    tokens, factor = (1024, 1) if size == "full" else (32, 16)
+    found = []
+    for name, (d_in, d_out, r, transposed) in SHAPES.items():
+        for p in (0.0, 0.1):
+            limits = [Target("time", PEFT, 0.88 if p == 0 else 1.0)]
+            limits.append(Target("saved bytes", PEFT, 0.63) if p else Target("time", FLOOR, 1.12))
+            shape = {"d_in": d_in // factor, "d_out": d_out // factor, "r": r, "transposed": transposed}
+            found.append(
+                Case(
+                    suite="layer",
+                    name=f"{name} {d_in} -> {d_out}, r={r}, dropout {p:g}",
+                    arms={arm: {} for arm in (FUSED, PEFT, REFERENCE, FLOOR)},
+                    options=shape | {"p": p, "tokens": tokens},
+                    targets=tuple(limits),
+                )
+            )
+    return found
+
+
+def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
+    """Makes the layer in the arm's form, counts one pass, and runs."""
+    d_in, d_out, tokens = options["d_in"], options["d_out"], options["tokens"]
+    base = Conv1D(d_out, d_in) if options["transposed"] else nn.Linear(d_in, d_out)
+    model: nn.Module = nn.ModuleDict({"layer": base.requires_grad_(False)})
+    config = LoraConfig(r=options["r"], lora_alpha=16, lora_dropout=options["p"], target_modules=["layer"])
+    if arm == PEFT:
+        model = get_peft_model(model, config).get_base_model()  # type: ignore[arg-type]
+    elif arm != FLOOR:
+        model = inject(model, config)
+    if arm == FUSED:
+        model = fuse(model)
+    layer = model.to(turns.device).train().get_submodule("layer")
+    x = torch.randn(1, tokens, d_in, device=turns.device, requires_grad=True)
+    gradient = torch.randn(1, tokens, d_out, device=turns.device)
+    turns.facts |= count(lambda: layer(x), model.parameters())
+    inner = max(1, round(TURN_FLOPS / (4 * tokens * d_in * d_out))) if tokens == 1024 else 1
+    trained = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
+    turns.facts["passes a turn"] = inner
+    turns.ready()
+    while True:
+        turns.begin()
+        for _ in range(inner):
+            for tensor in trained:
+                tensor.grad = None
+            layer(x).backward(gradient)
+        turns.end()

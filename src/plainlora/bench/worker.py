@@ -1,0 +1,51 @@
+"""One arm of one case, in a process of its own."""
+
+import os
+import warnings
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import transformers
+
+from plainlora.bench.turns import Over, Turns
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker does: `take_part(arm, options, turns)` of a module of this package."""
+
+    module: str
+    arm: str
+    options: dict[str, Any]
+    device: str
+    scratch: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a worker stopped."""
+
+    reason: str
+
+
+def work(job: Job, pipe: Connection) -> None:
+    """Takes part until there are no more turns; what a library prints goes nowhere, an error goes to the parent."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    turns = Turns(job.device, pipe, job.scratch)
+    try:
+        import_module(f"plainlora.bench.{job.module}").take_part(job.arm, job.options, turns)
+    except Over:
+        turns.close()
+    except EOFError:
+        pass  # another arm failed, and the parent has left
+    except Exception as error:  # whatever a library raises
+        pipe.send(Failure(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))

@@ -1,0 +1,71 @@
+"""`plainlora bench`: time and memory of this package, of PEFT with TRL, and of the floor, in one run."""
+
+import argparse
+import sys
+from pathlib import Path
+
+SUITES = ("layer", "head", "gpt2", "qwen2", "llama2", "classify", "lifecycle")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags."""
+    parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES), help="default: all of them")
+    parser.add_argument("--case", help="only the cases whose name or table holds this")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--repeats", type=int, default=9, help="measured turns of every arm (default: 9)")
+    parser.add_argument(
+        "--size", choices=("full", "tiny"), default="full", help="tiny: to see that it runs; its figures mean nothing"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="one more turn of every arm, whose time is shown by kind of operation"
+    )
+    parser.add_argument(
+        "--json", default="outputs/bench/bench.json", help="the file to write; Markdown and pictures beside it"
+    )
+
+
+def _show_progress(what: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Races every case, shows it as it comes, writes what was measured."""
+    import plainlora.quiet  # noqa: F401, I001
+
+    import torch
+
+    from plainlora.bench import report
+    from plainlora.bench.race import Outcome, race
+    from plainlora.bench.suites import SUITES as suites
+    from plainlora.checks import check_writable
+    from plainlora.errors import UserError
+
+    if arguments.repeats < 1:
+        raise UserError(f"--repeats must be at least 1, not {arguments.repeats}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no GPU here; leave it out, or give cpu")
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    path = Path(arguments.json)
+    if path.suffix != ".json":
+        raise UserError(f"--json {path}: give a file whose name ends in .json")
+    check_writable(str(path.parent), "--json")
+    chosen = [(suites[name][0], case) for name in arguments.suite for case in suites[name][1](arguments.size, device)]
+    if arguments.case:
+        chosen = [(module, case) for module, case in chosen if arguments.case in f"{case.name} {case.table}"]
+    if not chosen:
+        raise UserError(f"--case {arguments.case}: no case of {', '.join(arguments.suite)} has that in its name")
+    print(report.describe_machine(), flush=True)
+    outcomes: list[Outcome] = []
+    for module, case in chosen:
+        if case.not_run:
+            outcomes.append(Outcome(case))
+        else:
+            outcomes.append(race(module, case, device, arguments.repeats, arguments.profile, _show_progress))
+        _show_progress("")
+        print(report.terminal(outcomes[-1]), flush=True)
+        written = report.write(outcomes, path)  # after every case: what is measured is kept
+    asked = [(outcome, target) for outcome in outcomes if not outcome.case.not_run for target in outcome.case.targets]
+    met = sum(report.is_met(outcome, target) for outcome, target in asked)
+    not_run = sum(bool(outcome.case.not_run) for outcome in outcomes)
+    print(f"\n{met} of {len(asked)} targets met; {not_run} cases not run\n{', '.join(map(str, written))}")
