@@ -17,7 +17,7 @@ RANKS = [
     {"lora.inject"},
     {"lora.merge", "lora.load"},
     {"arguments", "parsing", "checkpoints", "memory", "plots", "data.prompts", "data.datasets", "data.labels"},
-    {"checks", "fuse", "kinds", "loss", "report", "data.encoding", "data.classification", "models"},
+    {"checks", "fusing", "kinds", "loss", "report", "data.encoding", "data.classification", "models"},
     {"adapter_base", "backends", "generation", "metrics", "model_card"},
     {"activations", "training", "evaluation", "merging", "methods", "prediction", "preparation"},
     {"parity", "parity.case"},

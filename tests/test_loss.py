@@ -9,18 +9,10 @@ from torch.nn import functional
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from plainlora import loss
-from plainlora.loss import OnePassHead, TokenLogProbs, is_covered
+from plainlora.loss import CHUNK, OnePassHead, TokenLogProbs, is_covered
 from tests.conftest import CONFIGS, SPECIAL, VOCABULARY, make_model, random_ids
 
 FIELDS = ("log_probs", "entropy", "is_top1")
-ROWS = 64  # tokens in a chunk
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several chunks in a batch, the last of them not full."""
-    monkeypatch.setattr(loss, "CHUNK_BYTES", ROWS * VOCABULARY * 4)
 
 
 def make(kind: str, one_pass: bool, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -37,7 +29,7 @@ def batch() -> dict[str, torch.Tensor]:
     labels = ids.clone()
     labels[0, :7] = -100
     labels[2] = -100
-    assert (labels[:, 1:] != -100).sum() > ROWS == loss.chunk_rows(VOCABULARY)
+    assert (labels[:, 1:] != -100).sum() > CHUNK
     return {"input_ids": ids, "labels": labels}
 
 

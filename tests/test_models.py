@@ -1,5 +1,6 @@
 """`base_dropout`: every dropout of the frozen base, found by name, in memory and in nothing that is saved."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from trl import ModelConfig
 
 from plainlora.backends import BACKENDS, attach_adapter
 from plainlora.errors import UserError
+from plainlora.lora.inject import inject, unwrap
+from plainlora.lora.merge import merge
 from plainlora.models import check_dropout, classifier_config, find_dropouts, load_base, load_classifier
 from tests.conftest import BACKBONES
 
@@ -128,3 +131,15 @@ def test_an_architecture_that_reads_its_config_in_every_step_trains_with_what_is
     assert torch.equal(model(ids).logits, model(ids).logits)
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_a_merged_and_an_unwrapped_model_and_a_copy_are_saved_with_their_own_dropouts(
+    model_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    args = ModelConfig(model_name_or_path=str(model_dirs["gpt2"]), dtype="float32")
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
+    for number, leave in enumerate((merge, unwrap)):
+        model = copy.deepcopy(leave(inject(load_base(args, dropout=0.0), lora)))
+        model.save_pretrained(tmp_path / str(number))
+        assert json.loads((tmp_path / str(number) / "config.json").read_text())["attn_pdrop"] == 0.1
+        assert dropouts_of(model) == {0.0}

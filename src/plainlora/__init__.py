@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from plainlora.fuse import fuse, unfuse
+    from plainlora.fusing import fuse, unfuse
     from plainlora.lora.inject import disabled, inject, unwrap
     from plainlora.lora.interchange import save_adapter
     from plainlora.lora.load import load_adapter
@@ -31,8 +31,8 @@ _HOME = {
     "load_adapter": "plainlora.lora.load",
     "save_adapter": "plainlora.lora.interchange",
     "merge": "plainlora.lora.merge",
-    "fuse": "plainlora.fuse",
-    "unfuse": "plainlora.fuse",
+    "fuse": "plainlora.fusing",
+    "unfuse": "plainlora.fusing",
 }
 
 

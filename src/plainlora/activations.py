@@ -63,7 +63,7 @@ def largest_batch(args: SFTConfig, longest: int) -> Batch:
     return Batch(rows, longest, masked=rows > 1)
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Adds up the storages that are made inside and still alive, each once.
 
     Args:
@@ -183,7 +183,7 @@ def count_peak_bytes(
             kind = dtype if config._attn_implementation == "eager" else torch.bool
             shape = (batch.rows, 1, batch.length, batch.length)
             inputs["attention_mask"] = torch.ones(shape, dtype=kind, device=device)
-        with _LiveBytes((*base.parameters(), *base.buffers())) as alive:
+        with LiveBytes((*base.parameters(), *base.buffers())) as alive:
             with mixed, _one_row_not_taken_for_packed_ones():
                 hidden = base.base_model(**inputs, use_cache=False).last_hidden_state
                 loss = _loss(base, hidden, one_pass_head)

@@ -16,7 +16,7 @@ from trl import ModelConfig
 
 from plainlora.arguments import RecipeArguments, parse_pattern
 from plainlora.errors import UserError
-from plainlora.fuse import fuse
+from plainlora.fusing import fuse
 from plainlora.lora import inject, interchange, load
 from plainlora.lora.config import check_supported
 from plainlora.lora.targets import find_new_weights, find_targets

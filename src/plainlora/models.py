@@ -6,7 +6,9 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -120,18 +122,13 @@ def _dropouts(config: PretrainedConfig, values: Sequence[float]) -> Iterator[Non
             setattr(*place, value)
 
 
-def _keep_dropout_out_of_saves(model: PreTrainedModel, own: Sequence[float]) -> None:
-    """Makes `save_pretrained` write the base's own dropouts: those of one training are no part of the model.
+def _save_pretrained(model: PreTrainedModel, *args: Any, own_dropouts: Sequence[float], **kwargs: Any) -> None:
+    """Writes the base's own dropouts: those of one training are no part of the model.
 
     They cannot be put back before, because some architectures read them from the config in every forward pass.
     """
-    save = model.save_pretrained
-
-    def save_pretrained(*args: Any, **kwargs: Any) -> None:
-        with _dropouts(model.config, own):
-            save(*args, **kwargs)
-
-    model.save_pretrained = save_pretrained  # type: ignore[method-assign]
+    with _dropouts(model.config, own_dropouts):
+        type(model).save_pretrained(model, *args, **kwargs)
 
 
 def load_tokenizer(
@@ -234,7 +231,8 @@ def load_pretrained(
         raise UserError(f"{name} holds an adapter beside the base model; give the base model alone")
     keep_4bit_weights_unpacked(model)
     if own is not None:
-        _keep_dropout_out_of_saves(model, own)
+        save = MethodType(partial(_save_pretrained, own_dropouts=own), model)
+        model.save_pretrained = save
     return model, sorted(report["missing_keys"])
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PhiConfig, PreTrainedModel
 
-from plainlora import fuse, loss
+from plainlora import fusing, loss
 from plainlora.data import encoding
 from plainlora.lora import inject, interchange, load, merge
 from plainlora.lora.record import lora_layers
@@ -283,12 +283,12 @@ Fused = Callable[..., torch.Tensor]
 
 
 def spoiled_map(patch: Patch, change: Callable[..., torch.Tensor]) -> None:
-    original = fuse.fused_forward
+    original = fusing.fused_forward
 
     def spoiled(base: nn.Module, x: Any, lora_a: Any, lora_b: Any, scaling: float, p: float = 0.0) -> torch.Tensor:
         return change(original, base, x, lora_a, lora_b, scaling, p)
 
-    patch.setattr(fuse, "fused_forward", spoiled)
+    patch.setattr(fusing, "fused_forward", spoiled)
 
 
 def silent(value: torch.Tensor) -> torch.Tensor:

@@ -29,11 +29,11 @@ SPECIAL: dict[str, Any] = {"pad_token_id": 1}
 
 
 def _config(model: str, full: bool) -> PretrainedConfig:
+    sizes: dict[str, Any] = {} if full else {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 2}
     if model == "distilbert":
-        return DistilBertConfig(
-            **({} if full else {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 2}), **SPECIAL
-        )
-    return GPT2Config(**({} if full else {"n_embd": 64, "n_layer": 2, "n_head": 2}), num_labels=2, **SPECIAL)
+        return DistilBertConfig(**sizes, **SPECIAL)
+    sizes = {} if full else {"n_embd": 64, "n_layer": 2, "n_head": 2}
+    return GPT2Config(**sizes, **SPECIAL)
 
 
 def cases(size: str, device: str) -> list[Case]:

@@ -7,6 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from plainlora.activations import LiveBytes
+
 
 class _OperationCounter(TorchDispatchMode):
     """Counts what reaches a kernel."""
@@ -20,6 +22,11 @@ class _OperationCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _addmm_flop(_: Any, left: torch.Size, right: torch.Size, *args: Any, **kwargs: Any) -> int:
+    """Of `addmm_` on shapes; PyTorch's own counter knows only the form that makes a new tensor."""
+    return 2 * left[0] * left[1] * right[1]
+
+
 def count(forward: Callable[[], torch.Tensor], weights: Iterable[torch.Tensor]) -> dict[str, int]:
     """Counts one forward and backward pass.
 
@@ -28,9 +35,10 @@ def count(forward: Callable[[], torch.Tensor], weights: Iterable[torch.Tensor]) 
         weights: Tensors that are there anyway, and are not counted as kept.
 
     Returns:
-        `saved bytes`, of distinct storages that autograd keeps between the passes; `operations`, without views;
-        `FLOPs`, of matrix products.
+        `saved bytes`, of distinct storages that autograd keeps between the passes; `tensor bytes`, of all tensors
+        that are alive at most; `operations`, without views; `FLOPs`, of matrix products.
     """
+    weights = list(weights)
     held = {tensor.untyped_storage().data_ptr() for tensor in weights}
     kept: dict[int, int] = {}
 
@@ -40,9 +48,15 @@ def count(forward: Callable[[], torch.Tensor], weights: Iterable[torch.Tensor]) 
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    operations, flops = _OperationCounter(), FlopCounterMode(display=False)
-    with flops, operations:
+    flops = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flop})
+    operations, alive = _OperationCounter(), LiveBytes(weights)
+    with flops, operations, alive:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output = forward()
         output.backward(torch.ones_like(output))
-    return {"saved bytes": sum(kept.values()), "operations": operations.count, "FLOPs": flops.get_total_flops()}
+    return {
+        "saved bytes": sum(kept.values()),
+        "tensor bytes": alive.peak,
+        "operations": operations.count,
+        "FLOPs": flops.get_total_flops(),
+    }

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from plainlora.bench.case import FLOOR, FUSED, PEFT, REFERENCE, Case, Target
+from plainlora.bench.counting import count
 from plainlora.bench.turns import Turns
 from plainlora.loss import OnePassHead
 
@@ -29,6 +30,7 @@ def cases(size: str, device: str) -> list[Case]:
             targets=(
                 Target("time", PEFT, 0.45),
                 Target("peak above weights", PEFT, 0.10),
+                Target("tensor bytes", PEFT, 0.10),
                 Target("time", REFERENCE, 0.70),
                 Target("time", FLOOR, 1.2),
             ),
@@ -56,6 +58,16 @@ def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
     hidden = torch.randn(1, options["tokens"], options["d"], device=turns.device, requires_grad=True)
     labels = torch.randint(options["vocabulary"], (1, options["tokens"]), device=turns.device)
     head: nn.Linear = model.get_output_embeddings()
+
+    def run() -> torch.Tensor:
+        if arm == REFERENCE:
+            return model(inputs_embeds=hidden, labels=labels, use_cache=False).loss
+        return model(inputs_embeds=hidden, labels=labels, fused_lm_head=True).loss
+
+    if arm != FLOOR:
+        turns.facts |= count(run, [*model.parameters(), hidden, labels])
+    else:
+        turns.facts |= {"tensor bytes": 4 * (labels.numel() * options["vocabulary"] + hidden.numel())}
     turns.ready()
     while True:
         hidden.grad = None
@@ -65,8 +77,6 @@ def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
                 logits = hidden[0] @ head.weight.T
                 logits @ head.weight
                 del logits
-        elif arm == REFERENCE:
-            model(inputs_embeds=hidden, labels=labels, use_cache=False).loss.backward()
         else:
-            model(inputs_embeds=hidden, labels=labels, fused_lm_head=True).loss.backward()
+            run().backward()
         turns.end()

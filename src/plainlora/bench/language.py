@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -174,5 +174,4 @@ def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
         form = BACKENDS[FUSED if backend == FLOOR else backend]
         adapted = form.attach(model, lora)
         trainer = AdapterTrainer(adapted, form, args=hand_over(arguments), **common)
-    trainer.log = cast(Any, lambda *_, **__: None)
     trainer.train()

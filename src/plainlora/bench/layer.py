@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from plainlora.bench.case import FLOOR, FUSED, PEFT, REFERENCE, Case, Target
 from plainlora.bench.counting import count
 from plainlora.bench.turns import Turns
-from plainlora.fuse import fuse
+from plainlora.fusing import fuse
 from plainlora.lora.inject import inject
 
 # name: (d_in, d_out, r, whether the weight is stored transposed)
@@ -54,7 +54,7 @@ def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
     model: nn.Module = nn.ModuleDict({"layer": base.requires_grad_(False)})
     config = LoraConfig(r=options["r"], lora_alpha=16, lora_dropout=options["p"], target_modules=["layer"])
     if arm == PEFT:
-        model = get_peft_model(model, config).get_base_model()  # type: ignore[arg-type]
+        model = get_peft_model(model, config).get_base_model()
     elif arm != FLOOR:
         model = inject(model, config)
     if arm == FUSED:

@@ -39,7 +39,12 @@ def cases(size: str, device: str) -> list[Case]:
 
 
 def _base(full: bool) -> PreTrainedModel:
-    sizes = {"hidden_size": 1024, "intermediate_size": 2752, "num_attention_heads": 8, "num_hidden_layers": 32}
+    sizes: dict[str, Any] = {
+        "hidden_size": 1024,
+        "intermediate_size": 2752,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 32,
+    }
     if not full:
         sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
     return random_model(LlamaConfig(vocab_size=32_000 if full else 1000, **sizes))

@@ -16,7 +16,7 @@ from plainlora.bench.race import Outcome
 from plainlora.report import package_versions, write_json
 
 COLOURS = ("#c2410c", "#9aa5b1", "#1f4e79", "#111827", "#d97706", "#6b7280")
-MEMORY = ("peak", "peak above weights", "saved bytes")
+MEMORY = ("peak", "peak above weights", "tensor bytes", "saved bytes")
 
 
 def ratio(outcome: Outcome, metric: str, arm: str, against: str) -> tuple[float, float, float]:
@@ -98,7 +98,7 @@ def terminal(outcome: Outcome) -> str:
         what, measured, limit, met = target_line(outcome, target)
         lines.append(f"  {what}: {measured}, target at most {limit}: {met}")
     columns, rows = profile_rows(outcome)
-    return "\n".join(lines + ([""] + _aligned(columns, rows) if rows else []))
+    return "\n".join(lines + (["", *_aligned(columns, rows)] if rows else []))
 
 
 def _aligned(columns: list[str], rows: list[list[str]]) -> list[str]:
@@ -130,7 +130,7 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
 def profile_rows(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the profiled turns: seconds of each kind of operation, by arm; none if nothing was."""
     profiles = {arm: facts["profile"] for arm, facts in outcome.facts.items() if "profile" in facts}
-    kinds = next(iter(profiles.values()), {})
+    kinds: dict[str, float] = next(iter(profiles.values()), {})
     rows = [[kind, *(duration(profile[kind]) for profile in profiles.values())] for kind in kinds]
     return ["one turn", *profiles], rows
 

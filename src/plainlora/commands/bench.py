@@ -10,7 +10,7 @@ SUITES = ("layer", "head", "gpt2", "qwen2", "llama2", "classify", "lifecycle")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES), help="default: all of them")
-    parser.add_argument("--case", help="only the cases whose name or table holds this")
+    parser.add_argument("--case", nargs="+", help="only the cases whose name or table holds one of these")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--repeats", type=int, default=9, help="measured turns of every arm (default: 9)")
     parser.add_argument(
@@ -52,9 +52,10 @@ def run(arguments: argparse.Namespace) -> None:
     check_writable(str(path.parent), "--json")
     chosen = [(suites[name][0], case) for name in arguments.suite for case in suites[name][1](arguments.size, device)]
     if arguments.case:
-        chosen = [(module, case) for module, case in chosen if arguments.case in f"{case.name} {case.table}"]
+        wanted = arguments.case
+        chosen = [(m, case) for m, case in chosen if any(part in f"{case.name} {case.table}" for part in wanted)]
     if not chosen:
-        raise UserError(f"--case {arguments.case}: no case of {', '.join(arguments.suite)} has that in its name")
+        raise UserError(f"--case {' '.join(wanted)}: no case of {', '.join(arguments.suite)} has that in its name")
     print(report.describe_machine(), flush=True)
     outcomes: list[Outcome] = []
     for module, case in chosen:

@@ -49,7 +49,8 @@ class _LowRankSum(torch.autograd.Function):
     ) -> torch.Tensor:
         """`(..., d_in) -> (..., d_out)`."""
         h = base(x)  # (..., d_out)
-        kept = (x if mask is None else x * mask).reshape(-1, x.shape[-1])  # (N, d_in)
+        # A product by bytes; by booleans PyTorch would first make a copy of the mask in x's dtype.
+        kept = (x if mask is None else x * mask.view(torch.uint8)).reshape(-1, x.shape[-1])  # (N, d_in)
         down = kept @ lora_a.to(x.dtype).T  # (N, r)
         h.view(-1, h.shape[-1]).addmm_(down.to(h.dtype), lora_b.to(h.dtype).T, alpha=scaling)
         ctx.save_for_backward(x, down, lora_a, lora_b, mask)
@@ -68,17 +69,21 @@ class _LowRankSum(torch.autograd.Function):
         if needs_b:
             # Transposed twice: (r, N) (N, d_out) takes half the time of (d_out, N) (N, r) on a CPU.
             grad_b = ((down.to(grad.dtype) * ctx.scaling).T @ grad).T.to(lora_b.dtype)
-        if needs_a:
-            kept = (x if mask is None else x * mask).reshape(-1, x.shape[-1])  # (N, d_in)
-            grad_a = (through_b.T @ kept.to(grad.dtype)).to(lora_a.dtype)
         if needs_bias:
             grad_bias = grad.sum(0)
+        kept = x.reshape(-1, x.shape[-1]).to(grad.dtype)  # (N, d_in)
+        if mask is not None:
+            weights = mask.view_as(kept).to(grad.dtype)  # 0 and 1, for both products below
+            kept = kept * weights
+        if needs_a:
+            grad_a = (through_b.T @ kept).to(lora_a.dtype)
         if needs_x:
             grad_x = grad @ storage.dense_weight(ctx.base, grad.dtype)  # (N, d_in)
             if mask is None:
                 grad_x.addmm_(through_b, lora_a.to(grad.dtype))
             else:
-                grad_x.add_((through_b @ lora_a.to(grad.dtype)).mul_(mask.view_as(grad_x)))
+                through_a = torch.mm(through_b, lora_a.to(grad.dtype), out=kept)  # its memory is free by now
+                grad_x.addcmul_(through_a, weights)
             grad_x = grad_x.view(x.shape)
         return grad_x, grad_bias, grad_a, grad_b, None, None, None
 

@@ -159,7 +159,8 @@ def inject(
     for parameter in _biases_to_train(model, resolved.bias, targets.values()):
         parameter.requires_grad_(True)
         biases[parameter] = parameter.detach().clone()
-    model.plainlora = Injection(resolved, trainable, biases, new)  # type: ignore[assignment]
+    own_save = model.__dict__.get("save_pretrained")
+    model.plainlora = Injection(resolved, trainable, biases, new, own_save)  # type: ignore[assignment]
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[assignment]
     return model
@@ -188,6 +189,8 @@ def restore_identity(model: nn.Module, record: Injection) -> None:
         parameter.requires_grad_(name in record.trainable)
     model.__dict__.pop("plainlora")
     model.__dict__.pop("save_pretrained", None)
+    if record.save_pretrained is not None:
+        model.save_pretrained = record.save_pretrained  # type: ignore[assignment]
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """What an injected model carries: the record of the injection, its LoRA layers, its wholly trained modules."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig
@@ -24,12 +24,14 @@ class Injection:
         trainable: Names of the parameters that required gradients before, a tied one's under each of its names.
         biases: The base's own values of the biases that are trained (`bias` of the config), by parameter.
         new_weights: Frozen parameters that the base's checkpoint lacks, so that they are saved with the adapter.
+        save_pretrained: The model's own, where it had one of its own; `None` where its class's is in force.
     """
 
     config: LoraConfig
     trainable: set[str]
     biases: dict[nn.Parameter, torch.Tensor]
     new_weights: set[nn.Parameter]
+    save_pretrained: Callable[..., Any] | None = None
 
 
 def injection(model: nn.Module) -> Injection:

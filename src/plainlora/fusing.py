@@ -50,7 +50,7 @@ def _forward_peft(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> tor
 
 
 def _gelu(_: NewGELUActivation, x: torch.Tensor) -> torch.Tensor:
-    """`0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))` in one kernel that keeps x alone; eight operations otherwise.
+    """`0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))` in one kernel that keeps x alone, not in eight.
 
     https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/activations.py
     """
