@@ -7,12 +7,13 @@ export TOKENIZERS_PARALLELISM := false
 # Waiting threads sleep instead of spinning: on a CPU shared with other work that is many times faster.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help install quickstart test compare style quality clean
+.PHONY: help install quickstart test compare bench style quality clean
 
 help:
 	@echo "make quickstart  install, train the embedded default on the CPU, merge it, show the result"
 	@echo "make test        install, run the tests (no model hub, no GPU needed)"
 	@echo "make compare     the proof: the hand-written LoRA beside PEFT, level by level"
+	@echo "make bench       time and memory beside PEFT with TRL; about an hour on two cores"
 	@echo "make quality     lint, formatting and types"
 	@echo "make style       mend what lint and formatting can mend"
 	@echo "make install     .venv with the package in editable mode and its plainlora command"
@@ -35,6 +36,9 @@ test: install
 
 compare: install
 	HF_HUB_OFFLINE=1 $(BIN)/plainlora compare
+
+bench: install
+	HF_HUB_OFFLINE=1 $(BIN)/plainlora bench
 
 style: install
 	$(BIN)/ruff check --fix $(CHECKED)

@@ -85,9 +85,14 @@ def test_a_reload_over_another_random_head_predicts_the_same(
     assert not torch.equal(
         logits(load_classifier(backbones[kind], 9)[0].eval()), logits(load_classifier(backbones[kind])[0].eval())
     )
-    for load in (load_adapter, PeftModel.from_pretrained, *(each.load for each in BACKENDS.values())):
+    forms = {name: each.load for name, each in BACKENDS.items()}
+    for name, load in (forms | {"load_adapter": load_adapter, "PeftModel": PeftModel.from_pretrained}).items():
         base, _ = load_classifier(backbones[kind], seed=9)
-        assert torch.equal(logits(load(base, tmp_path).eval()), expected), load
+        found = logits(load(base, tmp_path).eval())
+        if (name == "fused") == (backend == "fused"):
+            assert torch.equal(found, expected), name
+        else:  # sums in another order
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @kinds

@@ -11,7 +11,7 @@ from torch import nn
 
 from plainlora import inject, load_adapter, merge, save_adapter
 from plainlora.fusing import fuse, unfuse
-from tests.conftest import load_quantized, make_model, random_ids
+from tests.conftest import load_quantized, make_model, random_ids, run_program
 
 TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "llama": ["q_proj", "v_proj", "gate_proj", "down_proj"]}
 
@@ -156,3 +156,32 @@ def test_a_copy_is_fused_on_its_own_and_files_are_the_same(tmp_path: Any) -> Non
         peft = fuse(PeftModel.from_pretrained(make_model("llama"), str(tmp_path)))
         assert torch.equal(peft(ids).logits, adapted)
         torch.testing.assert_close(merge(model)(ids).logits, adapted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("attach", [inject, get_peft_model])
+def test_under_torch_compile(attach: Any) -> None:
+    torch.manual_seed(0)
+    model = fuse(attach(make_model("llama"), LoraConfig(target_modules="all-linear", lora_dropout=0.1))).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    ids = random_ids()
+
+    def run(forward: Any) -> list[torch.Tensor]:
+        model.zero_grad()
+        torch.manual_seed(1)
+        loss = forward(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+
+    torch._dynamo.reset()
+    # One graph of our own model; PEFT's wrapper may break it.
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=attach is inject)
+    for found, expected in zip(run(compiled), run(model), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_the_packages_names_are_functions_however_they_are_imported() -> None:
+    program = "import plainlora; from plainlora import *; from plainlora import fuse, merge; import plainlora.fusing; "
+    program += "assert all(callable(getattr(plainlora, name)) for name in plainlora.__all__); assert callable(fuse)"
+    assert run_program("-c", program).returncode == 0

@@ -36,7 +36,7 @@ def _forward_peft(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> tor
     https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/layer.py
     """
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    p = max((_probability(layer.lora_dropout[name]) for name in names), default=0.0)
+    p = max([0.0, *[_probability(layer.lora_dropout[name]) for name in names]])  # a list, for torch.compile
     plain = not (args or kwargs or layer.disable_adapters or layer.merged or not names)
     if not plain or any(name in layer.lora_variant for name in names) or (p > 0 and len(names) > 1):
         return type(layer).forward(layer, x, *args, **kwargs)

@@ -48,7 +48,7 @@ def test_a_recipes_own_model_adapter_and_rows_are_compared(
     assert [level["level"] for level in case["levels"]] == list(LEVELS)
     assert case["losses"]["plainlora"] == pytest.approx(case["losses"]["PEFT"], rel=1e-6 if form == "fused" else 0)
     assert len(case["losses"]["PEFT"]) == 3
-    layers = {"fused layers": "2 of 2"} if form == "fused" else {}
+    layers = {"fused layers": "8 of 8"} if form == "fused" else {}
     assert case["environment"] == {"base dtype": "float32", "device": "cpu"} | layers
     assert {"torch", "peft", "trl", "python"} <= found["versions"].keys()
     assert {row["relative"] for row in found["tolerances"].values()} >= {0, 1e-12, 1e-6}

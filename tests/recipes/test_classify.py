@@ -61,7 +61,7 @@ def test_every_method_learns_and_reports_what_it_did(run_classify: RunClassify, 
     found = results(output)
     assert found["test_loss"] < found["test_loss_base"]
     if method != "last_layers":  # whose backbone is random here
-        assert found["test_accuracy"] > 0.9 > found["test_accuracy_base"]
+        assert found["test_accuracy"] > 0.8 > found["test_accuracy_base"]
     assert found["method"] == method
     for split, rows in (("training", 80), ("validation", 20), ("test", 20)):
         assert found[f"{split}_rows"] == rows == sum(map(sum, found[f"{split}_confusion"]))

@@ -5,9 +5,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-from trl import ModelConfig, ScriptArguments, SFTConfig
+from trl import ModelConfig, ScriptArguments
 
-from plainlora.arguments import ClassifyArguments, ClassifyConfig, SFTArguments
+from plainlora.arguments import ClassifyArguments, ClassifyConfig, SFTArguments, SFTRecipeConfig
 from plainlora.commands import build_parser
 from plainlora.errors import UserError
 from plainlora.parsing import StrictParser
@@ -27,7 +27,7 @@ def commands() -> list[str]:
 
 
 def parse_recipe_flags(words: list[str], program: str) -> None:
-    kinds = {"sft.py": (SFTArguments, SFTConfig), "classify.py": (ClassifyArguments, ClassifyConfig)}
+    kinds = {"sft.py": (SFTArguments, SFTRecipeConfig), "classify.py": (ClassifyArguments, ClassifyConfig)}
     recipe, training = kinds[program]
     StrictParser((recipe, ScriptArguments, training, ModelConfig)).parse(words)
 

@@ -22,6 +22,8 @@ from plainlora.backends import BACKENDS
 from plainlora.bench.case import AS_SHIPPED, FLOOR, FUSED, MATCHED, PEFT, REFERENCE, Case, Target
 from plainlora.bench.rows import draw_lengths, make_rows
 from plainlora.bench.turns import Turns
+from plainlora.fusing import fuse
+from plainlora.loss import use_one_pass_head
 from plainlora.models import find_dropouts, load_causal_lm
 from plainlora.parity.tiny import byte_tokenizer, random_model
 from plainlora.training import AdapterTrainer, hand_over
@@ -40,6 +42,7 @@ CONFIGS: dict[str, Callable[[bool], PretrainedConfig]] = {
     ),
 }  # fmt: skip
 FIRST = {"gpt2": "c_attn", "qwen2": "q_proj", "llama2": "q_proj"}
+TWO_LINES = "peft, two lines more"
 KEPT, BF16, NO_CHECKPOINTING = "fused, base dropouts kept", "fused, bf16", "fused, no checkpointing"
 
 
@@ -50,6 +53,7 @@ def cases(suite: str, size: str, device: str) -> list[Case]:
     options = {"model": suite, "size": size, "r": 2, "rows": "alpaca", "length": 1024 if size == "full" else 64}
     lean = {"gradient_checkpointing": False, "bf16": device == "cuda"}
     matched = {arm: {"backend": arm, "training": lean, "base_dropout": 0.0} for arm in (FUSED, PEFT, REFERENCE, FLOOR)}
+    matched[TWO_LINES] = matched[PEFT] | {"two_lines": True}
     own_dropout = 0.0 if suite == "gpt2" else None  # as the recipe says
     shipped: dict[str, dict[str, Any]] = {FUSED: {"backend": FUSED, "training": lean, "base_dropout": own_dropout}}
     if suite == "gpt2":
@@ -170,6 +174,9 @@ def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
     }
     if backend == PEFT:
         trainer: SFTTrainer = SFTTrainer(model, args=arguments, peft_config=lora, **common)
+        if options.get("two_lines"):
+            fuse(trainer.model)  # type: ignore[type-var]
+            use_one_pass_head(trainer)
     else:
         form = BACKENDS[FUSED if backend == FLOOR else backend]
         adapted = form.attach(model, lora)
