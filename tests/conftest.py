@@ -15,6 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModel,
@@ -28,7 +30,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    set_seed,
 )
+from trl import SFTConfig, SFTTrainer
 
 from tests.refusals import Run, snapshot, the_one_line
 
@@ -210,6 +214,25 @@ def run_program(*command: str | Path, **environment: str) -> subprocess.Complete
         timeout=600,
         check=False,
     )
+
+
+def make_peft_trainer(folder: Path) -> SFTTrainer:
+    """An existing script: TRL's trainer of a model that PEFT adapts. In the first row, 4 tokens of 16 have a label."""
+    from plainlora.parity.tiny import byte_tokenizer
+
+    ids = random_ids(8, 16)
+    rows = [{"input_ids": row, "labels": row} for row in ids.tolist()]
+    rows[0]["labels"] = [-100] * 12 + rows[0]["labels"][12:]
+    arguments = SFTConfig(
+        output_dir=str(folder), max_steps=4, per_device_train_batch_size=2, logging_steps=2, report_to="none",
+        gradient_checkpointing=False, bf16=False, use_cpu=True, save_strategy="no", disable_tqdm=True, seed=1,
+    )  # fmt: skip
+    set_seed(1)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.1, target_modules="all-linear")
+    return SFTTrainer(
+        make_model("llama"), args=arguments, train_dataset=Dataset.from_list(rows),
+        processing_class=byte_tokenizer(), peft_config=lora,
+    )  # fmt: skip
 
 
 @pytest.fixture

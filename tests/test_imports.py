@@ -22,7 +22,7 @@ RANKS = [
     {"activations", "training", "evaluation", "merging", "methods", "prediction", "preparation"},
     {"parity", "parity.case"},
     {"parity.sides", "parity.tiny"},
-    {"parity.suite"},
+    {"parity.suite", "parity.tolerances"},
     {"parity.sources"},
     {"parity.observe"},
     {"parity.compare"},

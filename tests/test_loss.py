@@ -5,18 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
-from peft import LoraConfig
 from torch import nn
 from torch.nn import functional
-from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel, set_seed
-from trl import SFTConfig, SFTTrainer
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from plainlora.fusing import fuse
 from plainlora.loss import CHUNK, OnePassHead, TokenLogProbs, is_covered, use_one_pass_head
-from plainlora.parity.tiny import byte_tokenizer
-from tests.conftest import CONFIGS, SPECIAL, VOCABULARY, make_model, random_ids
+from tests.conftest import CONFIGS, SPECIAL, VOCABULARY, make_model, make_peft_trainer, random_ids
 
 FIELDS = ("log_probs", "entropy", "is_top1")
 
@@ -144,20 +140,8 @@ def test_without_the_fused_call_the_model_gives_its_logits() -> None:
 
 
 def train(two_lines: bool, folder: Path) -> list[dict[str, float]]:
-    """What an existing script with TRL and PEFT logs, ours or not; 3 tokens of 4 have no label in the first row."""
-    ids = random_ids(8, 16)
-    rows = [{"input_ids": row, "labels": row} for row in ids.tolist()]
-    rows[0]["labels"] = [-100] * 12 + rows[0]["labels"][12:]
-    arguments = SFTConfig(
-        output_dir=str(folder), max_steps=4, per_device_train_batch_size=2, logging_steps=2, report_to="none",
-        gradient_checkpointing=False, bf16=False, use_cpu=True, save_strategy="no", disable_tqdm=True, seed=1,
-    )  # fmt: skip
-    set_seed(1)
-    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.1, target_modules="all-linear")
-    trainer = SFTTrainer(
-        make_model("llama"), args=arguments, train_dataset=Dataset.from_list(rows),
-        processing_class=byte_tokenizer(), peft_config=lora,
-    )  # fmt: skip
+    """What an existing script with TRL and PEFT logs, with or without our two lines."""
+    trainer = make_peft_trainer(folder)
     if two_lines:
         fuse(trainer.model)
         use_one_pass_head(trainer)

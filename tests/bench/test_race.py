@@ -1,6 +1,7 @@
 """The race itself: every suite in small, real processes, and arms that fail."""
 
 import json
+import multiprocessing
 import subprocess
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def test_every_suite_runs_and_leaves_its_figures(tmp_path: Path) -> None:
         if case["suite"] in ("gpt2", "qwen2", "llama2"):
             assert case["facts"]["fused"]["profile"]["matrix products"] > 0
     written = {each.name for each in tmp_path.iterdir()}
-    assert written == {"bench.json", "bench.md", *(f"bench-{suite}.png" for suite in SUITES)}
+    assert written == {"bench.json", "bench.md", *(f"{suite}.png" for suite in SUITES)}
     asked = sum(len(case["targets"]) for case in cases)
     assert f"of {asked} targets met; 0 cases not run" in done.stdout
 
@@ -107,3 +108,22 @@ def test_every_arm_has_its_turn_in_every_round() -> None:
     order = [line.rpartition(", ")[2] for line in said if "round" in line]
     assert order == ["floor", "fused", "peft"] * 3
     assert {arm: len(seconds) for arm, seconds in outcome.seconds.items()} == {"floor": 2, "fused": 2, "peft": 2}
+
+
+def test_an_arm_that_is_killed_is_named() -> None:
+    """As the system does where memory runs out."""
+    shape = {"d_in": 8, "d_out": 8, "r": 2, "transposed": True, "p": 0.1, "tokens": 4}
+    case = Case("layer", "small", {"floor": {}, "fused": {}}, shape)
+
+    def kill(said: str) -> None:
+        if said.endswith("round 1 of 2, fused"):
+            (_, fused) = sorted(
+                multiprocessing.active_children(), key=lambda child: int(child.name.rpartition("-")[2])
+            )
+            fused.kill()
+            fused.join()
+
+    with pytest.raises(
+        UserError, match=r"^bench: layer, small, fused was killed; most likely there is too little memory"
+    ):
+        race("layer", case, "cpu", 2, progress=kill)

@@ -37,7 +37,7 @@ def test_json_markdown_and_picture_hold_everything(tmp_path: Path) -> None:
     skipped = Outcome(Case("llama2", "two", {"fused": {}}, not_run="no GPU"))
     path = tmp_path / "new" / "bench.json"
     written = report.write([make([4.0, 8.0, 20.0]), skipped], path)
-    assert [each.name for each in written] == ["bench.json", "bench.md", "bench-head.png"]
+    assert [each.name for each in written] == ["bench.json", "bench.md", "head.png"]
     assert all(each.stat().st_size > 0 for each in written)
     content = json.loads(path.read_text())
     first, second = content["cases"]

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from plainlora.parity.case import FORMS
-from plainlora.parity.compare import TOLERANCES, Tolerance, judge, tolerance_for
+from plainlora.parity.compare import judge
 from plainlora.parity.observe import Observation, move_last_bits
 from plainlora.parity.suite import built_in_cases
+from plainlora.parity.tolerances import TOLERANCES, Tolerance, tolerance_for
 
 ALLOWED = Tolerance(1e-6, "why")
 NAN, INF = math.nan, math.inf

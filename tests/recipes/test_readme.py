@@ -11,7 +11,7 @@ from plainlora.arguments import ClassifyArguments, ClassifyConfig, SFTArguments,
 from plainlora.commands import build_parser
 from plainlora.errors import UserError
 from plainlora.parsing import StrictParser
-from tests.conftest import ROOT, make_model
+from tests.conftest import ROOT, make_model, make_peft_trainer
 
 PAGES = ("README.md", "CONTRIBUTING.md", "recipes/quickstart/README.md")
 PLAIN = {"source .venv/bin/activate", ".venv/bin/pre-commit install", "python recipes/quickstart/build.py"}
@@ -108,7 +108,11 @@ def test_every_link_to_a_file_leads_somewhere() -> None:
 
 def test_the_library_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (example,) = blocks("python", "README.md")
+    two_lines, example = blocks("python", "README.md")
     names = {"model": make_model("llama")}
     exec(example, names)
     assert type(names["model"]).__name__ == "LlamaForCausalLM"
+    names["trainer"] = make_peft_trainer(tmp_path)
+    exec(two_lines, names)
+    names["trainer"].train()
+    assert names["trainer"].state.log_history[0]["loss"] > 0

@@ -30,8 +30,11 @@ class Outcome:
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def _hear(pipe: Connection, what: str) -> Any:
+def _hear(pipe: Connection, what: str, word: str = "") -> Any:
+    """Gives the word, if there is one, and waits for the answer."""
     try:
+        if word:
+            pipe.send(word)
         message = pipe.recv()
     except (EOFError, ConnectionError) as error:
         raise UserError(f"bench: {what} was killed; most likely there is too little memory for its arms") from error
@@ -94,15 +97,12 @@ def race(
         for number in range(repeats + 1):
             for arm, pipe in pipes.items():
                 progress(f"{name}: round {number} of {repeats}, {arm}")
-                pipe.send("go")
-                seconds = _hear(pipe, f"{name}, {arm}")
+                seconds = _hear(pipe, f"{name}, {arm}", "go")
                 if number:
                     outcome.seconds[arm].append(seconds)
         for arm, pipe in pipes.items():
             if profile:
                 progress(f"{name}: profile, {arm}")
-                pipe.send("profile")
-                _hear(pipe, f"{name}, {arm}")
-            pipe.send("stop")
-            outcome.facts[arm] = _hear(pipe, f"{name}, {arm}")
+                _hear(pipe, f"{name}, {arm}", "profile")
+            outcome.facts[arm] = _hear(pipe, f"{name}, {arm}", "stop")
     return outcome

@@ -15,7 +15,7 @@ from plainlora.bench.case import PEFT, Case, Target
 from plainlora.bench.race import Outcome
 from plainlora.report import package_versions, write_json
 
-COLOURS = ("#c2410c", "#9aa5b1", "#1f4e79", "#111827", "#d97706", "#6b7280")
+COLOURS = ("#c2410c", "#9aa5b1", "#1f4e79", "#4d7c5a", "#e3a857", "#7c5295", "#a8c5da", "#8a6d3b")
 MEMORY = ("peak", "peak above weights", "tensor bytes", "saved bytes")
 
 
@@ -174,13 +174,20 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
     names = list(dict.fromkeys(arm for outcome in ran for arm in outcome.case.arms))
     place = 0.0
     for outcome in ran:
-        axes.annotate(_title(outcome.case), (0, place), (4, 0), textcoords="offset points", fontsize=8, va="center")
+        axes.annotate(
+            _title(outcome.case).partition(": ")[2],
+            (0, place),
+            (4, 0),
+            textcoords="offset points",
+            fontsize=8,
+            va="center",
+        )
         place += 1
         for arm in outcome.case.arms:
             middle, low, high = ratio(outcome, "time", arm, PEFT)
             colour = COLOURS[names.index(arm) % len(COLOURS)]
             axes.barh(place, middle, color=colour, height=0.8)
-            axes.plot((low, high), (place, place), color="black", linewidth=1)
+            axes.plot((low, high), (place, place), color="#111827", linewidth=1)
             axes.annotate(
                 f"{middle:.2f}",
                 (max(middle, high), place),
@@ -244,7 +251,7 @@ def write(outcomes: Sequence[Outcome], path: Path) -> list[Path]:
     notes.write_text(markdown(outcomes), encoding="utf-8")
     written = [path, notes]
     for suite in dict.fromkeys(outcome.case.suite for outcome in outcomes if not outcome.case.not_run):
-        picture = path.with_name(f"{path.stem}-{suite}.png")
+        picture = path.with_name(f"{suite}.png")
         plot([outcome for outcome in outcomes if outcome.case.suite == suite], picture)
         written.append(picture)
     return written

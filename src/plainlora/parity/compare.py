@@ -13,75 +13,15 @@ from safetensors.torch import load_file
 from plainlora.parity.case import Case
 from plainlora.parity.observe import LEVELS, Observation, observe, observe_last_bits
 from plainlora.parity.sides import HandWritten, Peft, Side
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """What a level is held to.
-
-    Attributes:
-        relative: Largest difference over the largest value of a tensor (dimensionless).
-        reason: Why it is what it is.
-        follows: How the names of the tensors begin whose values follow from the others; unless `relative` is zero,
-            only their shapes and dtypes are compared.
-    """
-
-    relative: float
-    reason: str
-    follows: str | None = None
-
-
-ADAM = "Adam divides a gradient by its own size, so rounding may turn a weight's step; what the weights do is held"
-PRODUCT = "W + s B A summed in one product, where PEFT adds a rounded one"
-
-# The only tolerances. Names, dtypes, shapes, config fields, what is trained, saved bytes and round trips are equal.
-TOLERANCES = {
-    "same order": Tolerance(0.0, "the same operations in the same order"),
-    "drawn": Tolerance(0.0, "drawn from one random stream"),
-    "chosen": Tolerance(0.0, "the likeliest tokens"),
-    "float64": Tolerance(1e-12, "the same sum in another order, in fp64"),
-    "float32": Tolerance(1e-6, "the same sum in another order, in fp32"),
-    "half": Tolerance(1e-2, "each term rounded to half precision, in another order"),
-    "fused half": Tolerance(5e-2, "A and B compute in the base's precision, PEFT's in their own; one is half"),
-    "trajectory": Tolerance(1e-6, f"losses in fp32, which TRL's head computes for any base; {ADAM}", "final "),
-    "half trajectory": Tolerance(1e-2, f"each term rounded to half precision; {ADAM}", "final "),
-    "merge float64": Tolerance(1e-12, f"{PRODUCT}, in fp64"),
-    "merge float32": Tolerance(1e-6, f"{PRODUCT}, in fp32"),
-    "merge float16": Tolerance(2**-10, f"{PRODUCT}: one rounding unit; the logits follow", "logits"),
-    "merge bfloat16": Tolerance(2**-7, f"{PRODUCT}: one rounding unit; the logits follow", "logits"),
-}
-BLURRED = (TOLERANCES["float32"], TOLERANCES["merge float32"])  # where the last bits are asked, if need be
-HALF = ("float16", "bfloat16")
-LAST_BITS = 3  # a single draw of all last bits is of the size of the rounding, not its bound
-NEAR_TIES = "in half precision the likelier of two near tokens may be either, and all after it"
-BY_LAST_BITS = f"rounding of fp32: {LAST_BITS} times what PEFT's own result moves by when all weights' last bits move"
-
-
-def tolerance_for(level: str, case: Case, environment: dict[str, str], quantised: bool) -> Tolerance:
-    """The row of `TOLERANCES` that a level of a case is held to.
-
-    On a CPU the reference form does the same as PEFT in the same order, except that PEFT rounds the adapter's output
-    to the precision of a quantised base before it adds it. The fused form sums in another order, and in the base's
-    precision. A GPU promises no order. Merging sums in its own order for either form.
-
-    Args:
-        level: One of `LEVELS`.
-        case: Which form is compared, and the adapter's precision.
-        environment: See `CaseResult`.
-        quantised: Whether the base is.
-    """
-    dtype = environment["base dtype"] or "float32"  # none is known where nothing could be loaded
-    half = dtype in HALF
-    if level in ("init", "generation"):
-        return TOLERANCES["drawn" if level == "init" else "chosen"]
-    if level == "merge":
-        return TOLERANCES[f"merge {dtype}"]
-    if case.lora_backend == "reference" and environment["device"] == "cpu" and not (quantised and half):
-        return TOLERANCES["same order"]
-    fused_half = case.lora_backend == "fused" and (half or case.adapter_dtype in HALF)
-    if level == "trajectory":
-        return TOLERANCES["half trajectory" if half or fused_half else "trajectory"]
-    return TOLERANCES["fused half" if fused_half else "half" if half else dtype]
+from plainlora.parity.tolerances import (
+    BLURRED,
+    BY_LAST_BITS,
+    LAST_BITS,
+    NEAR_TIES,
+    TOLERANCES,
+    Tolerance,
+    tolerance_for,
+)
 
 
 def last_bits_of(case: Case, theirs: dict[str, Observation]) -> dict[str, float]:

@@ -9,8 +9,9 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from plainlora.parity.compare import TOLERANCES, CaseResult, Verdict
+from plainlora.parity.compare import CaseResult, Verdict
 from plainlora.parity.observe import LEVELS
+from plainlora.parity.tolerances import TOLERANCES
 from plainlora.report import package_versions, write_json
 
 HEADER = ("case", "level", "max abs", "max rel", "allowed", "bits", "verdict")
