@@ -7,7 +7,7 @@ from tests.conftest import ROOT
 
 # Every module may import from the ranks before its own, and from the siblings listed beside it.
 RANKS = [
-    {"lora.errors", "lora.layer", "lora.module_to_save", "quiet", "reload"},
+    {"lora.errors", "lora.layer", "lora.module_to_save", "quiet", "reload", "swiglu"},
     {"errors"},
     {"lora.storage", "lora.config"},
     {"lora.fused"},

@@ -1,7 +1,7 @@
 """`fuse(model)`: an injected model, or PEFT's, computes the fused form, in place."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -9,12 +9,18 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional
-from transformers.activations import NewGELUActivation
+from transformers.activations import NewGELUActivation, SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.mistral.modeling_mistral import MistralMLP
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 from plainlora.lora import storage
 from plainlora.lora.fused import fused_forward
 from plainlora.lora.layer import LoRALinear
 from plainlora.lora.record import ModelT
+from plainlora.swiglu import swiglu
+
+GATED = (LlamaMLP, MistralMLP, Qwen2MLP)  # down(act(gate(x)) * up(x))
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +63,20 @@ def _gelu(_: NewGELUActivation, x: torch.Tensor) -> torch.Tensor:
     return functional.gelu(x, approximate="tanh")
 
 
+def _gated(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    """https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/llama/modeling_llama.py."""
+    return mlp.down_proj(swiglu(mlp.gate_proj(x), mlp.up_proj(x)))
+
+
+def _rest_of(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., torch.Tensor]]]:
+    """What else has a leaner form, and that form."""
+    for module in model.modules():
+        if isinstance(module, NewGELUActivation):
+            yield module, _gelu
+        elif type(module) in GATED and isinstance(module.act_fn, (SiLUActivation, nn.SiLU)):
+            yield module, _gated
+
+
 def _probability(dropout: nn.Module) -> float:
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
@@ -69,7 +89,7 @@ def _is_covered(layer: LoRALinear | LoraLayer) -> bool:
 
 
 def fuse(model: ModelT) -> ModelT:
-    """Gives every LoRA layer the fused form, and GPT-2's GELU its one kernel, in place; `unfuse` takes it back.
+    """Gives every LoRA layer the fused form, in place; GPT-2's GELU and SwiGLU a leaner one; `unfuse` takes it back.
 
     With an existing TRL + PEFT script this is one line after the model or its trainer is made. What is not covered
     keeps the form it has and is named in the log: 8-bit layers, embeddings, convolutions; DoRA and other variants go
@@ -88,9 +108,8 @@ def fuse(model: ModelT) -> ModelT:
             layer.forward = MethodType(form, layer)  # type: ignore[method-assign, union-attr]
         else:
             left.append(name)
-    for module in model.modules():
-        if isinstance(module, NewGELUActivation):
-            module.forward = MethodType(_gelu, module)  # type: ignore[method-assign]
+    for module, rest in _rest_of(model):
+        module.forward = MethodType(rest, module)
     if left:
         logger.warning("not fused: %s", ", ".join(left))
     return model
@@ -98,7 +117,6 @@ def fuse(model: ModelT) -> ModelT:
 
 def unfuse(model: ModelT) -> ModelT:
     """Every module's own form again: the inverse of `fuse`."""
-    for module in model.modules():
-        if isinstance(module, (LoRALinear, LoraLayer, NewGELUActivation)):
-            module.__dict__.pop("forward", None)
+    for module in [layer for _, layer in _layers(model)] + [module for module, _ in _rest_of(model)]:
+        module.__dict__.pop("forward", None)
     return model

@@ -22,7 +22,7 @@ CASES = (
     "GPT-2 768 x 50,257, 512 tokens",
     "matched",
     "as shipped",
-    "q_proj and v_proj",
+    "q_proj and v_proj of",
 )
 
 

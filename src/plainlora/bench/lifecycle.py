@@ -8,17 +8,21 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from plainlora.backends import BACKENDS
 from plainlora.bench.case import FUSED, PEFT, Case, Target
 from plainlora.bench.turns import Turns
 from plainlora.lora.inject import unwrap
 from plainlora.lora.merge import merge
-from plainlora.parity.tiny import random_model
 
-TARGETS = {"q_proj and v_proj": ["q_proj", "v_proj"], "every linear layer": "all-linear"}
 OPERATIONS = ("inject", "save", "load", "merge")
+# What is adapted, in a model of which width and width of the MLP. All of Llama-2-7b does not fit into memory twice:
+# its attention does, at its own width, and all layers do at a quarter of it.
+MODELS: dict[str, tuple[list[str] | str, int, int]] = {
+    "q_proj and v_proj of width 4096": (["q_proj", "v_proj"], 4096, 64),
+    "every linear layer of width 1024": ("all-linear", 1024, 2752),
+}
 
 
 def cases(size: str, device: str) -> list[Case]:
@@ -27,27 +31,39 @@ def cases(size: str, device: str) -> list[Case]:
     return [
         Case(
             suite="lifecycle",
-            name=f"{operation}, 32 blocks of width 1024, r=8 on {layers}",
+            name=f"{operation}, 32 blocks, r=8 on {name}",
             arms={FUSED: {}, PEFT: {}},
-            options={"operation": operation, "targets": targets, "full": size == "full"},
+            options={
+                "operation": operation,
+                "targets": targets,
+                "width": width if size == "full" else 64,
+                "mlp": mlp if size == "full" else 128,
+                "blocks": 32 if size == "full" else 2,
+            },
             targets=(Target("time", PEFT, 0.3),)
             + ((Target("peak above weights", PEFT, 0.1),) if operation == "merge" else ()),
         )
-        for layers, targets in TARGETS.items()
+        for name, (targets, width, mlp) in MODELS.items()
         for operation in OPERATIONS
     ]
 
 
-def _base(full: bool) -> PreTrainedModel:
-    sizes: dict[str, Any] = {
-        "hidden_size": 1024,
-        "intermediate_size": 2752,
-        "num_attention_heads": 8,
-        "num_hidden_layers": 32,
-    }
-    if not full:
-        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
-    return random_model(LlamaConfig(vocab_size=32_000 if full else 1000, **sizes))
+def _base(width: int, mlp: int, blocks: int, device: str) -> PreTrainedModel:
+    """A Llama whose weights are all 0.01: their values are of no matter here, and drawing billions takes long."""
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=blocks,
+        num_attention_heads=max(width // 128, 1),
+        vocab_size=1000,
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.to_empty(device=device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(0.01)
+    return model.eval()
 
 
 def _fill(model: nn.Module) -> None:
@@ -58,8 +74,11 @@ def _fill(model: nn.Module) -> None:
 
 
 def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
-    """Does the operation again and again; what leads up to it and away from it is not timed."""
-    base = _base(options["full"]).to(turns.device)  # type: ignore[arg-type]
+    """Does the operation again and again; what leads up to it and away from it is not timed.
+
+    Each is as the first of its process: what the one before has freed goes back to the system.
+    """
+    base = _base(options["width"], options["mlp"], options["blocks"], turns.device)
     ours = BACKENDS[FUSED]
     attach: Callable[[], nn.Module]
     load: Callable[[Path], nn.Module]
@@ -82,30 +101,31 @@ def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
         _fill(model)
         model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
         release(model)
-        if options["operation"] == "merge":
-            model = attach()
-            _fill(model)
         turns.ready()
         while True:
             if options["operation"] == "inject":
+                turns.meter.start()
                 turns.begin()
                 model = attach()
                 turns.end()
                 release(model)
             elif options["operation"] == "load":
+                turns.meter.start()
                 turns.begin()
                 model = load(folder)
                 turns.end()
                 release(model)
             elif options["operation"] == "save":
                 model = attach()
+                turns.meter.start()
                 turns.begin()
                 model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
                 turns.end()
                 release(model)
             else:
+                model = attach()
+                _fill(model)
+                turns.meter.start()
                 turns.begin()
                 fold(model)
                 turns.end()
-                model = attach()
-                _fill(model)

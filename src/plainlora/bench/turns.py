@@ -70,6 +70,7 @@ class Turns:
         self.facts: dict[str, Any] = {}
         self._pipe, self._started = pipe, 0.0
         self._profile: torch.profiler.profile | None = None
+        self._peak = self._before = 0
 
     def ready(self) -> None:
         """The weights are there; what memory is used from here on is the arm's own."""
@@ -95,16 +96,17 @@ class Turns:
         """Stops the clock; a turn that was profiled leaves the time of each kind of operation."""
         self._synchronize()
         seconds = time.perf_counter() - self._started
-        if self._profile is not None:
+        if self._profile is None:
+            self._peak, self._before = self.meter.peak(), self.meter.before
+        else:
             self._profile.stop()
             self.facts["profile"] = sort_operations(self._profile, self.device, seconds)
             self._profile = None
         self._pipe.send(seconds)
 
     def close(self) -> None:
-        """Sends what was counted."""
-        peak = self.meter.peak()
-        self._pipe.send(self.facts | {"peak": peak, "peak above weights": peak - self.meter.before})
+        """Sends what was counted, and the peak at the end of the last turn that was not profiled."""
+        self._pipe.send(self.facts | {"peak": self._peak, "peak above weights": self._peak - self._before})
 
     def _synchronize(self) -> None:
         if self.device == "cuda":
