@@ -13,29 +13,18 @@ from tests.conftest import load_quantized, make_model, random_ids, run_program
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+FORMS = {"reference": inject, "fused": lambda model, config: fuse(inject(model, config))}
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype"), [("reference", torch.float32), ("reference", torch.bfloat16), ("fused", torch.float32)]
+)
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_logits_and_gradients_on_a_gpu_are_pefts(kind: str, dtype: torch.dtype) -> None:
+def test_logits_and_gradients_on_a_gpu_are_pefts(kind: str, form: str, dtype: torch.dtype) -> None:
     sides = []
-    for attach in (inject, get_peft_model):
+    for attach in (FORMS[form], get_peft_model):
         torch.manual_seed(1)
         model = attach(make_model(kind, dtype), LoraConfig(target_modules="all-linear", lora_dropout=0.1)).cuda()
-        ids = random_ids().cuda()
-        torch.manual_seed(2)
-        output = model.train()(input_ids=ids, labels=ids)
-        output.loss.backward()
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
-        sides.append([output.logits, *gradients])
-    for ours, theirs in zip(*sides, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_the_fused_form_on_a_gpu_is_pefts_dropout_included(kind: str) -> None:
-    sides = []
-    for attach in (lambda model, config: fuse(inject(model, config)), get_peft_model):
-        torch.manual_seed(1)
-        model = attach(make_model(kind), LoraConfig(target_modules="all-linear", lora_dropout=0.1)).cuda()
         ids = random_ids().cuda()
         torch.manual_seed(2)
         output = model.train()(input_ids=ids, labels=ids)

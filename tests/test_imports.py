@@ -7,7 +7,7 @@ from tests.conftest import ROOT
 
 # Every module may import from the ranks before its own, and from the siblings listed beside it.
 RANKS = [
-    {"lora.errors", "lora.layer", "lora.module_to_save", "quiet", "reload", "swiglu"},
+    {"lora.errors", "lora.layer", "lora.module_to_save", "progress", "quiet", "reload", "swiglu"},
     {"errors"},
     {"lora.storage", "lora.config"},
     {"lora.fused"},
@@ -32,6 +32,7 @@ RANKS = [
     {"experiments.sweep"},
     {"bench", "bench.case", "bench.counting", "bench.profiling", "bench.rows"},
     {"bench.turns"},
+    {"bench.baton"},
     {"bench.classify", "bench.head", "bench.language", "bench.layer", "bench.lifecycle", "bench.worker"},
     {"bench.race", "bench.suites"},
     {"bench.report"},

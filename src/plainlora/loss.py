@@ -169,7 +169,10 @@ def use_one_pass_head(trainer: SFTTrainer) -> SFTTrainer:
     """Gives a trainer's model the one-pass head, and token accuracy and entropy at logging steps only.
 
     With an existing TRL + PEFT script this is one line after the trainer is made. A head that is trained or adapted,
-    quantised, or whose logits are scaled goes through TRL's own, as before.
+    quantised, or whose logits are scaled goes through TRL's own, as before. SFTTrainer logs the means of lists to
+    which it appends both statistics at every step; where they were not computed, the entries are taken out again.
+
+    https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py (`compute_loss`)
 
     Args:
         trainer: Of an injected model or a PeftModel, or of any causal language model with a frozen head.

@@ -108,6 +108,12 @@ def check_dropout(p: float | None, config: PretrainedConfig) -> None:
         raise UserError(f"base_dropout {p}: {config.model_type} models have no dropout to set; leave it out")
 
 
+def set_dropouts(config: PretrainedConfig, p: float) -> None:
+    """Gives every dropout of a config the probability `p`."""
+    for place in find_dropouts(config):
+        setattr(*place, p)
+
+
 @contextmanager
 def _dropouts(config: PretrainedConfig, values: Sequence[float]) -> Iterator[None]:
     """Within, the config's dropouts have these values, in the order in which they are found."""
@@ -207,8 +213,7 @@ def load_pretrained(
         if dropout is not None:
             config, options = _split_config(name, revision, options)
             own = [getattr(*place) for place in find_dropouts(config)]
-            for place in find_dropouts(config):
-                setattr(*place, dropout)
+            set_dropouts(config, dropout)
             options["config"] = config
         with _quiet_about_new_weights():
             model, report = auto.from_pretrained(

@@ -94,14 +94,14 @@ def test_bad_flags_are_refused_in_one_line(plainlora: Run, flags: tuple[str, ...
 
 
 def test_an_arm_that_fails_is_named_and_the_others_end() -> None:
-    shape = {"d_in": 8, "d_out": 8, "r": 2, "transposed": False, "p": 0.0, "tokens": 4}
+    shape = {"d_in": 8, "d_out": 8, "r": 2, "transposed": False, "p": 0.0, "tokens": 4, "passes": 1}
     case = Case("layer", "broken", {"floor": {}, "fused": {"p": 2.0}}, shape)
     with pytest.raises(UserError, match=r"^bench: layer, broken, fused stopped \(LoRAError: lora_dropout must lie in"):
         race("layer", case, "cpu", 1)
 
 
 def test_every_arm_has_its_turn_in_every_round() -> None:
-    shape = {"d_in": 8, "d_out": 8, "r": 2, "transposed": True, "p": 0.1, "tokens": 4}
+    shape = {"d_in": 8, "d_out": 8, "r": 2, "transposed": True, "p": 0.1, "tokens": 4, "passes": 1}
     case = Case("layer", "small", {"floor": {}, "fused": {}, "peft": {}}, shape)
     said: list[str] = []
     outcome = race("layer", case, "cpu", 2, progress=said.append)
@@ -112,7 +112,7 @@ def test_every_arm_has_its_turn_in_every_round() -> None:
 
 def test_an_arm_that_is_killed_is_named() -> None:
     """As the system does where memory runs out."""
-    shape = {"d_in": 8, "d_out": 8, "r": 2, "transposed": True, "p": 0.1, "tokens": 4}
+    shape = {"d_in": 8, "d_out": 8, "r": 2, "transposed": True, "p": 0.1, "tokens": 4, "passes": 1}
     case = Case("layer", "small", {"floor": {}, "fused": {}}, shape)
 
     def kill(said: str) -> None:

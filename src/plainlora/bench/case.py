@@ -36,7 +36,6 @@ class Case:
         options: What all arms share.
         table: `matched`, the same recipe on both sides; `as shipped`, each side with its own defaults; else empty.
         targets: What is asked.
-
         not_run: Why it cannot run here; empty if it can.
     """
 

@@ -11,16 +11,15 @@ from transformers import (
     GPT2Config,
     PretrainedConfig,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from plainlora.backends import BACKENDS
+from plainlora.bench.baton import Baton
 from plainlora.bench.case import AS_SHIPPED, FLOOR, FUSED, MATCHED, PEFT, REFERENCE, Case, Target
 from plainlora.bench.rows import draw_lengths, make_rows
 from plainlora.bench.turns import Turns
-from plainlora.models import find_dropouts
+from plainlora.models import set_dropouts
 from plainlora.parity.tiny import byte_tokenizer
 from plainlora.training import ClassifierTrainer
 
@@ -79,8 +78,7 @@ def choose_rows(lengths: list[int], batch: int, batches: int, grouped: bool) -> 
         batches: How many batches.
         grouped: In batches of similar lengths; in random order if not.
     """
-    sampler = LengthGroupedSampler(batch, lengths=lengths, generator=torch.Generator().manual_seed(0))
-    order = sorted(sampler, key=lambda row: lengths[row])
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
     step = len(order) // batches
     chosen = [row for number in range(batches) for row in order[number * step + step // 2 :][:batch]]
     if not grouped:
@@ -88,32 +86,12 @@ def choose_rows(lengths: list[int], batch: int, batches: int, grouped: bool) -> 
     return chosen
 
 
-class _Baton(TrainerCallback):
-    """A turn is an epoch."""
-
-    def __init__(self, turns: Turns) -> None:
-        self.turns = turns
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """The model is where it trains."""
-        self.turns.ready()
-
-    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
-        """The first batch is drawn within."""
-        self.turns.begin()
-
-    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-        """The last step is done."""
-        self.turns.end()
-
-
 def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
     """Trains epochs of the sample until there are no more turns."""
     del arm
     config = _config(options["model"], options["size"] == "full")
     if options.get("base_dropout") is not None:
-        for place, name in find_dropouts(config):
-            setattr(place, name, options["base_dropout"])
+        set_dropouts(config, options["base_dropout"])
     model = AutoModelForSequenceClassification.from_config(config)
     lengths = draw_lengths(options["data"], 50 * options["batch"], 512 if options["size"] == "full" else 16)
     chosen = choose_rows(lengths, options["batch"], options["batches"], options["grouped"])
@@ -136,7 +114,7 @@ def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
         "args": arguments,
         "train_dataset": rows,
         "data_collator": DataCollatorWithPadding(byte_tokenizer(), **padding),
-        "callbacks": [_Baton(turns)],
+        "callbacks": [Baton(turns, "epoch")],
     }
     lora = LoraConfig(task_type="SEQ_CLS", lora_alpha=16, **options["adapter"])
     backend = options["backend"]

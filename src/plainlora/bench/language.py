@@ -14,17 +14,17 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
-    TrainerCallback,
 )
 from trl import SFTConfig, SFTTrainer
 
 from plainlora.backends import BACKENDS
+from plainlora.bench.baton import Baton
 from plainlora.bench.case import AS_SHIPPED, FLOOR, FUSED, MATCHED, PEFT, REFERENCE, Case, Target
 from plainlora.bench.rows import draw_lengths, make_rows
 from plainlora.bench.turns import Turns
 from plainlora.fusing import fuse
 from plainlora.loss import use_one_pass_head
-from plainlora.models import find_dropouts, load_causal_lm
+from plainlora.models import load_causal_lm, set_dropouts
 from plainlora.parity.tiny import byte_tokenizer, random_model
 from plainlora.training import AdapterTrainer, hand_over
 
@@ -116,25 +116,6 @@ def _nf4_model(config: PretrainedConfig, device: str) -> PreTrainedModel:
         return load_causal_lm(folder, dtype=dtype, quantization=quantization)
 
 
-class _Baton(TrainerCallback):
-    """A turn is an optimizer step."""
-
-    def __init__(self, turns: Turns) -> None:
-        self.turns = turns
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """The model is where it trains."""
-        self.turns.ready()
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """The batch is there."""
-        self.turns.begin()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """The weights are updated."""
-        self.turns.end()
-
-
 def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
     """Trains until there are no more turns.
 
@@ -145,8 +126,7 @@ def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
     backend, length = options["backend"], options["length"]
     config = CONFIGS[options["model"]](options["size"] == "full")
     if options.get("base_dropout") is not None:
-        for place, name in find_dropouts(config):
-            setattr(place, name, options["base_dropout"])
+        set_dropouts(config, options["base_dropout"])
     model = _nf4_model(config, turns.device) if options.get("nf4") else random_model(config)
     adapter: dict[str, Any] = {"r": options["r"], "lora_alpha": 2 * options["r"], "target_modules": "all-linear"}
     if options["model"] == "llama2":
@@ -172,7 +152,7 @@ def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
     common: dict[str, Any] = {
         "train_dataset": rows,
         "processing_class": byte_tokenizer(),
-        "callbacks": [_Baton(turns)],
+        "callbacks": [Baton(turns, "step")],
     }
     if backend == PEFT:
         trainer: SFTTrainer = SFTTrainer(model, args=arguments, peft_config=lora, **common)

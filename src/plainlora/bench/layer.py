@@ -34,13 +34,14 @@ def cases(size: str, device: str) -> list[Case]:
         for p in (0.0, 0.1):
             limits = [Target("time", PEFT, 0.88 if p == 0 else 1.0)]
             limits.append(Target("saved bytes", PEFT, 0.63) if p else Target("time", FLOOR, 1.12))
+            passes = max(1, round(TURN_FLOPS / (4 * tokens * d_in * d_out))) if size == "full" else 1
             shape = {"d_in": d_in // factor, "d_out": d_out // factor, "r": r, "transposed": transposed}
             found.append(
                 Case(
                     suite="layer",
                     name=f"{name} {d_in} -> {d_out}, r={r}, dropout {p:g}",
                     arms={arm: {} for arm in (FUSED, PEFT, REFERENCE, FLOOR)},
-                    options=shape | {"p": p, "tokens": tokens},
+                    options=shape | {"p": p, "tokens": tokens, "passes": passes},
                     targets=tuple(limits),
                 )
             )
@@ -63,13 +64,12 @@ def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
     x = torch.randn(1, tokens, d_in, device=turns.device, requires_grad=True)
     gradient = torch.randn(1, tokens, d_out, device=turns.device)
     turns.facts |= count(lambda: layer(x), model.parameters())
-    inner = max(1, round(TURN_FLOPS / (4 * tokens * d_in * d_out))) if tokens == 1024 else 1
     trained = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
-    turns.facts["passes a turn"] = inner
+    turns.facts["passes a turn"] = options["passes"]
     turns.ready()
     while True:
         turns.begin()
-        for _ in range(inner):
+        for _ in range(options["passes"]):
             for tensor in trained:
                 tensor.grad = None
             layer(x).backward(gradient)

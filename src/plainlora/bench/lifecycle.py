@@ -1,8 +1,7 @@
 """Inject, save, load and merge, at Llama-2-7b's number of layers."""
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,59 +72,59 @@ def _fill(model: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.01)
 
 
+@dataclass(frozen=True)
+class _Verbs:
+    """One implementation's way of each operation."""
+
+    attach: Callable[[PreTrainedModel, LoraConfig], Any]
+    load: Callable[[PreTrainedModel, str], Any]
+    release: Callable[[Any], object]
+    merge: Callable[[Any], object]
+
+
+VERBS = {
+    FUSED: _Verbs(BACKENDS[FUSED].attach, BACKENDS[FUSED].load, unwrap, merge),
+    PEFT: _Verbs(
+        get_peft_model, PeftModel.from_pretrained, lambda model: model.unload(), lambda model: model.merge_and_unload()
+    ),
+}
+
+
 def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
     """Does the operation again and again; what leads up to it and away from it is not timed.
 
     Each is as the first of its process: what the one before has freed goes back to the system.
     """
     base = _base(options["width"], options["mlp"], options["blocks"], turns.device)
-    ours = BACKENDS[FUSED]
-    attach: Callable[[], nn.Module]
-    load: Callable[[Path], nn.Module]
-    release: Callable[[Any], object]
-    fold: Callable[[Any], object]
-    if arm == PEFT:
-        attach = lambda: get_peft_model(base, LoraConfig(**settings))  # noqa: E731
-        load = lambda folder: PeftModel.from_pretrained(base, str(folder))  # noqa: E731
-        release = lambda model: model.unload()  # noqa: E731
-        fold = lambda model: model.merge_and_unload()  # noqa: E731
-    else:
-        attach = lambda: ours.attach(base, LoraConfig(**settings))  # noqa: E731
-        load = lambda folder: ours.load(base, folder)  # noqa: E731
-        release, fold = unwrap, merge
-    settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16}
-    settings["target_modules"] = options["targets"]
-    with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
-        folder = Path(scratch)
+    verbs, operation, folder = VERBS[arm], options["operation"], f"{turns.scratch}/{arm}"
+
+    def attach() -> Any:
+        config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=options["targets"])
+        return verbs.attach(base, config)
+
+    def save(model: Any) -> None:
+        model.save_pretrained(folder, save_embedding_layers=False)
+
+    with torch.no_grad():
         model = attach()
         _fill(model)
-        model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
-        release(model)
+        save(model)
+        verbs.release(model)
         turns.ready()
         while True:
-            if options["operation"] == "inject":
-                turns.meter.start()
-                turns.begin()
-                model = attach()
-                turns.end()
-                release(model)
-            elif options["operation"] == "load":
-                turns.meter.start()
-                turns.begin()
-                model = load(folder)
-                turns.end()
-                release(model)
-            elif options["operation"] == "save":
-                model = attach()
-                turns.meter.start()
-                turns.begin()
-                model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
-                turns.end()
-                release(model)
-            else:
+            if operation in ("save", "merge"):
                 model = attach()
                 _fill(model)
-                turns.meter.start()
-                turns.begin()
-                fold(model)
-                turns.end()
+            turns.meter.start()
+            turns.begin()
+            if operation == "inject":
+                model = attach()
+            elif operation == "load":
+                model = verbs.load(base, folder)
+            elif operation == "save":
+                save(model)
+            else:
+                verbs.merge(model)
+            turns.end()
+            if operation != "merge":
+                verbs.release(model)

@@ -1,7 +1,6 @@
 """`plainlora bench`: time and memory of this package, of PEFT with TRL, and of the floor, in one run."""
 
 import argparse
-import sys
 from pathlib import Path
 
 SUITES = ("layer", "head", "gpt2", "qwen2", "llama2", "classify", "lifecycle")
@@ -24,11 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _show_progress(what: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Races every case, shows it as it comes, writes what was measured."""
     import plainlora.quiet  # noqa: F401, I001
@@ -40,6 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     from plainlora.bench.suites import SUITES as suites
     from plainlora.checks import check_writable
     from plainlora.errors import UserError
+    from plainlora.progress import show_progress
 
     if arguments.repeats < 1:
         raise UserError(f"--repeats must be at least 1, not {arguments.repeats}")
@@ -62,8 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
         if case.not_run:
             outcomes.append(Outcome(case))
         else:
-            outcomes.append(race(module, case, device, arguments.repeats, arguments.profile, _show_progress))
-        _show_progress("")
+            outcomes.append(race(module, case, device, arguments.repeats, arguments.profile, show_progress))
+        show_progress("")
         print(report.terminal(outcomes[-1]), flush=True)
         written = report.write(outcomes, path)  # after every case: what is measured is kept
     asked = [(outcome, target) for outcome in outcomes if not outcome.case.not_run for target in outcome.case.targets]

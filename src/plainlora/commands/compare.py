@@ -1,7 +1,6 @@
 """`plainlora compare`: the hand-written LoRA beside PEFT, on the built-in suite or on something of the user's own."""
 
 import argparse
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -67,11 +66,6 @@ def _refuse_idle_flags(arguments: argparse.Namespace) -> None:
         raise UserError(f"--steps must be at least 1, not {arguments.steps}")
 
 
-def _show_progress(what: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Compares, shows, writes; exit code 1 if a level that ran does not hold."""
     import plainlora.quiet  # noqa: F401
@@ -80,6 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
     from plainlora.parity.compare import compare
     from plainlora.parity.report import terminal_header, terminal_rows, write
     from plainlora.parity.tiny import quiet_models
+    from plainlora.progress import show_progress
 
     _refuse_idle_flags(arguments)
     check_writable(arguments.output, "--output")
@@ -88,8 +83,8 @@ def run(arguments: argparse.Namespace) -> None:
         for case in _cases(arguments, arguments.steps or 10):
             if not results:
                 print(terminal_header(case.lora_backend))
-            results.append(compare(case, _show_progress))
-            _show_progress("")
+            results.append(compare(case, show_progress))
+            show_progress("")
             print("\n".join(terminal_rows(results[-1].verdicts)), flush=True)
     verdicts = [verdict for result in results for verdict in result.verdicts]
     if all(verdict.status == "not run" for verdict in verdicts):

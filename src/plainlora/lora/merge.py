@@ -27,6 +27,8 @@ def _untie_if_diverged(model: nn.Module) -> None:
 def merge(model: ModelT) -> ModelT:
     """Folds every delta into its base weight, in place, and takes the LoRA modules out.
 
+    A base weight that is not finite itself stays so: W0 is not read to check it.
+
     Args:
         model: A model from `inject` or `load_adapter`, its base unquantised.
 
