@@ -19,8 +19,11 @@ from trl import ModelConfig, ScriptArguments
 
 from plainlora.arguments import ClassifyArguments, ClassifyConfig
 from plainlora.backends import check_same_adapter, count_parameters
+from plainlora.base_identity import describe_base
 from plainlora.checkpoints import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
 from plainlora.checks import check_classify
+from plainlora.doctor.precision import list_precisions, precision_line
+from plainlora.doctor.texts import examine_texts
 from plainlora.errors import run_program
 from plainlora.memory import peak_memory
 from plainlora.merging import merge_adapter
@@ -38,6 +41,7 @@ from plainlora.models import (
     check_dropout,
     check_ending,
     check_length,
+    check_vocabulary,
     classifier_config,
     context_length,
     describe_quantization,
@@ -49,8 +53,10 @@ from plainlora.models import (
 from plainlora.parsing import StrictParser
 from plainlora.plots import plot_confusion, plot_loss
 from plainlora.preparation import prepare_texts
-from plainlora.report import classifier_summary, write_json, write_run
-from plainlora.training import ClassifierTrainer, check_schedule, resume_path, without_pinned_memory_on_cpu
+from plainlora.pushing import check_push, open_run_repository, push_run
+from plainlora.report import classifier_summary, write_json
+from plainlora.run_record import complete_run, write_run
+from plainlora.training import ClassifierTrainer, args_for_trainer, check_schedule, resume_path
 
 
 def main() -> None:
@@ -63,24 +69,31 @@ def main() -> None:
     check_classify(recipe, script, training, model_args)
     check_schedule(training)
     name, revision = str(model_args.model_name_or_path), model_args.model_revision
+    check_push(training, name, recipe.hub_base_model)
     inputs = {"base model": name, "dataset": script.dataset_name, "test dataset": recipe.eval_dataset_name}
     check_inputs_apart(training.output_dir, inputs | {"validation dataset": recipe.validation_dataset_name})
-    checkpoint = resume_path(training)
+    checkpoint = resume_path(training, say)
     claim_output_dir(training.output_dir, recipe.overwrite, resume=checkpoint)
     base_config = load_config(name, revision)
     check_length(recipe.max_length, base_config)
     check_dropout(recipe.base_dropout, base_config)
     tokenizer = load_tokenizer(name, revision)
+    check_vocabulary(tokenizer, base_config)
     check_ending(tokenizer, base_config)
     texts = prepare_texts(recipe, script, training, tokenizer, recipe.max_length or context_length(base_config), say)
+    examine_texts(texts, tokenizer, base_config).stop_or_say(say)
     config = classifier_config(name, texts.labels, tokenizer.pad_token_id, revision)
     skeleton = build_skeleton(config)
     lora = build_classifier_lora(model_args, recipe, skeleton) if recipe.method == "lora" else None
     last_layers = find_last_layers(skeleton, recipe.last_layers) if recipe.method == "last_layers" else None
+    adapter_dtype = recipe.adapter_dtype if recipe.method == "lora" else None
+    say(precision_line(list_precisions(training, model_args, base_config, adapter_dtype)))
     if checkpoint is not None:
         check_same_run(checkpoint, vars(recipe) | vars(training) | vars(model_args), texts.labels)
         if lora is not None:
             check_same_adapter(checkpoint, lora)
+
+    repository = open_run_repository(training, say) if PartialState().is_main_process else None
 
     # Seed first, then base with its new head, then adapter: the same command gives the same weights.
     set_seed(training.seed)
@@ -93,7 +106,7 @@ def main() -> None:
     trainer = ClassifierTrainer(
         trainee.model,
         trainee.backend,
-        args=without_pinned_memory_on_cpu(training),
+        args=args_for_trainer(training),
         train_dataset=texts.train,
         eval_dataset=texts.validation,
         processing_class=tokenizer,
@@ -103,15 +116,27 @@ def main() -> None:
     )
 
     output = Path(training.output_dir)
+    trainer.check_room()
     if trainer.accelerator.is_main_process:
+        identity = describe_base(name, revision)
         if not (checkpoint and lies_in(checkpoint, training.output_dir)):
             clear_output_dir(training.output_dir)
-        write_run(output / "run.json", (recipe, script, training, model_args), quantization, texts.labels)
+        write_run(
+            output / "run.json",
+            (recipe, script, training, model_args),
+            quantization=quantization,
+            base=identity,
+            rows={"train": texts.train, "validation": texts.validation, "test": texts.test},
+            model=trainee.model,
+            labels=texts.labels,
+        )
     trainer.accelerator.wait_for_everyone()
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     memory = peak_memory()
     trainer.save_model()
     trainer.save_state()
+    if trainer.accelerator.is_main_process:
+        complete_run(output / "run.json", trainer.seen.digest, trainer.state.global_step)
     # Measured after training, the state before included: Trainer.predict prepares the model for evaluation only, and
     # training would then go on without DistributedDataParallel (transformers#24014).
     splits = texts.splits(recipe.measured_train_rows)
@@ -138,8 +163,8 @@ def main() -> None:
             write_json(output / "all_results.json", results)
             card(results)
         print(classifier_summary(results, training.output_dir))
-    if training.push_to_hub:
-        trainer.push_to_hub(dataset_name=script.dataset_name)
+    if repository is not None:
+        print(push_run(output, repository, recipe.hub_base_model))
     trainer.accelerator.wait_for_everyone()
     trainer.end()
 

@@ -18,19 +18,25 @@ from trl import ModelConfig, ScriptArguments
 from plainlora.activations import needs_checkpointing
 from plainlora.arguments import SFTArguments, SFTRecipeConfig
 from plainlora.backends import BACKENDS, attach_adapter, build_lora_config, check_same_adapter, count_parameters
+from plainlora.base_identity import describe_base
 from plainlora.checkpoints import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
 from plainlora.checks import check_sft
 from plainlora.data.prompts import install_template
+from plainlora.doctor.layers import build_decoder, examine_layers
+from plainlora.doctor.precision import list_precisions, precision_line
+from plainlora.doctor.rows import examine_rows
 from plainlora.errors import run_program
 from plainlora.evaluation import Examiner, before_and_after
 from plainlora.generation import ExactMatch
-from plainlora.memory import free_memory
+from plainlora.memory import free_memory, peak_memory
 from plainlora.merging import merge_adapter
 from plainlora.model_card import write_sft_card
 from plainlora.models import (
     check_dropout,
     check_length,
+    check_vocabulary,
     describe_quantization,
+    describe_remote_code,
     load_base,
     load_config,
     load_tokenizer,
@@ -38,7 +44,9 @@ from plainlora.models import (
 from plainlora.parsing import StrictParser
 from plainlora.plots import plot_loss
 from plainlora.preparation import prepare_rows
-from plainlora.report import summary, write_json, write_run
+from plainlora.pushing import check_push, open_run_repository, push_run
+from plainlora.report import summary, write_json
+from plainlora.run_record import complete_run, write_run
 from plainlora.training import AdapterTrainer, check_schedule, hand_over, resume_path
 
 
@@ -52,13 +60,16 @@ def main() -> None:
     check_sft(recipe, script, training, model_args)
     check_schedule(training)
     name, revision = model_args.model_name_or_path, model_args.model_revision
+    check_push(training, str(name), recipe.hub_base_model)
     inputs = {"base model": name, "dataset": script.dataset_name, "test dataset": recipe.eval_dataset_name}
     check_inputs_apart(training.output_dir, inputs)
-    checkpoint = resume_path(training)
+    checkpoint = resume_path(training, say)
     claim_output_dir(training.output_dir, recipe.overwrite, resume=checkpoint)
     lora = build_lora_config(model_args, recipe)
     if checkpoint is not None:
         check_same_adapter(checkpoint, lora)
+    if training.trust_remote_code:
+        say(describe_remote_code(name, revision))
     base_config = load_config(name, revision, training.trust_remote_code)
     check_length(training.max_length, base_config)
     check_dropout(recipe.base_dropout, base_config)
@@ -69,11 +80,18 @@ def main() -> None:
         pad_token=training.pad_token,
         trust_remote_code=training.trust_remote_code,
     )
+    check_vocabulary(tokenizer, base_config)
     install_template(tokenizer, recipe.prompt_template or training.chat_template_path)
     rows = prepare_rows(recipe, script, training, tokenizer, say)
+    examination = examine_rows(rows, tokenizer, base_config)
+    examine_layers(build_decoder(base_config, training.trust_remote_code), lora, examination)
+    examination.stop_or_say(say)
+    say(precision_line(list_precisions(training, model_args, base_config, recipe.adapter_dtype)))
     exact_match = None
     if recipe.exact_match_rows and rows.raw_test is not None:
         exact_match = ExactMatch(rows.raw_test, recipe.exact_match_rows, tokenizer, recipe.max_new_tokens)
+
+    repository = open_run_repository(training, say) if PartialState().is_main_process else None
 
     # Seed first, then base, then adapter: the same command gives the same adapter.
     set_seed(training.seed)
@@ -100,14 +118,25 @@ def main() -> None:
     examine = Examiner(trainer, tokenizer, exact_match, recipe.sample_prompts, recipe.max_new_tokens)
 
     output = Path(training.output_dir)
+    trainer.check_room()
     if trainer.accelerator.is_main_process:
+        identity = describe_base(str(name), revision, training.trust_remote_code)
         if not (checkpoint and lies_in(checkpoint, training.output_dir)):
             clear_output_dir(training.output_dir)
-        write_run(output / "run.json", (recipe, script, training, model_args), quantization)
+        write_run(
+            output / "run.json",
+            (recipe, script, training, model_args),
+            quantization=quantization,
+            base=identity,
+            rows={"train": rows.train, "test": rows.test},
+            model=model,
+        )
     trainer.accelerator.wait_for_everyone()
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
+    if trainer.accelerator.is_main_process:
+        complete_run(output / "run.json", trainer.seen.digest, trainer.state.global_step)
     # The base is measured after training, not before: Trainer.evaluate prepares the model for evaluation only, and
     # training would then go on without DistributedDataParallel (transformers#24014).
     with backend.disabled(model):
@@ -116,7 +145,7 @@ def main() -> None:
 
     if trainer.accelerator.is_main_process:
         results = outcome.metrics | before_and_after(before, after)
-        results |= {"trainable_params": trainable, "total_params": total}
+        results |= {"trainable_params": trainable, "total_params": total, "peak_memory_bytes": peak_memory()}
         plot_loss(trainer.state.log_history, before.loss, output / "loss.png")
         # Written before the merge, which may be refused, and again with its figure.
         write_json(output / "all_results.json", results)
@@ -127,8 +156,8 @@ def main() -> None:
             write_sft_card(output, recipe, script, training, model_args, results)
         samples = list(zip(examine.prompts, before.answers, after.answers, strict=True))
         print(summary(results, training.output_dir, samples))
-    if training.push_to_hub:
-        trainer.push_to_hub(dataset_name=script.dataset_name)
+    if repository is not None:
+        print(push_run(output, repository, recipe.hub_base_model))
     trainer.accelerator.wait_for_everyone()
     trainer.end()
 

@@ -1,8 +1,9 @@
 """What is counted on tensors without values is what a real step allocates, and the decision follows from it."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from peft import LoraConfig
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     MixtralConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -19,12 +21,20 @@ from transformers import (
 from trl import SFTConfig
 from trl.trainer.utils import add_fused_lm_head
 
-from plainlora.activations import Batch, count_peak_bytes, largest_batch, needs_checkpointing
+from plainlora.activations import (
+    Batch,
+    Step,
+    count_evaluation_bytes,
+    count_head_bytes,
+    count_peak_bytes,
+    largest_batch,
+    needs_checkpointing,
+)
 from plainlora.backends import BACKENDS, attach_adapter
 from plainlora.loss import OnePassHead
-from plainlora.memory import free_memory, left_to_cgroup
+from plainlora.memory import free_memory, left_to_cgroup, peak_memory, resident_memory
 from plainlora.training import AdapterTrainer, hand_over
-from tests.conftest import CONFIGS, SPECIAL, VOCABULARY, make_model
+from tests.conftest import BACKBONES, CONFIGS, SPECIAL, VOCABULARY, make_model
 
 LENGTH, CPU = 256, torch.device("cpu")
 LORA = LoraConfig(task_type="CAUSAL_LM", r=2, lora_dropout=0.0, target_modules="all-linear")
@@ -42,32 +52,50 @@ def attach(model: PreTrainedModel, backend: str) -> torch.nn.Module:
     return attach_adapter(model, copy.deepcopy(LORA), BACKENDS[backend])
 
 
-def count(config: PretrainedConfig, rows: int, backend: str = "fused", **options: Any) -> int:
+def a_step(config: PretrainedConfig, rows: int, backend: str = "fused", **options: Any) -> Step:
     batch = Batch(rows, options.pop("length", LENGTH), masked=rows > 1)
     head = BACKENDS[backend].one_pass_head
-    return count_peak_bytes(config, lambda base: attach(base, backend), batch, CPU, one_pass_head=head, **options)
+    return Step(config, lambda base: attach(base, backend), batch, CPU, one_pass_head=head, **options)
 
 
-def allocate(config: PretrainedConfig, rows: int, autocast: bool = False) -> int:
-    """The most that PyTorch's allocator holds in a real step, as its profiler saw it."""
-    base = AutoModelForCausalLM.from_config(config)
-    model = attach(base, "fused").train()
-    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
-    OnePassHead(base)
-    ids = torch.ones(rows, LENGTH, dtype=torch.long)
-    mask = torch.ones_like(ids)
-    if rows > 1:
-        mask[0, LENGTH // 2 :] = 0
+def count(config: PretrainedConfig, rows: int, backend: str = "fused", **options: Any) -> int:
+    return count_peak_bytes(a_step(config, rows, backend, **options)).alive
+
+
+def watch(step: Callable[[], object]) -> int:
+    """The most that PyTorch's allocator holds while something runs, as its profiler saw it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True).loss
-        loss.backward()
+        step()
     held = peak = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
     return peak
+
+
+def allocate(
+    config: PretrainedConfig, rows: int, backend: str = "fused", autocast: bool = False, checkpointing: bool = False
+) -> int:
+    """The same of a real step, through the head that SFTTrainer would use."""
+    base = AutoModelForCausalLM.from_config(config)
+    model = attach(base, backend).train()
+    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    if BACKENDS[backend].one_pass_head:
+        OnePassHead(base)
+    if checkpointing:
+        base.activation_checkpointing_enable()
+    ids = torch.ones(rows, LENGTH, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    if rows > 1:
+        mask[0, LENGTH // 2 :] = 0
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True).loss
+        loss.backward()
+
+    return watch(step)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -92,10 +120,43 @@ def test_attention_with_dropout_keeps_its_scores_and_without_it_does_not() -> No
     assert count(make_config("llama", 0.1), 1, length=4 * LENGTH) > long + scores
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_checkpointed_step_is_counted_as_it_runs(kind: str) -> None:
+    config = make_config(kind, 0.1)
+    again = count_peak_bytes(a_step(config, 3), checkpointing=True).alive
+    assert again == pytest.approx(allocate(config, 3, checkpointing=True), rel=0.02)
+    assert again < 0.8 * count(config, 3)
+
+
 @pytest.mark.parametrize("backend", ["reference", "peft"])
-def test_the_back_ends_that_leave_the_head_to_trl_count_its_tiles(backend: str) -> None:
-    assert count(make_config("llama"), 1, backend) > 9 * (LENGTH - 1) * 32768 * 4
-    assert count(make_config("llama"), 1) < 32768 * LENGTH * 4
+def test_the_head_of_trl_is_counted_as_it_runs(backend: str) -> None:
+    config = make_config("llama")
+    head = count_head_bytes(a_step(config, 1, backend)).alive
+    assert head > (LENGTH - 1) * 32768 * 4  # a tile of as many words, however few there are
+    assert count(config, 1, backend) == pytest.approx(allocate(config, 1, backend), rel=0.02)
+    assert count_head_bytes(a_step(config, 1)).alive < head / 10
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_a_classifier_is_counted_as_it_runs(kind: str) -> None:
+    config = BACKBONES[kind]()
+    config.pad_token_id = 0
+    step = Step(copy.deepcopy(config), lambda base: None, Batch(8, 64, masked=True), CPU, classifies=True)
+    model = AutoModelForSequenceClassification.from_config(config).train()
+    ids, labels = torch.ones(8, 64, dtype=torch.long), torch.zeros(8, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    mask[0, 32:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    real = watch(lambda: cast(torch.Tensor, model(**inputs).loss).backward())
+    assert count_peak_bytes(step).alive == pytest.approx(real, rel=0.05)
+    with torch.no_grad():
+        real = watch(lambda: model.eval()(**inputs))
+    assert count_evaluation_bytes(step).alive == pytest.approx(real, rel=0.1)
+
+
+def test_what_is_resident_lies_above_what_is_alive_on_a_cpu_alone() -> None:
+    held = count_peak_bytes(a_step(make_config("llama"), 3))
+    assert held.alive < held.resident < 3 * held.alive
 
 
 def test_counting_draws_no_random_number() -> None:
@@ -143,7 +204,7 @@ def test_what_fits_is_kept_and_what_does_not_is_computed_again(tmp_path: Path) -
     attach(model, "fused")
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    held = count(config, 3, length=64) * 1.2  # in a CPU's heap
+    held = count_peak_bytes(a_step(config, 3, length=64)).resident
     enough = int(held / 0.8) + weights + 3 * trained + 2
     assert decide(tmp_path, enough, config) == (
         False,
@@ -178,6 +239,15 @@ def test_free_memory_is_what_the_kernel_says_or_unknown() -> None:
     assert free is not None
     assert total / 1000 < free < total
     assert free_memory(torch.device("meta")) is None
+
+
+def test_the_process_knows_what_it_holds_and_has_held() -> None:
+    before = resident_memory()
+    held = torch.ones(25_000_000)  # 100 MB, mapped apart
+    assert resident_memory() - before == pytest.approx(held.nbytes, rel=0.1)
+    del held
+    assert resident_memory() - before < 2e7
+    assert peak_memory() >= before + 9e7
 
 
 @pytest.mark.parametrize(

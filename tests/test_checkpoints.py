@@ -7,17 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import TrainingArguments
 
 from plainlora import inject, save_adapter
 from plainlora.checkpoints import (
+    UNFINISHED,
     check_inputs_apart,
     claim_output_dir,
     clear_output_dir,
-    is_whole,
+    find_problem,
     list_checkpoints,
     newest_checkpoint,
+    remove_checkpoint,
 )
 from plainlora.errors import UserError
+from plainlora.folders import write_manifest
+from plainlora.training import resume_path
 from tests.conftest import make_model
 
 
@@ -78,9 +83,77 @@ def test_checkpoints_are_listed_by_number_not_by_name(run: Path) -> None:
 def test_u10_a_damaged_newer_checkpoint_is_passed_over(
     run: Path, name: str, damage: Callable[[str], Callable[[Path], object]]
 ) -> None:
-    assert is_whole(run / "checkpoint-100")
+    assert not find_problem(run / "checkpoint-100")
     damage(name)(run / "checkpoint-100")
     assert newest_checkpoint(run) == run / "checkpoint-10"
+
+
+def flip_a_bit(name: str) -> Callable[[Path], None]:
+    """In the middle of the file, where neither a zip's directory nor a header stands."""
+
+    def damage(folder: Path) -> None:
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+
+    return damage
+
+
+@pytest.mark.parametrize("damage", [cut, take_away, blank, flip_a_bit])
+@pytest.mark.parametrize("name", [*FILES, "rng_state.pth", "tokenizer.json", "manifest.json"])
+def test_u10_with_a_manifest_any_damage_to_any_file_is_passed_over_and_named(
+    run: Path, name: str, damage: Callable[[str], Callable[[Path], object]]
+) -> None:
+    for checkpoint in list_checkpoints(run):
+        for other in ("rng_state.pth", "tokenizer.json"):
+            (checkpoint / other).write_bytes(bytes(range(100)))
+        write_manifest(checkpoint)
+    said: list[str] = []
+    assert newest_checkpoint(run, said.append) == run / "checkpoint-100"
+    assert said == []
+    damage(name)(run / "checkpoint-100")
+    if (name, damage) == ("manifest.json", take_away):  # as a checkpoint of elsewhere has none
+        assert newest_checkpoint(run, said.append) == run / "checkpoint-100"
+        return
+    assert newest_checkpoint(run, said.append) == run / "checkpoint-10"
+    assert len(said) == 1
+    assert said[0].startswith(f"{run / 'checkpoint-100'} is passed over: ")
+    if damage in (take_away, flip_a_bit) and name not in (
+        "manifest.json",
+        "adapter_config.json",
+        "trainer_state.json",
+    ):
+        assert name in said[0]
+
+
+def test_u10_each_that_is_passed_over_is_named_and_a_path_that_is_not_whole_is_refused(run: Path) -> None:
+    def arguments(asked: str) -> TrainingArguments:
+        return TrainingArguments(output_dir=str(run), resume_from_checkpoint=asked, use_cpu=True)
+
+    take_away("optimizer.pt")(run / "checkpoint-100")
+    blank("adapter_model.safetensors")(run / "checkpoint-10")
+    said: list[str] = []
+    assert resume_path(arguments("true"), said.append) == str(run / "checkpoint-9")
+    assert said[0] == f"{run / 'checkpoint-100'} is passed over: optimizer.pt is missing"
+    assert said[1].startswith(f"{run / 'checkpoint-10'} is passed over: a file is damaged: ")
+    assert resume_path(arguments("false")) is None
+    assert resume_path(arguments(str(run / "checkpoint-9"))) == str(run / "checkpoint-9")
+    with pytest.raises(UserError, match=r"checkpoint-100 is not whole: optimizer.pt is missing; .* or `true`"):
+        resume_path(arguments(str(run / "checkpoint-100")))
+    with pytest.raises(UserError, match="nowhere is no checkpoint folder"):
+        resume_path(arguments(str(run / "nowhere")))
+    empty(run / "checkpoint-9")
+    with pytest.raises(UserError, match="holds no whole checkpoint; leave it out to start"):
+        resume_path(arguments("true"))
+
+
+def test_removing_a_checkpoint_removes_what_a_kill_left_of_another(run: Path) -> None:
+    left = run / UNFINISHED
+    (left / "checkpoint-9").mkdir(parents=True)
+    (left / "checkpoint-9" / "optimizer.pt").write_bytes(b"half")
+    remove_checkpoint(run / "checkpoint-9")
+    assert not left.exists()
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-10", "checkpoint-100"]
 
 
 def test_u10_an_emptied_checkpoint_is_passed_over(run: Path) -> None:
@@ -155,7 +228,7 @@ def test_clearing_removes_the_runs_own_files_only(run: Path, checkpoint: Path) -
     for name in ("README.md", "loss.png", "run.json", "all_results.json"):
         (run / name).write_text("{}")
     (run / "merged").mkdir()
-    for name in ("merge.json", "model.safetensors"):
+    for name in ("certificate.json", "model.safetensors"):
         (run / "merged" / name).write_text("{}")
     strangers = ["notes.txt", "checkpoint-final/weights", "data/rows.jsonl", "optimizer.pt", "scheduler.pt"]
     for name in strangers:

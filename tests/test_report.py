@@ -1,7 +1,5 @@
 """What a run leaves for people says what happened."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 from plainlora.arguments import SFTArguments
 from plainlora.model_card import write_sft_card
 from plainlora.plots import plot_loss
-from plainlora.report import summary, write_run
+from plainlora.report import summary
 
 TRAIN = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
 EVAL = [{"step": 2, "eval_loss": 2.5}]
@@ -89,28 +87,6 @@ def test_a_template_that_is_not_there_is_not_claimed(tmp_path: Path) -> None:
     text = card(tmp_path, template=False).text
     assert "\nPrompts are plain text: its tokenizer has no chat template.\n" in text
     assert "chat_template.jinja" not in text
-
-
-def test_secrets_are_left_out_of_run_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    secrets = [f"secret{number}" for number in range(5)]
-    command = [
-        *("recipes/sft.py", "--hub_token", secrets[0], f"--hub_token={secrets[1]}", "--hub-token", secrets[2]),
-        *(f"--push-to-hub-token={secrets[3]}", "--hub_model_id", "me/it", "--seed=7"),
-    ]
-    monkeypatch.setattr(sys, "argv", command)
-    path = tmp_path / "run.json"
-    write_run(path, arguments(tmp_path, hub_token=secrets[4], seed=7), {"load_in_4bit": True})
-    text = path.read_text()
-    assert not [secret for secret in secrets if secret in text]
-    written = json.loads(text)
-    assert written["command"] == [
-        *("recipes/sft.py", "--hub_token", "...", "--hub_token=...", "--hub-token", "...", "--push-to-hub-token=..."),
-        *("--hub_model_id", "me/it", "--seed=7"),
-    ]
-    assert written["arguments"]["seed"] == 7
-    assert written["arguments"]["model_name_or_path"] == "openai-community/gpt2"
-    assert "hub_token" not in written["arguments"]
-    assert written["quantization_config"] == {"load_in_4bit": True}
 
 
 @pytest.mark.parametrize(("history", "base"), [([], None), (TRAIN, None), ([*TRAIN, *EVAL], 3.5)])

@@ -19,19 +19,27 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    TrainingArguments,
+    masking_utils,
+)
 from trl import SFTConfig
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from plainlora.backends import Backend, attach_adapter
+from plainlora.heap import count_resident_bytes
 from plainlora.loss import TokenLogProbs, is_covered
 
 SHARE = 0.8  # of the free memory that is planned with; the rest is for fragments and for what libraries set aside
-HEAP = 1.2  # bytes that a process holds on a CPU per byte alive in its heap: 1.0 to 1.3, measured with glibc
 OPTIMIZER_COPIES = 3  # of every trained weight: its gradient and Adam's two moments
 
-# TRL's own head works on tiles of at most so many (tokens, words) and holds up to nine of them in fp32: 8.3, measured
-# without Triton. https://github.com/huggingface/trl/blob/v1.16.0/trl/kernels/chunked_logprob.py
-TRL_TILE, TRL_TILES = (4096, 32768), 9
+# TRL's own head works on tiles of at most so many tokens and words, in fp32 at the most.
+# https://github.com/huggingface/trl/blob/v1.16.0/trl/kernels/chunked_logprob.py
+TRL_TILE = (4096, 32768)
 
 
 @dataclass(frozen=True)
@@ -50,15 +58,16 @@ class Batch:
     masked: bool
 
 
-def largest_batch(args: SFTConfig, longest: int) -> Batch:
-    """What SFTTrainer collates at most: rows side by side, or, packed, one after the other.
+def largest_batch(args: TrainingArguments, longest: int, rows: int | None = None) -> Batch:
+    """What the trainer collates at most: rows side by side, or, packed, one after the other.
 
     Args:
-        args: Batch size and packing.
+        args: Batch size, and packing where SFTTrainer does it.
         longest: Length of the longest row, in tokens.
+        rows: Of a batch; the training batch's if left out.
     """
-    rows = args.per_device_train_batch_size
-    if args.packing or args.padding_free:
+    rows = args.per_device_train_batch_size if rows is None else rows
+    if getattr(args, "packing", False) or getattr(args, "padding_free", False):
         return Batch(1, rows * longest, masked=True)
     return Batch(rows, longest, masked=rows > 1)
 
@@ -71,12 +80,14 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         peak: Bytes alive at most.
+        events: `(number of a storage, its bytes)` where it is made, `(number, -bytes)` where it goes.
     """
 
     def __init__(self, others: Iterable[torch.Tensor]) -> None:
         super().__init__()
         self._known = {tensor.untyped_storage()._cdata for tensor in others}
-        self._now = self.peak = 0
+        self._now = self.peak = self._made = 0
+        self.events: list[tuple[int, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
@@ -91,11 +102,14 @@ class LiveBytes(TorchDispatchMode):
         if address not in self._known:
             self._known.add(address)
             self._now += size
-            weakref.finalize(storage, self._forget, address, size)
+            self._made += 1
+            self.events.append((self._made, size))
+            weakref.finalize(storage, self._forget, address, size, self._made)
 
-    def _forget(self, address: int, size: int) -> None:
+    def _forget(self, address: int, size: int, number: int) -> None:
         self._known.discard(address)
         self._now -= size
+        self.events.append((number, -size))
 
 
 def _to_device(model: nn.Module, device: torch.device) -> None:
@@ -130,66 +144,155 @@ def _one_row_not_taken_for_packed_ones() -> Iterator[None]:
         masking_utils.find_packed_sequence_indices = theirs
 
 
-def _loss(base: PreTrainedModel, hidden: torch.Tensor, one_pass_head: bool) -> torch.Tensor:
-    """The loss of `(rows, length, d)`, every token with a label; without the one-pass head, a bound of TRL's."""
-    hidden = torch.cat(tuple(hidden[:, :-1]))  # (N, d), a copy as the choice of labelled tokens is
-    tokens = len(hidden)
-    head = cast(nn.Linear, base.get_output_embeddings())
-    if one_pass_head and is_covered(base):
-        labels = torch.zeros(tokens, dtype=torch.long, device=hidden.device)
-        statistics = torch.zeros(2, tokens, device=hidden.device)
-        return TokenLogProbs.apply(hidden, labels, head.weight, head.bias, statistics).sum()
-    torch.empty(TRL_TILES, min(tokens, TRL_TILE[0]), TRL_TILE[1], device=hidden.device)
-    return hidden.sum()
-
-
-def count_peak_bytes(
-    config: PretrainedConfig,
-    attach: Callable[[PreTrainedModel], nn.Module],
-    batch: Batch,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    autocast: torch.dtype | None = None,
-    one_pass_head: bool = True,
-    trust_remote_code: bool = False,
-) -> int:
-    """Bytes that a step without gradient checkpointing holds at most, weights and optimizer apart.
+@dataclass(frozen=True)
+class Step:
+    """One forward and backward pass over the largest batch, as far as its memory depends on it.
 
     A quantised base is counted as a dense one: its activations are the same.
 
-    Args:
+    Attributes:
         config: Of the base, as it is trained: with its dropouts and its attention implementation.
-        attach: Puts the adapter into a base.
+        prepare: Makes a bare base what is trained: puts the adapter in, or says which weights need gradients.
         batch: The largest.
         device: Where training runs.
         dtype: Of the base's weights.
         autocast: Type of mixed precision, if there is any.
         one_pass_head: Whether a frozen output head computes its loss in one pass.
+        classifies: Whether the model is a sequence classifier rather than a causal language model.
         trust_remote_code: As for the base.
+    """
+
+    config: PretrainedConfig
+    prepare: Callable[[PreTrainedModel], object]
+    batch: Batch
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None
+    one_pass_head: bool = True
+    classifies: bool = False
+    trust_remote_code: bool = False
+
+    def build(self) -> PreTrainedModel:
+        """The base, prepared, on the `meta` device: names, shapes and types without values."""
+        auto = AutoModelForSequenceClassification if self.classifies else AutoModelForCausalLM
+        with torch.device("meta"):
+            base = cast(
+                PreTrainedModel,
+                auto.from_config(
+                    copy.deepcopy(self.config), dtype=self.dtype, trust_remote_code=self.trust_remote_code
+                ),
+            )
+            self.prepare(base)
+        return base
+
+
+def _token_loss(step: Step, base: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """The loss of `(rows, length, d)`, every token with a label, by the one-pass head or by TRL's own."""
+    head = cast(nn.Linear, base.get_output_embeddings())
+    tokens = hidden.shape[0] * (hidden.shape[1] - 1)
+    labels = torch.zeros(tokens, dtype=torch.long, device=hidden.device)
+    if step.one_pass_head and is_covered(base):
+        chosen = torch.cat(tuple(hidden[:, :-1]))  # (N, d), a copy as the choice of labelled tokens is
+        statistics = torch.zeros(2, tokens, device=hidden.device)
+        return TokenLogProbs.apply(chosen, labels, head.weight, head.bias, statistics).sum()
+    if step.device.type == "cpu":
+        every = hidden[:, :-1].reshape(tokens, -1)  # (N, d)
+        given = (every, head.weight, head.bias, labels, 1.0, TRL_TILE[1], None, 1.0, ("entropy", "is_top1"))
+        return cast(torch.Tensor, ChunkedLogProbFunction.apply(*given)[0]).sum()
+    torch.empty(min(tokens, TRL_TILE[0]), TRL_TILE[1], device=hidden.device)  # its Triton kernels work in place
+    return hidden.float().sum()
+
+
+def _inputs(step: Step) -> dict[str, torch.Tensor]:
+    batch, device = step.batch, step.device
+    inputs = {"input_ids": torch.zeros(batch.rows, batch.length, dtype=torch.long, device=device)}
+    if batch.masked:
+        kind = step.dtype if step.config._attn_implementation == "eager" else torch.bool
+        shape = (batch.rows, 1, batch.length, batch.length)
+        inputs["attention_mask"] = torch.ones(shape, dtype=kind, device=device)
+    return inputs
+
+
+def _forward(step: Step, base: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss of the largest batch."""
+    if step.classifies:
+        labels = torch.zeros(step.batch.rows, dtype=torch.long, device=step.device)
+        return cast(torch.Tensor, base(**inputs, labels=labels).loss)
+    return _token_loss(step, base, base.base_model(**inputs, use_cache=False).last_hidden_state)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a step holds at most, weights and optimizer apart, in bytes.
+
+    Attributes:
+        alive: Of tensors that are alive at the same time. Gradients are among them as far as the step makes them.
+        resident: Of memory. On a GPU the same; on a CPU with the holes in the heap, half of those that there would be
+            if no hole ever took a tensor of its own size again: 0.3 to 0.7 of them were measured.
+    """
+
+    alive: int
+    resident: int
+
+
+def _run(step: Step, base: PreTrainedModel, forward: Callable[[], torch.Tensor]) -> Held:
+    """What `forward`, and `backward` where gradients are asked for, hold."""
+    mixed: AbstractContextManager[Any] = (
+        torch.autocast(step.device.type, step.autocast) if step.autocast else nullcontext()
+    )
+    with LiveBytes((*base.parameters(), *base.buffers())) as alive:
+        with mixed, _one_row_not_taken_for_packed_ones():
+            loss = forward()
+        pinned_until = len(alive.events) if loss.requires_grad else 0
+        if loss.requires_grad:
+            loss.backward()
+    if step.device.type != "cpu":
+        return Held(alive.peak, alive.peak)
+    return Held(alive.peak, (alive.peak + max(alive.peak, count_resident_bytes(alive.events, pinned_until))) // 2)
+
+
+def count_peak_bytes(step: Step, *, checkpointing: bool = False) -> Held:
+    """What a training step holds at most.
+
+    Args:
+        step: What is counted.
+        checkpointing: Whether activations are computed again on the way back.
 
     Raises:
         Exception: Of any kind, where the model's code does not run without values.
     """
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-        attach(base)
-    base.train()
-    inputs: dict[str, torch.Tensor] = {}
-    mixed: AbstractContextManager[Any] = torch.autocast(device.type, autocast) if autocast else nullcontext()
+    base = step.build().train()
+    if checkpointing:
+        base.activation_checkpointing_enable()
     with FakeTensorMode():
-        _to_device(base, device)
-        inputs["input_ids"] = torch.zeros(batch.rows, batch.length, dtype=torch.long, device=device)
-        if batch.masked:
-            kind = dtype if config._attn_implementation == "eager" else torch.bool
-            shape = (batch.rows, 1, batch.length, batch.length)
-            inputs["attention_mask"] = torch.ones(shape, dtype=kind, device=device)
-        with LiveBytes((*base.parameters(), *base.buffers())) as alive:
-            with mixed, _one_row_not_taken_for_packed_ones():
-                hidden = base.base_model(**inputs, use_cache=False).last_hidden_state
-                loss = _loss(base, hidden, one_pass_head)
-            del hidden
-            loss.backward()
-    return alive.peak
+        _to_device(base, step.device)
+        inputs = _inputs(step)
+        return _run(step, base, lambda: _forward(step, base, inputs))
+
+
+def count_evaluation_bytes(step: Step) -> Held:
+    """What an evaluation step holds at most; errors are those above."""
+    base = step.build().eval()
+    with FakeTensorMode(), torch.no_grad():
+        _to_device(base, step.device)
+        inputs = _inputs(step)
+        return _run(step, base, lambda: _forward(step, base, inputs))
+
+
+def count_head_bytes(step: Step) -> Held:
+    """What the loss of a language model's largest batch holds at most, from the last hidden state on."""
+    base = step.build()
+    with FakeTensorMode():
+        _to_device(base, step.device)
+        width = cast(nn.Linear, base.get_output_embeddings()).weight.shape[1]
+        hidden = torch.zeros(step.batch.rows, step.batch.length, width, dtype=step.dtype, device=step.device)
+        hidden.requires_grad_()
+        return _run(step, base, lambda: _token_loss(step, base, hidden))
+
+
+def precision(args: TrainingArguments) -> torch.dtype | None:
+    """The type of mixed precision that training arguments ask for; `None` for none."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -227,23 +330,22 @@ def needs_checkpointing(
     shared = PartialState().num_processes if args.device.type == "cpu" else 1
     trained = _bytes(parameter for parameter in base.parameters() if parameter.requires_grad)
     left = min(frees) // shared - _bytes((*base.parameters(), *base.buffers())) - OPTIMIZER_COPIES * trained
-    batch = largest_batch(args, longest)
+    step = Step(
+        config=base.config,
+        prepare=lambda skeleton: attach_adapter(skeleton, copy.deepcopy(lora), backend, adapter_dtype),
+        batch=largest_batch(args, longest),
+        device=args.device,
+        dtype=base.dtype,
+        autocast=precision(args),
+        one_pass_head=backend.one_pass_head,
+        trust_remote_code=args.trust_remote_code,
+    )
     try:
-        peak = count_peak_bytes(
-            copy.deepcopy(base.config),
-            lambda skeleton: attach_adapter(skeleton, copy.deepcopy(lora), backend, adapter_dtype),
-            batch,
-            args.device,
-            base.dtype,
-            torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
-            backend.one_pass_head,
-            args.trust_remote_code,
-        )
+        held = count_peak_bytes(step).resident
     except Exception as error:  # whatever a model's code raises when its tensors have no values
         reason = (str(error).strip().splitlines() or [""])[0]
         say(f"activations cannot be counted ({type(error).__name__}: {reason[:100]}): gradient checkpointing")
         return True
-    held = peak * (HEAP if args.device.type == "cpu" else 1)
     fits = held <= SHARE * left
     say(
         f"activations: {held / 1e9:.1f} GB for {args.per_device_train_batch_size} x {longest} tokens, "

@@ -1,20 +1,85 @@
 """The base of a saved adapter: which one, how training stored it, and which classes a classifier has."""
 
 import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from plainlora.base_identity import describe_base, find_difference, is_description, name_base
 from plainlora.errors import UserError
 from plainlora.lora.interchange import read_config, saved_shapes
-from plainlora.models import classifier_config, load_causal_lm, load_classifier, load_tokenizer
+from plainlora.models import (
+    check_vocabulary,
+    classifier_config,
+    load_causal_lm,
+    load_classifier,
+    load_config,
+    load_tokenizer,
+)
 
 BaseKind = Literal["16bit", "dequantized"]
 
 # Where an architecture keeps the rows of its classes.
 CLASS_ROWS = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base to put an adapter on; `find_base` has compared it with the one that the adapter was trained on.
+
+    Attributes:
+        name: Hub id or local folder.
+        revision: Branch, tag or commit on the Hub.
+        trained_on: What `describe_base` said in training; `None` for an adapter that no recipe of this project wrote.
+        warning: In what it differs although it may be used, if it does.
+    """
+
+    name: str
+    revision: str | None
+    trained_on: dict[str, Any] | None = None
+    warning: str | None = None
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What `describe_base` says of it."""
+        return describe_base(self.name, self.revision)
+
+
+def find_base(adapter: str | Path, base_model: str | None = None, allow_other_base: bool = False) -> Base:
+    """The base of an adapter, refused if it is not the one that the adapter was trained on.
+
+    Args:
+        adapter: Its folder.
+        base_model: Hub id or folder to take instead of the base that `adapter_config.json` names.
+        allow_other_base: Whether other weights, in an architecture that the adapter fits, are a warning only.
+
+    Raises:
+        UserError: The base cannot be had, or it is another one.
+        LoRAError: It is no adapter.
+    """
+    name, revision = base_of(adapter) if base_model is None else (base_model, None)
+    read_config(adapter)
+    trained = read_run(adapter).get("base")
+    base = Base(name, revision, trained)
+    difference = find_difference(trained, base.identity) if trained else None
+    if trained is None or difference is None:
+        return base
+    both = f"{adapter} was trained on {name_base(trained)}, and {name_base(base.identity)}"
+    other = {
+        "architecture": "is another architecture",
+        "tensors": "has other tensors or shapes",
+        "weights": "holds other weights of the same shapes",
+        "precision": "is the same in another precision, so that answers differ by rounding",
+    }
+    if difference == "precision" or (allow_other_base and difference != "architecture"):
+        return Base(name, revision, trained, warning=f"{both} {other[difference]}")
+    advice = "" if difference == "architecture" else ", or go on with --allow_other_base"
+    raise UserError(f"{both} {other[difference]}; give the base it was trained on with --base_model{advice}")
 
 
 def base_of(adapter: str | Path) -> tuple[str, str | None]:
@@ -26,7 +91,10 @@ def base_of(adapter: str | Path) -> tuple[str, str | None]:
     """
     config = read_config(adapter)
     if not config.base_model_name_or_path:
-        raise UserError(f"{adapter}/adapter_config.json names no base model; set base_model_name_or_path in it")
+        raise UserError(
+            f"{adapter}/adapter_config.json names no base model; set base_model_name_or_path in it, or give "
+            "--base_model"
+        )
     return _find_base(config.base_model_name_or_path, Path(adapter)), config.revision
 
 
@@ -35,24 +103,25 @@ def _find_base(name: str, adapter: Path) -> str:
 
     A name without a slash is left to the Hub: a folder that happens to be called `gpt2` is not what it means.
     """
-    if Path(name).expanduser().exists() or "/" not in name:
+    if os.path.exists(os.path.expanduser(name)) or "/" not in name:
         return name
     for parent in adapter.resolve().parents:
-        if (parent / name / "config.json").is_file():
+        if os.path.isfile(parent / name / "config.json"):
             return str(parent / name)
     if name.count("/") > 1 or name.startswith(("/", ".", "~")):
         raise UserError(
             f"{adapter}/adapter_config.json names the base {name}, which is no folder here; run from where it was "
-            "trained, or edit base_model_name_or_path"
+            "trained, or give --base_model"
         )
     return name
 
 
-def load_tokenizer_of(adapter: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer_of(adapter: str | Path, base: Base) -> PreTrainedTokenizerBase:
     """The tokenizer saved with an adapter, with training's template; the base's if none was saved."""
-    name, revision = base_of(adapter)
     own = (Path(adapter) / "tokenizer_config.json").is_file()
-    return load_tokenizer(str(adapter)) if own else load_tokenizer(name, revision)
+    tokenizer = load_tokenizer(str(adapter)) if own else load_tokenizer(base.name, base.revision)
+    check_vocabulary(tokenizer, load_config(base.name, base.revision))
+    return tokenizer
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
@@ -67,7 +136,7 @@ def read_run(folder: str | Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); take it away to go on without it") from error
     problem = _find_damage(content)
     if problem:
@@ -82,6 +151,8 @@ def _find_damage(run: object) -> str | None:
     for name in ("quantization_config", "arguments"):
         if not isinstance(run.get(name), dict | None):
             return f"its {name} is no mapping"
+    if run.get("base") is not None and not is_description(run["base"]):
+        return "its base is no description of one"
     labels = run.get("labels")
     if not isinstance(labels, list | None) or not all(isinstance(label, str) for label in labels or ()):
         return "its labels are no list of names"
@@ -112,34 +183,38 @@ def class_labels(adapter: str | Path) -> list[str] | None:
     raise UserError(f"{adapter} is a classifier's adapter without its head: its predictions are lost, train it again")
 
 
-def load_base_of(adapter: str | Path, base: BaseKind = "16bit", dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+def load_base_of(
+    adapter: str | Path, base: Base, kind: BaseKind = "16bit", dtype: torch.dtype | str = "auto"
+) -> PreTrainedModel:
     """The base of an adapter: the checkpoint as it is, or what training saw of it through 4 or 8 bits.
 
     Raises:
         UserError: `dequantized` was asked for, but the adapter was not trained on a quantised base.
     """
-    if base == "16bit":
-        return _load(adapter, dtype, None)
+    if kind == "16bit":
+        return _load(adapter, base, dtype, None)
     quantization = training_quantization(adapter)
     if quantization is None:
         raise UserError(
             f"{adapter} was not trained on a quantised base (says its run.json, or it has none): use --base 16bit"
         )
-    model = _load(adapter, dtype, BitsAndBytesConfig(**quantization))
+    model = _load(adapter, base, dtype, BitsAndBytesConfig(**quantization))
     return model.dequantize().to(model.dtype)
 
 
-def load_quantized_base_of(adapter: str | Path) -> PreTrainedModel:
+def load_quantized_base_of(adapter: str | Path, base: Base) -> PreTrainedModel:
     """The base stored as it was in training, quantised or not."""
     quantization = training_quantization(adapter)
-    return _load(adapter, "auto", None if quantization is None else BitsAndBytesConfig(**quantization))
+    return _load(adapter, base, "auto", None if quantization is None else BitsAndBytesConfig(**quantization))
 
 
-def _load(adapter: str | Path, dtype: torch.dtype | str, quantization: BitsAndBytesConfig | None) -> PreTrainedModel:
-    name, revision = base_of(adapter)
+def _load(
+    adapter: str | Path, base: Base, dtype: torch.dtype | str, quantization: BitsAndBytesConfig | None
+) -> PreTrainedModel:
+    options: dict[str, Any] = {"revision": base.revision, "dtype": dtype, "quantization": quantization}
     labels = class_labels(adapter)
     if labels is None:
-        return load_causal_lm(name, revision=revision, dtype=dtype, quantization=quantization)
-    config = classifier_config(name, labels, load_tokenizer_of(adapter).pad_token_id, revision)
-    model, _ = load_classifier(config, name, revision=revision, dtype=dtype, quantization=quantization)
+        return load_causal_lm(base.name, **options)
+    pad = load_tokenizer_of(adapter, base).pad_token_id
+    model, _ = load_classifier(classifier_config(base.name, labels, pad, base.revision), base.name, **options)
     return model

@@ -60,6 +60,9 @@ class RecipeArguments:
     merge: bool = field(
         default=False, metadata={"help": "Also write the merged model to output_dir/merged, and check it."}
     )
+    hub_base_model: str | None = field(
+        default=None, metadata={"help": "Hub id of the base, for --push_to_hub of what was trained on a local folder."}
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace the results of another run in output_dir."})
 
     def __post_init__(self) -> None:
@@ -81,7 +84,7 @@ class SFTArguments(RecipeArguments):
         default="drop",
         metadata={"help": "What happens to a row longer than max_length. A truncated row is trained without its EOS."},
     )
-    max_overflow: float = field(
+    max_truncated: float = field(
         default=0.01, metadata={"help": "Share of rows that may be longer than max_length before it is an error."}
     )
     exact_match_rows: int = field(
@@ -108,6 +111,9 @@ class SFTRecipeConfig(SFTConfig):
             "nargs": "?",
             "const": True,
         },
+    )
+    hub_strategy: str = field(
+        default="end", metadata={"help": "When --push_to_hub publishes: at the end, because checkpoints are not."}
     )
 
     def __post_init__(self) -> None:
@@ -195,6 +201,9 @@ class ClassifyConfig(TrainingArguments):
         },
     )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps, or this share of them."})
+    hub_strategy: str = field(
+        default="end", metadata={"help": "When --push_to_hub publishes: at the end, because checkpoints are not."}
+    )
 
 
 def check_size(name: str, size: float | None) -> None:

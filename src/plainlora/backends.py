@@ -92,12 +92,22 @@ def _peft_attach(model: PreTrainedModel, config: LoraConfig, new_weights: Collec
     return adapted
 
 
-def _peft_load(model: PreTrainedModel, directory: str | Path) -> nn.Module:
+def _refuse_pickle(directory: str | Path) -> None:
+    """Raises `LoRAError` where PEFT would unpickle `adapter_model.bin`: without whole safetensors beside it.
+
+    https://github.com/huggingface/peft/blob/v0.21.0/src/peft/utils/save_and_load.py (`load_peft_weights`)
+    """
     interchange.read_config(directory)
+    interchange.saved_shapes(directory)
+
+
+def _peft_load(model: PreTrainedModel, directory: str | Path) -> nn.Module:
+    _refuse_pickle(directory)
     return PeftModel.from_pretrained(model, str(directory))
 
 
 def _peft_reload(model: nn.Module, directory: str | Path) -> None:
+    _refuse_pickle(directory)
     cast(PeftModel, model).load_adapter(str(directory), "default", is_trainable=True)
 
 

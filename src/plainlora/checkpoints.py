@@ -4,18 +4,21 @@ import json
 import re
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from plainlora.errors import UserError
+from plainlora.folders import MANIFEST, find_damage
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 WHOLE_MODEL = ("config.json", "model.safetensors")
 PICTURES = ("loss.png", "confusion.png")
-RESULTS = (*ADAPTER, *WHOLE_MODEL, "trainer_state.json", "all_results.json", "run.json")
+RESULTS = (*ADAPTER, *WHOLE_MODEL, MANIFEST, "trainer_state.json", "all_results.json", "run.json")
 REPORTS = ("README.md", *PICTURES, "merged")
 STATES = ("optimizer.pt", "scheduler.pt")
+UNFINISHED = ".saving"  # where a save is prepared, within the run's folder; what a kill in the middle leaves
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -32,26 +35,56 @@ def holds_adapter(folder: str | Path) -> bool:
     return (Path(folder) / "adapter_config.json").is_file()
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint can be resumed: every file is there and has its end (a zip's directory stands there)."""
+def find_problem(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be resumed, in one clause; `None` if it can.
+
+    Every file is there and has its end (a zip's directory stands there), and is what the manifest says. A checkpoint
+    of elsewhere has no manifest, so a bit that flipped in it is not seen.
+    """
     description, weights = ADAPTER if holds_adapter(checkpoint) else WHOLE_MODEL
+    for name in ("trainer_state.json", description, weights, *STATES):
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
     try:
         state, _ = (
             json.loads((checkpoint / name).read_text(encoding="utf-8")) for name in ("trainer_state.json", description)
         )
         if not isinstance(state, dict) or "global_step" not in state:
-            return False
-        if not all(zipfile.is_zipfile(checkpoint / name) for name in STATES):
-            return False
+            return "trainer_state.json names no step"
+        for name in STATES:
+            if not zipfile.is_zipfile(checkpoint / name):
+                return f"{name} is cut short"
         with safe_open(checkpoint / weights, framework="pt") as tensors:
-            return len(tensors.keys()) > 0
-    except (SafetensorError, OSError, ValueError):
-        return False
+            if not tensors.keys():
+                return f"{weights} is empty"
+    except (SafetensorError, OSError, ValueError) as error:
+        return f"a file is damaged: {error}"
+    return find_damage(checkpoint)
 
 
-def newest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest whole checkpoint; a broken newer one, as a killed run leaves it, is passed over."""
-    return next((path for path in reversed(list_checkpoints(output_dir)) if is_whole(path)), None)
+def newest_checkpoint(output_dir: str | Path, say: Callable[[str], object] | None = None) -> Path | None:
+    """The newest whole checkpoint. A broken newer one is passed over.
+
+    Args:
+        output_dir: Of the run.
+        say: Told of each that is passed over, and why.
+    """
+    for path in reversed(list_checkpoints(output_dir)):
+        problem = find_problem(path)
+        if problem is None:
+            return path
+        if say is not None:
+            say(f"{path} is passed over: {problem}")
+    return None
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Removes a checkpoint. It loses its name first, so that a kill leaves no part of it there."""
+    unfinished = checkpoint.parent / UNFINISHED
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    checkpoint.rename(unfinished / checkpoint.name)
+    shutil.rmtree(unfinished)
 
 
 def is_run(folder: Path) -> bool:
@@ -63,7 +96,7 @@ def is_run(folder: Path) -> bool:
 
 def is_merged_model(folder: Path) -> bool:
     """Whether `merge_adapter` wrote this folder, so that it may be replaced."""
-    return (folder / "merge.json").is_file()
+    return (folder / "certificate.json").is_file()
 
 
 def lies_in(path: str | Path, folder: str | Path) -> bool:
@@ -99,7 +132,7 @@ def claim_output_dir(output_dir: str | Path, overwrite: bool, resume: str | Path
         )
     merged = folder / "merged"
     if merged.exists() and not (merged.is_dir() and (is_merged_model(merged) or not any(merged.iterdir()))):
-        raise UserError(f"{merged} was not written by a run (it has no merge.json); give another --output_dir")
+        raise UserError(f"{merged} was not written by a run (it has no certificate.json); give another --output_dir")
 
 
 def check_inputs_apart(output_dir: str | Path, inputs: dict[str, str | None]) -> None:
@@ -121,8 +154,9 @@ def clear_output_dir(output_dir: str | Path) -> None:
     """Removes an earlier run's results and checkpoints, and nothing else. Called once all input has been checked."""
     if not is_run(Path(output_dir)):
         return
-    for path in list_checkpoints(output_dir):
-        shutil.rmtree(path)
+    for checkpoint in list_checkpoints(output_dir):
+        remove_checkpoint(checkpoint)
+    shutil.rmtree(Path(output_dir) / UNFINISHED, ignore_errors=True)
     if is_merged_model(Path(output_dir) / "merged"):
         shutil.rmtree(Path(output_dir) / "merged")
     # run.json last: a clearing that is cut short leaves a folder that can still be told to be a run's.

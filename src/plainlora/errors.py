@@ -4,14 +4,21 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from plainlora.interruption import Stopped, handled_by, stop_at_once, stop_with_launcher
 from plainlora.lora.errors import LoRAError
 
 EXIT_CODE = 2
+LONGEST = 1500  # letters of a line
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
 class UserError(Exception):
     """What is wrong, where, and what to do, in one line."""
+
+
+def _shortened(line: str) -> str:
+    """What repeats a very long value keeps its beginning and its advice."""
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
 
 
 @contextmanager
@@ -24,16 +31,18 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (UserError, LoRAError) as error:
         sys.stdout.flush()
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print("error: " + _shortened(" ".join(str(error).split())), file=sys.stderr)
         raise SystemExit(EXIT_CODE) from error
 
 
 def run_program(main: Callable[[], None]) -> None:
-    """Runs a training program's `main` under `one_line_errors`; Ctrl-C says how to go on."""
+    """Runs a training program's `main` under `one_line_errors`; Ctrl-C and SIGTERM say how to go on."""
+    stop_with_launcher()
     try:
-        with one_line_errors():
+        with handled_by(stop_at_once), one_line_errors():
             main()
-    except KeyboardInterrupt as error:
+    except Stopped as stopped:
         sys.stdout.flush()
-        print("interrupted; go on with --resume_from_checkpoint true", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from error
+        if str(stopped):
+            print(stopped, file=sys.stderr)
+        raise SystemExit(stopped.exit_code) from stopped

@@ -1,17 +1,19 @@
 """Greedy answers, rendered by the template that training used."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from plainlora.data.encoding import Schema, find_schema, split_row, text_pair
 from plainlora.data.prompts import plain_prompt, render
 from plainlora.errors import UserError
+from plainlora.models import context_length
 
 
 def _stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
@@ -19,6 +21,26 @@ def _stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
     return sorted({token for token in ids if token is not None}) or None
+
+
+@contextmanager
+def _own_settings_set_aside(model: nn.Module) -> Iterator[None]:
+    """Within, the model's own generation settings are the library's.
+
+    Otherwise Transformers fills what is left open from them, and an answer may be penalised for repeating itself or
+    searched with beams: it is not greedy then.
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/generation/utils.py
+    (`_prepare_generation_config`)
+    """
+    owners = [module for module in model.modules() if "generation_config" in vars(module)]
+    before = [vars(module)["generation_config"] for module in owners]
+    try:
+        for module in owners:
+            vars(module)["generation_config"] = GenerationConfig()
+        yield
+    finally:
+        for module, config in zip(owners, before, strict=True):
+            vars(module)["generation_config"] = config
 
 
 @torch.no_grad()
@@ -30,7 +52,7 @@ def generate(
     batch_size: int = 32,
     description: str | None = None,
 ) -> list[str]:
-    """Continues each prompt greedily until an EOS of the model or of the tokenizer.
+    """Continues each prompt greedily until an EOS of the model or of the tokenizer, or the end of the context.
 
     Args:
         model: Any causal language model, with an adapter or without.
@@ -42,6 +64,9 @@ def generate(
 
     Returns:
         The continuations without special tokens, stripped, in the order of the prompts.
+
+    Raises:
+        UserError: A prompt fills the model's context.
     """
     settings = GenerationConfig(
         do_sample=False,
@@ -55,6 +80,7 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))  # similar lengths together
     answers = [""] * len(prompts)
     device = next(model.parameters()).device
+    context = context_length(cast(PreTrainedModel, model).config)
     try:
         starts = range(0, len(order), batch_size)
         for start in tqdm(starts, desc=description, disable=description is None, leave=False):
@@ -62,10 +88,16 @@ def generate(
             batch = tokenizer(
                 [prompts[number] for number in chosen], add_special_tokens=False, padding=True, return_tensors="pt"
             ).to(device)
-            output = model.generate(  # type: ignore[operator]
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=settings
-            )
-            continuations = output[:, batch["input_ids"].shape[1] :]
+            longest = batch["input_ids"].shape[1]
+            if context is not None:
+                if longest >= context:
+                    raise UserError(f"a prompt has {longest} tokens, and the model's context is {context}; shorten it")
+                settings.max_new_tokens = min(max_new_tokens, context - longest)
+            with _own_settings_set_aside(model):
+                output = model.generate(  # type: ignore[operator]
+                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=settings
+                )
+            continuations = output[:, longest:]
             texts = tokenizer.batch_decode(continuations, skip_special_tokens=True)
             for number, text in zip(chosen, texts, strict=True):
                 answers[number] = text.strip()

@@ -193,8 +193,11 @@ def use_one_pass_head(trainer: SFTTrainer) -> SFTTrainer:
         try:
             loss = theirs(wrapped, *args, **kwargs)
             if not head.with_statistics:
+                logged = trainer._metrics["train"]
                 for name in ("entropy", "mean_token_accuracy"):
-                    trainer._metrics["train"][name].pop()
+                    logged[name].pop()
+                    if not logged[name]:  # SFTTrainer divides by their number, when training ends between two logs
+                        del logged[name]
             return loss
         finally:
             head.with_statistics = True

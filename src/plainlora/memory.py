@@ -6,13 +6,22 @@ from pathlib import Path
 
 import torch
 
+STATUS = Path("/proc/self/status")
+
 
 def peak_memory() -> int:
     """Bytes: the most that was allocated on the GPU, or, without one, that the process has held resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if STATUS.is_file():  # getrusage would count what the process held that started this one
+        return _read_fields(STATUS)["VmHWM:"] * 1024
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts kilobytes on Linux, bytes on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_memory() -> int:
+    """Bytes that this process holds resident; where that is unknown, the most it has held."""
+    return _read_fields(STATUS)["VmRSS:"] * 1024 if STATUS.is_file() else peak_memory()
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -28,9 +37,9 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def _read_fields(path: Path) -> dict[str, int]:
-    """`name number` lines."""
-    lines = [line.split() for line in path.read_text(encoding="ascii").splitlines()]
-    return {name: int(number) for name, number, *_ in lines}
+    """Lines of a name and a number."""
+    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+    return {name: int(number) for name, number, *_ in (line for line in lines if len(line) > 1) if number.isdigit()}
 
 
 def _left_to_cgroups() -> list[int]:

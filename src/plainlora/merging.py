@@ -4,24 +4,42 @@ A merge that nobody looked at is a guess (peft#2321, unsloth#2142): the model is
 that knows nothing of adapters, and its logits are compared with those of the adapter model.
 """
 
-import shutil
+import gc
+import json
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plainlora.adapter_base import BaseKind, base_of, class_labels, load_base_of, load_tokenizer_of
+from plainlora.adapter_base import (
+    Base,
+    BaseKind,
+    class_labels,
+    find_base,
+    load_base_of,
+    load_tokenizer_of,
+    read_run,
+    training_quantization,
+)
+from plainlora.certificate import CERTIFICATE, Answers, agreement, hash_adapter, hash_files, perplexity
 from plainlora.checkpoints import is_merged_model
 from plainlora.checks import check_writable
-from plainlora.data.prompts import render_prompt
 from plainlora.errors import UserError
+from plainlora.folders import check_disk, staged
+from plainlora.generation import generate
+from plainlora.lora.errors import LoRAError
+from plainlora.lora.inject import disabled
 from plainlora.lora.load import load_adapter
 from plainlora.lora.merge import merge
+from plainlora.models import context_length, load_config
+from plainlora.probes import NEW_TOKENS, PROMPTS, Probes, classifier_probes, language_probes
+from plainlora.reload import ask
 from plainlora.report import package_versions, write_json
 
 # Largest |difference| of a logit over the largest |logit|. fp32: the sum of products is merely reordered. Half
@@ -30,13 +48,6 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 # What only sampling reads. Published configs set some of it beside do_sample=false, and cannot be saved once changed.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-
-PROBES = (
-    "Name three primary colours.",
-    "Why should someone be writing blogs about their field?",
-    "Write one sentence about the sea.",
-    "2 + 2 =",
-)
 
 
 @dataclass
@@ -49,6 +60,8 @@ class MergeResult:
         tolerance: What `relative_diff` was held to.
         dtype: Precision of the merged weights.
         auto_class: What loads the merged model.
+        certificate: The content of `certificate.json`.
+        warnings: What the person who merges should know.
     """
 
     max_abs_diff: float
@@ -56,31 +69,17 @@ class MergeResult:
     tolerance: float
     dtype: torch.dtype
     auto_class: str
+    certificate: dict[str, Any]
+    warnings: list[str]
 
 
-def _probes(tokenizer: PreTrainedTokenizerBase, classifier: bool) -> dict[str, torch.Tensor]:
-    """Token ids of the texts to compare on: rendered by training's template, or as a classifier reads them."""
-    if classifier:
-        return {str(at): tokenizer(probe, return_tensors="pt").input_ids for at, probe in enumerate(PROBES)}
-    texts = [render_prompt(probe, tokenizer) for probe in PROBES]
-    return {
-        str(at): tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-        for at, text in enumerate(texts)
-    }
-
-
-@torch.no_grad()
-def _probe_logits(model: PreTrainedModel, probes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    model.eval()
-    device = next(model.parameters()).device
-    return {name: model(input_ids=ids.to(device)).logits.float().cpu() for name, ids in probes.items()}
-
-
-def _reloaded_logits(directory: Path, probes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Logits of the saved model, from a process in which plain Transformers loads it."""
+def _ask_reloaded(
+    directory: Path, probes: Probes, quantization: dict[str, Any] | None = None
+) -> dict[str, torch.Tensor]:
+    """The answers of a saved model, from a process in which plain Transformers loads it, quantised if so asked."""
     with tempfile.TemporaryDirectory() as scratch:
-        questions, answers = Path(scratch) / "probes.safetensors", Path(scratch) / "logits.safetensors"
-        save_file(probes, questions)
+        questions, answers = Path(scratch) / "questions.json", Path(scratch) / "answers.safetensors"
+        questions.write_text(json.dumps(probes.questions | {"quantization_config": quantization}), encoding="utf-8")
         program = Path(__file__).with_name("reload.py")
         command = [sys.executable, str(program), str(directory), str(questions), str(answers)]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -114,27 +113,99 @@ def _check_output(output: Path, sources: dict[str, Path], overwrite: bool) -> No
     if not overwrite:
         raise UserError(f"{output} already exists; give another --output, or replace it with --overwrite")
     if not is_merged_model(output):
-        raise UserError(f"{output} was not written by `plainlora merge` (it has no merge.json); give another --output")
+        raise UserError(
+            f"{output} was not written by `plainlora merge` (it has no {CERTIFICATE}); give another --output"
+        )
 
 
-def _put_in_place(scratch: Path, output: Path) -> None:
-    """Renames `scratch` to `output`; what was there is deleted only once the new folder has taken its place."""
-    scratch.chmod(0o755)  # mkdtemp makes it private
-    if not output.exists():
-        scratch.rename(output)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        output.rename(aside / output.name)
-        try:
-            scratch.rename(output)
-        except OSError:
-            (aside / output.name).rename(output)
-            raise
-    except OSError as error:  # a mount point, for one
-        aside.rmdir()
-        raise UserError(f"{output} cannot be replaced ({error}); give another --output") from error
-    shutil.rmtree(aside)
+@dataclass(frozen=True)
+class _Asked:
+    """The answers on one base.
+
+    Attributes:
+        base: The base's.
+        adapter: The adapter model's.
+    """
+
+    base: Answers
+    adapter: Answers
+
+    def figures(self) -> dict[str, Any]:
+        """Perplexities, and how far the adapter moves the base."""
+        effect = agreement(self.base, self.adapter)
+        return {
+            "base": {"perplexity": perplexity(self.base)},
+            "adapter": {"perplexity": perplexity(self.adapter), "against_base": effect},
+        }
+
+
+def _ask_both(model: PreTrainedModel, probes: Probes) -> _Asked:
+    with disabled(model):
+        base = ask(model, probes.questions)
+    return _Asked(base, ask(model, probes.questions))
+
+
+def _beside(answers: Answers, asked: dict[BaseKind, _Asked]) -> dict[str, Any]:
+    """A whole model's figures: its perplexity, and how far it is from the adapter model on every base."""
+    against = {kind: agreement(each.adapter, answers) for kind, each in asked.items()}
+    return {"perplexity": perplexity(answers), "against": against}
+
+
+def _merge_into(
+    directory: Path, adapter: Path, base: Base, kind: BaseKind, dtype: torch.dtype | str, probes: Probes, output: Path
+) -> tuple[torch.dtype, Probes, _Asked]:
+    """Loads, asks, merges and writes. When it returns, this process holds no model.
+
+    Returns:
+        The model's precision, the probes with the adapter model's answers, and what base and adapter made of them.
+    """
+    model = load_adapter(load_base_of(adapter, base, kind, dtype), adapter)
+    check_disk(output.parent, sum(parameter.nbytes for parameter in model.parameters()), f"the merged model {output}")
+    merged_dtype, tokenizer = next(model.parameters()).dtype, load_tokenizer_of(adapter, base)
+    if probes.prompts:
+        probes = probes.with_answers(tokenizer, generate(model, tokenizer, probes.prompts, NEW_TOKENS))
+    asked = _ask_both(model, probes)
+    _write_merged(merge(model), tokenizer, directory)
+    del model
+    gc.collect()  # the base is gone before the merged model is loaded elsewhere
+    return merged_dtype, probes, asked
+
+
+def _check_drift(relative_diff: float, dtype: torch.dtype) -> float:
+    """The tolerance, which the difference between reloaded and adapter model is within.
+
+    Raises:
+        UserError: It is not.
+    """
+    tolerance = TOLERANCES.get(dtype, 1e-5)
+    if not relative_diff <= tolerance:
+        advice = "" if dtype == torch.float32 else "; try --dtype float32"
+        raise UserError(
+            f"the merged model differs from the adapter model by {relative_diff:.1e} of the largest "
+            f"logit, more than the {tolerance:.0e} allowed for {dtype}; nothing was written{advice}"
+        )
+    return tolerance
+
+
+def _ask_quantized_run(
+    adapter: Path, base: Base, other: BaseKind, dtype: torch.dtype | str, probes: Probes, directory: Path
+) -> tuple[_Asked, Answers]:
+    """For an adapter trained through 4 or 8 bits: what else there is to compare with.
+
+    Returns:
+        The answers on the base that was not merged into, and those of the merged weights rounded to training's own
+        few bits, which is what merging into quantised weights would give.
+    """
+    model = load_adapter(load_base_of(adapter, base, other, dtype), adapter)
+    asked = _ask_both(model, probes)
+    del model
+    gc.collect()
+    return asked, _ask_reloaded(directory, probes, training_quantization(adapter))
+
+
+def _without_values(identity: dict[str, Any]) -> dict[str, Any]:
+    """A base's description, as far as it says more to a reader than to `find_difference`."""
+    return {name: value for name, value in identity.items() if name != "values"}
 
 
 def merge_adapter(
@@ -143,8 +214,14 @@ def merge_adapter(
     base: BaseKind = "16bit",
     dtype: torch.dtype | str = "auto",
     overwrite: bool = False,
+    *,
+    text: str | Path | None = None,
+    base_model: str | None = None,
+    allow_other_base: bool = False,
 ) -> MergeResult:
-    """Merges, saves, reloads and compares. The output appears only if the comparison holds.
+    """Merges, saves, reloads, compares, certifies. The output appears only if the comparison holds.
+
+    At most one model is in memory at a time.
 
     Args:
         adapter: Folder of the adapter, with its tokenizer.
@@ -152,56 +229,72 @@ def merge_adapter(
         base: Which base to merge into.
         dtype: Precision of the merged weights; `"auto"` for the base checkpoint's.
         overwrite: Whether an earlier merged model there is replaced. Anything else there is left alone.
+        text: A text file to take perplexity on; see `plainlora.probes`.
+        base_model: See `plainlora.adapter_base.find_base`.
+        allow_other_base: Likewise.
 
     Raises:
-        UserError: The base cannot be had, the output is in the way, or the merged model differs too much.
+        UserError: The base cannot be had or is another one, the output is in the way, the disk is too small, or the
+            merged model differs too much.
         LoRAError: The adapter cannot be read or does not fit.
     """
     check_writable(str(output), "--output")
     adapter, output = Path(adapter), Path(output).resolve()  # `.` has no name to rename to
     check_writable(str(output.parent), "--output")
-    name, _ = base_of(adapter)
-    _check_output(output, {"adapter": adapter, "base model": Path(name)}, overwrite)
-    tokenizer = load_tokenizer_of(adapter)
-    model = load_adapter(load_base_of(adapter, base, dtype), adapter)
-    merged_dtype = next(model.parameters()).dtype
-
-    classifier = class_labels(adapter) is not None
-    auto_class = "AutoModelForSequenceClassification" if classifier else "AutoModelForCausalLM"
-    probes = _probes(tokenizer, classifier)
-    before = _probe_logits(model, probes)
-    merged = merge(model)
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        _write_merged(merged, tokenizer, scratch)
-        after = _reloaded_logits(scratch, probes)
-        difference = max(float((before[key] - after[key]).abs().max()) for key in before)
-        scale = max(float(logits.abs().max()) for logits in before.values())
-        tolerance = TOLERANCES.get(merged_dtype, 1e-5)
-        result = MergeResult(difference, difference / scale, tolerance, merged_dtype, auto_class)
-        if not result.relative_diff <= result.tolerance:
-            advice = "" if merged_dtype == torch.float32 else "; try --dtype float32"
-            raise UserError(
-                f"the merged model differs from the adapter model by {result.relative_diff:.1e} of the largest "
-                f"logit, more than the {result.tolerance:.0e} allowed for {merged_dtype}; nothing was written{advice}"
-            )
-        write_json(
-            scratch / "merge.json",
-            {
-                "adapter": str(adapter),
-                "base": base,
-                "base_model": name,
-                "dtype": str(merged_dtype).removeprefix("torch."),
-                "max_abs_diff": result.max_abs_diff,
-                "relative_diff": result.relative_diff,
-                "tolerance": result.tolerance,
-                "prompts": list(PROBES),
-                "versions": package_versions(),
+    found = find_base(adapter, base_model, allow_other_base)
+    _check_output(output, {"adapter": adapter, "base model": Path(found.name).expanduser()}, overwrite)
+    tokenizer = load_tokenizer_of(adapter, found)
+    is_classifier = class_labels(adapter) is not None
+    make_probes = classifier_probes if is_classifier else language_probes
+    probes = make_probes(tokenizer, context_length(load_config(found.name, found.revision)), text, read_run(adapter))
+    with staged(output) as scratch:
+        merged_dtype, probes, chosen = _merge_into(scratch, adapter, found, base, dtype, probes, output)
+        merged = _ask_reloaded(scratch, probes)
+        drift = agreement(chosen.adapter, merged)
+        tolerance = _check_drift(drift["relative_diff"], merged_dtype)
+        asked = {base: chosen}
+        figures: dict[str, Any] = {}
+        quantization = training_quantization(adapter)
+        if quantization is not None:
+            other: BaseKind = "dequantized" if base == "16bit" else "16bit"
+            try:
+                asked[other], rounded = _ask_quantized_run(adapter, found, other, dtype, probes, scratch)
+                figures["requantized"] = _beside(rounded, asked)
+            except (UserError, LoRAError, RuntimeError) as error:  # this machine may lack what quantising needs
+                figures["not_measured"] = " ".join(str(error).split())
+        figures["bases"] = {kind: each.figures() for kind, each in asked.items()}
+        figures["merged"] = _beside(merged, asked)
+        auto_class = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
+        certificate = {
+            "adapter": {"folder": str(adapter), "sha256": hash_adapter(adapter)},
+            "base": {
+                "kind": base,
+                "identity": _without_values(found.identity),
+                "trained_on": found.trained_on and _without_values(found.trained_on),
+                "warning": found.warning,
+                "quantization_config": quantization,
             },
-        )
-        _put_in_place(scratch, output)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return result
+            "merged": {
+                "dtype": str(merged_dtype).removeprefix("torch."),
+                "auto_class": auto_class,
+                "sha256": hash_files(scratch),
+            },
+            "figures": figures,
+            "tolerance": tolerance,
+            "measured_on": {
+                "prompts": [] if is_classifier else list(PROMPTS),
+                "text": probes.source,
+                "rows": probes.rows,
+                "tokens": probes.tokens,
+            },
+            "versions": package_versions(),
+        }
+        write_json(scratch / CERTIFICATE, certificate)
+    warnings = [found.warning] if found.warning else []
+    if figures["bases"][base]["adapter"]["against_base"]["max_abs_diff"] == 0:
+        warnings.append("the adapter changes no logit: the merged model answers as its base does")
+    if "not_measured" in figures:
+        warnings.append(f"what training saw could not be measured: {figures['not_measured']}")
+    return MergeResult(
+        drift["max_abs_diff"], drift["relative_diff"], tolerance, merged_dtype, auto_class, certificate, warnings
+    )

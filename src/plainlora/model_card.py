@@ -12,6 +12,8 @@ from plainlora.arguments import ClassifyArguments, ClassifyConfig, SFTArguments
 from plainlora.data.datasets import hub_name, is_local
 from plainlora.models import is_classifier
 
+HERE = "PATH OR HUB ID OF THIS MODEL"  # what loading examples say until the model is published
+
 
 def _show(value: Any) -> str:
     if isinstance(value, bool):  # an int too, to Python
@@ -40,7 +42,7 @@ def _template_sentence(output_dir: str | Path, recipe: SFTArguments, training: S
     return f"Conversations are rendered by {name} (`chat_template.jinja`)."
 
 
-def _metadata(library: str, task: str, tags: Sequence[str], base: str, dataset: str) -> str:
+def _metadata(library: str, task: str, tags: Sequence[str], base: str, dataset: str = "") -> str:
     lines = [f"library_name: {library}", f"pipeline_tag: {task}", f"tags: [{', '.join(tags)}]"]
     if not is_local(base):  # the Hub refuses a path here (transformers#33922)
         lines.append(f"base_model: {base}")
@@ -69,6 +71,52 @@ def _training_settings(training: TrainingArguments) -> dict[str, Any]:
         "gradient accumulation": training.gradient_accumulation_steps,
         "seed": training.seed,
     }
+
+
+def _pipeline_loading(task: str) -> str:
+    return f"""```python
+from transformers import pipeline
+
+model = pipeline("{task}", "{HERE}")
+```
+"""
+
+
+def plain_card(folder: str | Path, library: str, task: str, base: str, figures: dict[str, Any]) -> str:
+    """The card of weights that came without one, such as a merged model's.
+
+    Args:
+        folder: Where they lie; its name is the title.
+        library: `peft` for an adapter, `transformers` for a whole model.
+        task: The Hub's name for what the model does, `text-generation` or `text-classification`.
+        base: Hub id of the base.
+        figures: What is known of them, by name; may be empty.
+
+    Returns:
+        The text of a `README.md`.
+    """
+    load = _pipeline_loading(task)
+    if library == "peft":
+        auto_class = f"AutoPeftModelFor{'SequenceClassification' if task == 'text-classification' else 'CausalLM'}"
+        load = f"""```python
+from peft import {auto_class}
+
+model = {auto_class}.from_pretrained("{HERE}")
+```
+"""
+    kind = "A LoRA adapter for" if library == "peft" else "A model made from"
+    table = f"\n## Figures\n\n{_table(figures)}\n" if figures else ""
+    return f"""---
+{_metadata(library, task, ("lora", "plainlora"), base)}
+---
+
+# {Path(folder).resolve().name}
+
+{kind} `{base}`, published with PlainLoRA.
+{table}
+## Loading
+
+{load}"""
 
 
 def _write(
@@ -125,9 +173,9 @@ def write_sft_card(
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("PATH OR HUB ID OF THIS ADAPTER")
+tokenizer = AutoTokenizer.from_pretrained("{HERE}")
 base = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "PATH OR HUB ID OF THIS ADAPTER")
+model = PeftModel.from_pretrained(base, "{HERE}")
 ```
 
 With PlainLoRA, from a local folder:
@@ -200,22 +248,17 @@ def write_classifier_card(
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("PATH OR HUB ID OF THIS ADAPTER")
+tokenizer = AutoTokenizer.from_pretrained("{HERE}")
 base = AutoModelForSequenceClassification.from_pretrained(
     "{base}",
     id2label={config.id2label},
     pad_token_id={config.pad_token_id},
 )
-model = PeftModel.from_pretrained(base, "PATH OR HUB ID OF THIS ADAPTER")
+model = PeftModel.from_pretrained(base, "{HERE}")
 ```
 """
     else:
-        load = """```python
-from transformers import pipeline
-
-classify = pipeline("text-classification", "PATH OR HUB ID OF THIS MODEL")
-```
-"""
+        load = _pipeline_loading("text-classification")
     _write(
         output_dir,
         _metadata(

@@ -1,8 +1,8 @@
 """Base model and tokenizer, from the Hub or from this disk, whole or quantised."""
 
 import copy
-import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +12,6 @@ from types import MethodType
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,21 +24,36 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from trl import ModelConfig, get_quantization_config
 
 from plainlora.arguments import dtype_of
 from plainlora.errors import UserError
+from plainlora.lora.containment import find_escape
+
+MOST_LAYERS = 10_000  # a few hundred are the deepest that there are
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+CONVERT = (
+    "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{0}', use_safetensors=False)"
+    ".save_pretrained('{0}')\""
+)
 
 
 def _explain(name: str, what: str, error: Exception) -> UserError:
     """One line for the many ways in which `from_pretrained` can fail."""
-    path = Path(name).expanduser()
-    if (path / "config.json").is_file():
-        return UserError(f"the {what} in {path} cannot be loaded ({_first_line(error)})")
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if what == "model" and (pickle := _only_pickle(path)):
+        return UserError(
+            f"{path} holds {pickle} and no model.safetensors; a pickle can run code when it is loaded, so weights are "
+            f"read from safetensors only: if you trust it, convert it once with {CONVERT.format(path)}"
+        )
+    if os.path.isfile(path / "config.json"):
+        advice = "; read it, then --trust_remote_code true runs it" if "custom code" in str(error) else ""
+        return UserError(f"the {what} in {path} cannot be loaded ({_first_line(error)}){advice}")
+    if os.path.isdir(path):
         files = ", ".join(sorted(file.name for file in path.iterdir())) or "nothing"
         return UserError(f"{path} holds no usable {what} ({_first_line(error)}); it holds {files}")
-    if path.exists() or name.startswith(("/", ".", "~")):
+    if os.path.exists(path) or name.startswith(("/", ".", "~")):
         return UserError(
             f"there is no folder {name}; give a Hub id or a folder with config.json and model.safetensors"
         )
@@ -50,14 +64,63 @@ def _explain(name: str, what: str, error: Exception) -> UserError:
 
 
 def _first_line(error: Exception) -> str:
+    """The libraries raise bare `KeyError`s too, whose text is a name and nothing else."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    text = lines[0] if lines else ""
+    return text if len(text.split()) > 1 else f"{type(error).__name__} {text}".strip()
 
 
-def _refuse_adapter(name: str) -> None:
-    """Transformers would load the adapter silently, and LoRA would be trained on top of LoRA."""
-    if (Path(name).expanduser() / "adapter_config.json").is_file():
+def _only_pickle(folder: Path) -> str | None:
+    """The name of a file of pickled weights in a folder without any in safetensors."""
+    if not os.path.isdir(folder):
+        return None
+    names = sorted(file.name for file in folder.iterdir())
+    if any(name.endswith(".safetensors") for name in names):
+        return None
+    return next((name for name in names if name.endswith(PICKLES) and name != "training_args.bin"), None)
+
+
+def _check_folder(name: str) -> None:
+    """Nothing may lead out of a local base's folder, and it may hold no adapter.
+
+    Transformers would load the adapter silently, and LoRA would be trained on top of LoRA.
+    """
+    if os.path.isfile(os.path.join(os.path.expanduser(name), "adapter_config.json")):
         raise UserError(f"{name} is or holds an adapter, not a base model alone: merge it first (plainlora merge)")
+    _check_contained(name)
+
+
+def _check_contained(name: str) -> None:
+    if escape := find_escape(name):
+        raise UserError(f"{name} is not loaded: {escape}; put the files themselves into the folder")
+
+
+def describe_remote_code(name: str, revision: str | None) -> str:
+    """Which code of a model `trust_remote_code` runs, in one line to be shown before it does.
+
+    Raises:
+        UserError: The model cannot be had, or takes code from another repository, which no revision pins
+            (`code_revision` of Transformers stays `main`).
+    """
+    try:
+        found = [PretrainedConfig.get_config_dict(name, revision=revision)[0].get("auto_map")]
+        found.append(get_tokenizer_config(name, revision=revision).get("auto_map"))
+    except Exception as error:
+        raise _explain(name, "model", error) from error
+    modules = set()
+    for auto_map in found:
+        references = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+        for reference in (one for each in references for one in (each if isinstance(each, list) else [each])):
+            if isinstance(reference, str) and "--" in reference:
+                raise UserError(
+                    f"{name} runs code from another repository ({reference}), which model_revision does not pin; "
+                    "copy that code into a local folder with the model, and give the folder"
+                )
+            modules |= {f"{str(reference).rpartition('.')[0]}.py"} if reference else set()
+    where = name if os.path.isdir(os.path.expanduser(name)) else f"{name} at {revision}"
+    if not modules:
+        return f"trust_remote_code: {where} has no code of its own"
+    return f"WARNING trust_remote_code: code of {where} runs here with your rights: {', '.join(sorted(modules))}"
 
 
 def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -66,11 +129,17 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
     Raises:
         UserError: It cannot be had, or it is an adapter.
     """
-    _refuse_adapter(name)
+    _check_folder(name)
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    except Exception as error:  # of any kind: a file from elsewhere is read by code that trusts it
         raise _explain(name, "model", error) from error
+    if not isinstance(config.architectures, list | None):
+        raise UserError(f"{name}/config.json: architectures is no list of names, but {config.architectures!r:.60}")
+    if isinstance(layers, int) and layers > MOST_LAYERS:  # building them would take for ever
+        raise UserError(f"{name}/config.json names {layers:,} layers, more than any model has; it is damaged")
+    return config
 
 
 def context_length(config: PretrainedConfig) -> int | None:
@@ -85,6 +154,23 @@ def check_length(max_length: int | None, config: PretrainedConfig) -> None:
     longest = context_length(config)
     if max_length is not None and longest is not None and max_length > longest:
         raise UserError(f"max_length {max_length} is longer than the model's context of {longest} tokens; lower it")
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Raises `UserError` if the tokenizer has words for which the model has no embedding.
+
+    Special tokens without a role are left out: some tokenizers name more of them than are ever used.
+    """
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    roles = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+    unused = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} - set(roles)
+    words = ((word, number) for word, number in tokenizer.get_vocab().items() if word not in unused)
+    word, number = max(words, key=lambda pair: pair[1])
+    if isinstance(rows, int) and number >= rows:
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer numbers {word!r:.40} {number}, but the model has embeddings for "
+            f"{rows} tokens; use the tokenizer that belongs to the model"
+        )
 
 
 def find_dropouts(config: PretrainedConfig) -> list[tuple[PretrainedConfig, str]]:
@@ -150,13 +236,18 @@ def load_tokenizer(
     Raises:
         UserError: It cannot be had or has no vocabulary, or a named token is not in it.
     """
+    _check_contained(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except Exception as error:  # of any kind, as in `load_config`; the tokenizers library raises `Exception` itself
         raise _explain(name, "tokenizer", error) from error
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # what a folder without one is loaded as
         raise UserError(
             f"{name} holds no tokenizer, or one without a vocabulary; copy the base's tokenizer files there"
+        )
+    if not isinstance(tokenizer.model_max_length, (int, float)):
+        raise UserError(
+            f"{name}/tokenizer_config.json: model_max_length is no number: {tokenizer.model_max_length!r:.60}"
         )
     for role, token in (("eos_token", eos_token), ("pad_token", pad_token)):
         if token is not None:
@@ -167,6 +258,11 @@ def load_tokenizer(
         # Labels come from lengths, so even EOS would do here; a distinct pad is kinder to whoever loads this later.
         unknown = tokenizer.unk_token
         tokenizer.pad_token = unknown if unknown not in (None, tokenizer.eos_token) else tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UserError(
+            f"the tokenizer of {name} has no EOS token, and none to pad with; set eos_token, or mend its "
+            "tokenizer_config.json"
+        )
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -206,7 +302,9 @@ def load_pretrained(
     Raises:
         UserError: It cannot be had, or it is an adapter.
     """
-    _refuse_adapter(name)
+    # Unless told, Transformers asks on the terminal whether to run a model's own code, and waits.
+    options.setdefault("trust_remote_code", False)
+    load_config(name, revision, options["trust_remote_code"])
     attention = options.get("attn_implementation")
     own: list[float] | None = None
     try:
@@ -225,7 +323,7 @@ def load_pretrained(
                 output_loading_info=True,
                 **options,
             )
-    except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of any kind, as in `load_config`
         if attention is not None and re.search("attn|attention", str(error), re.IGNORECASE):
             raise UserError(
                 f"attn_implementation {attention!r} cannot be used here ({_first_line(error)}); leave it out, or "
@@ -277,6 +375,10 @@ def load_causal_lm(name: str, **options: Any) -> PreTrainedModel:
     model, missing = load_pretrained(AutoModelForCausalLM, name, **options)
     if missing:
         raise UserError(f"{name} is no causal language model: it lacks {missing[0]}")
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    numbers = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(number) is int and -1 <= number < 2**31 for number in numbers):
+        raise UserError(f"{name}: eos_token_id of its generation_config.json is no token's number, but {ends!r:.60}")
     return model
 
 
@@ -314,7 +416,7 @@ def check_ending(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -
 
 def is_classifier(config: PretrainedConfig) -> bool:
     """Whether a checkpoint was saved as a sequence classifier, with a head of its own."""
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    return any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
 def load_classifier(
@@ -354,7 +456,7 @@ def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """
     try:
         with torch.device("meta"):
-            return AutoModelForSequenceClassification.from_config(config)
+            return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     except ValueError as error:
         raise UserError(f"{config.model_type} models have no sequence classifier in Transformers") from error
 
@@ -367,6 +469,8 @@ def load_base(
 ) -> PreTrainedModel:
     """The base model as TRL's `ModelConfig` describes it, with `model_init_kwargs` on top and `base_dropout`."""
     settings = loading_options(args, trust_remote_code) | {"dropout": dropout}
+    if twice := settings.keys() & (options or {}).keys():
+        raise UserError(f"model_init_kwargs: {min(twice)} has a flag of its own; set that")
     return load_causal_lm(str(args.model_name_or_path), **settings, **(options or {}))
 
 

@@ -1,19 +1,30 @@
 """Classes of texts, by a classifier as training left it: an adapter on its base, or a whole model."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from plainlora.adapter_base import base_of, class_labels, load_base_of, load_tokenizer_of, read_run
+from plainlora.adapter_base import (
+    class_labels,
+    find_base,
+    load_base_of,
+    load_quantized_base_of,
+    load_tokenizer_of,
+    read_run,
+    training_quantization,
+)
 from plainlora.backends import Backend
 from plainlora.checkpoints import holds_adapter
 from plainlora.data.classification import tokenize_texts
 from plainlora.errors import UserError
 from plainlora.models import (
+    check_vocabulary,
     context_length,
     is_classifier,
     load_config,
@@ -32,20 +43,31 @@ class Classifier:
         tokenizer: Its tokenizer.
         labels: Name of each class, by number.
         max_length: Texts are cut to this many tokens, as in training.
+        warnings: What sets its base apart from the one that training saw.
     """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     labels: list[str]
     max_length: int | None
+    warnings: tuple[str, ...] = ()
 
 
-def load_trained_classifier(folder: str | Path, backend: Backend) -> Classifier:
+def load_trained_classifier(
+    folder: str | Path,
+    backend: Backend,
+    base_model: str | None = None,
+    allow_other_base: bool = False,
+    as_trained: bool = False,
+) -> Classifier:
     """What `recipes/classify.py` wrote, or a sequence classifier of elsewhere.
 
     Args:
         folder: An adapter's or a whole model's.
         backend: Loads the adapter, if it is one.
+        base_model: See `plainlora.adapter_base.find_base`.
+        allow_other_base: Likewise.
+        as_trained: Whether an adapter's base is stored as it was in training, quantised if it was then.
 
     Raises:
         UserError: It is neither, or not a classifier's, or its base cannot be had.
@@ -56,16 +78,26 @@ def load_trained_classifier(folder: str | Path, backend: Backend) -> Classifier:
         labels = class_labels(folder)
         if labels is None:
             raise UserError(f"{folder} is no classifier's adapter; use plainlora generate --adapter {folder}")
-        model = backend.load(to_accelerator(load_base_of(folder)), folder)
-        tokenizer, config = load_tokenizer_of(folder), load_config(*base_of(folder))
+        base = find_base(folder, base_model, allow_other_base)
+        stored = load_quantized_base_of(folder, base) if as_trained else load_base_of(folder, base)
+        model = backend.load(to_accelerator(stored), folder)
+        tokenizer, config = load_tokenizer_of(folder, base), load_config(base.name, base.revision)
+        warnings = (base.warning,) if base.warning else ()
     else:
-        config = load_config(str(folder))
+        if base_model is not None:
+            raise UserError(f"--base_model: {folder} is a whole model, which needs no base; leave it out")
+        config, warnings = load_config(str(folder)), ()
         if not is_classifier(config):
             raise UserError(f"{folder} is no sequence classifier (its config names {config.architectures})")
-        whole, _ = load_pretrained(AutoModelForSequenceClassification, str(folder))
-        model, tokenizer = to_accelerator(whole), load_tokenizer(str(folder))
         labels = list((config.id2label or {}).values())
-    return Classifier(model.eval(), tokenizer, labels, max_length or context_length(config))
+        if not labels or not all(isinstance(label, str) for label in labels):
+            raise UserError(f"{folder}/config.json: id2label names no classes, but {labels!r:.60}")
+        whole, missing = load_pretrained(AutoModelForSequenceClassification, str(folder))
+        if missing:  # what is new is random, and so would the answers be
+            raise UserError(f"{folder} is no whole classifier: it lacks {missing[0]}")
+        model, tokenizer = to_accelerator(whole), load_tokenizer(str(folder))
+        check_vocabulary(tokenizer, config)
+    return Classifier(model.eval(), tokenizer, labels, max_length or context_length(config), warnings)
 
 
 @torch.no_grad()
@@ -81,3 +113,33 @@ def classify(classifier: Classifier, texts: Sequence[str], batch_size: int = 32)
         logits = classifier.model(**batch.to(device)).logits
         found += torch.softmax(logits.float(), -1).tolist()
     return found
+
+
+def beside_training_base(
+    folder: str | Path, backend: Backend, texts: Sequence[str], here: list[list[float]], **options: Any
+) -> str | None:
+    """For an adapter trained through 4 or 8 bits: its answers on the original checkpoint beside those on that base.
+
+    Args:
+        folder: The adapter's.
+        backend: Loads it.
+        texts: What was classified.
+        here: The probabilities that `classify` found on the original checkpoint.
+        **options: For `load_trained_classifier`.
+
+    Returns:
+        One line with the loss of the classes chosen here on both bases, or `None` if the adapter was not trained so.
+    """
+    if not holds_adapter(folder) or training_quantization(folder) is None:
+        return None
+    there = classify(load_trained_classifier(folder, backend, as_trained=True, **options), texts)
+    chosen = [max(range(len(shares)), key=shares.__getitem__) for shares in here]
+    equal = sum(shares[best] == max(shares) for shares, best in zip(there, chosen, strict=True))
+    losses = [
+        -sum(math.log(max(shares[best], 1e-300)) for shares, best in zip(found, chosen, strict=True)) / len(chosen)
+        for found in (here, there)
+    ]
+    return (
+        f"trained on quantised weights; here the base is the original checkpoint: {equal} of {len(chosen)} texts get "
+        f"the same class on both, and the loss of these classes is {losses[0]:.4f} here and {losses[1]:.4f} there"
+    )

@@ -1,23 +1,63 @@
-"""Loads a merged model as a stranger would, with plain Transformers, and writes its logits.
+"""Loads a merged model as a stranger would, with plain Transformers, and writes what it answers.
 
-Run as a file, `python reload.py MODEL PROBES LOGITS`, so that nothing of this package is imported.
+Run as a file, `python reload.py MODEL QUESTIONS ANSWERS`, so that nothing of this package is imported. The models of
+this process are asked by the same `ask`, so that only the models differ.
 """
 
+import json
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig, BitsAndBytesConfig
 
 
-def main(directory: str, probes: str, logits: str) -> None:
-    """Reads token ids (safetensors), writes fp32 logits under the same names."""
+@torch.no_grad()
+def ask(model: nn.Module, questions: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What a model makes of some token ids.
+
+    Args:
+        model: A causal language model or a sequence classifier of Transformers, with an adapter or without.
+        questions: `probes`: rows of `input_ids`, for a language model with the `start` of an answer in them. `texts`:
+            rows of `input_ids` and `labels`, of which -100 does not count.
+
+    Returns:
+        `logits.N` of probe N in fp32, `(1, tokens, vocabulary)` or `(1, classes)`; `tokens.N`, the likeliest token at
+        every place of its answer and after it, `(tokens - start + 1,)`; `losses`, for every text its summed
+        cross-entropy in nats and its tokens that count, `(texts, 2)` in fp64.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    answers = {}
+    for number, probe in enumerate(questions["probes"]):
+        logits = model(input_ids=torch.tensor([probe["input_ids"]], device=device)).logits.float().cpu().contiguous()
+        answers[f"logits.{number}"] = logits
+        if "start" in probe:
+            answers[f"tokens.{number}"] = logits[0, probe["start"] - 1 :].argmax(-1)
+    losses = [_loss(model, text, device) for text in questions["texts"]]
+    answers["losses"] = torch.tensor(losses, dtype=torch.float64).reshape(-1, 2)
+    return answers
+
+
+def _loss(model: nn.Module, text: dict[str, list[int]], device: torch.device) -> tuple[float, int]:
+    logits = model(input_ids=torch.tensor([text["input_ids"]], device=device)).logits[0, :-1].float().cpu()
+    labels = torch.tensor(text["labels"][1:])
+    return float(nn.functional.cross_entropy(logits, labels, reduction="sum")), int((labels != -100).sum())
+
+
+def main(directory: str, questions: str, answers: str) -> None:
+    """Reads the questions (JSON, with an optional `quantization_config`), writes the answers (safetensors)."""
+    asked = json.loads(Path(questions).read_text(encoding="utf-8"))
+    quantization = asked.get("quantization_config")
     architecture = AutoConfig.from_pretrained(directory).architectures[0]
-    model = getattr(transformers, architecture).from_pretrained(directory, dtype="auto").eval()
-    with torch.no_grad():
-        outputs = {name: model(input_ids=ids).logits.float().contiguous() for name, ids in load_file(probes).items()}
-    save_file(outputs, logits)
+    model = getattr(transformers, architecture).from_pretrained(
+        directory, dtype="auto", quantization_config=quantization and BitsAndBytesConfig(**quantization)
+    )
+    save_file(ask(model, asked), answers)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
-"""What a run leaves: its results, how it was run, and a summary for the terminal."""
+"""What a run leaves: its results, and a summary for the terminal."""
 
 import json
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from plainlora.data.prompts import INPUT_MARK
+from plainlora.folders import write_durably
 
-SECRETS = ("hub_token", "push_to_hub_token")
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "scikit-learn")
 
 
@@ -20,47 +18,12 @@ def write_json(path: str | Path, content: dict[str, Any], update: bool = False) 
     if update and path.is_file():
         content = json.loads(path.read_text(encoding="utf-8")) | content
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    write_durably(path, json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
 
 
 def package_versions() -> dict[str, str]:
     """The versions a result was obtained with."""
     return {name: version(name) for name in PACKAGES}
-
-
-def _without_secrets(command: Sequence[str]) -> list[str]:
-    """The command without the values of secret flags, written `--flag value` or `--flag=value`."""
-    kept: list[str] = []
-    for word in command:
-        flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        follows = kept and kept[-1].removeprefix("--").replace("-", "_") in SECRETS
-        kept.append("..." if follows else word.partition("=")[0] + "=..." if "=" in word and flag in SECRETS else word)
-    return kept
-
-
-def write_run(
-    path: str | Path,
-    arguments: Sequence[Any],
-    quantization: dict[str, Any] | None,
-    labels: Sequence[str] | None = None,
-) -> None:
-    """`run.json`: the command, every resolved argument, versions, how the base was stored, a classifier's classes.
-
-    The base's quantisation is needed later, to merge into the very weights that the adapter was trained on, and the
-    classes to load a classifier's head. Tokens and keys are left out.
-    """
-    resolved: dict[str, Any] = {}
-    for part in arguments:
-        values = part.to_dict() if hasattr(part, "to_dict") else asdict(part) if is_dataclass(part) else {}  # type: ignore[arg-type]
-        resolved |= {name: value for name, value in values.items() if name not in SECRETS}
-    content = {
-        "command": _without_secrets(sys.argv),
-        "arguments": resolved,
-        "quantization_config": quantization,
-        "labels": None if labels is None else list(labels),
-        "versions": package_versions(),
-    }
-    write_json(path, content)
 
 
 def summary(results: dict[str, Any], output_dir: str, samples: Sequence[tuple[str, str, str]]) -> str:

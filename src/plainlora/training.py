@@ -5,19 +5,22 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArguments, get_scheduler
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler, safe_globals
 from trl import SFTConfig, SFTTrainer
 
 from plainlora.backends import Backend
-from plainlora.checkpoints import is_whole, newest_checkpoint
+from plainlora.checkpoints import find_problem, newest_checkpoint
 from plainlora.errors import UserError
 from plainlora.loss import use_one_pass_head
+from plainlora.saving import WholeSaves
+from plainlora.watching import Watched, check_effect, check_values
 
 
 @contextmanager
@@ -45,6 +48,39 @@ def adapter_precision_kept(model: nn.Module) -> Iterator[None]:
     for parameter, data in before:
         if parameter.dtype != data.dtype:
             parameter.data = data.to(parameter.device)
+
+
+@contextmanager
+def plain_values_only(checkpoint: str | None, *names: str) -> Iterator[None]:
+    """Says in one line that a checkpoint's file holds what PyTorch refuses to load, as a pickle that runs code.
+
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer.py (`_load_rng_state` and its
+    like load with `weights_only=True`)
+
+    Args:
+        checkpoint: The folder.
+        *names: The files that are loaded within.
+
+    Raises:
+        UserError: One of them is refused. None of its code has run.
+    """
+    try:
+        yield
+    except UnpicklingError as error:
+        refused = next((name for name in names if not _holds_plain_values(Path(str(checkpoint)) / name)), names[0])
+        raise UserError(
+            f"resume_from_checkpoint: {checkpoint}/{refused} holds more than numbers and text, which could run code, "
+            "and is not loaded; give a checkpoint that this program wrote"
+        ) from error
+
+
+def _holds_plain_values(path: Path) -> bool:
+    try:
+        with safe_globals():
+            torch.load(path, map_location="meta", weights_only=True)
+    except (OSError, UnpicklingError):
+        return False
+    return True
 
 
 class LengthGroupedByEpoch(Sampler[int]):
@@ -79,7 +115,7 @@ class RowsInOrder(Trainer):
         return sampler
 
 
-class _Seams(RowsInOrder):
+class _Seams(Watched, WholeSaves, RowsInOrder):
     """What both trainers below share.
 
     Args:
@@ -94,6 +130,17 @@ class _Seams(RowsInOrder):
         with accepted_as_adapter_model(model), adapter_precision_kept(model):
             super().__init__(cast(PreTrainedModel, model), *args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Takes no step where none is left: Trainer takes one more when it resumes from a run's last checkpoint.
+
+        https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer.py (`_inner_training_loop`
+        asks for `max_steps` after a step only)
+        """
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Trainer would look for whole-model weights: it knows adapters of PeftModel only."""
         if self.backend is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -104,12 +151,22 @@ class _Seams(RowsInOrder):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Says in one line that a checkpoint's optimizer is one of other weights."""
         try:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            with plain_values_only(checkpoint, "optimizer.pt", "scheduler.pt"):
+                super()._load_optimizer_and_scheduler(checkpoint)
         except ValueError as error:
             raise UserError(
                 f"resume_from_checkpoint: the optimizer in {checkpoint} is not one for this run's weights ({error}); "
                 "give the settings that the checkpoint was written with"
             ) from error
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with plain_values_only(checkpoint, "scaler.pt"):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        with plain_values_only(checkpoint, f"rng_state{rank}.pth"):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         """For `load_best_model_at_end`, likewise."""
@@ -118,51 +175,33 @@ class _Seams(RowsInOrder):
         else:
             self.backend.reload(self.adapted, str(self.state.best_model_checkpoint))
 
-    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """Makes the repository to push to, before training; where that fails, says which and how to go on."""
-        try:
-            super().init_hf_repo(*args, **kwargs)
-        except Exception as error:  # connection, authentication and offline errors of several libraries
-            name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(
-                f"push_to_hub: the repository {name!r} cannot be had ({reason}); log in with `hf auth login`, or "
-                "leave --push_to_hub out and push the folder later with `hf upload`"
-            ) from error
+    def saved_bytes(self) -> int:
+        """Bytes of the weights that are saved: the trained ones beside an adapter, otherwise all."""
+        return sum(each.nbytes for each in self.adapted.parameters() if each.requires_grad or self.backend is None)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Keeps the card that this project wrote when Trainer pushes to the Hub."""
-        if not (Path(str(self.args.output_dir)) / "README.md").exists():
-            super().create_model_card(*args, **kwargs)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One step; a loss that is not finite stops training before it reaches the weights.
-
-        Trainer's own `logging_nan_inf_filter` hides such a loss from the log and goes on.
-        """
-        loss = super().training_step(*args, **kwargs)
-        # All processes stop or none does: one that stopped alone would leave the others waiting for its gradients.
-        finite = self.accelerator.gather(torch.isfinite(loss).int().reshape(1))
-        if not finite.all():
-            kept = newest_checkpoint(str(self.args.output_dir))
-            raise UserError(
-                f"the loss of step {self.state.global_step + 1} is {loss.item()}"
-                f"{' here and not finite in another process' if torch.isfinite(loss) else ''}, so training stopped; "
-                f"{f'{kept} is kept' if kept else 'nothing had been saved yet'}; lower learning_rate (now "
-                f"{self.args.learning_rate:g}) or train in float32"
-            )
-        return loss
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves, unless a trained weight is not finite or, at the end, an adapter would change nothing."""
+        if not self._is_sharded():
+            check_values(self.adapted)
+            if output_dir is None:
+                check_effect(self.adapted, self.state.global_step)
+        super().save_model(output_dir, _internal_call)
 
 
 class AdapterTrainer(_Seams, SFTTrainer):
     """SFTTrainer for a model that carries an adapter of either back end."""
 
     def __init__(self, model: nn.Module, backend: Backend, *args: Any, **kwargs: Any) -> None:
+        self._rows = kwargs["train_dataset"]
         super().__init__(model, backend, *args, **kwargs)
         if backend.one_pass_head:
             use_one_pass_head(self)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def training_rows(self) -> list[list[int]]:
+        """The rows before SFTTrainer packed them."""
+        return list(self._rows["input_ids"])
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Trainer does, without TRL's model card: this project writes its own at the end."""
         super(SFTTrainer, self)._save_checkpoint(model, trial)
 
@@ -184,8 +223,12 @@ class ClassifierTrainer(_Seams):
         self.model_accepts_loss_kwargs = False
 
 
-def resume_path(args: TrainingArguments) -> str | None:
+def resume_path(args: TrainingArguments, say: Callable[[str], object] = print) -> str | None:
     """`--resume_from_checkpoint true` is the newest whole checkpoint; a path is itself.
+
+    Args:
+        args: The run's.
+        say: Told of broken checkpoints that are passed over.
 
     Raises:
         UserError: There is no such checkpoint.
@@ -194,7 +237,7 @@ def resume_path(args: TrainingArguments) -> str | None:
     if asked is None or str(asked).lower() in ("false", "no"):
         return None
     if str(asked).lower() in ("true", "yes"):
-        newest = newest_checkpoint(str(args.output_dir))
+        newest = newest_checkpoint(str(args.output_dir), say)
         if newest is None:
             raise UserError(
                 f"resume_from_checkpoint: {args.output_dir} holds no whole checkpoint; leave it out to start"
@@ -202,10 +245,10 @@ def resume_path(args: TrainingArguments) -> str | None:
         return str(newest)
     if not (Path(asked) / "trainer_state.json").is_file():
         raise UserError(f"resume_from_checkpoint: {asked} is no checkpoint folder; it has no trainer_state.json")
-    if not is_whole(Path(asked)):
+    if problem := find_problem(Path(asked)):
         raise UserError(
-            f"resume_from_checkpoint: {asked} is not whole, a file of it is missing or damaged; give another "
-            "checkpoint, or `true` for the newest whole one of output_dir"
+            f"resume_from_checkpoint: {asked} is not whole: {problem}; give another checkpoint, or `true` for the "
+            "newest whole one of output_dir"
         )
     return str(asked)
 
@@ -228,9 +271,14 @@ def check_schedule(args: TrainingArguments) -> None:
 ArgumentsT = TypeVar("ArgumentsT", bound=TrainingArguments)
 
 
-def without_pinned_memory_on_cpu(args: ArgumentsT) -> ArgumentsT:
-    """A copy of the arguments; pinning memory needs a GPU, and Torch warns where there is none."""
+def args_for_trainer(args: ArgumentsT) -> ArgumentsT:
+    """A copy of the arguments, without what Trainer is not to do.
+
+    Pinning memory needs a GPU, and Torch warns where there is none. Trainer's push would publish pickles and the
+    optimizer's state, and the token is for the push alone: see `plainlora.pushing`.
+    """
     handed = copy.copy(args)
+    handed.push_to_hub, handed.hub_token = False, None
     if handed.device.type == "cpu":
         handed.dataloader_pin_memory = False
     return handed
@@ -241,7 +289,7 @@ def hand_over(args: SFTConfig) -> SFTConfig:
 
     SFTTrainer takes rows that carry `input_ids` and `labels` as they are. Packing still needs `max_length`.
     """
-    handed = without_pinned_memory_on_cpu(args)
+    handed = args_for_trainer(args)
     handed.chat_template_path = handed.pad_token = handed.model_init_kwargs = None
     handed.assistant_only_loss = False
     if not handed.packing:

@@ -12,7 +12,9 @@ import torch
 from peft import LoraConfig
 
 from plainlora import inject, save_adapter
+from plainlora.backends import BACKENDS
 from plainlora.commands import VERBS
+from plainlora.lora.errors import LoRAError
 from tests.conftest import make_model, run_program
 from tests.refusals import Run, the_one_line
 
@@ -90,6 +92,30 @@ def test_u23_a_pickle_is_not_loaded(both: Run, adapter: Path) -> None:
     assert f"has no {TENSORS}" in both(adapter)
     torch.save({}, adapter / "adapter_model.bin")
     assert "adapter_model.bin is a pickle, which can run code when it is loaded" in both(adapter)
+
+
+class Harm:
+    """What a pickle can do to whoever loads it: here, make a file."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.trace,)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_u23_nor_does_peft_load_it(adapter: Path, tmp_path: Path, again: bool) -> None:
+    """PEFT would: without safetensors it falls back to `adapter_model.bin`."""
+    backend, model = BACKENDS["peft"], make_model("llama")
+    if again:  # as when a run is resumed
+        model = backend.load(model, adapter)
+    trace = tmp_path / "trace"
+    torch.save({"a": Harm(trace)}, adapter / "adapter_model.bin")
+    (adapter / TENSORS).unlink()
+    with pytest.raises(LoRAError, match=r"adapter_model.bin is a pickle, which can run code when it is loaded"):
+        (backend.reload if again else backend.load)(model, adapter)
+    assert not trace.exists()
 
 
 def test_u15_an_adapter_of_another_base(both: Run, model_dirs: dict[str, Path], tmp_path: Path) -> None:

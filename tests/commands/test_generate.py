@@ -1,6 +1,7 @@
 """`plainlora generate` and `plainlora merge` as typed, and what they and the recipe ask with."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_merge_says_how_far_the_reloaded_model_is(
 HINT = "for what training saw of it: --base dequantized"
 
 
-def test_an_adapter_of_a_quantised_run_can_answer_on_what_training_saw(
+def test_u03_an_adapter_of_a_quantised_run_can_answer_on_what_training_saw(
     tmp_path: Path, model_dirs: dict[str, Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     adapter = with_template(quantized_run(model_dirs, tmp_path / "adapter"))
@@ -88,6 +89,8 @@ def test_an_adapter_of_a_quantised_run_can_answer_on_what_training_saw(
     original = capfd.readouterr().out
     assert original.splitlines()[0].startswith("trained on quantised weights")
     assert original.splitlines()[0].endswith(HINT)
+    losses = re.findall(r"loss of the tuned answers, in nats a token: ([\d.]+) here, ([\d.]+) on the quant", original)
+    assert len(set(losses[0])) == 2
     main([*command, "--base", "dequantized"])
     dequantized = capfd.readouterr().out
     assert "quantised weights" not in dequantized
@@ -102,7 +105,17 @@ def test_an_adapter_of_a_quantised_run_can_answer_on_what_training_saw(
     assert answers_in(dequantized)["tuned"] != answers_in(original)["tuned"]
 
 
-@pytest.mark.parametrize("marker", ["merge.json", "config.json"])
+def test_u15_an_adapter_without_effect_is_said_to_be_one(
+    tmp_path: Path, model_dirs: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    for scale, said in ((0.0, True), (0.05, False)):
+        adapter = trained_adapter("llama", model_dirs, tmp_path / f"adapter{scale}", scale)
+        main(["generate", "--adapter", str(adapter), "--prompt", "Name it.", "--max_new_tokens", "2"])
+        warning = f"warning: the adapter in {adapter} changes no logit of these prompts"
+        assert (warning in capfd.readouterr().err) == said
+
+
+@pytest.mark.parametrize("marker", ["certificate.json", "config.json"])
 def test_a_whole_model_is_not_taken_for_an_adapter(
     tmp_path: Path, marker: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,7 +174,7 @@ def test_rows_of_two_texts_are_asked_with_the_very_text_that_trained(
     assert asked.expected == ["4", "Ann"]
     encoded, _ = encode_rows(
         rows, own, where="rows", text_column="text", answers_only=True, max_length=None, on_overflow="drop",
-        max_overflow=0.0,
+        max_truncated=0.0,
     )  # fmt: skip
     for prompt, row in zip(asked.prompts, encoded, strict=True):
         ids = own(prompt, add_special_tokens=False).input_ids

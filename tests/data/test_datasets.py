@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 from datasets import Dataset
 
@@ -34,6 +35,13 @@ def table(delimiter: str) -> bytes:
 def parquet() -> bytes:
     stream = io.BytesIO()
     Dataset.from_list(ROWS).to_parquet(stream)
+    return stream.getvalue()
+
+
+def latin_1_parquet() -> bytes:
+    stream = io.BytesIO()
+    text = pyarrow.array([b"\xe9"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), stream)
     return stream.getvalue()
 
 
@@ -220,6 +228,7 @@ BAD = {
     "JSON list of scalars": ("a.json", '[{"a": 1}, "x"]', r"row 2: a row must be an object, not str"),
     "JSON too deep": ("a.jsonl", ROW + f'{{"a": {DEEP}}}\n', r"line 2: malformed JSON \(too deeply nested\)"),
     "JSON beyond 64 bits": ("a.jsonl", ROW + '{"n": 1' + "0" * 30 + "}\n", r"row 2: 'n' cannot be stored"),
+    "JSON of 5,000 digits": ("a.jsonl", ROW + '{"n": ' + "1" * 5000 + "}\n", r"line 2: malformed JSON \(Exc"),
     "half a surrogate pair": ("a.jsonl", ROW + '{"output": "\\ud800"}\n', r"row 2: 'output' cannot be stored"),
     "CSV with a field too many": ("a.csv", "a,b\n1,2\n1,2,3\n", r"a.csv line 3: 3 fields, the header has 2"),
     "CSV that never closes a quote": ("a.csv", 'a,b\n1,2\n"3,4\n5,6\n', r"a.csv line 3: malformed csv"),
@@ -230,6 +239,8 @@ BAD = {
     "binary JSON": ("a.json", b"\0" * 99, r"a.json is binary, not text"),
     "binary CSV": ("a.csv", b"\0" * 99, r"a.csv is binary, not text"),
     "binary parquet": ("a.parquet", b"\x17" * 99, r"a.parquet cannot be read as parquet"),
+    "parquet cut short": ("a.parquet", parquet()[:-100], r"a.parquet cannot be read as parquet"),
+    "parquet of Latin-1": ("a.parquet", latin_1_parquet(), r"a.parquet cannot be read as parquet: .*UTF8"),
     "empty file": ("a.jsonl", "", r"a.jsonl is empty"),
     "blank lines only": ("a.csv", "\n\n", r"a.csv is empty"),
     "byte order mark only": ("a.csv", b"\xef\xbb\xbf", r"a.csv \(train\) has no rows"),
@@ -314,6 +325,14 @@ def test_a_slice_of_a_local_split_names_the_flag_that_does_it(tmp_path: Path, sp
     for name in (path, tmp_path):
         with pytest.raises(UserError, match=advice):
             load(name, train_split=split)
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 5000 + ".csv", "a\0b.csv", "~nobody_here/x.csv", "/dev/null/x.csv", "./" + "d/" * 3000]
+)
+def test_a_name_that_no_disk_can_hold_is_no_file(name: str) -> None:
+    with pytest.raises(UserError, match="there is no file"):
+        load(name)
 
 
 def test_two_files_for_one_split_are_refused(tmp_path: Path) -> None:

@@ -44,9 +44,11 @@ def encode(
 ) -> tuple[Dataset, EncodingReport]:
     defaults: dict[str, Any] = {
         "where": "rows.jsonl", "text_column": "text", "answers_only": False, "max_length": None,
-        "on_overflow": "drop", "max_overflow": 0.0,
+        "on_overflow": "drop", "max_truncated": 0.0,
     }  # fmt: skip
-    return encode_rows(Dataset.from_list(rows), tokenizer, **(defaults | options))
+    encoded, report = encode_rows(Dataset.from_list(rows), tokenizer, **(defaults | options))
+    report.check()
+    return encoded, report
 
 
 def ids(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -97,7 +99,7 @@ def test_u04_plain_text_ends_in_one_eos(tokenizer: PreTrainedTokenizerFast, text
 def test_an_empty_text_is_dropped_and_counted(tokenizer: PreTrainedTokenizerFast) -> None:
     encoded, report = encode([{"text": ""}, {"text": "Some words."}], tokenizer)
     assert (len(encoded), report.kept, report.untrained) == (1, 1, 1)
-    assert "1 without a trained token dropped" in report.line("train", "drop")
+    assert "1 without a trained token dropped" in report.line("train")
 
 
 def lengths(tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -107,26 +109,31 @@ def lengths(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 def test_u05_long_rows_are_dropped_whole_and_counted(alpaca: PreTrainedTokenizerFast) -> None:
     before = lengths(alpaca)
     limit = int(statistics.median(before))
-    encoded, report = encode(ROWS, alpaca, max_length=limit, max_overflow=1.0)
+    encoded, report = encode(ROWS, alpaca, max_length=limit, max_truncated=1.0)
     kept = [length for length in before if length <= limit]
     assert [len(row["input_ids"]) for row in encoded] == kept
     assert 0 < len(kept) < len(ROWS)
     assert report == EncodingReport(
-        rows=len(ROWS), kept=len(kept), too_long=len(ROWS) - len(kept), untrained=0, merged_boundaries=0,
-        longest=max(before), median=statistics.median(before), tokens=sum(kept), trained_tokens=sum(kept),
+        where="rows.jsonl", max_length=limit, on_overflow="drop", max_truncated=1.0, eos_token="<|endoftext|>",
+        rows=len(ROWS), kept=len(kept), too_long=len(ROWS) - len(kept), eos_cut_off=0, answers_cut_off=0, untrained=0,
+        without_eos=0, first_without_eos=None, merged_boundaries=0, first_merged=None, longest=max(before),
+        median=statistics.median(before), percentile_95=sorted(before)[37], tokens=sum(kept), trained_tokens=sum(kept),
+        largest_id=max(max(row) for row in encode(ROWS, alpaca)[0]["input_ids"]),
     )  # fmt: skip
-    assert f"{len(ROWS) - len(kept)} longer than max_length dropped" in report.line("train rows", "drop")
+    assert f"{len(ROWS) - len(kept)} longer than max_length dropped" in report.line("train rows")
 
 
 @pytest.mark.parametrize("keep_end", [False, True])
 def test_u05_long_rows_are_truncated_at_the_chosen_end(alpaca: PreTrainedTokenizerFast, keep_end: bool) -> None:
     whole, _ = encode(ROWS, alpaca)
-    cut, report = encode(ROWS, alpaca, max_length=50, max_overflow=1.0, on_overflow="truncate", keep_end=keep_end)
+    cut, report = encode(ROWS, alpaca, max_length=50, max_truncated=1.0, on_overflow="truncate", keep_end=keep_end)
     for row, full in zip(cut, whole, strict=True):
         assert row["input_ids"] == row["labels"]
         assert row["input_ids"] == (full["input_ids"][-50:] if keep_end else full["input_ids"][:50])
     assert (report.kept, report.too_long, report.tokens) == (len(ROWS), len(ROWS), 50 * len(ROWS))
-    assert "truncated, so without EOS" in report.line("train rows", "truncate")
+    assert "40 longer than max_length truncated" in report.line("train rows")
+    assert report.eos_cut_off == (0 if keep_end else len(ROWS))
+    assert ("40 of them trained without their EOS" in report.line("train rows")) == (not keep_end)
 
 
 def test_u05_too_many_long_rows_are_an_error_that_names_the_counts(alpaca: PreTrainedTokenizerFast) -> None:
@@ -137,26 +144,28 @@ def test_u05_too_many_long_rows_are_an_error_that_names_the_counts(alpaca: PreTr
     with pytest.raises(
         UserError, match=rf"{long} of 40 rows are longer than max_length={limit} .*longest {max(before)}"
     ):
-        encode(ROWS, alpaca, max_length=limit, max_overflow=(long - 0.5) / 40)
-    assert encode(ROWS, alpaca, max_length=limit, max_overflow=long / 40)[1].too_long == long
+        encode(ROWS, alpaca, max_length=limit, max_truncated=(long - 0.5) / 40)
+    assert encode(ROWS, alpaca, max_length=limit, max_truncated=long / 40)[1].too_long == long
 
 
 def test_u05_the_share_that_the_error_suggests_is_enough(alpaca: PreTrainedTokenizerFast) -> None:
     limit = sorted(set(lengths(alpaca)))[-2]
-    with pytest.raises(UserError, match="--max_overflow") as raised:
+    with pytest.raises(UserError, match="--max_truncated") as raised:
         encode(ROWS, alpaca, max_length=limit)
-    encode(ROWS, alpaca, max_length=limit, max_overflow=float(str(raised.value).split()[-1]))
+    encode(ROWS, alpaca, max_length=limit, max_truncated=float(str(raised.value).split()[-1]))
 
 
 def test_u05_a_row_whose_answer_is_cut_off_is_dropped_and_counted(alpaca: PreTrainedTokenizerFast) -> None:
     short, long = {"instruction": "a", "output": "b"}, {"instruction": "word " * 30, "output": "b"}
     limit = len(encode([short], alpaca)[0][0]["input_ids"])
     encoded, report = encode(
-        [short, long], alpaca, answers_only=True, max_length=limit, max_overflow=0.5, on_overflow="truncate"
+        [short, long], alpaca, answers_only=True, max_length=limit, max_truncated=0.5, on_overflow="truncate"
     )
-    assert (len(encoded), report.kept, report.too_long, report.untrained) == (1, 1, 1, 1)
+    assert (len(encoded), report.kept, report.too_long, report.answers_cut_off) == (1, 1, 1, 1)
+    assert (report.untrained, report.eos_cut_off) == (0, 0)
+    assert "1 of them without their answer, dropped" in report.line("train rows")
     with pytest.raises(UserError, match="no row is left with a token to train on; raise max_length"):
-        encode([long], alpaca, answers_only=True, max_length=limit, max_overflow=1.0, on_overflow="truncate")
+        encode([long], alpaca, answers_only=True, max_length=limit, max_truncated=1.0, on_overflow="truncate")
 
 
 def test_a_conversation_trains_every_turn_of_the_assistant(alpaca: PreTrainedTokenizerFast) -> None:
@@ -288,8 +297,8 @@ def test_u06_a_prompt_that_merges_with_its_answer_is_counted(alpaca: PreTrainedT
     merging = {"instruction": "It i", "output": "s here."}
     assert len(ids("It is", alpaca)) < len(ids("It i", alpaca)) + len(ids("s", alpaca))
     encoded, report = encode([merging, {"instruction": "a", "output": ". b"}], alpaca, answers_only=True)
-    assert report.merged_boundaries == 1
-    assert "1 whose prompt and answer merge into one token" in report.line("train", "drop")
+    assert (report.merged_boundaries, report.first_merged) == (1, 1)
+    assert "1 whose prompt and answer merge into one token" in report.line("train")
     assert trained(encoded[0], alpaca).endswith("s here.<|endoftext|>")
 
 

@@ -361,6 +361,31 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "DoRA": (lambda path: edit_config(path, use_dora=True), "does not implement use_dora=True"),
     "bad rank": (lambda path: edit_config(path, r="eight"), "r must be a whole number"),
     "bad dropout": (lambda path: edit_config(path, lora_dropout="much"), "lora_dropout must"),
+    "a huge rank": (lambda path: edit_config(path, r=10**30), "r is 1,000,000,.*, more than any layer is wide"),
+    "a true rank": (lambda path: edit_config(path, r=True), "r must be a whole number"),
+    "a huge alpha": (lambda path: edit_config(path, lora_alpha=10**400), "lora_alpha must be a finite number"),
+    "numbered targets": (
+        lambda path: edit_config(path, target_modules=[1, "q_proj"]),
+        "target_modules must be a list",
+    ),
+    "nested modules": (
+        lambda path: edit_config(path, modules_to_save=[["lm_head"]]),
+        "modules_to_save must be a list",
+    ),
+    "a text of ranks": (lambda path: edit_config(path, rank_pattern="q_proj"), "rank_pattern must be a mapping"),
+    "layers by name": (
+        lambda path: edit_config(path, layers_to_transform=["a"]),
+        "layers_to_transform must be a list",
+    ),
+    "a numbered base": (
+        lambda path: edit_config(path, base_model_name_or_path=5),
+        "base_model_name_or_path must be a",
+    ),
+    "a listed mapping": (lambda path: edit_config(path, auto_mapping=[]), "auto_mapping must be a mapping"),
+    "nested too deep": (
+        lambda path: (path / CONFIG).write_text("[" * 9999 + "]" * 9999),
+        "is not a PEFT adapter config",
+    ),
     "no targets": (lambda path: edit_config(path, target_modules=["query"]), "none of query names a module"),
     "no weights": (lambda path: (path / WEIGHTS).unlink(), f"has no {WEIGHTS}; give the folder"),
     "a pickle": (only_a_pickle, "adapter_model.bin is a pickle, which can run code"),
@@ -378,11 +403,22 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a wider base": (of_a_wider_base, r"has shape \(8, 128\), the model needs \(8, 64\)"),
     "another rank": (lambda path: edit_config(path, r=4), r"has shape \(8, .*\), the model needs \(4, "),
+    "whole numbers": (
+        lambda path: edit_tensors(path, lambda tensors: tensors.update({first(tensors): torch.ones(8, 64).int()})),
+        "is of type torch.int32, which no adapter is saved in",
+    ),
     "NaN": (
         lambda path: edit_tensors(path, lambda tensors: tensors[max(tensors)].fill_(float("nan"))),
         "holds values that are not finite; the training that wrote it diverged",
     ),
 }
+
+
+# Said in the words of the config's fields, whether they come from a file or from a program.
+OF_THE_CONFIG = (
+    *("DoRA", "bad rank", "a huge rank", "a true rank", "a huge alpha", "bad dropout", "no targets"),
+    *("numbered targets", "nested modules", "a text of ranks", "layers by name"),
+)
 
 
 @pytest.mark.parametrize("fault", BAD)
@@ -400,7 +436,7 @@ def test_u9_a_bad_folder_is_one_clear_line_and_no_harm(fault: str, tmp_path: Pat
     with pytest.raises(LoRAError, match=match) as caught:
         load_adapter(model, directory)
     assert "\n" not in str(caught.value)
-    assert str(directory) in str(caught.value) or fault in ("DoRA", "bad rank", "bad dropout", "no targets")
+    assert str(directory) in str(caught.value) or fault in OF_THE_CONFIG
     assert_equal_tensors(snapshot(model), before)
     assert requires_grad(model) == needed
     assert all(module.training for module in model.modules())

@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -179,26 +180,21 @@ def test_a_base_that_cannot_be_loaded(tmp_path: Path, model_dirs: dict[str, Path
         load_causal_lm(str(base))
 
 
-def test_a_repository_that_cannot_be_made(
-    base: dict[str, str], monkeypatch: pytest.MonkeyPatch, capfd: Capture
-) -> None:
-    """Its own test: Trainer makes the empty output folder before it asks the Hub."""
-    monkeypatch.setattr(sys, "argv", ["recipes/sft.py", *command(base, {"push_to_hub": "true"})])
-    with pytest.raises(SystemExit) as raised:
-        runpy.run_path(str(ROOT / "recipes" / "sft.py"), run_name="__main__")
-    assert raised.value.code == 2
-    said = capfd.readouterr().err.strip().splitlines()[-1]
-    assert re.search(r"error: push_to_hub: the repository 'out' cannot be had \(.+\); log in .* or leave", said)
+def test_a_repository_that_cannot_be_made(recipe: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "give its Hub id with --hub_base_model" in recipe(push_to_hub="true")
+    base = {"push_to_hub": "true", "hub_base_model": "meta-llama/Llama-2-7b-hf"}
+    assert "hub_always_push: there is one push" in recipe(**base, hub_always_push="true")
+    assert "'a/b/c' is no name of a repository" in recipe(**base, hub_model_id="a/b/c")
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
+    assert "the Hub is switched off (HF_HUB_OFFLINE)" in recipe(**base)
 
 
 def test_an_interrupted_run_says_how_to_go_on(capfd: Capture) -> None:
-    def main() -> None:
-        raise KeyboardInterrupt
-
     with pytest.raises(SystemExit) as raised:
-        errors.run_program(main)
+        errors.run_program(lambda: signal.raise_signal(signal.SIGINT))
     assert raised.value.code == 130
-    assert capfd.readouterr().err == "interrupted; go on with --resume_from_checkpoint true\n"
+    said = capfd.readouterr().err
+    assert re.fullmatch(r"SIGINT: stopped; .* --resume_from_checkpoint true .*\n", said)
 
 
 def test_an_output_dir_below_a_file(recipe: Run, tmp_path: Path) -> None:

@@ -2,13 +2,18 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from plainlora.checkpoints import UNFINISHED, find_problem, list_checkpoints
 from tests.conftest import ROOT
 
 
@@ -27,6 +32,76 @@ def launch(processes: int, batch_size: int, output: Path, model: Path, rows: Pat
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("adapter, model card, loss.png") == 1, "every process printed the summary"
     assert done.stdout.count(" GB free: no gradient checkpointing") == 1, "the processes decide together"
+
+
+def stop(folder: Path, model: Path, rows: Path, *flags: str, send: Callable[[subprocess.Popen[str]], None]) -> str:
+    """Launches a run that would take minutes, sends a signal when it trains, and waits until every process has ended.
+
+    Returns:
+        What was printed after the signal.
+    """
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *flags, "--main_process_port", "0"),
+        *("recipes/sft.py", "--config", "recipes/gpt2-alpaca-gpt4/lora.yaml", "--packing", "false"),
+        *("--model_name_or_path", str(model), "--dataset_name", str(rows), "--output_dir", str(folder)),
+        *("--max_length", "256", "--test_split_size", "8", "--max_steps", "20000", "--save_steps", "10000"),
+        *("--eval_strategy", "no", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1"),
+        *("--report_to", "none", "--logging_steps", "1", "--disable_tqdm", "true", "--use_cpu", "true"),
+        *("--gradient_checkpointing", "false"),
+    ]
+    launcher = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    end = threading.Timer(240, os.killpg, (launcher.pid, signal.SIGKILL))
+    end.start()
+    try:
+        assert launcher.stdout is not None
+        before = []
+        while "'loss'" not in (line := launcher.stdout.readline()):
+            before.append(line)
+            assert line, "".join(before)
+        send(launcher)
+        said = launcher.stdout.read()  # to its end, which every process that prints holds open
+        assert launcher.wait() != 0
+    finally:
+        end.cancel()
+    return said
+
+
+def stopped_at(folder: Path, said: str) -> Path:
+    """The checkpoint that was saved, of the step that the message names."""
+    stopped = re.findall(r"stopped after step (\d+) of 20000; (\S+) is saved; go on with the same command and", said)
+    assert len(stopped) == 1, said
+    step, saved = stopped[0]
+    assert [Path(saved)] == list_checkpoints(folder)
+    assert find_problem(Path(saved)) is None
+    assert json.loads((Path(saved) / "trainer_state.json").read_text())["global_step"] == int(step)
+    assert not (folder / UNFINISHED).exists()
+    return Path(saved)
+
+
+def test_u10_ctrl_c_in_a_terminal_which_reaches_the_launcher_too_saves_and_ends(
+    tmp_path: Path, model_dirs: dict[str, Path], rows_file: Path
+) -> None:
+    """The launcher dies of it at once, which is another signal for the training process."""
+    said = stop(
+        tmp_path / "run", model_dirs["gpt2"], rows_file, "--config_file", "accelerate_configs/single_gpu.yaml",
+        send=lambda launcher: os.killpg(launcher.pid, signal.SIGINT),
+    )  # fmt: skip
+    stopped_at(tmp_path / "run", said)
+
+
+def test_u10_two_processes_whose_launcher_is_told_to_end_stop_at_the_same_step_and_save(
+    tmp_path: Path, model_dirs: dict[str, Path], rows_file: Path
+) -> None:
+    flags = ("--config_file", "accelerate_configs/cpu.yaml", "--num_processes", "2")
+    said = stop(
+        tmp_path / "run", model_dirs["gpt2"], rows_file, *flags,
+        send=lambda launcher: os.kill(launcher.pid, signal.SIGTERM),
+    )  # fmt: skip
+    saved = stopped_at(tmp_path / "run", said)
+    assert sorted(path.name for path in saved.glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
 
 
 def test_two_processes_train_what_one_process_trains_with_twice_the_batch(

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from plainlora import activations, merging
 from plainlora.backends import BACKENDS
+from plainlora.checkpoints import find_problem
 from plainlora.data.prompts import render_prompt
+from plainlora.folders import find_damage, write_manifest
 from tests.conftest import CONFIGS, ROOT, ROWS, random_ids
 from tests.recipes.conftest import RunSFT
 
@@ -33,6 +36,8 @@ def losses(folder: Path) -> list[float]:
 def test_the_hand_written_lora_trains_the_very_adapter_that_peft_trains(run_sft: RunSFT, kind: str) -> None:
     ours = run_sft(kind, "ours", "--lora_backend", "reference")
     theirs = run_sft(kind, "theirs", "--lora_backend", "peft")
+    assert find_damage(ours) is None
+    assert find_damage(theirs) is None
     assert len(losses(ours)) == 6
     assert losses(ours) == losses(theirs)
     assert adapter_bytes(ours) == adapter_bytes(theirs)
@@ -65,15 +70,73 @@ def test_u09_the_second_epoch_of_rows_grouped_by_length_is_the_same_when_resumed
     assert adapter_bytes(resumed) == adapter_bytes(whole)
 
 
-def test_u10_resuming_passes_over_a_broken_newest_checkpoint(run_sft: RunSFT) -> None:
+def test_u10_resuming_passes_over_a_broken_newest_checkpoint_and_says_so(
+    run_sft: RunSFT, capfd: pytest.CaptureFixture[str]
+) -> None:
     whole = run_sft("gpt2", "whole")
-    resumed = whole.parent / "resumed"
-    for step in (3, 6):
-        shutil.copytree(whole / f"checkpoint-{step}", resumed / f"checkpoint-{step}")
-    broken = resumed / "checkpoint-6" / "adapter_model.safetensors"
-    broken.write_bytes(broken.read_bytes()[:100])
-    run_sft("gpt2", "resumed", "--resume_from_checkpoint", "true")
+
+    def resume(name: str, broken: str, damaged: Callable[[bytes], bytes]) -> str:
+        for step in (3, 6):
+            shutil.copytree(whole / f"checkpoint-{step}", whole.parent / name / f"checkpoint-{step}")
+        path = whole.parent / name / "checkpoint-6" / broken
+        path.write_bytes(damaged(path.read_bytes()))
+        capfd.readouterr()
+        resumed = run_sft("gpt2", name, "--resume_from_checkpoint", "true")
+        assert adapter_bytes(resumed) == adapter_bytes(whole)
+        assert find_problem(resumed / "checkpoint-6") is None
+        passed = [line for line in capfd.readouterr().out.splitlines() if "passed over" in line]
+        assert len(passed) == 1
+        return passed[0]
+
+    def with_one_bit_flipped(content: bytes) -> bytes:
+        middle = len(content) // 2
+        return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+    cut = resume("cut", "adapter_model.safetensors", lambda content: content[:100])
+    assert "/checkpoint-6 is passed over: a file is damaged: " in cut
+    flipped = resume("flipped", "optimizer.pt", with_one_bit_flipped)
+    assert flipped.endswith(
+        "checkpoint-6 is passed over: the content of optimizer.pt has changed since it was written"
+    )
+
+
+class Malice:
+    """What an attacker puts into a pickle: loading it makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.marker,)
+
+
+def test_u23_a_checkpoints_pickles_are_never_run(
+    run_sft: RunSFT, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole, marker = run_sft("gpt2", "whole"), tmp_path / "marker"
+    torch.save(Malice(marker), tmp_path / "malice.pt")
+    torch.load(tmp_path / "malice.pt", weights_only=False)
+    assert marker.exists()  # so this is what would happen
+    marker.unlink()
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        checkpoint = shutil.copytree(whole / "checkpoint-3", tmp_path / name / "checkpoint-3")
+        shutil.copy(tmp_path / "malice.pt", checkpoint / name)
+        write_manifest(checkpoint)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run_sft("gpt2", name, "--resume_from_checkpoint", "true")
+        assert stopped.value.code == 2
+        message = capfd.readouterr().err.strip().splitlines()[-1]
+        assert message == (
+            f"error: resume_from_checkpoint: {checkpoint / name} holds more than numbers and text, which could run "
+            "code, and is not loaded; give a checkpoint that this program wrote"
+        )
+        assert not marker.exists()
+    checkpoint = shutil.copytree(whole / "checkpoint-3", tmp_path / "arguments" / "checkpoint-3")
+    shutil.copy(tmp_path / "malice.pt", checkpoint / "training_args.bin")
+    resumed = run_sft("gpt2", "arguments", "--resume_from_checkpoint", "true")
     assert adapter_bytes(resumed) == adapter_bytes(whole)
+    assert not marker.exists()
 
 
 def test_resuming_with_other_settings_is_refused_naming_them(
@@ -149,18 +212,18 @@ def checkpointing(folder: Path) -> list[bool]:
 def test_gradient_checkpointing_is_decided_by_what_fits_and_what_is_said_stays(
     run_sft: RunSFT, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fits = run_sft("llama", "fits", "--max_steps", "1")
+    fits = run_sft("llama", "fits", "--max_steps", "2")
     assert re.search(
         r"(?m)^activations: 0\.\d GB for 2 x 256 tokens, [\d.]+ GB free: no gradient checkpointing$",
         capfd.readouterr().out,
     )
     assert checkpointing(fits) == [False, False]
     for said, expected in (("true", True), ("false", False)):
-        asked = run_sft("llama", said, "--max_steps", "1", "--gradient_checkpointing", said)
+        asked = run_sft("llama", said, "--max_steps", "2", "--gradient_checkpointing", said)
         assert "activations" not in capfd.readouterr().out
         assert checkpointing(asked) == [expected, expected]
     monkeypatch.setattr(activations, "SHARE", 1e-9)
-    scarce = run_sft("llama", "scarce", "--max_steps", "1")
+    scarce = run_sft("llama", "scarce", "--max_steps", "2")
     assert re.search(r"(?m) GB free: gradient checkpointing$", capfd.readouterr().out)
     assert checkpointing(scarce) == [True, True]
     assert adapter_bytes(scarce) == adapter_bytes(fits)
@@ -284,7 +347,7 @@ def test_rows_of_prompt_and_completion_train_the_answers_unless_told_otherwise(
     rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
     def trained(name: str, *flags: str) -> tuple[int, int]:
-        run_sft("gpt2", name, *flags, "--max_steps", "1", config=str(tmp_path / "unset.yaml"))
+        run_sft("gpt2", name, *flags, "--max_steps", "2", config=str(tmp_path / "unset.yaml"))
         found = re.search(r"train rows: .* ([\d,]+) tokens \(([\d,]+) trained", capfd.readouterr().out)
         assert found
         return int(found[1].replace(",", "")), int(found[2].replace(",", ""))
@@ -323,14 +386,14 @@ def test_a_head_in_modules_to_save_is_trained_and_merged_although_it_was_tied(ru
     assert not torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight)
 
 
-def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_checkpoint(
+def test_u12_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_checkpoint(
     run_sft: RunSFT, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
         run_sft("llama", "run", "--learning_rate", "1e30", "--save_steps", "1", "--max_grad_norm", "0")
     assert stopped.value.code == 2
     message = capfd.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith("error: ")
+    assert re.match(r"error: the (loss|gradient norm) of step \d is \S+, on rows ", message), message
     kept = re.search(r"(checkpoint-\d) is kept", message)
     assert kept
     saved = load_file(tmp_path / "run" / kept[1] / "adapter_model.safetensors")
@@ -346,14 +409,14 @@ def test_a_loss_that_is_not_finite_in_another_process_stops_this_one_too(
     gather = Accelerator.gather
 
     def gathered(self: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
-        one_flag = tensor.dtype == torch.int32 and tensor.shape == (1,)
-        return torch.tensor([1, 0]) if one_flag else gather(self, tensor)
+        of_a_step = tensor.dtype == torch.int64 and tensor.shape == (1, 2)  # whether finite, and which signal came
+        return torch.tensor([[1, 0], [0, 0]]) if of_a_step else gather(self, tensor)
 
     monkeypatch.setattr(Accelerator, "gather", gathered)
     with pytest.raises(SystemExit) as stopped:
         run_sft("llama", "run")
     assert stopped.value.code == 2
-    assert "not finite in another process, so training stopped" in capfd.readouterr().err
+    assert "here and not finite in another process, on rows " in capfd.readouterr().err
 
 
 def test_another_runs_folder_is_kept_unless_overwriting_is_asked_for(

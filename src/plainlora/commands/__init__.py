@@ -12,9 +12,12 @@ from plainlora.errors import UserError, one_line_errors
 VERBS = {
     "bench": "measure time and memory beside PEFT with TRL",
     "compare": "show how far the hand-written LoRA is from PEFT",
+    "doctor": "say what would go wrong in training, before a weight is loaded",
     "generate": "answer a prompt with the base and with an adapter, side by side",
     "predict": "classify texts with a trained classifier",
     "merge": "fold an adapter into its base and check the result by reloading it",
+    "push": "publish an adapter or a model on the Hub",
+    "reproduce": "train a finished run again and compare the bytes",
     "sweep": "search for better hyperparameters of a classifier, judged by validation rows",
     "table": "train a classifier by every method under several seeds, and set them side by side",
 }
@@ -38,8 +41,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_texts(parsed: argparse.Namespace) -> None:
+    """What a tokenizer is to read must be text: a terminal hands on any bytes, as halves of surrogate pairs."""
+    for name in ("prompt", "input", "text"):
+        given = getattr(parsed, name, None) or []
+        for text in [given] if isinstance(given, str) else given:
+            if text.encode("utf-8", "ignore").decode() != text:
+                raise UserError(f"--{name} {text!r:.60} is not UTF-8 text")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `plainlora` command."""
     with one_line_errors():
         parsed = build_parser().parse_args(sys.argv[1:] if arguments is None else arguments)
+        _check_texts(parsed)
         import_module(f"plainlora.commands.{parsed.verb}").run(parsed)

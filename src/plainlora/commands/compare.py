@@ -33,9 +33,10 @@ def _cases(arguments: argparse.Namespace, steps: int) -> "Iterator[Case]":
     from plainlora.parity import sources
     from plainlora.parity.case import FORMS
     from plainlora.parity.suite import built_in_cases
+    from plainlora.programs import SFT, find_program
 
     if arguments.config:
-        make = sources.classifier_case if sources.is_classification(arguments.config) else sources.recipe_case
+        make = sources.recipe_case if find_program(arguments.config) is SFT else sources.classifier_case
         yield make(arguments.config, arguments.flags, steps, arguments.lora_backend)
         return
     if arguments.adapter:

@@ -1,9 +1,14 @@
 """`plainlora generate`: one prompt, the base's and the tuned model's answers."""
 
 import argparse
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from plainlora.errors import UserError
+
+if TYPE_CHECKING:
+    from plainlora.adapter_base import Base
 
 
 def _count(text: str) -> int:
@@ -29,12 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"], help="precision of the base"
     )
+    parser.add_argument(
+        "--base_model", metavar="PATH_OR_ID", help="this copy of the base, not the one the adapter names"
+    )
+    parser.add_argument("--allow_other_base", action="store_true", help="go on with other weights of the same shapes")
 
 
 def _refuse_whole_model(folder: Path) -> None:
     """A merged model's folder is easily taken for the adapter's beside it."""
     config = folder / "config.json"
-    whole = config.is_file() or (folder / "merge.json").is_file()
+    whole = config.is_file() or (folder / "certificate.json").is_file()
     if whole and not (folder / "adapter_config.json").is_file():
         if config.is_file() and "ForSequenceClassification" in config.read_text(encoding="utf-8", errors="replace"):
             raise UserError(f"{folder} is a classifier; use plainlora predict --model {folder}")
@@ -44,40 +53,80 @@ def _refuse_whole_model(folder: Path) -> None:
         )
 
 
+def _loss_in_training(adapter: str, base: "Base", questions: dict[str, Any]) -> float:
+    """The loss of the tuned answers on the base as it was stored in training."""
+    from plainlora.adapter_base import load_quantized_base_of
+    from plainlora.certificate import mean_loss
+    from plainlora.lora.load import load_adapter
+    from plainlora.models import to_accelerator
+    from plainlora.reload import ask
+
+    return mean_loss(ask(load_adapter(to_accelerator(load_quantized_base_of(adapter, base)), adapter), questions))
+
+
 def run(arguments: argparse.Namespace) -> None:
-    """Prints every prompt with its answers."""
+    """Prints every prompt with its answers, and what sets the base apart from the one that training saw."""
     _refuse_whole_model(Path(arguments.adapter))
 
     import plainlora.quiet  # noqa: F401
-    from plainlora.adapter_base import class_labels, load_base_of, load_tokenizer_of, training_quantization
+    from plainlora.adapter_base import (
+        class_labels,
+        find_base,
+        load_base_of,
+        load_tokenizer_of,
+        training_quantization,
+    )
     from plainlora.arguments import dtype_of
     from plainlora.backends import BACKENDS
+    from plainlora.certificate import drift, mean_loss
     from plainlora.data.prompts import render_prompt
     from plainlora.generation import generate
     from plainlora.models import to_accelerator
+    from plainlora.probes import answered
+    from plainlora.reload import ask
 
-    if class_labels(arguments.adapter) is not None:
-        raise UserError(f"{arguments.adapter} is a classifier's; use plainlora predict --model {arguments.adapter}")
-    tokenizer = load_tokenizer_of(arguments.adapter)
+    adapter = arguments.adapter
+    if class_labels(adapter) is not None:
+        raise UserError(f"{adapter} is a classifier's; use plainlora predict --model {adapter}")
+    base = find_base(adapter, arguments.base_model, arguments.allow_other_base)
+    tokenizer = load_tokenizer_of(adapter, base)
     prompts = [render_prompt(prompt, tokenizer, arguments.input) for prompt in arguments.prompt]
     if not all(prompts):
         raise UserError("--prompt is empty, and without a template there is nothing to go on from")
-    if arguments.base == "16bit" and training_quantization(arguments.adapter) is not None:
+    on_original = arguments.base == "16bit" and training_quantization(adapter) is not None
+    if on_original:
         print(
             "trained on quantised weights; here the base is the original checkpoint; "
             "for what training saw of it: --base dequantized"
         )
+    warnings = [base.warning] if base.warning else []
     answers: dict[str, list[str]] = {}
     for name in ("reference", "peft") if arguments.with_peft else ("reference",):
         backend = BACKENDS[name]
-        base = load_base_of(arguments.adapter, arguments.base, dtype_of(arguments.dtype))
-        model = backend.load(to_accelerator(base), arguments.adapter)
-        if "base" not in answers:
-            with backend.disabled(model):
-                answers["base"] = generate(model, tokenizer, prompts, arguments.max_new_tokens)
-        label = "tuned" if name == "reference" else "tuned, by PEFT"
-        answers[label] = generate(model, tokenizer, prompts, arguments.max_new_tokens)
+        model = backend.load(
+            to_accelerator(load_base_of(adapter, base, arguments.base, dtype_of(arguments.dtype))), adapter
+        )
+        if name == "peft":
+            answers["tuned, by PEFT"] = generate(model, tokenizer, prompts, arguments.max_new_tokens)
+            continue
+        with backend.disabled(model):
+            answers["base"] = generate(model, tokenizer, prompts, arguments.max_new_tokens)
+        answers["tuned"] = generate(model, tokenizer, prompts, arguments.max_new_tokens)
+        questions = answered(tokenizer, prompts, answers["tuned"])
+        tuned = ask(model, questions)
+        with backend.disabled(model):
+            if drift(ask(model, questions), tuned)[0] == 0:
+                warnings.append(f"the adapter in {adapter} changes no logit of these prompts")
     for number, prompt in enumerate(arguments.prompt):
         print(f"\n{prompt}")
         for label, texts in answers.items():
             print(f"\n[{label}]\n{texts[number]}")
+    if on_original:
+        del model  # before the other base is loaded
+        there = _loss_in_training(adapter, base, questions)
+        print(
+            f"\nloss of the tuned answers, in nats a token: {mean_loss(tuned):.3f} here, {there:.3f} on the quantised "
+            "weights that training saw"
+        )
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """`plainlora merge`: adapter folder -> merged model folder."""
 
 import argparse
+import sys
 
 from plainlora.errors import UserError
 
@@ -22,6 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "float32", "float16", "bfloat16"],
         help="precision of the merged weights; auto is the base checkpoint's",
     )
+    parser.add_argument("--text", metavar="FILE.txt", help="text to take perplexity on (default: the run's test rows)")
+    parser.add_argument(
+        "--base_model", metavar="PATH_OR_ID", help="this copy of the base, not the one the adapter names"
+    )
+    parser.add_argument("--allow_other_base", action="store_true", help="go on with other weights of the same shapes")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
 
 
@@ -37,14 +43,27 @@ def run(arguments: argparse.Namespace) -> None:
 
     import plainlora.quiet  # noqa: F401
     from plainlora.arguments import dtype_of
+    from plainlora.certificate import CERTIFICATE, table
     from plainlora.merging import merge_adapter
 
     result = merge_adapter(
-        arguments.adapter, arguments.output, arguments.base, dtype_of(arguments.dtype), arguments.overwrite
+        arguments.adapter,
+        arguments.output,
+        arguments.base,
+        dtype_of(arguments.dtype),
+        arguments.overwrite,
+        text=arguments.text,
+        base_model=arguments.base_model,
+        allow_other_base=arguments.allow_other_base,
     )
     print(
         f"merged in {str(result.dtype).removeprefix('torch.')} and reloaded: logits differ from the adapter model's "
         f"by at most {result.max_abs_diff:.1e}, {result.relative_diff:.1e} of the largest "
-        f"(allowed: {result.tolerance:.0e})\n"
-        f"{arguments.output} loads with {result.auto_class}.from_pretrained; the figures are in its merge.json"
+        f"(allowed: {result.tolerance:.0e})\n\n{table(result.certificate)}\n"
+    )
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(
+        f"{arguments.output} loads with {result.auto_class}.from_pretrained; the figures and the SHA-256 of every "
+        f"file are in its {CERTIFICATE}"
     )

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from plainlora.data.datasets import check_text_columns, find_local_file, is_local, load_split, no_training_split
 from plainlora.data.labels import Classes, Table, listed
+from plainlora.data.lengths import percentile_95
 from plainlora.errors import UserError
 
 OnEmpty = Literal["drop", "keep", "error"]
@@ -33,6 +34,7 @@ class LabelledSplits:
         dropped_empty: Rows dropped because their text was empty or white space, over all files read.
         kept_empty: Such rows that were kept instead.
         leaked: Test rows whose text, but for white space around it, is also that of a training row.
+        contradicting: Training rows whose text is also that of a training row of another class.
     """
 
     train: Dataset
@@ -42,15 +44,20 @@ class LabelledSplits:
     dropped_empty: int
     kept_empty: int
     leaked: int
+    contradicting: int
+
+    def class_counts(self) -> dict[str, dict[str, int]]:
+        """Rows of each class in each split there is."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        counts = {split: Counter(rows["label"]) for split, rows in splits.items() if rows is not None}
+        return {split: {name: of[at] for at, name in enumerate(self.labels)} for split, of in counts.items()}
 
     def line(self) -> str:
         """The report in one line."""
         parts = []
-        for split, rows in (("train", self.train), ("validation", self.validation), ("test", self.test)):
-            if rows is not None:
-                counts = Counter(rows["label"])
-                classes = [f"{counts[number]:,} {name}" for number, name in enumerate(self.labels)]
-                parts.append(f"{split}: {len(rows):,} rows ({listed(classes)})")
+        for split, counts in self.class_counts().items():
+            classes = [f"{count:,} {name}" for name, count in counts.items()]
+            parts.append(f"{split}: {sum(counts.values()):,} rows ({listed(classes)})")
         for count, what in (
             (self.dropped_empty, "without text dropped"),
             (self.kept_empty, "without text kept"),
@@ -71,6 +78,8 @@ class TextReport:
         longest: Tokens of the longest row.
         median: Median tokens of a row.
         mean: Mean tokens of a row.
+        percentile_95: 95 % of the rows have no more tokens.
+        largest_id: The largest token id in the rows.
     """
 
     rows: int
@@ -78,11 +87,13 @@ class TextReport:
     longest: int
     median: float
     mean: float
+    percentile_95: int
+    largest_id: int
 
     def line(self, title: str) -> str:
         """The report in one line."""
         line = f"{title}: {self.rows:,} rows; tokens: median {self.median:.0f}, mean {self.mean:.1f}"
-        line += f", longest {self.longest:,}"
+        line += f", 95 % up to {self.percentile_95:,}, longest {self.longest:,}"
         return f"{line}; {self.cut:,} cut to max_length" if self.cut else line
 
 
@@ -222,6 +233,14 @@ def _leaked(train: Dataset, test: Dataset) -> int:
     return sum(text.strip() in trained for text in test["text"])
 
 
+def _contradicting(rows: Dataset) -> int:
+    texts = [text.strip() for text in rows["text"]]
+    classes: dict[str, set[int]] = {}
+    for text, label in zip(texts, rows["label"], strict=True):
+        classes.setdefault(text, set()).add(label)
+    return sum(len(classes[text]) > 1 for text in texts)
+
+
 def load_labelled(
     name: str,
     *,
@@ -315,6 +334,7 @@ def load_labelled(
         dropped_empty=empty if on_empty == "drop" else 0,
         kept_empty=empty if on_empty == "keep" else 0,
         leaked=_leaked(parts["train"], parts["test"]) if "test" in parts else 0,
+        contradicting=_contradicting(parts["train"]),
     )
 
 
@@ -365,7 +385,8 @@ def encode_texts(
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         encoded, uncut = tokenize_texts(batch["text"], tokenizer, max_length)
         lengths = [len(ids) for ids in encoded]
-        return {"input_ids": encoded, "labels": batch["label"], "length": lengths, "uncut": uncut}
+        largest = [max(ids) for ids in encoded]
+        return {"input_ids": encoded, "labels": batch["label"], "length": lengths, "uncut": uncut, "largest": largest}
 
     # Not from the cache: its fingerprint does not see a change in this project's code.
     encoded = rows.map(
@@ -384,8 +405,10 @@ def encode_texts(
         longest=max(uncut),
         median=statistics.median(uncut),
         mean=statistics.fmean(uncut),
+        percentile_95=percentile_95(uncut),
+        largest_id=max(encoded["largest"]),
     )
-    return encoded.remove_columns("uncut"), report
+    return encoded.remove_columns(["uncut", "largest"]), report
 
 
 def _token_for_nothing(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import math
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -15,11 +16,15 @@ from typing import Any, cast
 import datasets
 from datasets import Dataset
 from datasets.table import InMemoryTable
-from pyarrow import BufferReader, parquet  # type: ignore[import-untyped]
+from pyarrow import BufferReader, Table, parquet  # type: ignore[import-untyped]
 
 from plainlora.errors import UserError
 
 KINDS = ("json", "jsonl", "csv", "tsv", "parquet")
+
+# What a packed file may unpack to: text shrinks to a third or a tenth, a bomb to a thousandth.
+PARQUET_ROWS = 4096  # read at a time
+MOST_UNPACKED, MOST_RATIO = 1 << 28, 100  # bytes that are always allowed; beyond them, times the file's size
 
 
 def _suffix(path: Path) -> str:
@@ -29,7 +34,7 @@ def _suffix(path: Path) -> str:
 
 def is_local(name: str) -> bool:
     """Whether a dataset or model name means this disk: it exists, or is written as a path, not as a Hub id."""
-    return Path(name).exists() or name.startswith(("/", ".", "~")) or _suffix(Path(name)) in KINDS
+    return os.path.exists(name) or name.startswith(("/", ".", "~")) or _suffix(Path(name)) in KINDS
 
 
 def find_local_file(name: str, split: str) -> Path | None:
@@ -38,15 +43,15 @@ def find_local_file(name: str, split: str) -> Path | None:
     Raises:
         UserError: There is no such path, or its kind is not one that can be read.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
         found = sorted(file for file in path.iterdir() if file.name.split(".")[0] == split and _suffix(file) in KINDS)
         if len(found) > 1:
             raise UserError(
                 f"{path} holds several files for {split}: {', '.join(file.name for file in found)}; keep one"
             )
         return found[0] if found else None
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"there is no file {name}; give a Hub id, a folder, or a {', '.join(KINDS)} file")
     if _suffix(path) not in KINDS:
         raise UserError(f"{path} is of no kind that can be read: {', '.join(KINDS)}, each also as .gz")
@@ -57,12 +62,25 @@ def _read_bytes(path: Path) -> bytes:
     try:
         content = path.read_bytes()
         if path.suffix.lower() == ".gz":
-            content = gzip.decompress(content)
+            content = _unpack(content, path)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not content.strip():
         raise UserError(f"{path} is empty")
     return content
+
+
+def _unpack(content: bytes, path: Path) -> bytes:
+    most = max(MOST_UNPACKED, MOST_RATIO * len(content))
+    with gzip.open(io.BytesIO(content)) as stream:
+        unpacked = stream.read(most + 1)
+    if len(unpacked) > most:
+        raise UserError(_bomb(path, len(content), most))
+    return unpacked
+
+
+def _bomb(path: Path, packed: int, most: int) -> str:
+    return f"{path} has {packed:,} bytes and unpacks to more than {most:,}; unpack it yourself if that is right"
 
 
 def _read_text(path: Path) -> str:
@@ -92,6 +110,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path} line {first + error.lineno - 1}: malformed JSON ({error.msg})") from error
     except RecursionError as error:
         raise UserError(f"{path} line {first}: malformed JSON (too deeply nested)") from error
+    except ValueError as error:  # a number of more than 4,300 digits
+        raise UserError(f"{path} line {first}: malformed JSON ({error})") from error
 
 
 def _read_json(path: Path) -> Dataset:
@@ -160,9 +180,22 @@ def _read_csv(path: Path, columns: list[str] | None = None) -> Dataset:
 
 
 def _read_parquet(path: Path) -> Dataset:
+    content = _read_bytes(path)
+    most = max(MOST_UNPACKED, MOST_RATIO * len(content))
     try:
-        return Dataset(InMemoryTable(parquet.read_table(BufferReader(_read_bytes(path)))))
-    except (OSError, ValueError) as error:
+        file = parquet.ParquetFile(BufferReader(content))
+        batches, unpacked = [], 0
+        for batch in file.iter_batches(PARQUET_ROWS):  # and not at once: a few bytes can stand for any number of rows
+            batches.append(batch)
+            unpacked += batch.nbytes + batch.num_rows  # nulls take no bytes
+            if unpacked > most:
+                raise UserError(_bomb(path, len(content), most))
+        table = Table.from_batches(batches, file.schema_arrow)
+        table.validate(full=True)  # text that is not UTF-8, offsets that lead elsewhere
+        return Dataset(InMemoryTable(table))
+    except UserError:
+        raise
+    except Exception as error:  # of any kind: Arrow's own, and those of the types that a damaged schema names
         raise UserError(f"{path} cannot be read as parquet: {error}") from error
 
 
@@ -212,7 +245,7 @@ def load_split(name: str, split: str, config: str | None = None, columns: list[s
                 f"{first if first.isdecimal() else 'N'}"
             )
         file = find_local_file(name, split)
-        if file is None or (Path(name).expanduser().is_file() and split != "train"):
+        if file is None or (os.path.isfile(os.path.expanduser(name)) and split != "train"):
             return None
         rows = read_file(file, columns)
     elif columns is not None:
@@ -250,7 +283,7 @@ def check_text_columns(rows: Dataset, columns: list[str], where: str, optional: 
 
 def no_training_split(name: str, split: str) -> UserError:
     """The error to raise where `load_split` found no training rows: what there is instead."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_file():
         return UserError(f"{name} is the split 'train', not {split!r}; leave dataset_train_split out")
     found = ", ".join(sorted(file.name for file in folder.iterdir())) if folder.is_dir() else ""

@@ -9,10 +9,12 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from plainlora.errors import UserError
+from plainlora.time_limit import time_limit
 
 Message = dict[str, str]
 
 TEMPLATES = Path(__file__).parent / "templates"
+RENDER_SECONDS = 10.0  # a conversation takes less than a thousandth of it
 INPUT_MARK = "\n\n### Input:\n"  # the Alpaca template looks for it; see templates/alpaca.jinja
 
 
@@ -79,7 +81,8 @@ def render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, for_gene
     if tokenizer.chat_template is None:
         raise UserError("the tokenizer has no chat template: set prompt_template to alpaca, llama2 or a .jinja file")
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_generation))
+        with time_limit(RENDER_SECONDS):
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_generation))
     except Exception as error:  # Jinja's own errors and whatever the template raises
         raise UserError(f"the chat template cannot render {messages[0]['role']!r} first: {error}") from error
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 
 from peft import LoraConfig
@@ -18,6 +19,72 @@ BOOKKEEPING_FIELDS = {
     *("runtime_config", "megatron_core"),
 }
 
+MOST_RANK = 2**20
+LARGEST = 10**38  # of fp32; a whole number may be larger than any float
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, (list, set, tuple)) and all(isinstance(name, str) for name in value)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < LARGEST and math.isfinite(value)
+
+
+def _is_pattern(value: object) -> bool:
+    """Module names to whole numbers; each number is checked with the one it replaces."""
+    return isinstance(value, dict) and all(isinstance(name, str) for name in value)
+
+
+def _is_layers(value: object) -> bool:
+    return _is_whole(value) or (isinstance(value, (list, tuple)) and all(map(_is_whole, value)))
+
+
+def _is_name_or_names(value: object) -> bool:
+    return isinstance(value, str) or _is_names(value)
+
+
+# PEFT takes whatever a file says, and stumbles over it later.
+TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
+    "target_modules": (_is_name_or_names, "a list of names, or one pattern"),
+    "exclude_modules": (_is_name_or_names, "a list of names, or one pattern"),
+    "layers_pattern": (_is_name_or_names, "a list of names, or one"),
+    "modules_to_save": (_is_names, "a list of names"),
+    "layers_to_transform": (_is_layers, "a list of whole numbers, or one"),
+    "rank_pattern": (_is_pattern, "a mapping of names to whole numbers"),
+    "alpha_pattern": (_is_pattern, "a mapping of names to numbers"),
+}
+
+
+def _check_types(config: LoraConfig) -> None:
+    for name, (is_right, expected) in TYPES.items():
+        value = getattr(config, name)
+        if value is not None and not is_right(value):
+            raise LoRAError(f"{name} must be {expected}, not {value!r:.100}")
+    for name in ("use_rslora", "fan_in_fan_out"):
+        if not isinstance(getattr(config, name), bool):
+            raise LoRAError(f"{name} must be true or false, not {getattr(config, name)!r:.100}")
+
+
+def _check_numbers(config: LoraConfig) -> None:
+    ranks = {"r": config.r} | {f"rank_pattern[{key!r}]": rank for key, rank in (config.rank_pattern or {}).items()}
+    for name, rank in ranks.items():
+        if not _is_whole(rank) or rank < 1:
+            raise LoRAError(f"{name} must be a whole number of at least 1, not {rank!r:.100}")
+        if rank > MOST_RANK:
+            raise LoRAError(f"{name} is {rank:,}, more than any layer is wide; lower it")
+    alphas = {"lora_alpha": config.lora_alpha}
+    alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in (config.alpha_pattern or {}).items()}
+    for name, alpha in alphas.items():
+        if not _is_number(alpha):
+            raise LoRAError(f"{name} must be a finite number, not {alpha!r:.100}")
+    if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
+        raise LoRAError(f"lora_dropout must lie in [0, 1), not {config.lora_dropout!r:.100}")
+
 
 def _check_patterns_compile(config: LoraConfig) -> None:
     """Every text that is matched as a regular expression must be one."""
@@ -28,7 +95,7 @@ def _check_patterns_compile(config: LoraConfig) -> None:
     for name, pattern in patterns:
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise LoRAError(f"{name}: {pattern!r} is not a regular expression ({error})") from error
 
 
@@ -48,17 +115,8 @@ def check_supported(config: LoraConfig) -> None:
         unsupported.append(f"init_lora_weights={config.init_lora_weights!r}")
     if unsupported:
         raise LoRAError(f"this LoRA does not implement {', '.join(unsupported)}; leave it out, or use PEFT's back end")
-    ranks = {"r": config.r} | {f"rank_pattern[{key!r}]": rank for key, rank in (config.rank_pattern or {}).items()}
-    for name, rank in ranks.items():
-        if not isinstance(rank, int) or rank < 1:
-            raise LoRAError(f"{name} must be a whole number of at least 1, not {rank!r}")
-    alphas = {"lora_alpha": config.lora_alpha}
-    alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in (config.alpha_pattern or {}).items()}
-    for name, alpha in alphas.items():
-        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-            raise LoRAError(f"{name} must be a finite number, not {alpha!r}")
-    if not isinstance(config.lora_dropout, (int, float)) or not 0 <= config.lora_dropout < 1:
-        raise LoRAError(f"lora_dropout must lie in [0, 1), not {config.lora_dropout!r}")
+    _check_types(config)
+    _check_numbers(config)
     _check_patterns_compile(config)
     if config.bias not in ("none", "all", "lora_only"):
         raise LoRAError(f"bias must be none, all or lora_only, not {config.bias!r}")

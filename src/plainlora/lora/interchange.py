@@ -17,6 +17,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import nn
 
+from plainlora.lora.containment import find_escape
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.record import injection, lora_layers, saved_modules
 from plainlora.lora.storage import is_finite
@@ -24,6 +25,8 @@ from plainlora.lora.targets import head_parameters
 
 PREFIX = "base_model.model."
 LORA_WEIGHTS = (".lora_A.weight", ".lora_B.weight")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+TEXTS = ("base_model_name_or_path", "revision", "task_type")  # fields of a config that are names
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -115,13 +118,21 @@ def read_config(directory: str | os.PathLike[str]) -> LoraConfig:
             raise LoRAError(f"{directory} is a whole model, not an adapter: it has no {CONFIG_NAME}")
         where = "has no" if path.parent.is_dir() else "does not exist, so it has no"
         raise LoRAError(f"{directory} {where} {CONFIG_NAME}; give the folder that training wrote")
+    if escape := find_escape(directory):
+        raise LoRAError(f"{directory} is not read: {escape}; put the files themselves into the folder")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         config = PeftConfig.from_pretrained(str(directory))
-    except (ValueError, TypeError, KeyError, OSError, AttributeError) as error:
+    except Exception as error:  # of any kind: PEFT hands what the file says to its own classes
         raise LoRAError(f"{path} is not a PEFT adapter config ({error}); save the adapter again") from error
     if not isinstance(content, dict) or not isinstance(config, LoraConfig):
         raise LoRAError(f"{path} is not a LoRA config; this package reads LoRA adapters only")
+    for name in TEXTS:
+        value = getattr(config, name)
+        if value is not None and (not isinstance(value, str) or "\0" in value):
+            raise LoRAError(f"{path}: {name} must be a text, not {value!r:.60}; save the adapter again")
+    if not isinstance(config.auto_mapping, dict | None):
+        raise LoRAError(f"{path}: auto_mapping must be a mapping, not {config.auto_mapping!r:.60}")
     return config
 
 
@@ -217,6 +228,8 @@ def load_adapter_weights(model: nn.Module, directory: str | os.PathLike[str]) ->
                 f"{path}: {name} has shape {tuple(tensor.shape)}, the model needs {tuple(own[name].shape)}; "
                 "the adapter was trained on another base model or rank"
             )
+        if tensor.dtype not in FLOATS:
+            raise LoRAError(f"{path}: {name} is of type {tensor.dtype}, which no adapter is saved in")
         if not is_finite(tensor):
             raise LoRAError(f"{path}: {name} holds values that are not finite; the training that wrote it diverged")
     for name, layer in lora_layers(model):

@@ -118,7 +118,7 @@ class HandWritten(Side):
         settings = cast(SFTConfig, _arguments(case, output_dir))
         rows = case.rows
         if not _is_tokenised(rows):
-            rows, _ = encode_rows(
+            rows, report = encode_rows(
                 rows,
                 case.tokenizer,
                 where="rows",
@@ -126,8 +126,9 @@ class HandWritten(Side):
                 answers_only=bool(settings.completion_only_loss),
                 max_length=settings.max_length,
                 on_overflow="drop",
-                max_overflow=0.0,
+                max_truncated=0.0,
             )
+            report.check()
         return AdapterTrainer(
             model,
             self.backend,

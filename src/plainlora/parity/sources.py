@@ -1,7 +1,6 @@
 """Cases of the user's own: a recipe of either program, a trained adapter, or any model."""
 
 import copy
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -16,7 +15,13 @@ from transformers import (
 )
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
-from plainlora.adapter_base import class_labels, load_quantized_base_of, load_tokenizer_of, training_quantization
+from plainlora.adapter_base import (
+    class_labels,
+    find_base,
+    load_quantized_base_of,
+    load_tokenizer_of,
+    training_quantization,
+)
 from plainlora.arguments import ClassifyArguments, ClassifyConfig, SFTArguments
 from plainlora.backends import build_lora_config
 from plainlora.checks import check_classify, check_sft
@@ -41,7 +46,7 @@ from plainlora.models import (
 from plainlora.parity.case import FORMS, Case, seed_everything
 from plainlora.parity.suite import training_arguments
 from plainlora.parity.tiny import byte_tokenizer, model_class, random_batch
-from plainlora.parsing import StrictParser, read_yaml
+from plainlora.parsing import StrictParser
 from plainlora.preparation import prepare_texts
 from plainlora.training import ArgumentsT
 
@@ -199,12 +204,6 @@ def classifier_case(config: str, flags: list[str], steps: int, lora_backend: str
     )
 
 
-def is_classification(config: str) -> bool:
-    """Whether a recipe is one of `recipes/classify.py`: it names an option that only that program has."""
-    own, other = ({field.name for field in fields(kind)} for kind in (ClassifyArguments, SFTArguments))
-    return bool((own - other) & read_yaml(config).keys())
-
-
 def adapter_case(adapter: str, prompt: str | None) -> Case:
     """A trained adapter, loaded into both sides, on a base stored as it was in training.
 
@@ -215,7 +214,8 @@ def adapter_case(adapter: str, prompt: str | None) -> Case:
     config = read_config(adapter)
     saved_shapes(adapter)  # unreadable tensors are refused here: a level would say that it did not run
     quantization = training_quantization(adapter)
-    tokenizer = load_tokenizer_of(adapter)
+    base = find_base(adapter, allow_other_base=True)  # both sides stand on the same one, whichever it is
+    tokenizer = load_tokenizer_of(adapter, base)
     classifies = class_labels(adapter) is not None
     ids = _prompt_ids(prompt or "Name three primary colours.", tokenizer)
     batch = _as_batch(ids) | ({"labels": torch.zeros(1, dtype=torch.long)} if classifies else {})
@@ -223,10 +223,10 @@ def adapter_case(adapter: str, prompt: str | None) -> Case:
 
     def make_base() -> PreTrainedModel:
         seed_everything(0)
-        return load_quantized_base_of(adapter).eval()
+        return load_quantized_base_of(adapter, base).eval()
 
     return Case(
-        name=adapter + stored,
+        name=adapter + stored + (", on another base" if base.warning else ""),
         make_base=make_base,
         config=config,
         adapter=adapter,

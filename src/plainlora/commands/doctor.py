@@ -1,0 +1,32 @@
+"""`plainlora doctor`: what would go wrong in training, said before a weight is loaded."""
+
+import argparse
+import os
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags."""
+    parser.add_argument("--config", required=True, metavar="YAML", help="a recipe; more of its flags after --")
+    parser.add_argument("--json", action="store_true", help="write JSON, for a program to read")
+    parser.add_argument("--color", action="store_true", help="colours even where the output is no terminal")
+    parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="as for the recipe's program")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Examines and shows; exit code 1 if training would not start."""
+    import plainlora.quiet  # noqa: F401, I001
+    import json
+
+    from plainlora.doctor.examine import examine
+    from plainlora.doctor.report import to_dict, to_text
+    from plainlora.progress import show_progress
+
+    diagnosis = examine(arguments.config, arguments.flags, show_progress)
+    show_progress("")
+    if arguments.json:
+        print(json.dumps(to_dict(diagnosis), indent=2, default=str, ensure_ascii=False))
+    else:
+        print(to_text(diagnosis, arguments.color or (sys.stdout.isatty() and "NO_COLOR" not in os.environ)))
+    if diagnosis.examination.at("error"):
+        raise SystemExit(1)

@@ -1,0 +1,28 @@
+"""`plainlora push`: adapter or model folder -> repository on the Hub."""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags."""
+    folder = parser.add_mutually_exclusive_group(required=True)
+    folder.add_argument("--adapter", help="folder that training wrote")
+    folder.add_argument("--model", dest="adapter", help="the same for a whole or merged model")
+    parser.add_argument("--repo", required=True, help="USER/NAME on the Hub; made if it is not there")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--base_model", help="Hub id of the base, if the folder names none or a local folder")
+    parser.add_argument("--base_revision", help="branch, tag or commit of an adapter's base")
+    parser.add_argument("--revision", help="branch to push to, made if it is missing; the main one if left out")
+    parser.add_argument("--commit_message", default="Upload with PlainLoRA", help="message of the one commit")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Checks everything that can be checked here, logs in, pushes, and says where it is."""
+    import plainlora.quiet  # noqa: F401
+    from plainlora.hub import open_repository
+    from plainlora.publication import collect_publication
+    from plainlora.pushing import push
+
+    publication = collect_publication(arguments.adapter, arguments.base_model, arguments.base_revision)
+    repository = open_repository(arguments.repo, private=arguments.private, revision=arguments.revision)
+    print(push(publication, repository, arguments.commit_message))

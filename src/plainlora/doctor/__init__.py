@@ -1,0 +1,1 @@
+"""What would go wrong in training, said before a weight is loaded."""

@@ -1,0 +1,60 @@
+"""A whole recipe, examined past every error. No weight is loaded."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from plainlora.checkpoints import check_inputs_apart, claim_output_dir
+from plainlora.doctor.classifier import examine_classifier
+from plainlora.doctor.diagnosis import Diagnosis
+from plainlora.doctor.finding import Examination
+from plainlora.doctor.language import examine_language_model
+from plainlora.doctor.settings import list_settings, read_settings
+from plainlora.errors import UserError
+from plainlora.programs import SFT, find_program
+from plainlora.pushing import check_push
+from plainlora.training import check_schedule, resume_path
+
+
+def examine(config: str, flags: Sequence[str], say: Callable[[str], None]) -> Diagnosis:
+    """Examines a recipe as its program would, past every error.
+
+    Args:
+        config: The recipe's YAML.
+        flags: More of its flags.
+        say: Told what is being done.
+
+    Raises:
+        UserError: The file is no YAML mapping, so that there is nothing to examine.
+    """
+    program = find_program(config, flags)
+    found = Diagnosis(config, program.name)
+    parts, origins = read_settings(program, config, flags, found.examination)
+    _examine_folder(parts, found.examination)
+    examine_parts = examine_language_model if program is SFT else examine_classifier
+    decided = examine_parts(found, cast(Any, parts), say)
+    found.settings = list_settings(parts, origins, decided)
+    return found
+
+
+def _examine_folder(parts: tuple[Any, ...], examination: Examination) -> None:
+    """Whether the run may start there, with this schedule, from this checkpoint."""
+    recipe, script, training, model = parts
+    inputs = {
+        "base model": model.model_name_or_path,
+        "dataset": script.dataset_name,
+        "test dataset": recipe.eval_dataset_name,
+        "validation dataset": getattr(recipe, "validation_dataset_name", None),
+    }
+    examination.ask("settings", "output folder", check_inputs_apart, training.output_dir, inputs)
+    passed_over: list[str] = []
+    checkpoint = examination.ask("settings", "resuming", resume_path, training, passed_over.append)
+    for said in passed_over:
+        examination.add("note", "settings", "resuming", said)
+    try:
+        claim_output_dir(training.output_dir, recipe.overwrite, resume=checkpoint)
+    except UserError as error:  # of a recipe that has been run, this is to be expected
+        examination.add("warning", "settings", "output folder", f"training would not start: {error}")
+    examination.ask("settings", "schedule", check_schedule, training)
+    examination.ask(
+        "settings", "publishing", check_push, training, str(model.model_name_or_path), recipe.hub_base_model
+    )

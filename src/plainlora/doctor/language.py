@@ -1,0 +1,138 @@
+"""A recipe of `recipes/sft.py`: its base, rows, tokenizer and adapter."""
+
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from trl import ModelConfig, ScriptArguments
+
+from plainlora.arguments import SFTArguments, SFTRecipeConfig
+from plainlora.backends import BACKENDS, build_lora_config
+from plainlora.data.prompts import install_template
+from plainlora.doctor.base import examine_base
+from plainlora.doctor.diagnosis import Diagnosis
+from plainlora.doctor.finding import Examination
+from plainlora.doctor.layers import build_decoder, examine_layers
+from plainlora.doctor.precision import list_precisions
+from plainlora.doctor.resources import examine_resources
+from plainlora.doctor.rows import examine_rows
+from plainlora.doctor.sample import split_sample
+from plainlora.footprint import Footprint, estimate
+from plainlora.models import check_vocabulary, load_tokenizer
+from plainlora.preparation import PreparedRows, prepare_rows, read_rows
+
+Parts = tuple[SFTArguments, ScriptArguments, SFTRecipeConfig, ModelConfig]
+
+
+def examine_language_model(found: Diagnosis, parts: Parts, say: Callable[[str], None]) -> dict[str, tuple[Any, str]]:
+    """Fills the diagnosis; returns what each setting that was left open will be, and why.
+
+    Args:
+        found: With the settings examined.
+        parts: The program's dataclasses.
+        say: Told what is being done.
+    """
+    recipe, script, training, model = parts
+    examination, trust = found.examination, training.trust_remote_code
+    config = examine_base(recipe, model, training.max_length, examination, trust)
+    found.precisions = list_precisions(training, model, config, recipe.adapter_dtype)
+    tokenizer, rows = _examine_tokenizer(parts, config, examination), None
+    if script.dataset_name:
+        say("reading rows")
+        if tokenizer is None:
+            _say_rows(examination.ask("rows", "there", read_rows, recipe, script, training), examination)
+        else:
+            rows = examination.ask("rows", "there", prepare_rows, recipe, script, training, tokenizer, lambda _: None)
+    if rows is not None and tokenizer is not None:
+        found.reports = rows.reports
+        examination.findings += examine_rows(rows, tokenizer, config).findings
+        if len(rows.train):
+            found.sample = split_sample(rows.train[0]["input_ids"], rows.train[0]["labels"], tokenizer)
+    lora = examination.ask("adapter", "config", build_lora_config, model, recipe)
+    targets: list[str] = []
+    if config is not None and lora is not None:
+        say("laying out the model")
+        targets = examine_layers(build_decoder(config, trust), lora, examination)
+    if config is not None and lora is not None and targets and rows is not None and rows.reports["train"].kept:
+        say("counting memory")
+        report = rows.reports["train"]
+        found.footprint = examination.ask(
+            "resources",
+            "estimate",
+            estimate,
+            config,
+            lora,
+            training,
+            model,
+            longest=training.max_length if training.packing and training.max_length else _longest(rows.train),
+            rows=report.kept,
+            tokens=report.tokens,
+            trained_tokens=report.trained_tokens,
+            backend=BACKENDS[recipe.lora_backend],
+            adapter_dtype=recipe.adapter_dtype,
+            base_dropout=recipe.base_dropout,
+            merge=recipe.merge,
+            tokenizer=tokenizer,
+        )
+    if found.footprint is not None:
+        examine_resources(found.footprint, examination)
+    examination.add("ok", "evaluation", "memory", "an evaluation keeps the loss alone, no logits are gathered")
+    return _decided(parts, targets, rows, found.footprint)
+
+
+def _examine_tokenizer(
+    parts: Parts, config: PretrainedConfig | None, examination: Examination
+) -> PreTrainedTokenizerBase | None:
+    recipe, _, training, model = parts
+    if not model.model_name_or_path:
+        return None
+    tokenizer = examination.ask(
+        "tokenizer",
+        "there",
+        load_tokenizer,
+        model.model_name_or_path,
+        model.model_revision,
+        eos_token=training.eos_token,
+        pad_token=training.pad_token,
+        trust_remote_code=training.trust_remote_code,
+    )
+    if tokenizer is not None:
+        if config is not None:
+            examination.ask("tokenizer", "vocabulary", check_vocabulary, tokenizer, config)
+        template = recipe.prompt_template or training.chat_template_path
+        examination.ask("tokenizer", "template", install_template, tokenizer, template)
+    return tokenizer
+
+
+def _say_rows(read: tuple[Dataset, Dataset | None] | None, examination: Examination) -> None:
+    """What can be said of rows that no tokenizer is there for."""
+    if read is not None:
+        train, test = read
+        said = f"{len(train):,} to train on and {len(test) if test is not None else 0:,} to test on were read"
+        examination.add("note", "rows", "there", f"{said}, but not tokenised: there is no tokenizer")
+
+
+def _longest(rows: Dataset) -> int:
+    return max(map(len, rows["input_ids"]))
+
+
+def _decided(
+    parts: Parts, targets: list[str], rows: PreparedRows | None, footprint: Footprint | None
+) -> dict[str, tuple[Any, str]]:
+    """What each setting that was left open will be, and why."""
+    recipe, _, training, model = parts
+    decided: dict[str, tuple[Any, str]] = {}
+    if recipe.prompt_template is None:
+        template = training.chat_template_path or "the tokenizer's own"
+        unused = rows is not None and not rows.rendered
+        decided["prompt_template"] = ("none" if unused else template, "plain texts" if unused else "left open")
+    if training.gradient_checkpointing is None:
+        decided["gradient_checkpointing"] = ("only if a step would not fit", "counted at the start")
+        if footprint is not None:
+            decided["gradient_checkpointing"] = (footprint.checkpointing, "by what fits; counted again at the start")
+    if training.completion_only_loss is None and rows is not None:
+        decided["completion_only_loss"] = (rows.answers_only, "by the rows' columns")
+    if model.lora_target_modules is None and targets:
+        decided["lora_target_modules"] = (targets, "PEFT's choice for this architecture")
+    return decided

@@ -1,0 +1,51 @@
+"""Which layers LoRA would sit on, found on the base's architecture without its weights."""
+
+from collections import Counter
+
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from plainlora.backends import BACKENDS, attach_adapter, count_parameters
+from plainlora.doctor.finding import Examination
+from plainlora.lora.record import lora_layers
+
+
+def build_decoder(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel | None:
+    """The language model that a config describes, without weights (`meta` device); `None` if it cannot be built so."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception:  # a model's own code, or an architecture that no Auto class knows: loading says why
+        return None
+
+
+def examine_layers(skeleton: PreTrainedModel | None, lora: LoraConfig, examination: Examination) -> list[str]:
+    """Whether every name of the adapter's config matches, and what is trained.
+
+    Args:
+        skeleton: The base without weights. It carries the adapter afterwards.
+        lora: The adapter.
+        examination: Told what was found.
+
+    Returns:
+        The names of the layers that are adapted, each once; none if they cannot be.
+    """
+    if skeleton is None:
+        said = (
+            "the architecture could not be laid out without its weights, so its layers are checked when it is loaded"
+        )
+        examination.add("note", "adapter", "layers", said)
+        return []
+    with torch.device("meta"):
+        adapted = examination.ask("adapter", "layers", attach_adapter, skeleton, lora, BACKENDS["reference"])
+    if adapted is None:
+        return []
+    names = Counter(name.rpartition(".")[2] for name, _ in lora_layers(adapted))
+    trainable, total = count_parameters(adapted)
+    counts = ", ".join(f"{count} {name}" for name, count in names.items())
+    said = f"LoRA on {sum(names.values())} layers ({counts}): {trainable:,} of {total:,} parameters are trained"
+    examination.add(
+        "ok", "adapter", "layers", said, layers=dict(names), trainable_params=trainable, total_params=total
+    )
+    return list(names)

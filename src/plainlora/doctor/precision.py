@@ -1,0 +1,46 @@
+"""In which number format what is stored and computed. Half the trouble with half precision is not knowing."""
+
+from transformers import PretrainedConfig, TrainingArguments
+from trl import ModelConfig
+
+
+def list_precisions(
+    training: TrainingArguments, model: ModelConfig, config: PretrainedConfig | None, adapter_dtype: str | None
+) -> dict[str, str]:
+    """The formats of base, computation, trained weights and optimizer state, in words.
+
+    Args:
+        training: Mixed precision and the optimizer.
+        model: How the base is stored.
+        config: The base's, which says what `dtype: auto` is; `None` if it could not be had.
+        adapter_dtype: Of the adapter; `None` where the base's own weights are trained.
+    """
+    stored = model.dtype
+    if stored in (None, "auto"):
+        own = getattr(config, "dtype", None)
+        stored = str(own).removeprefix("torch.") if own is not None else "float32"
+    base = str(stored)
+    if model.load_in_4bit:
+        nested = ", its scales quantised too" if model.use_bnb_nested_quant else ""
+        base = f"4-bit {model.bnb_4bit_quant_type.upper()}{nested}; what is not quantised in {stored}"
+    elif model.load_in_8bit:
+        base = f"8-bit; what is not quantised in {stored}"
+    compute = str(stored)
+    if training.bf16:
+        compute = "bfloat16, by autocast"
+    elif training.fp16:
+        compute = "float16, by autocast with loss scaling"
+    trained = adapter_dtype or str(stored)
+    name = str(getattr(training.optim, "value", training.optim))
+    state = "8-bit" if "8bit" in name else "float32" if "32bit" in name else f"{trained}, as what is trained"
+    return {
+        "base": base,
+        "compute": compute,
+        "adapter" if adapter_dtype else "trained weights": trained,
+        "optimizer state": f"{state} ({name})",
+    }
+
+
+def precision_line(precisions: dict[str, str]) -> str:
+    """The same in one line."""
+    return "number formats: " + ", ".join(f"{what} {stored}" for what, stored in precisions.items())

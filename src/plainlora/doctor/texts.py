@@ -1,0 +1,72 @@
+"""Whether labelled texts may be trained on, from what became of them on the way to tokens and classes."""
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from plainlora.doctor.finding import Examination
+from plainlora.doctor.tokens import examine_ids, examine_saving
+from plainlora.preparation import PreparedTexts
+
+MOSTLY_CUT = 0.5  # share of the texts above which their endings are what is missed
+RARE = 0.1  # share of the largest class below which accuracy says little
+
+
+def examine_texts(
+    texts: PreparedTexts, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None
+) -> Examination:
+    """Every check of a classifier's texts and of the tokenizer.
+
+    Args:
+        texts: As they go to the trainer.
+        tokenizer: The base's.
+        config: The base's; `None` if it could not be had.
+    """
+    examination = Examination()
+    if texts.missing:
+        examination.add("error", "validation rows", "there", texts.missing)
+    for split, report in texts.reports.items():
+        share, longest = report.cut / report.rows, f"the longest has {report.longest:,} tokens"
+        level = "warning" if share > MOSTLY_CUT else "note" if report.cut else "ok"
+        said = (
+            f"{report.cut:,} ({share:.1%}) are cut to max_length; {longest}"
+            if report.cut
+            else f"none is cut; {longest}"
+        )
+        examination.add(level, f"{split} rows", "truncated", said, cut=report.cut, share=share)  # type: ignore[arg-type]
+        examine_ids(report.largest_id, f"{split} rows", config, examination)
+    _examine_classes(texts, examination)
+    _examine_texts_as_read(texts, examination)
+    examine_saving(tokenizer, rendered=False, examination=examination)
+    return examination
+
+
+def _examine_classes(texts: PreparedTexts, examination: Examination) -> None:
+    for split, counts in texts.read.class_counts().items():
+        most = max(counts, key=lambda name: counts[name])
+        share = counts[most] / sum(counts.values())
+        named = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+        uneven = min(counts.values()) < RARE * counts[most]
+        said = f"{named}; always {most!r} would be right for {share:.1%}"
+        if uneven:
+            said += ", so look at F1 beside accuracy, or set balance_classes"
+        examination.add("note" if uneven else "ok", f"{split} rows", "classes", said, counts=counts)
+
+
+def _examine_texts_as_read(texts: PreparedTexts, examination: Examination) -> None:
+    read = texts.read
+    if read.dropped_empty or read.kept_empty:
+        fate = f"{read.dropped_empty:,} were dropped" if read.dropped_empty else f"{read.kept_empty:,} are kept"
+        examination.add("note", "all rows", "empty", f"of those without a text {fate}")
+    else:
+        examination.add("ok", "all rows", "empty", "every row has a text")
+    if read.contradicting:
+        said = f"{read.contradicting:,} have a text that another row gives another class; no model can learn both"
+        examination.add("warning", "train rows", "contradicting", said, contradicting=read.contradicting)
+    else:
+        examination.add("ok", "train rows", "contradicting", "no text has two classes")
+    if texts.test is None:
+        return
+    if read.leaked:
+        said = f"{read.leaked:,} of {len(texts.test):,} have a text that is also trained on; the test figures flatter"
+        examination.add("warning", "test rows", "leaked", said, leaked=read.leaked)
+    else:
+        examination.add("ok", "test rows", "leaked", "none has a text that is also trained on", leaked=0)

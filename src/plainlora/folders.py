@@ -1,0 +1,182 @@
+"""A file or a folder that is written appears whole or not at all, and can be told from a damaged one later.
+
+Everything goes to a temporary place on the same disk, is flushed, and is renamed; a rename is atomic (POSIX). What a
+power cut or a kill leaves is either the old content or the new.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from plainlora.errors import UserError
+
+MANIFEST = "manifest.json"
+BLOCK = 1 << 20  # bytes that are read at a time
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file's content, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Waits until the disk has what was written; of a folder, the names in it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def write_durably(path: str | Path, content: str | bytes) -> None:
+    """Writes a file such that a reader sees the old one or the new one, never half of one.
+
+    Raises:
+        OSError: The disk is full or cannot be written to. Then what was there is untouched.
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content.encode("utf-8") if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes it private
+        temporary.replace(path)
+        _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_manifest(folder: str | Path) -> None:
+    """Writes `manifest.json`, the size and SHA-256 of every file in a folder, after all of them are on the disk."""
+    folder = Path(folder)
+    files = {}
+    for path in _files_in(folder):
+        if path.name != MANIFEST:
+            _flush(path)
+            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    write_durably(folder / MANIFEST, json.dumps({"files": files}, indent=2, sort_keys=True) + "\n")
+
+
+def find_damage(folder: str | Path) -> str | None:
+    """What is wrong with the files that a folder's manifest names, in one clause; `None` if nothing is.
+
+    A folder without a manifest has nothing to be compared with. Files that the manifest does not name are not looked
+    at.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        return None
+    try:
+        files: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, expected in sorted(files.items()):
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
+            if sha256_of(path) != expected["sha256"]:
+                return f"the content of {name} has changed since it was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is unreadable"
+    return None
+
+
+@contextmanager
+def staged(target: str | Path) -> Iterator[Path]:
+    """A scratch folder beside `target` that takes its place, whole and with a manifest, when the block ends well.
+
+    What was there is set aside first and removed last. If the block raises, the scratch folder goes and `target` is as
+    it was.
+
+    Args:
+        target: The folder to be written. Its parents are made.
+
+    Raises:
+        UserError: `target` cannot be replaced: it is a mount point, for one.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        scratch.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        yield scratch
+        put_in_place(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def put_in_place(scratch: Path, target: Path) -> None:
+    """Gives a finished folder its manifest and its name; see `staged`.
+
+    Raises:
+        UserError: `target` cannot be replaced.
+    """
+    write_manifest(scratch)
+    for folder in {path.parent for path in _files_in(scratch)}:
+        _flush(folder)
+    if not target.exists():
+        scratch.rename(target)
+        _flush(target.parent)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        target.rename(aside / target.name)
+        try:
+            scratch.rename(target)
+        except OSError:
+            (aside / target.name).rename(target)
+            raise
+    except OSError as error:
+        aside.rmdir()
+        raise UserError(f"{target} cannot be replaced ({error}); give another folder") from error
+    _flush(target.parent)
+    shutil.rmtree(aside)
+
+
+def move_in(scratch: Path, folder: Path) -> None:
+    """Moves the files of `scratch` into a folder that holds others too, each by a rename, the manifest last.
+
+    A kill in between leaves a manifest that does not fit the files, which `find_damage` tells.
+    """
+    write_manifest(scratch)
+    for path in sorted(_files_in(scratch), key=lambda path: path.name == MANIFEST):
+        target = folder / path.relative_to(scratch)
+        target.parent.mkdir(exist_ok=True)
+        path.replace(target)
+    shutil.rmtree(scratch)
+    _flush(folder)
+
+
+def check_disk(folder: str | Path, needed: int, what: str) -> None:
+    """Raises `UserError` if the disk of a folder has fewer than `needed` bytes free for `what`."""
+    place = Path(folder).absolute()
+    existing = next(path for path in (place, *place.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        needs, has = (f"{size / 1e9:,.2f} GB" if needed > 1e8 else f"{size / 1e6:,.2f} MB" for size in (needed, free))
+        raise UserError(
+            f"{what} needs {needs}, but the disk of {folder} has {has} free; make room, or give another folder"
+        )

@@ -1,0 +1,111 @@
+"""Names that older recipes and other projects give to settings -> today's."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+def _as_it_is(value: object) -> object:
+    return value
+
+
+def _if_set(choice: str) -> Callable[[object], object]:
+    """A switch of old that is one choice of today's setting; switched off, it says nothing."""
+    return lambda value: choice if str(value).lower() in ("true", "yes", "1") else None
+
+
+def _dtype_name(value: object) -> object:
+    """`torch.float16` -> `float16`."""
+    return str(value).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Rename:
+    """What became of a setting.
+
+    Attributes:
+        today: Its name here; `None` if there is none.
+        why: What to know, or what to do instead, in one clause.
+        translate: The old value -> today's; `None` as a result leaves the setting out. `None` in its place means that
+            only the author of the recipe can say what the value would be.
+    """
+
+    today: str | None
+    why: str = ""
+    translate: Callable[[object], object] | None = _as_it_is
+
+    def hint(self) -> str:
+        """What to do, in one clause."""
+        if self.today is None:
+            return f"leave it out: {self.why}"
+        return f"did you mean {self.today}?" + (f" ({self.why})" if self.why else "")
+
+
+_MIXED_PRECISION = Rename(None, "mixed precision is PyTorch's own, by bf16 or fp16")
+_OWN_TOKENIZER = Rename(None, "the tokenizer is the one in the base's own folder")
+_BATCHING = Rename("accelerator_config", "one of its entries", None)
+_FSDP = Rename("fsdp_config", "one of its entries", None)
+
+RENAMES = {
+    # the base
+    "base_model": Rename("model_name_or_path"),
+    "model_id": Rename("model_name_or_path"),
+    "model_name": Rename("model_name_or_path"),
+    "torch_dtype": Rename("dtype", translate=_dtype_name),
+    "use_4bit": Rename("load_in_4bit"),
+    "bnb_4bit_compute_dtype": Rename("dtype", "weights and 4-bit compute share it", _dtype_name),
+    "use_nested_quant": Rename("use_bnb_nested_quant"),
+    "bnb_4bit_use_double_quant": Rename("use_bnb_nested_quant"),
+    "use_flash_attention_2": Rename("attn_implementation", translate=_if_set("flash_attention_2")),
+    "tokenizer": _OWN_TOKENIZER,
+    "tokenizer_name": _OWN_TOKENIZER,
+    "tokenizer_name_or_path": _OWN_TOKENIZER,
+    "use_fast_tokenizer": _OWN_TOKENIZER,
+    "padding_side": Rename(None, "rows are padded on the right in training"),
+    # the adapter
+    "rank": Rename("lora_r"),
+    "lora_rank": Rename("lora_r"),
+    "alpha": Rename(
+        "lora_alpha", "divided by lora_r here: a code that does not divide has lora_alpha = alpha * r", None
+    ),
+    "target_modules": Rename("lora_target_modules"),
+    "modules_to_save": Rename("lora_modules_to_save"),
+    # the rows
+    "max_seq_length": Rename("max_length"),
+    "model_max_length": Rename("max_length"),
+    "block_size": Rename("max_length"),
+    "cutoff_len": Rename("max_length"),
+    "sequence_len": Rename("max_length"),
+    "max_overflow": Rename("max_truncated"),
+    "preprocessing_num_workers": Rename("dataset_num_proc"),
+    "dataset_batch_size": Rename(None, "rows are tokenised one by one"),
+    "num_of_sequences": Rename(None, "all rows are packed at once"),
+    "chars_per_token": Rename(None, "tokens are counted, not estimated"),
+    "group_by_length": Rename("train_sampling_strategy", translate=_if_set("group_by_length")),
+    # training
+    "batch_size": Rename("per_device_train_batch_size"),
+    "per_gpu_train_batch_size": Rename("per_device_train_batch_size"),
+    "per_gpu_eval_batch_size": Rename("per_device_eval_batch_size"),
+    "num_epochs": Rename("num_train_epochs"),
+    "lr_scheduler": Rename("lr_scheduler_type"),
+    "warmup_ratio": Rename("warmup_steps"),  # a number below 1 is a share
+    "evaluation_strategy": Rename("eval_strategy"),
+    "evaluate_during_training": Rename("eval_strategy", translate=_if_set("steps")),
+    "no_cuda": Rename("use_cpu"),
+    "use_mps_device": Rename(None, "the device is found by itself"),
+    "fp16_backend": _MIXED_PRECISION,
+    "fp16_opt_level": _MIXED_PRECISION,
+    "half_precision_backend": _MIXED_PRECISION,
+    "dispatch_batches": _BATCHING,
+    "split_batches": _BATCHING,
+    "fsdp_min_num_params": _FSDP,
+    "fsdp_transformer_layer_cls_to_wrap": _FSDP,
+    "torchdynamo": Rename("torch_compile_backend"),
+    "include_tokens_per_second": Rename("include_num_input_tokens_seen", "it has other values", None),
+    # output
+    "overwrite_output_dir": Rename("overwrite"),
+    "save_safetensors": Rename(None, "weights are always saved as safetensors"),
+    "logging_dir": Rename(None, "TensorBoard's files go to output_dir/runs"),
+    "push_to_hub_model_id": Rename("hub_model_id"),
+    "push_to_hub_token": Rename("hub_token"),
+    "use_auth_token": Rename(None, "log in with `hf auth login`, or set HF_TOKEN"),
+}

@@ -1,0 +1,51 @@
+"""A run that does not fit is found before it starts."""
+
+import dataclasses
+
+import pytest
+from peft import LoraConfig
+from trl import ModelConfig
+
+from plainlora.arguments import SFTRecipeConfig
+from plainlora.backends import BACKENDS
+from plainlora.doctor.finding import Examination
+from plainlora.doctor.resources import examine_resources
+from plainlora.footprint import Footprint, estimate
+from tests.conftest import CONFIGS
+
+
+@pytest.fixture(scope="module")
+def footprint(tmp_path_factory: pytest.TempPathFactory) -> Footprint:
+    """Of a run that fits anywhere."""
+    training = SFTRecipeConfig(
+        output_dir=str(tmp_path_factory.mktemp("run")), use_cpu=True, bf16=False, report_to="none",
+        per_device_train_batch_size=2, gradient_checkpointing=False,
+    )  # fmt: skip
+    lora = LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
+    return estimate(
+        CONFIGS["llama"](), lora, training, ModelConfig(), longest=32, rows=8, tokens=256, backend=BACKENDS["fused"]
+    )
+
+
+def levels(footprint: Footprint) -> dict[str, str]:
+    examination = Examination()
+    examine_resources(footprint, examination)
+    return {finding.check: finding.level for finding in examination.findings}
+
+
+def test_what_fits_is_said_to_fit_and_what_does_not_is_an_error(footprint: Footprint) -> None:
+    assert footprint.peak is not None
+    needed = footprint.peak - footprint.libraries - footprint.mapped
+    assert levels(footprint) == {"memory": "ok", "disk": "ok"}
+    for free, level in ((needed, "ok"), (int(needed / 1.1), "warning"), (needed // 2, "error")):
+        assert levels(dataclasses.replace(footprint, free=free))["memory"] == level
+    assert levels(dataclasses.replace(footprint, peak=None))["memory"] == "note"
+    assert levels(dataclasses.replace(footprint, disk_fits=False))["disk"] == "error"
+
+
+def test_what_to_do_is_said(footprint: Footprint) -> None:
+    examination = Examination()
+    examine_resources(dataclasses.replace(footprint, free=1, disk_fits=False), examination)
+    memory, disk = (finding.message for finding in examination.findings)
+    assert memory.endswith("lower per_device_train_batch_size or max_length, or set gradient_checkpointing")
+    assert disk.endswith("set save_total_limit, or another output_dir")

@@ -1,0 +1,225 @@
+"""Every fault that rows of a language model can have is planted and found, and healthy rows have none."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from transformers import PreTrainedTokenizerFast
+from trl import ScriptArguments
+
+from plainlora.arguments import SFTArguments, SFTRecipeConfig
+from plainlora.data.prompts import install_template
+from plainlora.doctor import tokens
+from plainlora.doctor.finding import Examination, Finding
+from plainlora.doctor.rows import examine_rows
+from plainlora.errors import UserError
+from plainlora.preparation import PreparedRows, prepare_rows
+from tests.conftest import CONFIGS, ROWS
+
+WITHOUT_EOS = "{% for m in messages %}{{ m.content }}{% endfor %}"
+WITHOUT_MARK = (
+    "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture
+def own(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A tokenizer to change, with the Alpaca template."""
+    copied = copy.deepcopy(tokenizer)
+    install_template(copied, "alpaca")
+    return copied
+
+
+def prepare(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, train: list[Any], test: list[Any] | None = None, **settings: Any
+) -> PreparedRows:
+    for name, rows in (("train", train), ("test", test)):
+        if rows is not None:
+            content = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / f"{name}.jsonl").write_text(content, encoding="utf-8")
+    recipe = {
+        key: settings.pop(key) for key in ("on_overflow", "max_truncated", "exact_match_rows") if key in settings
+    }
+    training = SFTRecipeConfig(output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to="none", **settings)
+    script = ScriptArguments(dataset_name=str(folder))
+    return prepare_rows(SFTArguments(**recipe), script, training, tokenizer, lambda _: None)
+
+
+def examine(rows: PreparedRows, tokenizer: PreTrainedTokenizerFast) -> Examination:
+    return examine_rows(rows, tokenizer, CONFIGS["llama"]())
+
+
+def found(examination: Examination, check: str, subject: str = "train rows") -> Finding:
+    """The one finding of a check."""
+    (finding,) = [one for one in examination.findings if (one.check, one.subject) == (check, subject)]
+    return finding
+
+
+@pytest.mark.parametrize("answers_only", [False, True])
+def test_healthy_rows_have_no_warning_and_no_error(
+    own: PreTrainedTokenizerFast, tmp_path: Path, answers_only: bool
+) -> None:
+    rows = prepare(tmp_path, own, ROWS[:30], ROWS[30:], completion_only_loss=answers_only)
+    examination = examine(rows, own)
+    assert {finding.level for finding in examination.findings} == {"ok"}
+    assert len(examination.findings) == 11
+    assert examination.summary() == "doctor: 11 checks, nothing wrong"
+    said: list[str] = []
+    examination.stop_or_say(said.append)
+    assert said == [examination.summary()]
+
+
+def test_u04_a_template_without_eos_is_an_error(own: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    own.chat_template = WITHOUT_EOS
+    rows = prepare(tmp_path, own, ROWS)
+    assert rows.reports["train"].without_eos == len(ROWS)
+    examination = examine(rows, own)
+    finding = found(examination, "eos")
+    assert finding.level == "error"
+    assert "train) row 1: the chat template does not end answers with the tokenizer's EOS" in finding.message
+    with pytest.raises(UserError, match="does not end answers"):
+        examination.stop_or_say(print)
+
+
+def test_u04_eos_as_pad_is_noted_and_eos_is_trained(own: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    own.pad_token = own.eos_token
+    rows = prepare(tmp_path, own, ROWS, completion_only_loss=True)
+    examination = examine(rows, own)
+    assert found(examination, "pad", "tokenizer").level == "note"
+    assert found(examination, "eos").level == "ok"
+    assert all(row["labels"][-1] == own.eos_token_id for row in rows.train)
+
+
+def test_u04_a_collator_that_masks_the_pad_token_is_found(
+    own: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers' collator for language models does so: llm-course#33."""
+    own.pad_token = own.eos_token
+
+    def masking(pad_token_id: int) -> Any:
+        collate = transformers.DataCollatorForLanguageModeling(own, mlm=False)
+        return lambda rows: collate([{"input_ids": row["input_ids"]} for row in rows])
+
+    monkeypatch.setattr(tokens, "DataCollatorForLanguageModeling", masking)
+    finding = found(examine(prepare(tmp_path, own, ROWS), own), "pad", "tokenizer")
+    assert finding.level == "error"
+    assert "changes the labels of a batch" in finding.message
+
+
+def test_u05_too_many_long_rows_are_an_error_and_few_are_counted(own: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    long = {"instruction": "word " * 120, "output": "b"}
+    rows = prepare(tmp_path, own, [*ROWS, long], max_length=200)
+    finding = found(examine(rows, own), "truncated")
+    assert finding.level == "error"
+    assert "1 of 41 rows are longer than max_length=200" in finding.message
+    rows = prepare(tmp_path, own, [*ROWS, long], max_length=200, max_truncated=0.05)
+    finding = found(examine(rows, own), "truncated")
+    assert (finding.level, finding.figures["too_long"]) == ("note", 1)
+    assert finding.message.endswith("and dropped")
+
+
+@pytest.mark.filterwarnings("ignore:.*keep_end")  # TRL's own deprecation
+def test_u05_truncation_that_eats_eos_or_the_answer_is_a_warning(own: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    long_answer = {"instruction": "a", "output": "word " * 120}
+    long_prompt = {"instruction": "word " * 120, "output": "b"}
+    settings = {"max_length": 200, "max_truncated": 0.5, "on_overflow": "truncate", "completion_only_loss": True}
+    rows = prepare(tmp_path, own, [*ROWS, long_answer, long_prompt], **settings)
+    assert own.eos_token_id not in rows.train[-1]["labels"]
+    assert (rows.reports["train"].eos_cut_off, rows.reports["train"].answers_cut_off) == (1, 1)
+    finding = found(examine(rows, own), "cut off")
+    assert finding.level == "warning"
+    assert "1 are trained without their EOS and 1 lose their whole answer" in finding.message
+    rows = prepare(tmp_path, own, [*ROWS, long_answer], truncation_mode="keep_end", **settings)
+    assert rows.reports["train"].eos_cut_off == 0
+
+
+def test_u05_rows_without_a_trained_token_are_a_warning_and_none_left_an_error(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    rows = prepare(tmp_path, tokenizer, [{"text": ""}, {"text": "Some words."}])
+    finding = found(examine(rows, tokenizer), "untrained")
+    assert (finding.level, finding.figures["untrained"]) == ("warning", 1)
+    rows = prepare(tmp_path, tokenizer, [{"text": ""}])
+    finding = found(examine(rows, tokenizer), "left")
+    assert finding.level == "error"
+    assert "no row is left with a token to train on" in finding.message
+
+
+def test_u06_a_prompt_that_merges_with_its_answer_is_a_warning(own: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    own.chat_template = WITHOUT_MARK
+    merging = {"instruction": "It i", "output": "s here."}
+    finding = found(
+        examine(prepare(tmp_path, own, [{"instruction": "a", "output": ". b"}, merging]), own), "prompt is prefix"
+    )
+    assert (finding.level, finding.figures["merged"]) == ("warning", 1)
+    assert "(first in row 2)" in finding.message
+
+
+class _Shouting(PreTrainedTokenizerFast):
+    """A tokenizer whose own code renders: what is saved renders by the template alone."""
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+        return str(super().apply_chat_template(*args, **kwargs)).upper()
+
+
+def test_u06_a_template_that_is_not_saved_is_an_error(own: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    rows = prepare(tmp_path, own, ROWS)
+    assert found(examine(rows, own), "saved", "tokenizer").level == "ok"
+    shouting = _Shouting(
+        tokenizer_object=own.backend_tokenizer, eos_token=own.eos_token, pad_token=own.pad_token,
+        chat_template=own.chat_template, model_max_length=256,
+    )  # fmt: skip
+    finding = found(examine(rows, shouting), "saved", "tokenizer")
+    assert finding.level == "error"
+    assert "it has another template" in finding.message
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ([{"instruction": " a ", "input": "x", "output": "b"}], [{"instruction": "a", "input": "x ", "output": "c"}]),
+        ([{"prompt": "a", "completion": "b"}], [{"prompt": "a", "completion": "c"}]),
+        ([{"text": "a b "}], [{"text": "a b"}]),
+        (
+            [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}],
+            [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c"}]}],
+        ),
+    ],
+)
+def test_a_test_row_that_asks_what_a_training_row_asks_is_a_warning(
+    own: PreTrainedTokenizerFast, tmp_path: Path, train: list[Any], test: list[Any]
+) -> None:
+    examination = examine(prepare(tmp_path, own, [*train, *train], test), own)
+    finding = found(examination, "leaked", "test rows")
+    assert (finding.level, finding.figures["leaked"]) == ("warning", 1)
+    assert found(examination, "repeated").figures["repeated"] == 1
+
+
+def test_rows_that_an_evaluation_needs_and_are_not_there(own: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    finding = found(examine(prepare(tmp_path, own, ROWS, exact_match_rows=3), own), "there", "test rows")
+    assert finding.level == "error"
+    assert "need test rows: set test_split_size or eval_dataset_name" in finding.message
+
+
+def test_a_token_that_the_base_does_not_know_is_an_error(own: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    own.add_tokens(["instruct"])
+    finding = found(examine(prepare(tmp_path, own, ROWS), own), "token ids")
+    assert finding.level == "error"
+    assert "token 320 is none of the base's 320" in finding.message
+
+
+def test_the_programs_line_counts_further_errors_and_says_warnings() -> None:
+    examination = Examination()
+    examination.add("ok", "a", "b", "fine")
+    examination.add("warning", "train rows", "c", "two\nlines")
+    said: list[str] = []
+    examination.stop_or_say(said.append)
+    assert said == ["warning: train rows: two lines", "doctor: 2 checks, 1 warning"]
+    examination.add("error", "a", "d", "first")
+    examination.add("error", "a", "e", "second")
+    with pytest.raises(UserError, match=r"^first \(1 more: see `plainlora doctor`\)$"):
+        examination.stop_or_say(said.append)
+    assert len(said) == 2

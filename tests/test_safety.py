@@ -1,0 +1,375 @@
+"""What comes from elsewhere runs no code here, reaches no file outside of its folder, and fills no memory."""
+
+import gzip
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from peft import LoraConfig
+from pyarrow import parquet
+from transformers import PreTrainedTokenizerFast
+from trl import ModelConfig, ScriptArguments
+
+import plainlora.data.prompts
+from plainlora import inject, load_adapter, save_adapter
+from plainlora.arguments import ClassifyArguments, ClassifyConfig
+from plainlora.commands import main
+from plainlora.data.datasets import load_split
+from plainlora.data.prompts import render_prompt
+from plainlora.errors import UserError
+from plainlora.folders import MANIFEST, write_manifest
+from plainlora.lora.containment import find_escape
+from plainlora.lora.errors import LoRAError
+from plainlora.models import build_skeleton, describe_remote_code, load_causal_lm, load_config, load_tokenizer
+from plainlora.parsing import StrictParser, read_yaml
+from plainlora.time_limit import time_limit
+from tests.conftest import ROOT, make_model
+from tests.refusals import the_one_line, without_progress
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path({marker!r}).touch()
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+class Payload:
+    """A pickle of it touches a file when it is loaded."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.marker),)
+
+
+Recipe = Callable[..., object]
+
+
+@pytest.fixture
+def sft(model_dirs: dict[str, Path], rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """Runs recipes/sft.py in this process for a step or two; gives its exit code."""
+
+    def run(*flags: str | Path) -> object:
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                *("recipes/sft.py", "--model_name_or_path", str(model_dirs["llama"]), "--lora_r", "2"),
+                *("--dataset_name", str(rows_file), "--output_dir", str(tmp_path / "out"), "--max_length", "256"),
+                *("--prompt_template", "alpaca", "--use_cpu", "true", "--max_steps", "2", "--save_steps", "1"),
+                *("--per_device_train_batch_size", "2", "--report_to", "none", "--disable_tqdm", "true"),
+                *map(str, flags),
+            ],
+        )
+        try:
+            runpy.run_path(str(ROOT / "recipes" / "sft.py"), run_name="__main__")
+        except SystemExit as ended:
+            return ended.code
+        return 0
+
+    return run
+
+
+# Pickles
+
+
+def test_u23_a_pickle_in_a_checkpoint_is_not_run(
+    sft: Recipe, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert sft() == 0
+    out, marker = tmp_path / "out", tmp_path / "marker"
+    whole = shutil.copytree(out, tmp_path / "whole")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+        shutil.rmtree(out)
+        shutil.copytree(whole, out)
+        checkpoint = out / "checkpoint-1"
+        assert (checkpoint / name).is_file() or name == "training_args.bin"
+        torch.save(Payload(marker), checkpoint / name)
+        if (checkpoint / MANIFEST).is_file():
+            write_manifest(checkpoint)  # who wrote the one can write the other
+        capfd.readouterr()
+        code = sft("--resume_from_checkpoint", checkpoint)
+        assert not marker.exists(), name
+        if name == "training_args.bin":  # Trainer writes one, and nobody reads it
+            assert code == 0
+        else:
+            said = the_one_line(code, "", capfd.readouterr().err)
+            assert name in said or str(checkpoint) in said
+    torch.load(checkpoint / "training_args.bin", weights_only=False)  # it would have
+    assert marker.exists()
+
+
+def test_u23_a_base_of_pickles_alone_is_not_loaded(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(model_dirs["llama"], tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    torch.save(make_model("llama").state_dict(), base / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"holds pytorch_model.bin and no model.safetensors; .* convert it") as raised:
+        load_causal_lm(str(base))
+    command = re.search(r'python -c "(.*)"$', str(raised.value))
+    assert command is not None
+    exec(command[1])  # in a shell of their own it would be a process
+    assert torch.equal(load_causal_lm(str(base)).lm_head.weight, make_model("llama").lm_head.weight)
+
+
+# Code of a model
+
+
+@pytest.fixture
+def own_code(model_dirs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A base with code of its own, which touches `marker` beside it when it is run."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = shutil.copytree(model_dirs["llama"], tmp_path / "own_code")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnModel"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(CODE.format(marker=str(tmp_path / "marker")))
+    return folder
+
+
+@pytest.fixture
+def silent_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Standard input that is open and says nothing: whoever asks waits."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        yield
+    os.close(writing)
+
+
+@pytest.mark.usefixtures("silent_terminal")
+def test_u23_code_of_a_model_is_refused_and_nobody_is_asked(
+    sft: Recipe, own_code: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", base_model_name_or_path=str(own_code))
+    save_adapter(inject(make_model("llama"), adapter), tmp_path / "adapter")
+    started = time.monotonic()
+    assert sft("--model_name_or_path", own_code) == 2
+    with pytest.raises(SystemExit):
+        main(["generate", "--adapter", str(tmp_path / "adapter"), "--prompt", "a"])
+    lines = without_progress(capfd.readouterr().err)
+    assert len(lines) == 2
+    assert all(re.fullmatch(r"error: .*own_code cannot be loaded .*contains custom code.*", line) for line in lines)
+    config = json.loads((own_code / "config.json").read_text())
+    known = {"model_type": "mamba", "auto_map": {"AutoModelForSequenceClassification": "own.OwnModel"}}
+    (own_code / "config.json").write_text(json.dumps(config | known))
+    with pytest.raises(UserError, match="no sequence classifier"):
+        build_skeleton(load_config(str(own_code)))
+    known = {"model_type": "distilbert", "auto_map": {"AutoModelForCausalLM": "own.OwnModel"}}
+    (own_code / "config.json").write_text(json.dumps(config | known))
+    with pytest.raises(UserError, match="contains custom code"):
+        load_causal_lm(str(own_code))
+    assert time.monotonic() - started < 14  # the question waits 15 s for an answer
+    assert not (tmp_path / "marker").exists()
+
+
+def test_u23_code_of_a_local_folder_runs_when_asked_for_and_is_named(
+    sft: Recipe, own_code: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--model_name_or_path", own_code, "--trust_remote_code", "true", "--lora_target_modules", "q_proj")
+    assert sft(*flags, "--merge", "true") == 2
+    assert "leave merge or trust_remote_code out" in capfd.readouterr().err
+    assert not (tmp_path / "marker").exists()
+    assert sft(*flags) == 0
+    assert (
+        f"WARNING trust_remote_code: code of {own_code} runs here with your rights: own.py" in capfd.readouterr().out
+    )
+    assert (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v1.0", COMMIT[:10], COMMIT.upper(), f"{COMMIT}0"])
+def test_u23_code_of_the_hub_needs_a_commit(
+    sft: Recipe, capfd: pytest.CaptureFixture[str], revision: str | None
+) -> None:
+    flags = ["--model_revision", revision] if revision else []
+    code = sft("--model_name_or_path", "nobody/nothing", "--trust_remote_code", "true", *flags)
+    said = the_one_line(code, *capfd.readouterr())
+    assert "trust_remote_code runs the code of nobody/nothing from the Hub: read it, and give the commit" in said
+
+
+def test_u23_a_commit_is_enough_for_code_of_the_hub(sft: Recipe, capfd: pytest.CaptureFixture[str]) -> None:
+    code = sft(
+        "--model_name_or_path", "nobody/nothing", "--trust_remote_code", "true", "--model_revision", COMMIT
+    )  # fmt: skip
+    assert "'nobody/nothing' cannot be had from the Hub" in the_one_line(code, *capfd.readouterr())
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_u23_code_of_another_repository_is_refused(own_code: Path, file: str) -> None:
+    content = json.loads((own_code / file).read_text())
+    auto_map = {"AutoTokenizer": ["other/repo--own.Own", None]} if "tok" in file else {"AutoConfig": "a/b--own.Own"}
+    (own_code / file).write_text(json.dumps(content | {"auto_map": auto_map}))
+    with pytest.raises(UserError, match=r"runs code from another repository .*which model_revision does not pin"):
+        describe_remote_code(str(own_code), None)
+
+
+def test_u23_the_classifier_runs_no_code_of_a_model() -> None:
+    parser = StrictParser((ClassifyArguments, ScriptArguments, ClassifyConfig, ModelConfig))
+    with pytest.raises(UserError, match="--trust_remote_code is not an option"):
+        parser.parse(["--trust_remote_code", "true"])
+
+
+# Names and links that lead elsewhere
+
+
+@pytest.mark.parametrize(
+    "name", ["../other/model.safetensors", "/other/model.safetensors", "a/../../x", "\0", "linked/x"]
+)
+def test_u23_an_index_names_no_file_outside_of_its_folder(
+    model_dirs: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    base = shutil.copytree(model_dirs["llama"], tmp_path / "base")
+    (tmp_path / "other").mkdir()
+    (base / "linked").symlink_to(tmp_path / "other")
+    (base / "model.safetensors").rename(tmp_path / "other" / "model.safetensors")
+    keys = make_model("llama").state_dict()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(keys, name.replace("/other", f"{tmp_path}/other", 1))}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"base is not loaded: model.safetensors.index.json names the file .* outside"):
+        load_causal_lm(str(base))
+
+
+def test_u23_an_index_may_name_files_of_its_folder(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(model_dirs["llama"], tmp_path / "base")
+    make_model("llama").save_pretrained(base, max_shard_size="20KB")
+    (base / "model.safetensors").unlink()
+    assert len(list(base.glob("*.safetensors"))) > 1
+    assert torch.equal(load_causal_lm(str(base)).lm_head.weight, make_model("llama").lm_head.weight)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_u23_a_link_out_of_a_base_is_refused_but_not_in_the_hubs_cache(
+    model_dirs: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    base = shutil.copytree(model_dirs["llama"], tmp_path / "models--a--b" / "snapshots" / COMMIT)
+    (tmp_path / "models--a--b" / "blobs").mkdir()
+    (base / name).rename(tmp_path / "models--a--b" / "blobs" / "hash")
+    (base / name).symlink_to("../../blobs/hash")
+    assert find_escape(base) is None
+    load_causal_lm(str(base))
+    load_tokenizer(str(base))
+    moved = (tmp_path / "models--a--b" / "snapshots").rename(tmp_path / "models--a--b" / "elsewhere") / COMMIT
+    for load in (load_causal_lm, load_tokenizer):
+        with pytest.raises(UserError, match=f"{name} is a link to ../../blobs/hash, outside of the folder"):
+            load(str(moved))
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_u23_a_link_out_of_an_adapter_is_refused(tmp_path: Path, name: str) -> None:
+    save_adapter(inject(make_model("llama"), LoraConfig(r=2, target_modules=["q_proj"])), tmp_path / "adapter")
+    (tmp_path / "adapter" / name).rename(tmp_path / "outside")
+    (tmp_path / "adapter" / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(LoRAError, match=f"{name} is a link to .*, outside of the folder"):
+        load_adapter(make_model("llama"), tmp_path / "adapter")
+    (tmp_path / "adapter" / name).unlink()
+    (tmp_path / "outside").rename(tmp_path / "adapter" / "inside")
+    (tmp_path / "adapter" / name).symlink_to("inside")
+    load_adapter(make_model("llama"), tmp_path / "adapter")
+
+
+# What unpacks to more than memory holds, or never ends
+
+
+def test_u23_a_packed_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n' + b" " * 9_999_999) * 30)
+    with pytest.raises(UserError, match=r"rows.jsonl.gz has [\d,]+ bytes and unpacks to more than 268,435,456"):
+        load_split(str(path), "train")
+
+
+def test_u23_a_parquet_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 30_000, pa.int32()), ["x" * 10_000])
+    parquet.write_table(pa.table({"text": texts}), path, store_schema=False)
+    assert path.stat().st_size < 100_000
+    with pytest.raises(UserError, match=r"rows.parquet has [\d,]+ bytes and unpacks to more than 268,435,456"):
+        load_split(str(path), "train")
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a: !!python/object/apply:os.mkdir [MARKER]", "could not determine a constructor"),
+        ("a: !!python/object/new:os.mkdir {args: [MARKER]}", "could not determine a constructor"),
+        ("a: !!python/name:os.system", "could not determine a constructor"),
+        ("!!python/object/apply:os.mkdir [MARKER]: 1", "could not determine a constructor"),
+        (BOMB, r"an alias \(\*a\) is not read; write the value out"),
+        ("a: &a [*a]", r"an alias \(\*a\) is not read"),
+        ("a: " + "[" * 100_000, "is not valid YAML"),
+        ("\n".join(f"k{number}: 1" for number in range(20_000)) + "\nk7: 2", "'k7' stands there twice"),
+    ],
+)
+def test_u23_a_yaml_is_data(tmp_path: Path, content: str, said: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content.replace("MARKER", str(tmp_path / "marker")))
+    started = time.monotonic()
+    with pytest.raises(UserError, match=said):
+        read_yaml(path)
+    assert time.monotonic() - started < 20
+    assert not (tmp_path / "marker").exists()
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (
+            "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+            "access to attribute '__class__' of 'str' object is unsafe",
+        ),
+        ("{{ messages.__init__.__globals__ }}", "access to attribute '__init__' of 'list' object is unsafe"),
+        ("{{ cycler.__init__.__globals__.os.mkdir('x') }}", "is unsafe"),
+        ("{{ messages.append(1) }}", "is unsafe"),
+        ("{{ open('/etc/passwd').read() }}", "'open' is undefined"),
+        ("{% for a in range(10**9) %}{% endfor %}", "Range too big"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "maximum recursion depth exceeded"),
+        (LOOP, "it takes more than 0.3 seconds"),
+    ],
+)
+def test_u23_a_chat_template_is_held_in_its_sandbox_and_ends(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, template: str, said: str
+) -> None:
+    monkeypatch.setattr(plainlora.data.prompts, "RENDER_SECONDS", 0.3)
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(UserError, match=f"the chat template cannot render 'user' first: .*{said}"):
+        render_prompt("hi", tokenizer)
+
+
+def test_a_time_limit_leaves_a_timer_that_runs_and_a_quick_block_alone() -> None:
+    rung = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rung.append(time.monotonic()))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(TimeoutError, match=r"more than 0\.05 seconds"), time_limit(0.05):
+            time.sleep(5)
+        with time_limit(5):
+            pass
+        assert not rung
+        time.sleep(0.4)
+        assert len(rung) == 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
