@@ -124,7 +124,7 @@ def test_attention_with_dropout_keeps_its_scores_and_without_it_does_not() -> No
 def test_a_checkpointed_step_is_counted_as_it_runs(kind: str) -> None:
     config = make_config(kind, 0.1)
     again = count_peak_bytes(a_step(config, 3), checkpointing=True).alive
-    assert again == pytest.approx(allocate(config, 3, checkpointing=True), rel=0.02)
+    assert again == pytest.approx(allocate(config, 3, checkpointing=True), rel=0.03)
     assert again < 0.8 * count(config, 3)
 
 
@@ -133,7 +133,7 @@ def test_the_head_of_trl_is_counted_as_it_runs(backend: str) -> None:
     config = make_config("llama")
     head = count_head_bytes(a_step(config, 1, backend)).alive
     assert head > (LENGTH - 1) * 32768 * 4  # a tile of as many words, however few there are
-    assert count(config, 1, backend) == pytest.approx(allocate(config, 1, backend), rel=0.02)
+    assert count(config, 1, backend) == pytest.approx(allocate(config, 1, backend), rel=0.05)
     assert count_head_bytes(a_step(config, 1)).alive < head / 10
 
 

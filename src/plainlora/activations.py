@@ -6,7 +6,7 @@ take the kernels that real ones take, attention's included, but no memory and li
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -34,6 +34,7 @@ from plainlora.backends import Backend, attach_adapter
 from plainlora.heap import count_resident_bytes
 from plainlora.loss import TokenLogProbs, is_covered
 
+HOLES = 0.55  # of those that a CPU's heap would have if no tensor ever took the place of one of its size: 0.3 to 0.9
 SHARE = 0.8  # of the free memory that is planned with; the rest is for fragments and for what libraries set aside
 OPTIMIZER_COPIES = 3  # of every trained weight: its gradient and Adam's two moments
 
@@ -192,7 +193,7 @@ def _token_loss(step: Step, base: PreTrainedModel, hidden: torch.Tensor) -> torc
     tokens = hidden.shape[0] * (hidden.shape[1] - 1)
     labels = torch.zeros(tokens, dtype=torch.long, device=hidden.device)
     if step.one_pass_head and is_covered(base):
-        chosen = torch.cat(tuple(hidden[:, :-1]))  # (N, d), a copy as the choice of labelled tokens is
+        chosen = hidden[:, :-1].clone(memory_format=torch.contiguous_format).view(tokens, -1)  # (N, d), a copy
         statistics = torch.zeros(2, tokens, device=hidden.device)
         return TokenLogProbs.apply(chosen, labels, head.weight, head.bias, statistics).sum()
     if step.device.type == "cpu":
@@ -223,16 +224,37 @@ def _forward(step: Step, base: PreTrainedModel, inputs: dict[str, torch.Tensor])
 
 @dataclass(frozen=True)
 class Held:
-    """What a step holds at most, weights and optimizer apart, in bytes.
+    """What a step holds at most, weights and optimizer apart.
 
     Attributes:
-        alive: Of tensors that are alive at the same time. Gradients are among them as far as the step makes them.
-        resident: Of memory. On a GPU the same; on a CPU with the holes in the heap, half of those that there would be
-            if no hole ever took a tensor of its own size again: 0.3 to 0.7 of them were measured.
+        alive: Bytes of tensors that are alive at the same time, gradients as far as the step makes them.
+        events: When they come and go, see `LiveBytes`.
+        pinned_until: The number of the event at which the way back begins; 0 where there is none.
+        on_cpu: Whether all of it lies in a process's heap.
     """
 
     alive: int
-    resident: int
+    events: list[tuple[int, int]]
+    pinned_until: int
+    on_cpu: bool
+
+    @property
+    def resident(self) -> int:
+        """Bytes of memory that the step holds: on a CPU with the holes in its heap."""
+        return self.resident_with(())
+
+    def resident_with(self, later: Sequence[tuple[int, int]]) -> int:
+        """The same of this step and what comes after it. On a CPU the holes of the one stay there in the other.
+
+        Args:
+            later: The events of the other.
+        """
+        if not self.on_cpu:
+            return self.alive
+        offset = len(self.events)  # at least as many as there are numbers
+        events = [*self.events, *((number + offset, size) for number, size in later)]
+        holes = max(0, count_resident_bytes(events, self.pinned_until) - self.alive)
+        return self.alive + int(HOLES * holes)
 
 
 def _run(step: Step, base: PreTrainedModel, forward: Callable[[], torch.Tensor]) -> Held:
@@ -246,9 +268,7 @@ def _run(step: Step, base: PreTrainedModel, forward: Callable[[], torch.Tensor])
         pinned_until = len(alive.events) if loss.requires_grad else 0
         if loss.requires_grad:
             loss.backward()
-    if step.device.type != "cpu":
-        return Held(alive.peak, alive.peak)
-    return Held(alive.peak, (alive.peak + max(alive.peak, count_resident_bytes(alive.events, pinned_until))) // 2)
+    return Held(alive.peak, list(alive.events), pinned_until, step.device.type == "cpu")
 
 
 def count_peak_bytes(step: Step, *, checkpointing: bool = False) -> Held:

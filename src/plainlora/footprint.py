@@ -197,6 +197,11 @@ def _duration(seconds: float) -> str:
     return f"{hours:.1f} h" if hours >= 1 else f"{minutes:.1f} min" if minutes >= 1 else f"{seconds:.0f} s"
 
 
+def _name(option: object) -> str:
+    """Of one of Transformers' choices, as it is typed."""
+    return str(getattr(option, "value", option))
+
+
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
@@ -294,7 +299,7 @@ def optimizer_bytes(training: TrainingArguments, parameters: Iterable[nn.Paramet
             optimizer.step()
     except Exception as error:  # of many libraries
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"optim {training.optim}: it cannot be made here ({reason}); choose another") from error
+        raise UserError(f"optim {_name(training.optim)}: it cannot be made here ({reason}); choose another") from error
     state = [value for each in optimizer.state.values() for value in each.values() if isinstance(value, torch.Tensor)]
     return sum({tensor.untyped_storage()._cdata: tensor.nbytes for tensor in state}.values())
 
@@ -347,8 +352,8 @@ def count_saves(training: TrainingArguments, steps: int) -> int:
         training: When to save, and how many to keep.
         steps: Of the run.
     """
-    every = training.eval_steps if training.save_strategy == "best" else training.save_steps
-    strategy = str(getattr(training.save_strategy, "value", training.save_strategy))
+    every = training.eval_steps if _name(training.save_strategy) == "best" else training.save_steps
+    strategy = _name(training.save_strategy)
     if strategy == "no" or not steps:
         return 0
     if strategy == "epoch":
@@ -592,9 +597,11 @@ def estimate(
     if on_cpu and quantized and _own_dtype(config) == dtype:
         mapped = weight_bytes(bare, None, dtype)
     libraries = resident_memory() if on_cpu else 0
-    needed = peak = None
+    needed = peak = holes = None
     if held is not None and counted.evaluation is not None:
-        needed = parts + max(held.resident, counted.evaluation.resident)
+        steps_held = max(held.resident_with(counted.evaluation.events), counted.evaluation.resident)
+        holes = steps_held - max(held.alive, counted.evaluation.alive)
+        needed = parts + steps_held
         peak = libraries + mapped + needed
 
     trained_share = 1.0 if trained_tokens is None else trained_tokens / max(tokens, 1)
@@ -639,13 +646,13 @@ def estimate(
         adapters=adapters,
         gradients=gradients,
         optimizer=optimizer,
-        optim=str(getattr(training.optim, "value", training.optim)),
+        optim=_name(training.optim),
         initial=initial,
         activations=None if counted.kept is None else counted.kept.alive,
         activations_checkpointed=None if counted.checkpointed is None else counted.checkpointed.alive,
         evaluation=None if counted.evaluation is None else counted.evaluation.alive,
         loss_head=None if counted.head is None else counted.head.alive,
-        holes=None if held is None else held.resident - held.alive,
+        holes=holes,
         libraries=libraries,
         mapped=mapped,
         checkpointing=bool(checkpointing),

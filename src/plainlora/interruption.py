@@ -13,7 +13,7 @@ from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO = 5.0  # seconds in which a signal may come again although it was sent once
-AGAIN = 1.0  # seconds after which a stop that something swallowed is asked for again
+AGAIN = 0.5  # seconds after which a stop that something swallowed is asked for again
 Handler = Callable[[int, FrameType | None], object]
 
 

@@ -4,6 +4,7 @@ Importing takes 8 s and a short run 1 s, and a test that kills runs needs dozens
 what the programs import; Python's own fork server does so once and forks a child for each run.
 """
 
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parent.parent.parent
 IN_FOLDER = ("os.remove", "os.rmdir")  # whose last value is the handle of the folder that the path is in, or -1
 CHANGES = ("open", "os.mkdir", "os.rename", "os.chmod", "shutil.rmtree", *IN_FOLDER)
 WRITING = os.O_WRONLY | os.O_RDWR
-START_LIMIT = 300  # seconds
+LIMIT = 300  # seconds
 
 for _program in ("sft", "classify"):
     runpy.run_path(str(ROOT / "recipes" / f"{_program}.py"), run_name="imported")
@@ -87,6 +88,7 @@ def obey(order: Order) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    faulthandler.enable()
     tqdm.set_lock(threading.RLock())  # its own holds a semaphore, which a killed process leaves behind
     os.chdir(ROOT)
     if order.largest_file is not None:
@@ -118,6 +120,10 @@ def start(order: Order) -> ForkServerProcess:
 def finish(order: Order) -> int:
     """Runs to the end, whichever it is; returns the exit code, negative if a signal ended the process."""
     process = start(order)
-    process.join(START_LIMIT)
-    assert process.exitcode is not None, order.log.read_text(encoding="utf-8")
+    process.join(LIMIT)
+    if process.exitcode is None:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGABRT)  # which prints where it hangs
+        process.join()
+        raise AssertionError(order.log.read_text(encoding="utf-8"))
     return process.exitcode

@@ -87,7 +87,7 @@ def sft(tmp_path_factory: pytest.TempPathFactory, model_dirs: dict[str, Path], r
             *("--gradient_accumulation_steps", "1", "--lora_dropout", "0.1", "--learning_rate", "5e-3"),
             *("--max_steps", "8", "--save_steps", "2", "--save_total_limit", "2", "--eval_strategy", "no"),
             *("--logging_steps", "4", "--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true"),
-            *("--max_new_tokens", "1", "--gradient_checkpointing", "false"),
+            *("--max_new_tokens", "1", "--gradient_checkpointing", "false", "--lr_scheduler_type", "constant"),
         ),
         "adapter_model.safetensors",
     )
@@ -139,7 +139,7 @@ def test_u10_u09_training_that_is_killed_at_twenty_random_moments_ends_with_the_
     first_save, later_saves, others = sft.first_save(), sft.later_saves(), sft.outside()
     draw = random.Random(6)
     moments = [(at, 0.0) for at in (*draw.sample(first_save, 3), *draw.sample(later_saves, 7))]
-    moments += [(others[0], 0.0), *((at, 0.0) for at in draw.sample(others, 3))]
+    moments += [(at, 0.0) for at in (others[0], others[-1], *draw.sample(others[1:-1], 2))]
     moments += [(at, draw.uniform(0.001, 0.2)) for at in draw.sample(later_saves[: len(later_saves) // 2], 6)]
     assert len(set(moments)) == 20
     struck = [kill_and_go_on(sft, f"killed-{number}", *moment) for number, moment in enumerate(moments)]
@@ -160,12 +160,13 @@ def test_u10_a_classifier_that_is_killed_ends_with_the_same_bytes(classify: Runs
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 
 
-def last_words(runs: Runs, name: str, at: int, number: signal.Signals, code: int) -> str:
+def last_words(runs: Runs, name: str, at: int, number: signal.Signals, code: int, saved: str) -> str:
     """What a run says at the end that is sent a signal before a change; then it goes on to the very same end."""
     order = replace(runs.order(name), strike_at=at, signal=number)
     assert finish(order) == code, order.log.read_text()
     said = order.log.read_text()
     assert "Traceback" not in said
+    assert newest_checkpoint(order.output) == order.output / saved
     runs.go_on(name)
     assert runs.bytes_of(name) == runs.bytes_of("whole")
     return without_progress(said)[-1]
@@ -176,7 +177,7 @@ def test_u10_a_signal_ends_training_with_a_checkpoint_and_says_how_to_go_on(
     sft: Runs, number: signal.Signals, code: int
 ) -> None:
     # It comes while step 2 is saved, so that step 3 is the one that is ended.
-    assert last_words(sft, number.name, sft.first_save()[3], number, code) == (
+    assert last_words(sft, number.name, sft.first_save()[3], number, code, "checkpoint-3") == (
         f"stopped after step 3 of 8; {sft.folder}/{number.name}/checkpoint-3 is saved; go on with the same command "
         "and --resume_from_checkpoint true"
     )
@@ -184,7 +185,7 @@ def test_u10_a_signal_ends_training_with_a_checkpoint_and_says_how_to_go_on(
 
 def test_u10_a_signal_after_the_last_step_ends_the_program_too(sft: Runs) -> None:
     last_save = next(at for at, line in sft.changes() if line.endswith(f"{UNFINISHED}/checkpoint-8"))
-    said = last_words(sft, "late", last_save, signal.SIGTERM, 143)
+    said = last_words(sft, "late", last_save, signal.SIGTERM, 143, "checkpoint-8")
     assert said.startswith("SIGTERM: stopped; give the same command again, with --resume_from_checkpoint true")
 
 
