@@ -4,8 +4,8 @@ accelerate launch --config_file accelerate_configs/single_gpu.yaml \
     recipes/classify.py --config recipes/distilbert-imdb/lora.yaml
 
 The flags are those of TRL's ScriptArguments and ModelConfig, of Transformers' TrainingArguments and of
-plainlora.arguments.ClassifyArguments, in the YAML or on the command line. The command line wins, and what cannot be
-honoured is refused.
+plainlora.settings.arguments.ClassifyArguments, in the YAML or on the command line. The command line wins, and what
+cannot be honoured is refused.
 """
 
 import plainlora.quiet  # noqa: F401, I001  # before the libraries that it quiets
@@ -17,16 +17,16 @@ from accelerate import PartialState
 from transformers import DataCollatorWithPadding, set_seed
 from trl import ModelConfig, ScriptArguments
 
-from plainlora.arguments import ClassifyArguments, ClassifyConfig
+from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig
 from plainlora.backends import check_same_adapter, count_parameters
-from plainlora.base_identity import describe_base
-from plainlora.checkpoints import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
-from plainlora.checks import check_classify
+from plainlora.provenance.base_identity import describe_base
+from plainlora.training.checkpoints import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
+from plainlora.settings.checks import check_classify
 from plainlora.doctor.precision import list_precisions, precision_line
 from plainlora.doctor.texts import examine_texts
 from plainlora.errors import run_program
-from plainlora.memory import peak_memory
-from plainlora.merging import merge_adapter
+from plainlora.resources.memory import peak_memory
+from plainlora.merging.merge import merge_adapter
 from plainlora.methods import (
     build_classifier_lora,
     check_same_run,
@@ -34,8 +34,8 @@ from plainlora.methods import (
     train_adapter,
     train_weights,
 )
-from plainlora.metrics import flatten, judge_rows, measure, score
-from plainlora.model_card import write_classifier_card
+from plainlora.training.metrics import flatten, judge_rows, measure, score
+from plainlora.hub.model_card import write_classifier_card
 from plainlora.models import (
     build_skeleton,
     check_dropout,
@@ -50,13 +50,13 @@ from plainlora.models import (
     load_tokenizer,
     loading_options,
 )
-from plainlora.parsing import StrictParser
+from plainlora.settings.parsing import StrictParser
 from plainlora.plots import plot_confusion, plot_loss
-from plainlora.preparation import prepare_texts
-from plainlora.pushing import check_push, open_run_repository, push_run
+from plainlora.training.preparation import prepare_texts
+from plainlora.hub.pushing import check_push, open_run_repository, push_run
 from plainlora.report import classifier_summary, write_json
-from plainlora.run_record import complete_run, write_run
-from plainlora.training import ClassifierTrainer, args_for_trainer, check_schedule, resume_path
+from plainlora.provenance.record import complete_run, write_run
+from plainlora.training.trainers import ClassifierTrainer, args_for_trainer, check_schedule, resume_path
 
 
 def main() -> None:

@@ -3,8 +3,9 @@
 accelerate launch --config_file accelerate_configs/single_gpu.yaml \
     recipes/sft.py --config recipes/gpt2-alpaca-gpt4/lora.yaml
 
-The flags are those of TRL's ScriptArguments, SFTConfig and ModelConfig and of plainlora.arguments.SFTArguments, in
-the YAML or on the command line. The command line wins, and what cannot be honoured is refused.
+The flags are those of TRL's ScriptArguments, SFTConfig and ModelConfig and of
+plainlora.settings.arguments.SFTArguments, in the YAML or on the command line. The command line wins, and what cannot be
+honoured is refused.
 """
 
 import plainlora.quiet  # noqa: F401, I001  # before the libraries that it quiets
@@ -15,22 +16,22 @@ from accelerate import PartialState
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments
 
-from plainlora.activations import needs_checkpointing
-from plainlora.arguments import SFTArguments, SFTRecipeConfig
+from plainlora.resources.activations import needs_checkpointing
+from plainlora.settings.arguments import SFTArguments, SFTRecipeConfig
 from plainlora.backends import BACKENDS, attach_adapter, build_lora_config, check_same_adapter, count_parameters
-from plainlora.base_identity import describe_base
-from plainlora.checkpoints import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
-from plainlora.checks import check_sft
+from plainlora.provenance.base_identity import describe_base
+from plainlora.training.checkpoints import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
+from plainlora.settings.checks import check_sft
 from plainlora.data.prompts import install_template
 from plainlora.doctor.layers import build_decoder, examine_layers
 from plainlora.doctor.precision import list_precisions, precision_line
 from plainlora.doctor.rows import examine_rows
 from plainlora.errors import run_program
-from plainlora.evaluation import Examiner, before_and_after
+from plainlora.training.evaluation import Examiner, before_and_after
 from plainlora.generation import ExactMatch
-from plainlora.memory import free_memory, peak_memory
-from plainlora.merging import merge_adapter
-from plainlora.model_card import write_sft_card
+from plainlora.resources.memory import free_memory, peak_memory
+from plainlora.merging.merge import merge_adapter
+from plainlora.hub.model_card import write_sft_card
 from plainlora.models import (
     check_dropout,
     check_length,
@@ -41,13 +42,13 @@ from plainlora.models import (
     load_config,
     load_tokenizer,
 )
-from plainlora.parsing import StrictParser
+from plainlora.settings.parsing import StrictParser
 from plainlora.plots import plot_loss
-from plainlora.preparation import prepare_rows
-from plainlora.pushing import check_push, open_run_repository, push_run
+from plainlora.training.preparation import prepare_rows
+from plainlora.hub.pushing import check_push, open_run_repository, push_run
 from plainlora.report import summary, write_json
-from plainlora.run_record import complete_run, write_run
-from plainlora.training import AdapterTrainer, check_schedule, hand_over, resume_path
+from plainlora.provenance.record import complete_run, write_run
+from plainlora.training.trainers import AdapterTrainer, check_schedule, hand_over, resume_path
 
 
 def main() -> None:

@@ -27,15 +27,15 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from trl import ModelConfig, ScriptArguments
 
 from plainlora import inject, save_adapter
-from plainlora.arguments import ClassifyArguments, ClassifyConfig, SFTArguments, SFTRecipeConfig
 from plainlora.backends import build_lora_config
-from plainlora.checks import check_classify, check_sft
 from plainlora.commands import main
 from plainlora.data.prompts import install_template
 from plainlora.errors import run_program
 from plainlora.models import load_tokenizer
-from plainlora.parsing import StrictParser
-from plainlora.preparation import prepare_rows, prepare_texts
+from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, SFTArguments, SFTRecipeConfig
+from plainlora.settings.checks import check_classify, check_sft
+from plainlora.settings.parsing import StrictParser
+from plainlora.training.preparation import prepare_rows, prepare_texts
 from tests.conftest import BACKBONES, ROOT, ROWS, TEXTS, make_model
 from tests.mutations import Draw, damage_file, damage_folder, in_values, listing
 from tests.refusals import without_progress

@@ -7,15 +7,15 @@ import torch
 from transformers import BertConfig, DistilBertConfig, GPT2Config, LlamaConfig, PretrainedConfig, ViTConfig
 from trl import ModelConfig, ScriptArguments
 
-from plainlora.arguments import ClassifyArguments, ClassifyConfig
 from plainlora.backends import count_parameters
-from plainlora.checks import check_classify
 from plainlora.errors import UserError
 from plainlora.kinds import KINDS, find_head, find_kinds
 from plainlora.lora.errors import LoRAError
 from plainlora.methods import build_classifier_lora, find_last_layers, train_adapter, train_weights
 from plainlora.models import build_skeleton
-from plainlora.parsing import StrictParser
+from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig
+from plainlora.settings.checks import check_classify
+from plainlora.settings.parsing import StrictParser
 from tests.conftest import BACKBONES, ROOT
 
 DISTILBERT, GPT2 = DistilBertConfig(), GPT2Config(pad_token_id=50256)

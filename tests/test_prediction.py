@@ -11,11 +11,11 @@ from peft import AutoPeftModelForSequenceClassification, LoraConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from plainlora import inject, save_adapter
-from plainlora.adapter_base import class_labels
 from plainlora.backends import BACKENDS
 from plainlora.commands import main
 from plainlora.models import classifier_config, load_classifier
 from plainlora.prediction import classify, load_trained_classifier
+from plainlora.provenance.adapter_base import class_labels
 from tests.conftest import make_model
 from tests.refusals import Run
 

@@ -7,10 +7,10 @@ import pytest
 from huggingface_hub import ModelCard
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
-from plainlora.arguments import SFTArguments
-from plainlora.model_card import write_sft_card
+from plainlora.hub.model_card import write_sft_card
 from plainlora.plots import plot_loss
 from plainlora.report import summary
+from plainlora.settings.arguments import SFTArguments
 
 TRAIN = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
 EVAL = [{"step": 2, "eval_loss": 2.5}]

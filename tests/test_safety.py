@@ -22,7 +22,6 @@ from trl import ModelConfig, ScriptArguments
 
 import plainlora.data.prompts
 from plainlora import inject, load_adapter, save_adapter
-from plainlora.arguments import ClassifyArguments, ClassifyConfig
 from plainlora.commands import main
 from plainlora.data.datasets import load_split
 from plainlora.data.prompts import render_prompt
@@ -31,7 +30,8 @@ from plainlora.folders import MANIFEST, write_manifest
 from plainlora.lora.containment import find_escape
 from plainlora.lora.errors import LoRAError
 from plainlora.models import build_skeleton, describe_remote_code, load_causal_lm, load_config, load_tokenizer
-from plainlora.parsing import StrictParser, read_yaml
+from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig
+from plainlora.settings.parsing import StrictParser, read_yaml
 from plainlora.time_limit import time_limit
 from tests.conftest import ROOT, make_model
 from tests.refusals import the_one_line, without_progress

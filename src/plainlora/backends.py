@@ -14,12 +14,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl import ModelConfig
 
-from plainlora.arguments import RecipeArguments, parse_pattern
 from plainlora.errors import UserError
 from plainlora.fusing import fuse
 from plainlora.lora import inject, interchange, load
 from plainlora.lora.config import check_supported
 from plainlora.lora.targets import find_new_weights, find_targets
+from plainlora.settings.arguments import RecipeArguments, parse_pattern
 
 FIXED_BY_CHECKPOINT = (
     *("r", "lora_alpha", "use_rslora", "lora_dropout", "bias", "rank_pattern", "alpha_pattern", "modules_to_save"),

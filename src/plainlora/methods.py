@@ -14,15 +14,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl import ModelConfig
 
-from plainlora.adapter_base import read_run
-from plainlora.arguments import ClassifyArguments
 from plainlora.backends import BACKENDS, Backend, attach_adapter, build_lora_config
-from plainlora.checkpoints import holds_adapter
 from plainlora.errors import UserError
 from plainlora.kinds import KINDS, find_head, find_kinds
 from plainlora.lora.config import check_supported
 from plainlora.lora.targets import check_patterns, find_modules_to_save, find_targets
 from plainlora.models import load_config
+from plainlora.provenance.adapter_base import read_run
+from plainlora.settings.arguments import ClassifyArguments
+from plainlora.training.checkpoints import holds_adapter
 
 # What a run that is resumed must share with the one that wrote the checkpoint: what is trained, and which rows are
 # held out. Rows that a test is made of may not have been trained on before.

@@ -27,9 +27,9 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from trl import ModelConfig, get_quantization_config
 
-from plainlora.arguments import dtype_of
 from plainlora.errors import UserError
 from plainlora.lora.containment import find_escape
+from plainlora.settings.arguments import dtype_of
 
 MOST_LAYERS = 10_000  # a few hundred are the deepest that there are
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")

@@ -10,17 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from plainlora.adapter_base import (
-    class_labels,
-    find_base,
-    load_base_of,
-    load_quantized_base_of,
-    load_tokenizer_of,
-    read_run,
-    training_quantization,
-)
 from plainlora.backends import Backend
-from plainlora.checkpoints import holds_adapter
 from plainlora.data.classification import tokenize_texts
 from plainlora.errors import UserError
 from plainlora.models import (
@@ -32,6 +22,16 @@ from plainlora.models import (
     load_tokenizer,
     to_accelerator,
 )
+from plainlora.provenance.adapter_base import (
+    class_labels,
+    find_base,
+    load_base_of,
+    load_quantized_base_of,
+    load_tokenizer_of,
+    read_run,
+    training_quantization,
+)
+from plainlora.training.checkpoints import holds_adapter
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def load_trained_classifier(
     Args:
         folder: An adapter's or a whole model's.
         backend: Loads the adapter, if it is one.
-        base_model: See `plainlora.adapter_base.find_base`.
+        base_model: See `plainlora.provenance.adapter_base.find_base`.
         allow_other_base: Likewise.
         as_trained: Whether an adapter's base is stored as it was in training, quantised if it was then.
 

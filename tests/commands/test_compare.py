@@ -9,7 +9,7 @@ from plainlora.commands import main
 from plainlora.lora.layer import LoRALinear
 from plainlora.parity.observe import LEVELS
 from tests.commands.test_generate import with_template
-from tests.test_merging import trained_adapter
+from tests.merging.test_merge import trained_adapter
 
 GPT2 = ["--config", "recipes/gpt2-alpaca-gpt4/lora.yaml"]
 CLASSIFY = ["--config", "recipes/gpt2-sms-spam/lora.yaml"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from plainlora.commands import main
-from plainlora.programs import CLASSIFY, find_program
+from plainlora.settings.programs import CLASSIFY, find_program
 from tests.conftest import ROOT
 from tests.refusals import Run, snapshot
 

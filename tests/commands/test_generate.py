@@ -19,7 +19,7 @@ from plainlora.data.encoding import encode_rows
 from plainlora.data.prompts import install_template, render_prompt
 from plainlora.generation import ExactMatch, generate
 from tests.conftest import make_model
-from tests.test_merging import quantized_run, trained_adapter
+from tests.merging.test_merge import quantized_run, trained_adapter
 
 
 def with_template(adapter: Path) -> Path:

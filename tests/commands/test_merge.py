@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
-from plainlora.base_identity import describe_base
 from plainlora.commands import main
 from plainlora.folders import sha256_of
+from plainlora.provenance.base_identity import describe_base
 from plainlora.report import write_json
 from tests.conftest import CONFIGS
+from tests.merging.test_merge import trained_adapter
+from tests.provenance.test_base_identity import flip
 from tests.refusals import Run
-from tests.test_base_identity import flip
-from tests.test_merging import trained_adapter
 from tests.test_prediction import TEXT, make_classifier
 
 

@@ -512,7 +512,10 @@ def test_a_cut_row_keeps_its_special_tokens_and_is_counted(wordpiece: PreTrained
     assert encoded["input_ids"][:] == [[2, 6, 7, 8, 3], [2, 6, 7, 8, 3], [2, 6, 4, 10, 3], [2, 6, 3]]
     assert encoded["length"][:] == [5, 5, 5, 3]
     assert (report.rows, report.cut, report.longest, report.median, report.mean) == (4, 2, 9, 6.0, 6.0)
-    assert report.line("train") == "train: 4 rows; tokens: median 6, mean 6.0, 95 % up to 9, longest 9; 2 cut to max_length"
+    assert (
+        report.line("train")
+        == "train: 4 rows; tokens: median 6, mean 6.0, 95 % up to 9, longest 9; 2 cut to max_length"
+    )
     uncut, report = encode_texts(rows, wordpiece, None)
     assert uncut["length"][:] == [9, 5, 7, 3]
     assert report.line("test") == "test: 4 rows; tokens: median 6, mean 6.0, 95 % up to 9, longest 9"

@@ -11,10 +11,10 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig
 
-from plainlora.arguments import ClassifyConfig
 from plainlora.backends import BACKENDS, attach_adapter
-from plainlora.metrics import judge_rows, score
-from plainlora.training import AdapterTrainer, ClassifierTrainer
+from plainlora.settings.arguments import ClassifyConfig
+from plainlora.training.metrics import judge_rows, score
+from plainlora.training.trainers import AdapterTrainer, ClassifierTrainer
 from tests.conftest import BACKBONES, make_model, random_ids
 
 ROWS, LENGTH, CLASSES = 6, 16, 5

@@ -11,8 +11,8 @@ from plainlora.backends import BACKENDS, attach_adapter
 from plainlora.doctor.precision import list_precisions, precision_line
 from plainlora.lora.record import lora_layers
 from plainlora.models import load_base, load_config
-from plainlora.parsing import StrictParser
-from plainlora.programs import CLASSIFY, SFT
+from plainlora.settings.parsing import StrictParser
+from plainlora.settings.programs import CLASSIFY, SFT
 
 NF4 = "4-bit NF4; what is not quantised in float32"
 NESTED = "4-bit NF4, its scales quantised too; what is not quantised in bfloat16"

@@ -6,11 +6,11 @@ import pytest
 from peft import LoraConfig
 from trl import ModelConfig
 
-from plainlora.arguments import SFTRecipeConfig
 from plainlora.backends import BACKENDS
 from plainlora.doctor.finding import Examination
 from plainlora.doctor.resources import examine_resources
-from plainlora.footprint import Footprint, estimate
+from plainlora.resources.footprint import Footprint, estimate
+from plainlora.settings.arguments import SFTRecipeConfig
 from tests.conftest import CONFIGS
 
 

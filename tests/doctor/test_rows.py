@@ -10,13 +10,13 @@ import transformers
 from transformers import PreTrainedTokenizerFast
 from trl import ScriptArguments
 
-from plainlora.arguments import SFTArguments, SFTRecipeConfig
 from plainlora.data.prompts import install_template
 from plainlora.doctor import tokens
 from plainlora.doctor.finding import Examination, Finding
 from plainlora.doctor.rows import examine_rows
 from plainlora.errors import UserError
-from plainlora.preparation import PreparedRows, prepare_rows
+from plainlora.settings.arguments import SFTArguments, SFTRecipeConfig
+from plainlora.training.preparation import PreparedRows, prepare_rows
 from tests.conftest import CONFIGS, ROWS
 
 WITHOUT_EOS = "{% for m in messages %}{{ m.content }}{% endfor %}"

@@ -9,8 +9,8 @@ import pytest
 from plainlora.doctor.finding import Examination
 from plainlora.doctor.settings import list_settings, read_settings
 from plainlora.errors import UserError
-from plainlora.programs import CLASSIFY, SFT, Program, find_program
-from plainlora.renames import RENAMES
+from plainlora.settings.programs import CLASSIFY, SFT, Program, find_program
+from plainlora.settings.renames import RENAMES
 from tests.conftest import ROOT
 
 BASE = "model_name_or_path: m\ndataset_name: d\noutput_dir: out\n"

@@ -8,10 +8,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 from trl import ScriptArguments
 
-from plainlora.arguments import ClassifyArguments, ClassifyConfig
 from plainlora.doctor.finding import Examination, Finding
 from plainlora.doctor.texts import examine_texts
-from plainlora.preparation import prepare_texts
+from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig
+from plainlora.training.preparation import prepare_texts
 from tests.conftest import BACKBONES, TEXTS
 
 

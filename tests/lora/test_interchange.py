@@ -144,7 +144,7 @@ def test_there_and_back_changes_no_bit(case: str, tmp_path: Path) -> None:
 
 
 @cases
-def test_u9_going_on_trains_what_peft_trains(case: str, tmp_path: Path) -> None:
+def test_u09_going_on_trains_what_peft_trains(case: str, tmp_path: Path) -> None:
     kind, ours, _ = saved_pair(case, tmp_path)
     model = load_adapter(make(kind), ours, trainable=True)
     expected = load_with_peft(kind, ours, is_trainable=True)
@@ -153,7 +153,7 @@ def test_u9_going_on_trains_what_peft_trains(case: str, tmp_path: Path) -> None:
 
 
 @cases
-def test_u9_loading_draws_nothing_at_random(case: str, tmp_path: Path) -> None:
+def test_u09_loading_draws_nothing_at_random(case: str, tmp_path: Path) -> None:
     kind, ours, _ = saved_pair(case, tmp_path)
     first = snapshot(load_adapter(make(kind), ours))
     model = make(kind)
@@ -229,7 +229,7 @@ def test_a_strided_tensor_and_a_shared_one_are_saved(tmp_path: Path) -> None:
     assert_equal_tensors(load_file(tmp_path / WEIGHTS), adapter_state_dict(model))
 
 
-def test_u9_loading_to_use_freezes_and_evaluates(tmp_path: Path) -> None:
+def test_u09_loading_to_use_freezes_and_evaluates(tmp_path: Path) -> None:
     _, ours, _ = saved_pair("llama", tmp_path)
     model = load_adapter(make("llama").train(), ours)
     assert not any(requires_grad(model).values())
@@ -238,7 +238,7 @@ def test_u9_loading_to_use_freezes_and_evaluates(tmp_path: Path) -> None:
     assert all(layer.training and layer.lora_dropout.p == 0.1 for _, layer in lora_layers(model))
 
 
-def test_u9_weights_go_back_into_a_model_that_carries_the_adapter(tmp_path: Path) -> None:
+def test_u09_weights_go_back_into_a_model_that_carries_the_adapter(tmp_path: Path) -> None:
     model = by_us(make("llama"), **LM)
     move(model)
     save_adapter(model, tmp_path)
@@ -422,7 +422,7 @@ OF_THE_CONFIG = (
 
 
 @pytest.mark.parametrize("fault", BAD)
-def test_u9_a_bad_folder_is_one_clear_line_and_no_harm(fault: str, tmp_path: Path) -> None:
+def test_u09_a_bad_folder_is_one_clear_line_and_no_harm(fault: str, tmp_path: Path) -> None:
     directory = tmp_path / "adapter"
     adapter = by_us(make("llama"), **LM)
     move(adapter)
@@ -445,7 +445,7 @@ def test_u9_a_bad_folder_is_one_clear_line_and_no_harm(fault: str, tmp_path: Pat
     inject(model, config())  # nor does it stand in the way of the next
 
 
-def test_u9_a_bad_folder_spares_an_adapter_that_is_in_use(tmp_path: Path) -> None:
+def test_u09_a_bad_folder_spares_an_adapter_that_is_in_use(tmp_path: Path) -> None:
     model = by_us(make("llama"), **LM, bias="all", modules_to_save=["lm_head"])
     move(model)
     save_adapter(model, tmp_path)

@@ -104,7 +104,7 @@ def test_nothing_of_the_adapter_is_left(case: str) -> None:
 
 
 @cases
-def test_u8_a_merged_model_is_reloaded_as_it_was(case: str, tmp_path: Path) -> None:
+def test_u08_a_merged_model_is_reloaded_as_it_was(case: str, tmp_path: Path) -> None:
     kind, options = CASES[case]
     model = adapted(kind, **options)
     expected = logits(model)
@@ -119,7 +119,7 @@ def test_u8_a_merged_model_is_reloaded_as_it_was(case: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
-def test_u8_tied_embeddings_stay_tied(kind: str, tmp_path: Path) -> None:
+def test_u08_tied_embeddings_stay_tied(kind: str, tmp_path: Path) -> None:
     base = make(kind).get_input_embeddings().weight
     model = merge(adapted(kind, **OPTIONS))
     model.save_pretrained(tmp_path)
@@ -130,7 +130,7 @@ def test_u8_tied_embeddings_stay_tied(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "trained"), [("qwen2", "lm_head"), ("qwen2", "embed_tokens"), ("gpt2", "wte")])
-def test_u8_a_twin_trained_whole_is_untied(kind: str, trained: str, tmp_path: Path) -> None:
+def test_u08_a_twin_trained_whole_is_untied(kind: str, trained: str, tmp_path: Path) -> None:
     model = adapted(kind, **OPTIONS, modules_to_save=[trained])
     expected = logits(model)
     merge(model).save_pretrained(tmp_path)
@@ -156,7 +156,7 @@ def refused(model: PreTrainedModel, match: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
-def test_u1_merging_into_a_quantised_base_is_refused(options: dict[str, object], model_dirs: dict[str, Path]) -> None:
+def test_u01_merging_into_a_quantised_base_is_refused(options: dict[str, object], model_dirs: dict[str, Path]) -> None:
     model = by_us(load_quantized(model_dirs["llama"], **options), **OPTIONS)
     move(model)
     refused(model, r"cannot merge into quantised weights: .*peft#2321.*load the base in 16 bit")

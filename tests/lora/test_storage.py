@@ -74,7 +74,7 @@ def test_training_and_evaluating_leave_the_quantised_bytes_alone(how: str, model
 
 
 @quantized
-def test_u1_a_quantised_weight_takes_no_delta(how: str, model_dirs: dict[str, Path]) -> None:
+def test_u01_a_quantised_weight_takes_no_delta(how: str, model_dirs: dict[str, Path]) -> None:
     model = load_quantized(model_dirs["llama"], **QUANTIZED[how])
     layer = model.model.layers[0].self_attn.q_proj
     assert storage.is_quantized(layer)

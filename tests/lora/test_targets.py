@@ -115,7 +115,7 @@ def test_a_module_that_is_not_linear_is_an_error(kind: str, target: str, type_na
 
 
 @pytest.mark.parametrize(("kind", "twin"), [("qwen2", "model.embed_tokens"), ("gpt2", "transformer.wte")])
-def test_u8_a_tied_head_is_no_target(kind: str, twin: str) -> None:
+def test_u08_a_tied_head_is_no_target(kind: str, twin: str) -> None:
     refused(kind, f"'lm_head' shares its weight with '{twin}'.*modules_to_save", target_modules=["lm_head"])
 
 

@@ -230,7 +230,7 @@ def scaling_doubled_by_loading(patch: Patch) -> None:
 
 
 def frozen_weight_moved(patch: Patch) -> None:
-    from plainlora.training import AdapterTrainer
+    from plainlora.training.trainers import AdapterTrainer
 
     original = AdapterTrainer.train
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from plainlora.checkpoints import UNFINISHED, find_problem, list_checkpoints, newest_checkpoint
 from plainlora.folders import find_damage
+from plainlora.training.checkpoints import UNFINISHED, find_problem, list_checkpoints, newest_checkpoint
 from tests.conftest import ROOT
 from tests.recipes.forked import Order, finish, start
 from tests.refusals import without_progress

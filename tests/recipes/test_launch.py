@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from plainlora.checkpoints import UNFINISHED, find_problem, list_checkpoints
+from plainlora.training.checkpoints import UNFINISHED, find_problem, list_checkpoints
 from tests.conftest import ROOT
 
 

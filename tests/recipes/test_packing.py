@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig
 
 from plainlora.backends import BACKENDS, attach_adapter
-from plainlora.training import AdapterTrainer, hand_over
+from plainlora.training.trainers import AdapterTrainer, hand_over
 from tests.conftest import CONFIGS, make_model, random_ids
 
 DOCUMENTS = [random_ids(1, length)[0].tolist() for length in (17, 9, 25)]

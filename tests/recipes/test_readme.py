@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from trl import ModelConfig, ScriptArguments
 
-from plainlora.arguments import ClassifyArguments, ClassifyConfig, SFTArguments, SFTRecipeConfig
 from plainlora.commands import build_parser
 from plainlora.errors import UserError
-from plainlora.parsing import StrictParser
+from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, SFTArguments, SFTRecipeConfig
+from plainlora.settings.parsing import StrictParser
 from tests.conftest import ROOT, make_model, make_peft_trainer
 
 PAGES = ("README.md", "CONTRIBUTING.md", "recipes/quickstart/README.md")
@@ -62,7 +62,7 @@ def test_every_command_of_the_pages_is_valid(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(ROOT)
     kinds = [check(command) for command in commands()]
     found = {kind: kinds.count(kind) for kind in kinds}
-    assert found == {"make": 9, "launch": 9, "plainlora": 18, "flag": 21, "plain": 2}, "a page changed: count again"
+    assert found == {"make": 9, "launch": 9, "plainlora": 23, "flag": 23, "plain": 2}, "a page changed: count again"
 
 
 def test_a_wrong_command_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +84,18 @@ def test_every_recipe_has_a_command_or_a_row_in_the_readme() -> None:
     assert len(recipes) == 9
     for recipe in recipes:
         assert f"(recipes/{recipe})" in readme, recipe
+
+
+def test_every_promise_of_the_readme_is_held_by_tests_of_its_name() -> None:
+    table = (ROOT / "README.md").read_text().split("and the tests that hold it:")[1].split("\n\n")[1]
+    rows = table.splitlines()[2:]
+    assert [row.split("|")[1].strip() for row in rows] == [f"U{number}" for number in range(1, 24)]
+    pages = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
+    defined = {name for page in pages for name in re.findall(r"^def (test_\w+)", page, flags=re.MULTILINE)}
+    for number, row in enumerate(rows, 1):
+        names = re.findall(r"`(test_\w+)`", row)
+        assert names, row
+        assert all(name in defined and f"_u{number:02d}_" in name for name in names), row
 
 
 def test_the_tree_of_the_readme_names_every_module_and_nothing_else() -> None:

@@ -14,11 +14,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from plainlora import activations, merging
 from plainlora.backends import BACKENDS
-from plainlora.checkpoints import find_problem
 from plainlora.data.prompts import render_prompt
 from plainlora.folders import find_damage, write_manifest
+from plainlora.merging import merge
+from plainlora.resources import activations
+from plainlora.training.checkpoints import find_problem
 from tests.conftest import CONFIGS, ROOT, ROWS, random_ids
 from tests.recipes.conftest import RunSFT
 
@@ -362,7 +363,7 @@ def test_rows_of_prompt_and_completion_train_the_answers_unless_told_otherwise(
 def test_a_merge_that_is_refused_leaves_the_report(
     run_sft: RunSFT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(merging.TOLERANCES, torch.float32, 1e-12)
+    monkeypatch.setitem(merge.TOLERANCES, torch.float32, 1e-12)
     with pytest.raises(SystemExit) as stopped:
         run_sft("gpt2", "run", "--merge", "true")
     assert stopped.value.code == 2

@@ -21,7 +21,7 @@ from plainlora.bench.rows import draw_lengths, make_rows
 from plainlora.bench.turns import Turns
 from plainlora.models import set_dropouts
 from plainlora.parity.tiny import byte_tokenizer
-from plainlora.training import ClassifierTrainer
+from plainlora.training.trainers import ClassifierTrainer
 
 NO_DROPOUT, PADDED = "fused, base dropouts 0", "peft, padded to 120"
 SPECIAL: dict[str, Any] = {"pad_token_id": 1}

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from plainlora.activations import LiveBytes
+from plainlora.resources.activations import LiveBytes
 
 
 class _OperationCounter(TorchDispatchMode):

@@ -26,7 +26,7 @@ from plainlora.fusing import fuse
 from plainlora.loss import use_one_pass_head
 from plainlora.models import load_causal_lm, set_dropouts
 from plainlora.parity.tiny import byte_tokenizer, random_model
-from plainlora.training import AdapterTrainer, hand_over
+from plainlora.training.trainers import AdapterTrainer, hand_over
 
 SPECIAL: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
 TINY_HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_hidden_layers": 2}

@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     from plainlora.bench import report
     from plainlora.bench.race import Outcome, race
     from plainlora.bench.suites import SUITES as suites
-    from plainlora.checks import check_writable
+    from plainlora.settings.checks import check_writable
     from plainlora.errors import UserError
     from plainlora.progress import show_progress
 

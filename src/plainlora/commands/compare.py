@@ -33,7 +33,7 @@ def _cases(arguments: argparse.Namespace, steps: int) -> "Iterator[Case]":
     from plainlora.parity import sources
     from plainlora.parity.case import FORMS
     from plainlora.parity.suite import built_in_cases
-    from plainlora.programs import SFT, find_program
+    from plainlora.settings.programs import SFT, find_program
 
     if arguments.config:
         make = sources.recipe_case if find_program(arguments.config) is SFT else sources.classifier_case
@@ -70,12 +70,12 @@ def _refuse_idle_flags(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Compares, shows, writes; exit code 1 if a level that ran does not hold."""
     import plainlora.quiet  # noqa: F401
-    from plainlora.checks import check_writable
     from plainlora.errors import UserError
     from plainlora.parity.compare import compare
     from plainlora.parity.report import terminal_header, terminal_rows, write
     from plainlora.parity.tiny import quiet_models
     from plainlora.progress import show_progress
+    from plainlora.settings.checks import check_writable
 
     _refuse_idle_flags(arguments)
     check_writable(arguments.output, "--output")

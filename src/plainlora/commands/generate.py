@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from plainlora.errors import UserError
 
 if TYPE_CHECKING:
-    from plainlora.adapter_base import Base
+    from plainlora.provenance.adapter_base import Base
 
 
 def _count(text: str) -> int:
@@ -55,11 +55,11 @@ def _refuse_whole_model(folder: Path) -> None:
 
 def _loss_in_training(adapter: str, base: "Base", questions: dict[str, Any]) -> float:
     """The loss of the tuned answers on the base as it was stored in training."""
-    from plainlora.adapter_base import load_quantized_base_of
-    from plainlora.certificate import mean_loss
     from plainlora.lora.load import load_adapter
+    from plainlora.merging.certificate import mean_loss
+    from plainlora.merging.reload import ask
     from plainlora.models import to_accelerator
-    from plainlora.reload import ask
+    from plainlora.provenance.adapter_base import load_quantized_base_of
 
     return mean_loss(ask(load_adapter(to_accelerator(load_quantized_base_of(adapter, base)), adapter), questions))
 
@@ -69,21 +69,21 @@ def run(arguments: argparse.Namespace) -> None:
     _refuse_whole_model(Path(arguments.adapter))
 
     import plainlora.quiet  # noqa: F401
-    from plainlora.adapter_base import (
+    from plainlora.backends import BACKENDS
+    from plainlora.data.prompts import render_prompt
+    from plainlora.generation import generate
+    from plainlora.merging.certificate import drift, mean_loss
+    from plainlora.merging.probes import answered
+    from plainlora.merging.reload import ask
+    from plainlora.models import to_accelerator
+    from plainlora.provenance.adapter_base import (
         class_labels,
         find_base,
         load_base_of,
         load_tokenizer_of,
         training_quantization,
     )
-    from plainlora.arguments import dtype_of
-    from plainlora.backends import BACKENDS
-    from plainlora.certificate import drift, mean_loss
-    from plainlora.data.prompts import render_prompt
-    from plainlora.generation import generate
-    from plainlora.models import to_accelerator
-    from plainlora.probes import answered
-    from plainlora.reload import ask
+    from plainlora.settings.arguments import dtype_of
 
     adapter = arguments.adapter
     if class_labels(adapter) is not None:

@@ -42,9 +42,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--base is 16bit or dequantized, not {arguments.base}")
 
     import plainlora.quiet  # noqa: F401
-    from plainlora.arguments import dtype_of
-    from plainlora.certificate import CERTIFICATE, table
-    from plainlora.merging import merge_adapter
+    from plainlora.merging.certificate import CERTIFICATE, table
+    from plainlora.merging.merge import merge_adapter
+    from plainlora.settings.arguments import dtype_of
 
     result = merge_adapter(
         arguments.adapter,

@@ -19,9 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Checks everything that can be checked here, logs in, pushes, and says where it is."""
     import plainlora.quiet  # noqa: F401
-    from plainlora.hub import open_repository
-    from plainlora.publication import collect_publication
-    from plainlora.pushing import push
+    from plainlora.hub.publication import collect_publication
+    from plainlora.hub.pushing import push
+    from plainlora.hub.repository import open_repository
 
     publication = collect_publication(arguments.adapter, arguments.base_model, arguments.base_revision)
     repository = open_repository(arguments.repo, private=arguments.private, revision=arguments.revision)

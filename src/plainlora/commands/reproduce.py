@@ -18,7 +18,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output and Path(arguments.output).exists():
         raise UserError(f"--output {arguments.output} already exists; give another folder")
 
-    from plainlora.reproduction import reproduce
+    from plainlora.provenance.reproduction import reproduce
 
     with tempfile.TemporaryDirectory() as scratch:
         stages = reproduce(arguments.folder, arguments.output or Path(scratch) / "again")

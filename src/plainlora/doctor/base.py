@@ -3,9 +3,9 @@
 from transformers import PretrainedConfig
 from trl import ModelConfig
 
-from plainlora.arguments import RecipeArguments
 from plainlora.doctor.finding import Examination
 from plainlora.models import check_dropout, check_length, context_length, describe_remote_code, load_config
+from plainlora.settings.arguments import RecipeArguments
 
 
 def examine_base(

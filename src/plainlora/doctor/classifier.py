@@ -8,7 +8,6 @@ from peft import LoraConfig
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig, ScriptArguments
 
-from plainlora.arguments import ClassifyArguments, ClassifyConfig
 from plainlora.backends import BACKENDS
 from plainlora.data.encoding import IGNORED
 from plainlora.doctor.base import examine_base
@@ -19,7 +18,6 @@ from plainlora.doctor.precision import list_precisions
 from plainlora.doctor.resources import examine_resources
 from plainlora.doctor.sample import split_sample
 from plainlora.doctor.texts import examine_texts
-from plainlora.footprint import Footprint, estimate
 from plainlora.methods import build_classifier_lora, find_last_layers
 from plainlora.models import (
     build_skeleton,
@@ -29,7 +27,9 @@ from plainlora.models import (
     context_length,
     load_tokenizer,
 )
-from plainlora.preparation import PreparedTexts, prepare_texts, read_texts
+from plainlora.resources.footprint import Footprint, estimate
+from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig
+from plainlora.training.preparation import PreparedTexts, prepare_texts, read_texts
 
 Parts = tuple[ClassifyArguments, ScriptArguments, ClassifyConfig, ModelConfig]
 

@@ -7,7 +7,7 @@ from plainlora.data.encoding import EncodingReport
 from plainlora.doctor.finding import Examination
 from plainlora.doctor.sample import Segment
 from plainlora.doctor.settings import Setting
-from plainlora.footprint import Footprint
+from plainlora.resources.footprint import Footprint
 
 
 @dataclass

@@ -3,16 +3,16 @@
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from plainlora.checkpoints import check_inputs_apart, claim_output_dir
 from plainlora.doctor.classifier import examine_classifier
 from plainlora.doctor.diagnosis import Diagnosis
 from plainlora.doctor.finding import Examination
 from plainlora.doctor.language import examine_language_model
 from plainlora.doctor.settings import list_settings, read_settings
 from plainlora.errors import UserError
-from plainlora.programs import SFT, find_program
-from plainlora.pushing import check_push
-from plainlora.training import check_schedule, resume_path
+from plainlora.hub.pushing import check_push
+from plainlora.settings.programs import SFT, find_program
+from plainlora.training.checkpoints import check_inputs_apart, claim_output_dir
+from plainlora.training.trainers import check_schedule, resume_path
 
 
 def examine(config: str, flags: Sequence[str], say: Callable[[str], None]) -> Diagnosis:

@@ -7,7 +7,6 @@ from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig, ScriptArguments
 
-from plainlora.arguments import SFTArguments, SFTRecipeConfig
 from plainlora.backends import BACKENDS, build_lora_config
 from plainlora.data.prompts import install_template
 from plainlora.doctor.base import examine_base
@@ -18,9 +17,10 @@ from plainlora.doctor.precision import list_precisions
 from plainlora.doctor.resources import examine_resources
 from plainlora.doctor.rows import examine_rows
 from plainlora.doctor.sample import split_sample
-from plainlora.footprint import Footprint, estimate
 from plainlora.models import check_vocabulary, load_tokenizer
-from plainlora.preparation import PreparedRows, prepare_rows, read_rows
+from plainlora.resources.footprint import Footprint, estimate
+from plainlora.settings.arguments import SFTArguments, SFTRecipeConfig
+from plainlora.training.preparation import PreparedRows, prepare_rows, read_rows
 
 Parts = tuple[SFTArguments, ScriptArguments, SFTRecipeConfig, ModelConfig]
 

@@ -1,7 +1,7 @@
-"""Whether memory and disk are enough, as `plainlora.footprint` counts what a run needs."""
+"""Whether memory and disk are enough, as `plainlora.resources.footprint` counts what a run needs."""
 
 from plainlora.doctor.finding import Examination
-from plainlora.footprint import Footprint
+from plainlora.resources.footprint import Footprint
 
 LEEWAY = 1.15  # the estimate is held to 15 % of a measured peak
 

@@ -5,7 +5,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from plainlora.data.encoding import EncodingReport
 from plainlora.doctor.finding import Examination
 from plainlora.doctor.tokens import examine_ids, examine_padding, examine_saving
-from plainlora.preparation import PreparedRows
+from plainlora.training.preparation import PreparedRows
 
 
 def examine_rows(

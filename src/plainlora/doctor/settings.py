@@ -7,9 +7,9 @@ from typing import Any
 
 from plainlora.doctor.finding import Examination
 from plainlora.errors import UserError
-from plainlora.parsing import StrictParser, read_yaml, set_environment
-from plainlora.programs import Program
-from plainlora.renames import RENAMES
+from plainlora.settings.parsing import StrictParser, read_yaml, set_environment
+from plainlora.settings.programs import Program
+from plainlora.settings.renames import RENAMES
 
 # What decides how a run ends, in the order of the recipes' blocks. Others are shown where a recipe sets them.
 SHOWN = (

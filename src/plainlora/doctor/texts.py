@@ -4,7 +4,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from plainlora.doctor.finding import Examination
 from plainlora.doctor.tokens import examine_ids, examine_saving
-from plainlora.preparation import PreparedTexts
+from plainlora.training.preparation import PreparedTexts
 
 MOSTLY_CUT = 0.5  # share of the texts above which their endings are what is missed
 RARE = 0.1  # share of the largest class below which accuracy says little

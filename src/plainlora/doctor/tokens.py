@@ -9,7 +9,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from plainlora.data.encoding import IGNORED
 from plainlora.data.prompts import assistant_message, render, user_message
 from plainlora.doctor.finding import Examination
-from plainlora.preparation import PreparedRows
+from plainlora.training.preparation import PreparedRows
 
 ASKED = [user_message("Name a colour.", "It is warm."), assistant_message("Red.")]
 TEXT = "Name a colour: red."

@@ -17,12 +17,12 @@ from typing import Any
 
 from trl import ModelConfig, ScriptArguments
 
-from plainlora.arguments import ClassifyArguments, ClassifyConfig
-from plainlora.checkpoints import list_checkpoints
-from plainlora.checks import check_writable
 from plainlora.errors import INTERRUPTED, UserError
-from plainlora.parsing import StrictParser, read_yaml
 from plainlora.report import write_json
+from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig
+from plainlora.settings.checks import check_writable
+from plainlora.settings.parsing import StrictParser, read_yaml
+from plainlora.training.checkpoints import list_checkpoints
 
 PROGRAM = Path(__file__).parents[3] / "recipes" / "classify.py"
 METHODS = ("last_layers", "lora", "full")

@@ -22,9 +22,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from plainlora.errors import UserError
 from plainlora.experiments.runs import Outcome, duration, flag_names, held, resolve, run_recipe
 from plainlora.experiments.search import default_search, no_kind, own_values, parse_search, parse_spec, to_flags
-from plainlora.parsing import read_yaml
 from plainlora.plots import plot_trials
 from plainlora.report import package_versions, write_json
+from plainlora.settings.parsing import read_yaml
 
 FAILURES_IN_A_ROW = 3  # then it is the config, or the machine, rather than the combination
 

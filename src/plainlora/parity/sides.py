@@ -20,7 +20,7 @@ from plainlora.fusing import fuse
 from plainlora.lora import interchange, load, merge
 from plainlora.lora.record import lora_layers
 from plainlora.parity.case import Case
-from plainlora.training import AdapterTrainer, RowsInOrder, adapter_precision_kept, hand_over
+from plainlora.training.trainers import AdapterTrainer, RowsInOrder, adapter_precision_kept, hand_over
 
 
 class Side(ABC):

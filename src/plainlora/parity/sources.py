@@ -15,16 +15,7 @@ from transformers import (
 )
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
-from plainlora.adapter_base import (
-    class_labels,
-    find_base,
-    load_quantized_base_of,
-    load_tokenizer_of,
-    training_quantization,
-)
-from plainlora.arguments import ClassifyArguments, ClassifyConfig, SFTArguments
 from plainlora.backends import build_lora_config
-from plainlora.checks import check_classify, check_sft
 from plainlora.data.datasets import load_train_and_test
 from plainlora.data.encoding import Encoder, find_schema
 from plainlora.data.prompts import install_template, render_prompt
@@ -46,9 +37,18 @@ from plainlora.models import (
 from plainlora.parity.case import FORMS, Case, seed_everything
 from plainlora.parity.suite import training_arguments
 from plainlora.parity.tiny import byte_tokenizer, model_class, random_batch
-from plainlora.parsing import StrictParser
-from plainlora.preparation import prepare_texts
-from plainlora.training import ArgumentsT
+from plainlora.provenance.adapter_base import (
+    class_labels,
+    find_base,
+    load_quantized_base_of,
+    load_tokenizer_of,
+    training_quantization,
+)
+from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, SFTArguments
+from plainlora.settings.checks import check_classify, check_sft
+from plainlora.settings.parsing import StrictParser
+from plainlora.training.preparation import prepare_texts
+from plainlora.training.trainers import ArgumentsT
 
 MOST_TEXTS = 32  # in the batch that a classifier is compared on
 

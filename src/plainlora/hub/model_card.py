@@ -1,0 +1,276 @@
+"""The model card: `README.md` in the Hub's format, with metadata, settings, results, and how to load the weights."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from transformers import PretrainedConfig, SchedulerType, TrainingArguments
+from trl import ModelConfig, ScriptArguments, SFTConfig
+
+from plainlora.data.datasets import hub_name, is_local
+from plainlora.models import is_classifier
+from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, SFTArguments
+
+HERE = "PATH OR HUB ID OF THIS MODEL"  # what loading examples say until the model is published
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool):  # an int too, to Python
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _table(rows: dict[str, Any]) -> str:
+    body = "\n".join(f"| {name} | {_show(value)} |" for name, value in rows.items() if value is not None)
+    return f"| | |\n|---|---|\n{body}"
+
+
+def _base_weights(model: ModelConfig) -> str | None:
+    """How the base was stored in training; a quantised base's `dtype` says nothing of that."""
+    if model.load_in_4bit:
+        return f"4-bit {model.bnb_4bit_quant_type}"
+    return "8-bit" if model.load_in_8bit else model.dtype
+
+
+def _template_sentence(output_dir: str | Path, recipe: SFTArguments, training: SFTConfig) -> str:
+    """What renders prompts. It speaks of conversations only: rows of plain text pass the template by."""
+    if not (Path(output_dir) / "chat_template.jinja").is_file():
+        return "Prompts are plain text: its tokenizer has no chat template."
+    template = recipe.prompt_template or training.chat_template_path
+    name = f"the template `{template}`" if template else "the base tokenizer's own template"
+    return f"Conversations are rendered by {name} (`chat_template.jinja`)."
+
+
+def _metadata(library: str, task: str, tags: Sequence[str], base: str, dataset: str = "") -> str:
+    lines = [f"library_name: {library}", f"pipeline_tag: {task}", f"tags: [{', '.join(tags)}]"]
+    if not is_local(base):  # the Hub refuses a path here (transformers#33922)
+        lines.append(f"base_model: {base}")
+    if hub_name(dataset):
+        lines.append(f"datasets: [{dataset}]")
+    return "\n".join(lines)
+
+
+def _adapter_settings(backend: str, targets: Any, model: ModelConfig) -> dict[str, Any]:
+    return {
+        "LoRA back end": backend,
+        "r": model.lora_r,
+        "alpha": model.lora_alpha,
+        "dropout": model.lora_dropout,
+        "target modules": targets or "PEFT's default",
+    }
+
+
+def _training_settings(training: TrainingArguments) -> dict[str, Any]:
+    return {
+        "learning rate": training.learning_rate,
+        "schedule": SchedulerType(training.lr_scheduler_type).value,
+        "epochs": training.num_train_epochs if training.max_steps <= 0 else None,
+        "steps": training.max_steps if training.max_steps > 0 else None,  # it overrides the epochs
+        "batch size": training.per_device_train_batch_size * training.world_size,
+        "gradient accumulation": training.gradient_accumulation_steps,
+        "seed": training.seed,
+    }
+
+
+def _pipeline_loading(task: str) -> str:
+    return f"""```python
+from transformers import pipeline
+
+model = pipeline("{task}", "{HERE}")
+```
+"""
+
+
+def plain_card(folder: str | Path, library: str, task: str, base: str, figures: dict[str, Any]) -> str:
+    """The card of weights that came without one, such as a merged model's.
+
+    Args:
+        folder: Where they lie; its name is the title.
+        library: `peft` for an adapter, `transformers` for a whole model.
+        task: The Hub's name for what the model does, `text-generation` or `text-classification`.
+        base: Hub id of the base.
+        figures: What is known of them, by name; may be empty.
+
+    Returns:
+        The text of a `README.md`.
+    """
+    load = _pipeline_loading(task)
+    if library == "peft":
+        auto_class = f"AutoPeftModelFor{'SequenceClassification' if task == 'text-classification' else 'CausalLM'}"
+        load = f"""```python
+from peft import {auto_class}
+
+model = {auto_class}.from_pretrained("{HERE}")
+```
+"""
+    kind = "A LoRA adapter for" if library == "peft" else "A model made from"
+    table = f"\n## Figures\n\n{_table(figures)}\n" if figures else ""
+    return f"""---
+{_metadata(library, task, ("lora", "plainlora"), base)}
+---
+
+# {Path(folder).resolve().name}
+
+{kind} `{base}`, published with PlainLoRA.
+{table}
+## Loading
+
+{load}"""
+
+
+def _write(
+    output_dir: str | Path,
+    metadata: str,
+    introduction: str,
+    results: dict[str, Any],
+    settings: dict[str, Any],
+    load: str,
+) -> None:
+    pictures = "\n".join(
+        f"![{path.stem}]({path.name})" for path in sorted(Path(output_dir).glob("*.png"), reverse=True)
+    )
+    text = f"""---
+{metadata}
+---
+
+# {Path(output_dir).name}
+
+{introduction}
+
+## Results
+
+{_table(results)}
+
+## Training
+
+{_table(settings)}
+
+{pictures}
+
+## Loading
+
+{load}"""
+    (Path(output_dir) / "README.md").write_text(text, encoding="utf-8")
+
+
+def write_sft_card(
+    output_dir: str | Path,
+    recipe: SFTArguments,
+    script: ScriptArguments,
+    training: SFTConfig,
+    model: ModelConfig,
+    results: dict[str, Any],
+) -> None:
+    """The card of an adapter for a causal language model."""
+    base, dataset = str(model.model_name_or_path), str(script.dataset_name)
+    settings = _adapter_settings(recipe.lora_backend, model.lora_target_modules, model)
+    settings |= {"base weights": _base_weights(model)} | _training_settings(training)
+    settings |= {"longest row (tokens)": training.max_length, "packing": training.packing}
+    load = f"""With PEFT:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{HERE}")
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "{HERE}")
+```
+
+With PlainLoRA, from a local folder:
+
+```python
+from plainlora import load_adapter
+
+model = load_adapter(base, "PATH OF THIS ADAPTER")
+```
+"""
+    _write(
+        output_dir,
+        _metadata("peft", "text-generation", ("lora", "sft", "trl", "plainlora"), base, dataset),
+        f"A LoRA adapter for `{base}`, trained on `{dataset}` with PlainLoRA.\n"
+        f"{_template_sentence(output_dir, recipe, training)}",
+        results,
+        settings,
+        load,
+    )
+
+
+def _head_sentence(head: str, in_base: bool) -> str:
+    """Where the head of an adapter's classifier comes from at a reload."""
+    if head == "trained whole":
+        return "The trained head is saved with the adapter, and PEFT loads both:"
+    where = "is the base's own" if in_base else "is saved with the adapter, because the base has none"
+    if head == "LoRA":
+        return (
+            f"The head {where}, and carries LoRA too. PEFT loads it so, but not by "
+            "`AutoPeftModelForSequenceClassification`, which would train the head whole:"
+        )
+    return f"The head {where}, and PEFT loads it too:"
+
+
+def write_classifier_card(
+    output_dir: str | Path,
+    recipe: ClassifyArguments,
+    script: ScriptArguments,
+    training: ClassifyConfig,
+    model: ModelConfig,
+    config: PretrainedConfig,
+    lora: LoraConfig | None,
+    results: dict[str, Any],
+) -> None:
+    """The card of a classifier: an adapter with its head, or a whole model.
+
+    Args:
+        output_dir: Where it goes.
+        recipe: Method and data.
+        script: Which data set.
+        training: How it was trained.
+        model: Which base.
+        config: The classifier's, with its classes.
+        lora: The adapter's; `None` for a whole model.
+        results: Flat results; the confusion matrices are left to the picture.
+    """
+    base, dataset = str(model.model_name_or_path), str(script.dataset_name)
+    head = "trained whole" if recipe.train_head else "LoRA" if recipe.lora_head else "frozen as it started"
+    settings: dict[str, Any] = {"method": recipe.method.replace("_", " ")}
+    if lora is not None:
+        named = lora.target_modules
+        targets = named if isinstance(named, str) else ", ".join(sorted(named or ()))
+        settings |= _adapter_settings(recipe.lora_backend, targets, model) | {"head": head}
+    settings |= {"base weights": _base_weights(model)} | _training_settings(training)
+    names = ", ".join(f"`{label}`" for label in (config.id2label or {}).values())
+    if lora is not None:
+        load = f"""{_head_sentence(head, is_classifier(config))}
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{HERE}")
+base = AutoModelForSequenceClassification.from_pretrained(
+    "{base}",
+    id2label={config.id2label},
+    pad_token_id={config.pad_token_id},
+)
+model = PeftModel.from_pretrained(base, "{HERE}")
+```
+"""
+    else:
+        load = _pipeline_loading("text-classification")
+    _write(
+        output_dir,
+        _metadata(
+            "peft" if lora else "transformers",
+            "text-classification",
+            ("lora", "plainlora") if lora else ("plainlora",),
+            base,
+            dataset,
+        ),
+        f"{'A LoRA adapter that makes' if lora else 'This model is'} `{base}`{'' if lora else ' made'} a "
+        f"classifier of {names}, trained on `{dataset}` with PlainLoRA.",
+        {name: value for name, value in results.items() if not isinstance(value, (list, dict))},
+        settings,
+        load,
+    )

@@ -1,0 +1,85 @@
+"""`--push_to_hub` in the programs: all that can fail is tried before training, and the push is `plainlora push`'s."""
+
+from pathlib import Path
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
+
+from plainlora.errors import UserError
+from plainlora.hub.publication import Publication, collect_publication, hub_base
+from plainlora.hub.repository import Repository, Say, check_repository_name, open_repository
+from plainlora.lora.errors import LoRAError
+
+MESSAGE = "Upload with PlainLoRA"
+
+
+def _name(training: TrainingArguments) -> str:
+    """`hub_model_id`, or the output folder's name, as in Trainer."""
+    return training.hub_model_id or Path(str(training.output_dir)).absolute().name
+
+
+def check_push(training: TrainingArguments, base: str, hub_base_model: str | None) -> None:
+    """Refuses what cannot be pushed, without a connection.
+
+    Args:
+        training: With `push_to_hub` and its kind.
+        base: The base, as the recipe names it.
+        hub_base_model: Its Hub id, where that is a local folder.
+
+    Raises:
+        UserError: Naming the setting and what to do.
+    """
+    if not training.push_to_hub:
+        return
+    check_repository_name(_name(training))
+    if HubStrategy(training.hub_strategy) is not HubStrategy.END:
+        raise UserError(
+            f"hub_strategy {HubStrategy(training.hub_strategy).value}: checkpoints hold the optimizer's state and "
+            "pickles, which are not published; use end"
+        )
+    if training.hub_always_push:
+        raise UserError("hub_always_push: there is one push, at the end; leave it out")
+    hub_base("model_name_or_path", base, hub_base_model, "--hub_base_model")
+
+
+def open_run_repository(training: TrainingArguments, say: Say) -> Repository | None:
+    """The repository to push to at the end, found or made before training; `None` without `push_to_hub`.
+
+    Raises:
+        UserError: As `open_repository`.
+    """
+    if not training.push_to_hub:
+        return None
+    private = bool(training.hub_private_repo)
+    return open_repository(_name(training), training.hub_token, private, training.hub_revision, say)
+
+
+def push(publication: Publication, repository: Repository, message: str = MESSAGE) -> str:
+    """Publishes a folder in one commit.
+
+    Returns:
+        What there is to say.
+
+    Raises:
+        UserError: As `Repository.commit`.
+    """
+    files = publication.at(repository.name)
+    commit = repository.commit(files, message)
+    if not commit.changed:
+        return f"{repository.name} holds these {len(files)} files already: {commit.url}"
+    return f"pushed {len(files)} files to {repository.name}: {commit.url}"
+
+
+def push_run(folder: str | Path, repository: Repository, base_model: str | None) -> str:
+    """`push` at the end of a run.
+
+    Raises:
+        UserError: As `collect_publication` and `push`; it says that the run is saved, and how to push it later.
+    """
+    try:
+        return push(collect_publication(folder, base_model), repository)
+    except (UserError, LoRAError) as error:
+        command = f"plainlora push --adapter {folder} --repo {repository.name}"
+        command += f" --base_model {base_model}" if base_model else ""
+        command += f" --revision {repository.revision}" if repository.revision else ""
+        raise UserError(f"the run is saved in {folder}, but not pushed: {error}; go on with: {command}") from error

@@ -1,0 +1,1 @@
+"""Adapter -> merged model, with a certificate."""

@@ -1,0 +1,220 @@
+"""The base of a saved adapter: which one, how training stored it, and which classes a classifier has."""
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from plainlora.errors import UserError
+from plainlora.lora.interchange import read_config, saved_shapes
+from plainlora.models import (
+    check_vocabulary,
+    classifier_config,
+    load_causal_lm,
+    load_classifier,
+    load_config,
+    load_tokenizer,
+)
+from plainlora.provenance.base_identity import describe_base, find_difference, is_description, name_base
+
+BaseKind = Literal["16bit", "dequantized"]
+
+# Where an architecture keeps the rows of its classes.
+CLASS_ROWS = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base to put an adapter on; `find_base` has compared it with the one that the adapter was trained on.
+
+    Attributes:
+        name: Hub id or local folder.
+        revision: Branch, tag or commit on the Hub.
+        trained_on: What `describe_base` said in training; `None` for an adapter that no recipe of this project wrote.
+        warning: In what it differs although it may be used, if it does.
+    """
+
+    name: str
+    revision: str | None
+    trained_on: dict[str, Any] | None = None
+    warning: str | None = None
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What `describe_base` says of it."""
+        return describe_base(self.name, self.revision)
+
+
+def find_base(adapter: str | Path, base_model: str | None = None, allow_other_base: bool = False) -> Base:
+    """The base of an adapter, refused if it is not the one that the adapter was trained on.
+
+    Args:
+        adapter: Its folder.
+        base_model: Hub id or folder to take instead of the base that `adapter_config.json` names.
+        allow_other_base: Whether other weights, in an architecture that the adapter fits, are a warning only.
+
+    Raises:
+        UserError: The base cannot be had, or it is another one.
+        LoRAError: It is no adapter.
+    """
+    name, revision = base_of(adapter) if base_model is None else (base_model, None)
+    read_config(adapter)
+    trained = read_run(adapter).get("base")
+    base = Base(name, revision, trained)
+    difference = find_difference(trained, base.identity) if trained else None
+    if trained is None or difference is None:
+        return base
+    both = f"{adapter} was trained on {name_base(trained)}, and {name_base(base.identity)}"
+    other = {
+        "architecture": "is another architecture",
+        "tensors": "has other tensors or shapes",
+        "weights": "holds other weights of the same shapes",
+        "precision": "is the same in another precision, so that answers differ by rounding",
+    }
+    if difference == "precision" or (allow_other_base and difference != "architecture"):
+        return Base(name, revision, trained, warning=f"{both} {other[difference]}")
+    advice = "" if difference == "architecture" else ", or go on with --allow_other_base"
+    raise UserError(f"{both} {other[difference]}; give the base it was trained on with --base_model{advice}")
+
+
+def base_of(adapter: str | Path) -> tuple[str, str | None]:
+    """Name and revision of the base that an adapter was trained on.
+
+    Raises:
+        UserError: It names none, or a folder that is not there.
+        LoRAError: It is no adapter.
+    """
+    config = read_config(adapter)
+    if not config.base_model_name_or_path:
+        raise UserError(
+            f"{adapter}/adapter_config.json names no base model; set base_model_name_or_path in it, or give "
+            "--base_model"
+        )
+    return _find_base(config.base_model_name_or_path, Path(adapter)), config.revision
+
+
+def _find_base(name: str, adapter: Path) -> str:
+    """A base named by a relative path, as in `recipes/quickstart/base`, is also looked for from the adapter upwards.
+
+    A name without a slash is left to the Hub: a folder that happens to be called `gpt2` is not what it means.
+    """
+    if os.path.exists(os.path.expanduser(name)) or "/" not in name:
+        return name
+    for parent in adapter.resolve().parents:
+        if os.path.isfile(parent / name / "config.json"):
+            return str(parent / name)
+    if name.count("/") > 1 or name.startswith(("/", ".", "~")):
+        raise UserError(
+            f"{adapter}/adapter_config.json names the base {name}, which is no folder here; run from where it was "
+            "trained, or give --base_model"
+        )
+    return name
+
+
+def load_tokenizer_of(adapter: str | Path, base: Base) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with an adapter, with training's template; the base's if none was saved."""
+    own = (Path(adapter) / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(str(adapter)) if own else load_tokenizer(base.name, base.revision)
+    check_vocabulary(tokenizer, load_config(base.name, base.revision))
+    return tokenizer
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """What the training that wrote a folder, or the run around a checkpoint, recorded; empty without a `run.json`.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    folder = Path(folder)
+    path = (folder.parent if folder.name.startswith("checkpoint-") else folder) / "run.json"
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); take it away to go on without it") from error
+    problem = _find_damage(content)
+    if problem:
+        raise UserError(f"{path} is damaged ({problem}); take it away to go on without it")
+    return cast(dict[str, Any], content)
+
+
+def _find_damage(run: object) -> str | None:
+    """What no `write_run` can have written."""
+    if not isinstance(run, dict) or "quantization_config" not in run:
+        return "it has no quantization_config"
+    for name in ("quantization_config", "arguments"):
+        if not isinstance(run.get(name), dict | None):
+            return f"its {name} is no mapping"
+    if run.get("base") is not None and not is_description(run["base"]):
+        return "its base is no description of one"
+    labels = run.get("labels")
+    if not isinstance(labels, list | None) or not all(isinstance(label, str) for label in labels or ()):
+        return "its labels are no list of names"
+    if not isinstance((run.get("arguments") or {}).get("max_length"), int | None):
+        return "its max_length is no whole number"
+    return None
+
+
+def training_quantization(adapter: str | Path) -> dict[str, Any] | None:
+    """How the base was quantised in training, from `run.json`; `None` if it was not, or if that is unknown."""
+    return read_run(adapter).get("quantization_config")
+
+
+def class_labels(adapter: str | Path) -> list[str] | None:
+    """Names of a classifier's classes; `None` for a causal language model.
+
+    They stand in `run.json`. Without one, as for adapters of elsewhere, the head in the file says how many there are.
+    """
+    if labels := read_run(adapter).get("labels"):
+        return list(labels)
+    config = read_config(adapter)
+    base_class = (config.auto_mapping or {}).get("base_model_class", "")  # beside it, PEFT's files name no task
+    if config.task_type != "SEQ_CLS" and not base_class.endswith("ForSequenceClassification"):
+        return None
+    for name, shape in saved_shapes(adapter).items():
+        if name.replace(".base_layer.", ".").endswith(CLASS_ROWS):
+            return [f"LABEL_{number}" for number in range(shape[0])]
+    raise UserError(f"{adapter} is a classifier's adapter without its head: its predictions are lost, train it again")
+
+
+def load_base_of(
+    adapter: str | Path, base: Base, kind: BaseKind = "16bit", dtype: torch.dtype | str = "auto"
+) -> PreTrainedModel:
+    """The base of an adapter: the checkpoint as it is, or what training saw of it through 4 or 8 bits.
+
+    Raises:
+        UserError: `dequantized` was asked for, but the adapter was not trained on a quantised base.
+    """
+    if kind == "16bit":
+        return _load(adapter, base, dtype, None)
+    quantization = training_quantization(adapter)
+    if quantization is None:
+        raise UserError(
+            f"{adapter} was not trained on a quantised base (says its run.json, or it has none): use --base 16bit"
+        )
+    model = _load(adapter, base, dtype, BitsAndBytesConfig(**quantization))
+    return model.dequantize().to(model.dtype)
+
+
+def load_quantized_base_of(adapter: str | Path, base: Base) -> PreTrainedModel:
+    """The base stored as it was in training, quantised or not."""
+    quantization = training_quantization(adapter)
+    return _load(adapter, base, "auto", None if quantization is None else BitsAndBytesConfig(**quantization))
+
+
+def _load(
+    adapter: str | Path, base: Base, dtype: torch.dtype | str, quantization: BitsAndBytesConfig | None
+) -> PreTrainedModel:
+    options: dict[str, Any] = {"revision": base.revision, "dtype": dtype, "quantization": quantization}
+    labels = class_labels(adapter)
+    if labels is None:
+        return load_causal_lm(base.name, **options)
+    pad = load_tokenizer_of(adapter, base).pad_token_id
+    model, _ = load_classifier(classifier_config(base.name, labels, pad, base.revision), base.name, **options)
+    return model

@@ -1,0 +1,143 @@
+"""`run.json`: what a run was made of, so that it can be told from another, used later, and made again.
+
+It is written before training and completed at the end. The order of its digests is that of a run: base, rows, adapter
+at the start, order of the rows, adapter at the end; the first that differs says where two runs came apart.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from torch import nn
+
+from plainlora.folders import sha256_of
+from plainlora.report import package_versions, write_json
+from plainlora.settings.parsing import read_yaml
+
+SECRETS = ("hub_token", "push_to_hub_token")
+SECRET_VARIABLE = re.compile("TOKEN|KEY|SECRET|PASSWORD", re.IGNORECASE)
+WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
+
+
+def _without_secrets(command: Sequence[str]) -> list[str]:
+    """The command without the values of secret flags, written `--flag value` or `--flag=value`."""
+    kept: list[str] = []
+    for word in command:
+        flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        follows = kept and kept[-1].removeprefix("--").replace("-", "_") in SECRETS
+        kept.append("..." if follows else word.partition("=")[0] + "=..." if "=" in word and flag in SECRETS else word)
+    return kept
+
+
+def _config_of(command: Sequence[str]) -> dict[str, Any] | None:
+    """What the YAML of a command says, without secrets: the file may be another one by the time it is needed."""
+    paths = [word.removeprefix("--config=") for word in command if word.startswith("--config=")]
+    paths += [value for flag, value in itertools.pairwise(command) if flag == "--config"]
+    if not paths:
+        return None
+    content = {name: value for name, value in read_yaml(paths[0]).items() if name not in SECRETS}
+    if isinstance(content.get("env"), dict):
+        content["env"] = {name: value for name, value in content["env"].items() if not SECRET_VARIABLE.search(name)}
+    return content
+
+
+def _git_commit() -> str | None:
+    """The commit of this package's checkout, with `+` if files differ from it; `None` outside of one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def digest_of_rows(rows: Dataset) -> str:
+    """SHA-256 of the rows' token ids and labels, in their order."""
+    digest = hashlib.sha256()
+    for batch in rows.iter(batch_size=1000):
+        digest.update(json.dumps([batch["input_ids"], batch["labels"]]).encode())
+    return digest.hexdigest()
+
+
+def digest_of_trained(model: nn.Module) -> str:
+    """SHA-256 of the names and values of all weights that are trained."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            content = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(name.encode() + content.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_run(
+    path: str | Path,
+    arguments: Sequence[Any],
+    *,
+    quantization: dict[str, Any] | None,
+    base: dict[str, Any],
+    rows: Mapping[str, Dataset | None],
+    model: nn.Module,
+    labels: Sequence[str] | None = None,
+) -> None:
+    """Writes what is known before the first step. Tokens and keys are left out.
+
+    Args:
+        path: Of the file.
+        arguments: The parsed dataclasses, every setting of which is written.
+        quantization: How the base is stored, to merge later into the very weights that the adapter was trained on.
+        base: Which base it is, from `plainlora.provenance.base_identity.describe_base`.
+        rows: The encoded rows of every split.
+        model: With the adapter as it starts.
+        labels: A classifier's classes, to load its head later.
+    """
+    resolved: dict[str, Any] = {}
+    for part in arguments:
+        values = part.to_dict() if hasattr(part, "to_dict") else asdict(part) if is_dataclass(part) else {}  # type: ignore[arg-type]
+        resolved |= {name: value for name, value in values.items() if name not in SECRETS}
+    content = {
+        "command": _without_secrets(sys.argv),
+        "config": _config_of(sys.argv),
+        "arguments": resolved,
+        "quantization_config": quantization,
+        "labels": None if labels is None else list(labels),
+        "versions": package_versions(),
+        "git_commit": _git_commit(),
+        "processes": PartialState().num_processes,
+        "threads": torch.get_num_threads(),
+        "device": str(PartialState().device.type),
+        "base": base,
+        "rows": {
+            split: {"rows": len(each), "sha256": digest_of_rows(each)}
+            for split, each in rows.items()
+            if each is not None
+        },
+        "trained_at_start_sha256": digest_of_trained(model),
+    }
+    write_json(path, content)
+
+
+def complete_run(path: str | Path, order: str, steps: int) -> None:
+    """Adds what is known after the last step.
+
+    Args:
+        path: Of the file.
+        order: Digest of the batches in the order in which they were trained on, of `training.watching.RowsSeen`.
+        steps: Optimizer steps.
+    """
+    saved = next(Path(path).parent / name for name in WEIGHTS if (Path(path).parent / name).is_file())
+    write_json(
+        path,
+        {"order_sha256": order, "steps": steps, "weights": {"file": saved.name, "sha256": sha256_of(saved)}},
+        update=True,
+    )

@@ -1,0 +1,1 @@
+"""Memory, time and disk: what there is, and what a run will need."""

@@ -1,0 +1,374 @@
+"""Whether what autograd keeps for the way back fits into the free memory, counted before training starts.
+
+The model's own code runs one step on tensors that have shape, type and device but no values (`FakeTensorMode`). They
+take the kernels that real ones take, attention's included, but no memory and little time.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from peft import LoraConfig
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    TrainingArguments,
+    masking_utils,
+)
+from trl import SFTConfig
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+from plainlora.backends import Backend, attach_adapter
+from plainlora.loss import TokenLogProbs, is_covered
+from plainlora.resources.heap import count_resident_bytes
+
+HOLES = 0.55  # of those that a CPU's heap would have if no tensor ever took the place of one of its size: 0.3 to 0.9
+SHARE = 0.8  # of the free memory that is planned with; the rest is for fragments and for what libraries set aside
+OPTIMIZER_COPIES = 3  # of every trained weight: its gradient and Adam's two moments
+
+# TRL's own head works on tiles of at most so many tokens and words, in fp32 at the most.
+# https://github.com/huggingface/trl/blob/v1.16.0/trl/kernels/chunked_logprob.py
+TRL_TILE = (4096, 32768)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The largest batch of a run.
+
+    Attributes:
+        rows: Sequences.
+        length: Tokens of each.
+        masked: Whether attention is given a mask, `(rows, 1, length, length)`: for padding, or to keep packed rows
+            apart.
+    """
+
+    rows: int
+    length: int
+    masked: bool
+
+
+def largest_batch(args: TrainingArguments, longest: int, rows: int | None = None) -> Batch:
+    """What the trainer collates at most: rows side by side, or, packed, one after the other.
+
+    Args:
+        args: Batch size, and packing where SFTTrainer does it.
+        longest: Length of the longest row, in tokens.
+        rows: Of a batch; the training batch's if left out.
+    """
+    rows = args.per_device_train_batch_size if rows is None else rows
+    if getattr(args, "packing", False) or getattr(args, "padding_free", False):
+        return Batch(1, rows * longest, masked=True)
+    return Batch(rows, longest, masked=rows > 1)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages that are made inside and still alive, each once.
+
+    Args:
+        others: Tensors whose storages are not counted: the weights, which come back as views of themselves.
+
+    Attributes:
+        peak: Bytes alive at most.
+        events: `(number of a storage, its bytes)` where it is made, `(number, -bytes)` where it goes.
+    """
+
+    def __init__(self, others: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self._known = {tensor.untyped_storage()._cdata for tensor in others}
+        self._now = self.peak = self._made = 0
+        self.events: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, torch.Tensor):
+                self._count(result.untyped_storage())
+        self.peak = max(self.peak, self._now)
+        return results
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage._cdata, storage.nbytes()
+        if address not in self._known:
+            self._known.add(address)
+            self._now += size
+            self._made += 1
+            self.events.append((self._made, size))
+            weakref.finalize(storage, self._forget, address, size, self._made)
+
+    def _forget(self, address: int, size: int, number: int) -> None:
+        self._known.discard(address)
+        self._now -= size
+        self.events.append((number, -size))
+
+
+def _to_device(model: nn.Module, device: torch.device) -> None:
+    """Gives a model of the `meta` device weights without values on another one; what is shared stays shared.
+
+    `Module.to_empty` cannot: FakeTensorMode takes no tensors of the `meta` device.
+    """
+    made: dict[torch.Tensor, torch.Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is None:
+                    continue
+                if old not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype, device=device)
+                    made[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                tensors[name] = cast(Any, made[old])
+
+
+@contextmanager
+def _one_row_not_taken_for_packed_ones() -> Iterator[None]:
+    """Where positions have no values, Transformers presumes packed rows, and a mask that a real step does without.
+
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/masking_utils.py
+    (`find_packed_sequence_indices`)
+    """
+    theirs = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = theirs
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward and backward pass over the largest batch, as far as its memory depends on it.
+
+    A quantised base is counted as a dense one: its activations are the same.
+
+    Attributes:
+        config: Of the base, as it is trained: with its dropouts and its attention implementation.
+        prepare: Makes a bare base what is trained: puts the adapter in, or says which weights need gradients.
+        batch: The largest.
+        device: Where training runs.
+        dtype: Of the base's weights.
+        autocast: Type of mixed precision, if there is any.
+        one_pass_head: Whether a frozen output head computes its loss in one pass.
+        classifies: Whether the model is a sequence classifier rather than a causal language model.
+        trust_remote_code: As for the base.
+    """
+
+    config: PretrainedConfig
+    prepare: Callable[[PreTrainedModel], object]
+    batch: Batch
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None
+    one_pass_head: bool = True
+    classifies: bool = False
+    trust_remote_code: bool = False
+
+    def build(self) -> PreTrainedModel:
+        """The base, prepared, on the `meta` device: names, shapes and types without values."""
+        auto = AutoModelForSequenceClassification if self.classifies else AutoModelForCausalLM
+        with torch.device("meta"):
+            base = cast(
+                PreTrainedModel,
+                auto.from_config(
+                    copy.deepcopy(self.config), dtype=self.dtype, trust_remote_code=self.trust_remote_code
+                ),
+            )
+            self.prepare(base)
+        return base
+
+
+def _token_loss(step: Step, base: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """The loss of `(rows, length, d)`, every token with a label, by the one-pass head or by TRL's own."""
+    head = cast(nn.Linear, base.get_output_embeddings())
+    tokens = hidden.shape[0] * (hidden.shape[1] - 1)
+    labels = torch.zeros(tokens, dtype=torch.long, device=hidden.device)
+    if step.one_pass_head and is_covered(base):
+        chosen = hidden[:, :-1].clone(memory_format=torch.contiguous_format).view(tokens, -1)  # (N, d), a copy
+        statistics = torch.zeros(2, tokens, device=hidden.device)
+        return TokenLogProbs.apply(chosen, labels, head.weight, head.bias, statistics).sum()
+    if step.device.type == "cpu":
+        every = hidden[:, :-1].reshape(tokens, -1)  # (N, d)
+        given = (every, head.weight, head.bias, labels, 1.0, TRL_TILE[1], None, 1.0, ("entropy", "is_top1"))
+        return cast(torch.Tensor, ChunkedLogProbFunction.apply(*given)[0]).sum()
+    torch.empty(min(tokens, TRL_TILE[0]), TRL_TILE[1], device=hidden.device)  # its Triton kernels work in place
+    return hidden.float().sum()
+
+
+def _inputs(step: Step) -> dict[str, torch.Tensor]:
+    batch, device = step.batch, step.device
+    inputs = {"input_ids": torch.zeros(batch.rows, batch.length, dtype=torch.long, device=device)}
+    if batch.masked:
+        kind = step.dtype if step.config._attn_implementation == "eager" else torch.bool
+        shape = (batch.rows, 1, batch.length, batch.length)
+        inputs["attention_mask"] = torch.ones(shape, dtype=kind, device=device)
+    return inputs
+
+
+def _forward(step: Step, base: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss of the largest batch."""
+    if step.classifies:
+        labels = torch.zeros(step.batch.rows, dtype=torch.long, device=step.device)
+        return cast(torch.Tensor, base(**inputs, labels=labels).loss)
+    return _token_loss(step, base, base.base_model(**inputs, use_cache=False).last_hidden_state)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a step holds at most, weights and optimizer apart.
+
+    Attributes:
+        alive: Bytes of tensors that are alive at the same time, gradients as far as the step makes them.
+        events: When they come and go, see `LiveBytes`.
+        pinned_until: The number of the event at which the way back begins; 0 where there is none.
+        on_cpu: Whether all of it lies in a process's heap.
+    """
+
+    alive: int
+    events: list[tuple[int, int]]
+    pinned_until: int
+    on_cpu: bool
+
+    @property
+    def resident(self) -> int:
+        """Bytes of memory that the step holds: on a CPU with the holes in its heap."""
+        return self.resident_with(())
+
+    def resident_with(self, later: Sequence[tuple[int, int]]) -> int:
+        """The same of this step and what comes after it. On a CPU the holes of the one stay there in the other.
+
+        Args:
+            later: The events of the other.
+        """
+        if not self.on_cpu:
+            return self.alive
+        offset = len(self.events)  # at least as many as there are numbers
+        events = [*self.events, *((number + offset, size) for number, size in later)]
+        holes = max(0, count_resident_bytes(events, self.pinned_until) - self.alive)
+        return self.alive + int(HOLES * holes)
+
+
+def _run(step: Step, base: PreTrainedModel, forward: Callable[[], torch.Tensor]) -> Held:
+    """What `forward`, and `backward` where gradients are asked for, hold."""
+    mixed: AbstractContextManager[Any] = (
+        torch.autocast(step.device.type, step.autocast) if step.autocast else nullcontext()
+    )
+    with LiveBytes((*base.parameters(), *base.buffers())) as alive:
+        with mixed, _one_row_not_taken_for_packed_ones():
+            loss = forward()
+        pinned_until = len(alive.events) if loss.requires_grad else 0
+        if loss.requires_grad:
+            loss.backward()
+    return Held(alive.peak, list(alive.events), pinned_until, step.device.type == "cpu")
+
+
+def count_peak_bytes(step: Step, *, checkpointing: bool = False) -> Held:
+    """What a training step holds at most.
+
+    Args:
+        step: What is counted.
+        checkpointing: Whether activations are computed again on the way back.
+
+    Raises:
+        Exception: Of any kind, where the model's code does not run without values.
+    """
+    base = step.build().train()
+    if checkpointing:
+        base.activation_checkpointing_enable()
+    with FakeTensorMode():
+        _to_device(base, step.device)
+        inputs = _inputs(step)
+        return _run(step, base, lambda: _forward(step, base, inputs))
+
+
+def count_evaluation_bytes(step: Step) -> Held:
+    """What an evaluation step holds at most; errors are those above."""
+    base = step.build().eval()
+    with FakeTensorMode(), torch.no_grad():
+        _to_device(base, step.device)
+        inputs = _inputs(step)
+        return _run(step, base, lambda: _forward(step, base, inputs))
+
+
+def count_head_bytes(step: Step) -> Held:
+    """What the loss of a language model's largest batch holds at most, from the last hidden state on."""
+    base = step.build()
+    with FakeTensorMode():
+        _to_device(base, step.device)
+        width = cast(nn.Linear, base.get_output_embeddings()).weight.shape[1]
+        hidden = torch.zeros(step.batch.rows, step.batch.length, width, dtype=step.dtype, device=step.device)
+        hidden.requires_grad_()
+        return _run(step, base, lambda: _token_loss(step, base, hidden))
+
+
+def precision(args: TrainingArguments) -> torch.dtype | None:
+    """The type of mixed precision that training arguments ask for; `None` for none."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def needs_checkpointing(
+    args: SFTConfig,
+    base: PreTrainedModel,
+    lora: LoraConfig,
+    backend: Backend,
+    adapter_dtype: str,
+    longest: int,
+    free: int | None,
+    say: Callable[[str], None],
+) -> bool:
+    """Whether training has to compute activations again on the way back, because they do not fit; says why.
+
+    All processes come to the same decision: that of the one with the least memory.
+
+    Args:
+        args: Batch size, packing and precision.
+        base: With the adapter in it.
+        lora: That adapter.
+        backend: What attached it.
+        adapter_dtype: Its precision.
+        longest: Length of the longest row, in tokens.
+        free: Bytes that were free before the base was loaded; `None` if that is unknown.
+        say: Told the decision in one line.
+    """
+    frees = gather_object([free])
+    if any(each is None for each in frees):
+        say(f"free memory of {args.device} is unknown: gradient checkpointing")
+        return True
+    shared = PartialState().num_processes if args.device.type == "cpu" else 1
+    trained = _bytes(parameter for parameter in base.parameters() if parameter.requires_grad)
+    left = min(frees) // shared - _bytes((*base.parameters(), *base.buffers())) - OPTIMIZER_COPIES * trained
+    step = Step(
+        config=base.config,
+        prepare=lambda skeleton: attach_adapter(skeleton, copy.deepcopy(lora), backend, adapter_dtype),
+        batch=largest_batch(args, longest),
+        device=args.device,
+        dtype=base.dtype,
+        autocast=precision(args),
+        one_pass_head=backend.one_pass_head,
+        trust_remote_code=args.trust_remote_code,
+    )
+    try:
+        held = count_peak_bytes(step).resident
+    except Exception as error:  # whatever a model's code raises when its tensors have no values
+        reason = (str(error).strip().splitlines() or [""])[0]
+        say(f"activations cannot be counted ({type(error).__name__}: {reason[:100]}): gradient checkpointing")
+        return True
+    fits = held <= SHARE * left
+    say(
+        f"activations: {held / 1e9:.1f} GB for {args.per_device_train_batch_size} x {longest} tokens, "
+        f"{max(left, 0) / 1e9:.1f} GB free: {'no ' if fits else ''}gradient checkpointing"
+    )
+    return not fits

@@ -1,0 +1,233 @@
+"""Settings that this project cannot honour are refused by name, before anything is loaded or written."""
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from trl import ModelConfig, ScriptArguments, SFTConfig
+
+from plainlora.data.datasets import is_local
+from plainlora.errors import UserError
+from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, RecipeArguments, SFTArguments
+from plainlora.settings.parsing import trains_on_cpu
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+# Smallest and largest value, both allowed. The libraries would notice late, or not at all.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "max_length": (1, math.inf),
+    "max_train_rows": (1, math.inf),
+    "max_eval_rows": (1, math.inf),
+    "measured_train_rows": (1, math.inf),
+    "max_truncated": (0, 1),
+    "exact_match_rows": (0, math.inf),
+    "max_new_tokens": (1, math.inf),
+    "dataset_num_proc": (1, math.inf),
+    "per_device_train_batch_size": (1, math.inf),
+    "per_device_eval_batch_size": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "num_train_epochs": (0, math.inf),
+    "learning_rate": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "seed": (0, 2**32 - 1),
+    "data_seed": (0, 2**32 - 1),
+}
+
+
+SCORES = ("accuracy", "f1")  # what a classifier's validation measures beside the loss
+
+
+def _raise_first(faults: Iterator[str]) -> None:
+    for fault in faults:
+        raise UserError(fault)
+
+
+def check_sft(recipe: SFTArguments, script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> None:
+    """Refuses settings of `recipes/sft.py` that cannot be honoured.
+
+    Raises:
+        UserError: Naming the first and what to do.
+    """
+    _raise_first(sft_faults(recipe, script, training, model))
+
+
+def check_classify(
+    recipe: ClassifyArguments, script: ScriptArguments, training: ClassifyConfig, model: ModelConfig
+) -> None:
+    """Refuses settings of `recipes/classify.py` that cannot be honoured.
+
+    Raises:
+        UserError: Naming the first and what to do.
+    """
+    _raise_first(classify_faults(recipe, script, training, model))
+
+
+def sft_faults(
+    recipe: SFTArguments, script: ScriptArguments, training: SFTConfig, model: ModelConfig
+) -> Iterator[str]:
+    """What of the settings of `recipes/sft.py` cannot be honoured, each with what to do."""
+    yield from common_faults(recipe, script, training, model)
+    yield from _unsupported(
+        {
+            "dataset_kwargs": (training.dataset_kwargs, "rows are prepared by this project, not by TRL"),
+            "use_liger_kernel": (training.use_liger_kernel, "TRL has deprecated it; its own fused head is used"),
+        }
+    )
+    if training.trust_remote_code:
+        yield from _unpinned_code(str(model.model_name_or_path), model.model_revision, recipe.merge)
+    if training.packing and training.packing_strategy == "wrapped":
+        yield (
+            "packing_strategy=wrapped is refused: it cuts rows in two and lets examples attend to each other "
+            "(trl#1230); use bfd"
+        )
+    if training.packing and training.max_length is None:
+        yield "packing needs max_length: give the length of a packed sequence"
+
+
+def classify_faults(
+    recipe: ClassifyArguments, script: ScriptArguments, training: ClassifyConfig, model: ModelConfig
+) -> Iterator[str]:
+    """What of the settings of `recipes/classify.py` cannot be honoured, each with what to do."""
+    yield from common_faults(recipe, script, training, model)
+    yield from _unsupported(
+        {
+            "use_liger_kernel": (training.use_liger_kernel, "its kernels are for causal language models"),
+            "label_names": (training.label_names, "the column of classes is label_column"),
+            "batch_eval_metrics": (training.batch_eval_metrics, "accuracy and F1 are those of all rows"),
+            "prediction_loss_only": (training.prediction_loss_only, "every row is classified and counted"),
+            "dataloader_drop_last": (training.dataloader_drop_last, "every row is classified and counted"),
+            "eval_do_concat_batches": (not training.eval_do_concat_batches, "accuracy and F1 are those of all rows"),
+        }
+    )
+    metric = (training.metric_for_best_model or "loss").removeprefix("eval_")
+    if metric not in ("loss", *SCORES):
+        yield f"metric_for_best_model: there is no {metric!r}; there are loss, {', '.join(SCORES)}"
+    if model.lora_task_type not in ("CAUSAL_LM", "SEQ_CLS"):  # the first is ModelConfig's default
+        yield f"lora_task_type {model.lora_task_type}: this program classifies sequences; leave it out"
+    if recipe.lora_head and recipe.train_head:
+        yield "lora_head and train_head: the head carries LoRA or is trained whole, not both; give one"
+    if recipe.method != "lora" and (model.load_in_4bit or model.load_in_8bit):
+        yield f"method {recipe.method} trains the base's own weights, which 4 or 8 bits cannot be; use lora"
+    if recipe.method != "lora" and recipe.merge:
+        yield f"merge: method {recipe.method} leaves a whole model, there is nothing to merge"
+    if recipe.last_layers and recipe.method != "last_layers":
+        yield f"last_layers belongs to --method last_layers, not {recipe.method}"
+
+
+def common_faults(
+    recipe: RecipeArguments, script: ScriptArguments, training: TrainingArguments, model: ModelConfig
+) -> Iterator[str]:
+    """What neither program can honour, each with what to do."""
+    if not model.model_name_or_path:
+        yield "model_name_or_path is missing: give a Hub id or a local folder"
+    if not script.dataset_name:
+        yield "dataset_name is missing: give a Hub id or a local file"
+    yield from _out_of_range(vars(recipe) | vars(script) | vars(training) | vars(model))
+    yield from _unsupported(
+        {
+            "dataset_streaming": (script.dataset_streaming, "rows are checked before training, so all are read first"),
+            "ignore_bias_buffers": (script.ignore_bias_buffers, "current Transformers models need no such workaround"),
+        }
+    )
+    yield from _misplaced(recipe, script, model)
+    if recipe.base_dropout is not None and not 0 <= recipe.base_dropout < 1:
+        yield f"base_dropout must be at least 0 and below 1, not {recipe.base_dropout}"
+    if training.dataloader_num_workers < 0:
+        yield f"dataloader_num_workers must be at least 0, not {training.dataloader_num_workers}"
+    if training.save_strategy == "best" and not training.metric_for_best_model:
+        yield "save_strategy best needs metric_for_best_model: give one, such as loss"
+    yield from _clashing_precisions(recipe, training, model)
+    yield from _said_by(check_writable, training.output_dir)
+    for tracker in [training.report_to] if isinstance(training.report_to, str) else training.report_to or []:
+        yield from _said_by(check_tracker, tracker)
+
+
+def _unsupported(settings: dict[str, tuple[object, str]]) -> Iterator[str]:
+    for name, (is_set, reason) in settings.items():
+        if is_set:
+            yield f"{name} is not supported: {reason}"
+
+
+def _out_of_range(settings: dict[str, Any]) -> Iterator[str]:
+    """A number outside `BOUNDS`, or `..._kwargs` that are no mapping."""
+    for name, (low, high) in BOUNDS.items():
+        value = settings.get(name)
+        if value is not None and (not low <= value <= high or value == math.inf):
+            limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            yield f"{name} must be {limits}, not {value}"
+    for name, value in settings.items():
+        if name.endswith("_kwargs") and isinstance(value, str):
+            yield f"{name} must be a mapping, as JSON on the command line, not {value!r}"
+
+
+def _misplaced(recipe: RecipeArguments, script: ScriptArguments, model: ModelConfig) -> Iterator[str]:
+    """What is for the Hub alone, said of this disk."""
+    sources = [getattr(recipe, name, None) for name in ("eval_dataset_name", "validation_dataset_name")]
+    if script.dataset_config and all(is_local(name) for name in (script.dataset_name, *sources) if name):
+        yield f"dataset_config {script.dataset_config}: local files have no configurations; leave it out"
+    name = model.model_name_or_path
+    if name and model.model_revision not in (None, "main") and is_local(name):
+        yield f"model_revision {model.model_revision}: a local folder has no revisions; leave it out"
+
+
+def _unpinned_code(name: str, revision: str | None, merge: bool) -> Iterator[str]:
+    """A branch or a tag of the Hub can hold other code tomorrow than the code that was read today."""
+    if not is_local(name) and not COMMIT.fullmatch(revision or ""):
+        yield (
+            f"trust_remote_code runs the code of {name} from the Hub: read it, and give the commit that you have read "
+            f"as model_revision, 40 hexadecimal digits, not {revision}"
+        )
+    if merge:
+        yield "merge: a merged model is loaded again without code of its own; leave merge or trust_remote_code out"
+
+
+def _clashing_precisions(recipe: RecipeArguments, training: TrainingArguments, model: ModelConfig) -> Iterator[str]:
+    wholly_trained = recipe.lora_bias != "none" or model.lora_modules_to_save or getattr(recipe, "train_head", False)
+    if recipe.adapter_dtype != "float32" and wholly_trained and not training.bf16 and model.dtype != "bfloat16":
+        yield (
+            f"adapter_dtype {recipe.adapter_dtype}: biases, heads and other modules that are trained whole would not "
+            f"fit a base in {model.dtype}; leave it out, or give --bf16 or --dtype bfloat16"
+        )
+    if training.fp16 and trains_on_cpu(training.use_cpu):
+        yield "fp16 needs a GPU: leave --fp16 out, and a CPU trains in float32"
+    if model.dtype not in ("auto", "float32", "float16", "bfloat16"):
+        yield f"dtype must be auto, float32, float16 or bfloat16, not {model.dtype}"
+
+
+def _said_by(check: Callable[[Any], None], value: object) -> Iterator[str]:
+    """What a check that raises has to say."""
+    try:
+        check(value)
+    except UserError as error:
+        yield str(error)
+
+
+def check_writable(folder: str | None, option: str = "output_dir") -> None:
+    """Raises `UserError` if the folder cannot be made or written to: better now than after hours of training."""
+    if not folder:
+        raise UserError(f"{option} is empty; give a folder")
+    path = Path(folder).absolute()
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    if not existing.is_dir():
+        raise UserError(f"{option} {folder}: {existing} is a file; give a folder")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"{option} {folder}: {existing} cannot be written to")
+
+
+def check_tracker(name: str) -> None:
+    """Raises `UserError` if `report_to` names a tracker that Transformers does not know, or that is not installed."""
+    if name in ("none", "all", *get_available_reporting_integrations()):
+        return
+    if name not in INTEGRATION_TO_CALLBACK:
+        raise UserError(
+            f"report_to: there is no tracker {name!r}; known are none, {', '.join(INTEGRATION_TO_CALLBACK)}"
+        )
+    if find_spec(name) is None:
+        raise UserError(f"report_to: {name} is not installed; pip install {name}, or set --report_to none")

@@ -1,0 +1,255 @@
+"""YAML first, command line last, and nothing ignored.
+
+Both layers go through one argument parser, so a value from the YAML is checked exactly as a typed one.
+"""
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Hashable, Sequence
+from dataclasses import fields
+from functools import cached_property
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_type_hints
+
+import torch
+import yaml
+from trl import TrlParser
+
+from plainlora.errors import UserError
+from plainlora.settings.renames import RENAMES
+
+
+class _NoDuplicates(yaml.SafeLoader):
+    """YAML's safe loader, but a key that stands twice is an error instead of the last one winning; so is an alias."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Hashable] = set()
+        for part, _ in node.value:
+            key = self.construct_object(part, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # refused by the safe loader itself
+            if key in seen:
+                raise UserError(f"{self.name}: {key!r} stands there twice; keep one of them")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Refuses aliases: ten lines of them can stand for more values than memory holds, or for themselves."""
+        if self.check_event(yaml.AliasEvent):
+            raise UserError(f"{self.name}: an alias (*{self.peek_event().anchor}) is not read; write the value out")
+        return super().compose_node(parent, index)
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a YAML mapping with the safe loader.
+
+    Raises:
+        UserError: The file is missing, is not YAML, is not a mapping, or names a key twice.
+    """
+    try:
+        with open(path, encoding="utf-8") as stream:
+            content = yaml.load(stream, _NoDuplicates)  # noqa: S506  # a SafeLoader
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}; the recipes are recipes/*/*.yaml") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date such as 2024-13-45
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        found = "empty" if content is None else f"a {type(content).__name__}"
+        raise UserError(f"{path} must be a YAML mapping of `name: value` lines; it is {found}")
+    return content
+
+
+def set_environment(path: str, variables: object) -> None:
+    """Exports the `env:` block of a YAML.
+
+    Raises:
+        UserError: It is not a mapping, or the system refuses a name or a value.
+    """
+    if not isinstance(variables, dict):
+        raise UserError(f"{path}: env must be a mapping of variables, not a {type(variables).__name__}")
+    for name, value in variables.items():
+        try:
+            os.environ[str(name)] = "" if value is None else str(value)
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path}: env: {name!r} cannot be set ({error})") from error
+
+
+class StrictParser(TrlParser):
+    """`TrlParser` in which nothing is ignored: unknown keys, wrong types and bad choices are errors (trl#1564).
+
+    Attributes:
+        origins: After parsing, where each setting that is not a default came from.
+    """
+
+    def __init__(self, dataclass_types: Sequence[Any], **kwargs: Any) -> None:
+        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        self._types = {name: kind for owner in dataclass_types for name, kind in get_type_hints(owner).items()}
+        self.origins: dict[str, str] = {}
+
+    def error(self, message: str) -> NoReturn:
+        """Argparse would print the usage of some three hundred flags first."""
+        raise UserError(message)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Every setting."""
+        return sorted({action.dest for action in self._actions if action.dest != "help"})
+
+    def refuse_unknown(self, name: str, where: str) -> NoReturn:
+        """Raises `UserError` for a name that is none, with today's or the nearest."""
+        name = name.replace("-", "_")
+        near = difflib.get_close_matches(name, self.names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else "see --help for the names"
+        if name in RENAMES and RENAMES[name].today in (None, *self.names):
+            hint = RENAMES[name].hint()
+        raise UserError(f"{where} is not an option; {hint}")
+
+    def as_words(self, path: str, name: str, value: Any) -> list[str]:
+        """One line of the YAML as if it had been typed, so that argparse checks it; a list or a null is a default.
+
+        Raises:
+            UserError: The name is none, or the value cannot be its own.
+        """
+        if name not in self.names:
+            self.refuse_unknown(str(name), f"{path}: {name}")
+        kind = self._types[name]
+        if value is None:
+            if NoneType not in get_args(kind):
+                raise UserError(f"{path}: {name} has no value; give one, or leave the line out")
+            self.set_defaults(**{name: None})
+            return []
+        if isinstance(value, list):
+            if "list[" not in str(kind):
+                raise UserError(f"{path}: {name} takes one value, not a list")
+            self.set_defaults(**{name: self._convert(f"{path}: {name}", name, value)})
+            return []
+        if isinstance(value, dict):
+            if "dict[" not in str(kind):
+                raise UserError(f"{path}: {name} takes one value, not a mapping")
+            words = [f"--{name}", self._as_json(f"{path}: {name}", value)]
+        else:  # `true` is what the options spell that way, such as lora_init
+            words = [f"--{name}={str(value).lower() if isinstance(value, bool) else value}"]
+        try:
+            self.parse_known_args(words)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        return words
+
+    @staticmethod
+    def _as_json(where: str, value: dict[Any, Any]) -> str:
+        try:
+            return json.dumps(value, default=str)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"{where}: the mapping cannot be written as JSON ({error}); mend its names") from error
+
+    def _convert(self, where: str, name: str, values: list[Any]) -> list[Any]:
+        """Every entry of a list as its option converts a typed one."""
+        kind = next(action.type for action in self._actions if action.dest == name)
+        converted = []
+        for value in values:
+            if value is None or isinstance(value, (list, dict)):
+                raise UserError(f"{where}: an entry of the list is one value, not {value!r}")
+            try:
+                converted.append(kind(str(value)) if callable(kind) else str(value))
+            except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+                raise UserError(f"{where}: {error}") from error
+        return converted
+
+    def check_typed(self, words: Sequence[str]) -> None:
+        """Raises `UserError` for words of a command line that are no option, or no value of theirs."""
+        _, unknown = self.parse_known_args(list(words))
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            self.refuse_unknown(word.lstrip("-"), word)
+
+    def parse(self, args: Sequence[str] | None = None) -> tuple[Any, ...]:
+        """Parses `--config FILE` and the command line into the dataclasses, in their order.
+
+        Raises:
+            UserError: Anything that would otherwise be ignored, or that a dataclass refuses.
+        """
+        path, typed = split_config(sys.argv[1:] if args is None else args)
+        content: dict[str, Any] = {}
+        if path is not None:
+            content = read_yaml(path)
+            set_environment(path, content.pop("env", None) or {})
+        from_yaml = [word for name, value in content.items() for word in self.as_words(str(path), name, value)]
+        self.check_typed(typed)
+        return self.build(path, content, from_yaml, typed)
+
+    def build(
+        self, path: str | None, content: dict[str, Any], from_yaml: list[str], typed: Sequence[str]
+    ) -> tuple[Any, ...]:
+        """The dataclasses, in their order.
+
+        Args:
+            path: Of the YAML.
+            content: Its settings, by name.
+            from_yaml: The same as `as_words` returned them.
+            typed: The command line, checked.
+
+        Raises:
+            UserError: What a dataclass refuses.
+        """
+        explicit = {word[2:].partition("=")[0].replace("-", "_") for word in typed if word.startswith("--")}
+        on_cpu = []
+        if trains_on_cpu(self.parse_known_args([*from_yaml, *typed])[0].use_cpu):
+            on_cpu = full_precision_on_cpu(from_yaml, explicit)
+        decided = [word[2:].partition("=")[0] for word in on_cpu]
+        self.origins = dict.fromkeys(content, str(path)) | dict.fromkeys(decided, "no GPU here")
+        self.origins |= dict.fromkeys(explicit, "command line")
+        settings = vars(self.parse_known_args([*from_yaml, *on_cpu, *typed])[0])
+        return tuple(
+            self.make(kind, {field.name: settings[field.name] for field in fields(kind) if field.init})
+            for kind in self.dataclass_types
+        )
+
+    def make(self, kind: Any, settings: dict[str, Any]) -> Any:
+        """One of the dataclasses.
+
+        Raises:
+            UserError: What the libraries' dataclasses refuse settings with, which are other errors.
+        """
+        try:
+            return kind(**settings)
+        except (ValueError, ArithmeticError, ImportError, OSError) as error:
+            raise UserError(str(error)) from error
+
+
+def split_config(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The file of `--config FILE`, and the other words of a command line.
+
+    Raises:
+        UserError: It is given twice, or without a file.
+    """
+    typed = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" not in typed:
+        return None, typed
+    at = typed.index("--config")
+    if not "".join(typed[at + 1 : at + 2]):
+        raise UserError("--config needs the path of a YAML file")
+    if "--config" in typed[at + 1 :]:
+        raise UserError("--config stands there twice; keep one of them")
+    return typed[at + 1], typed[:at] + typed[at + 2 :]
+
+
+def trains_on_cpu(use_cpu: bool) -> bool:
+    """Whether there is no accelerator, or `use_cpu` or the Accelerate config turns it down."""
+    chosen = use_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    return chosen or not torch.accelerator.is_available()
+
+
+def full_precision_on_cpu(from_yaml: Sequence[str], explicit: set[str]) -> list[str]:
+    """What to change in a recipe written for a GPU so that it trains in fp32 on a CPU.
+
+    Accelerate refuses fp16 on a CPU, and bf16 (TRL's default) is slower than fp32 on most. What was typed on the
+    command line stays. Without `use_cpu`, processes launched on a CPU would not find each other.
+    """
+    changes = ["--use_cpu=true", *(f"--{name}=false" for name in ("bf16", "fp16") if name not in explicit)]
+    half = any(word in ("--dtype=float16", "--dtype=bfloat16") for word in from_yaml)
+    return changes + (["--dtype=float32"] if half and "dtype" not in explicit else [])

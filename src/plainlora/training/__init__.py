@@ -1,0 +1,1 @@
+"""The trainers, and what makes a run safe while it lasts."""

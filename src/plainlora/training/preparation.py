@@ -1,0 +1,220 @@
+"""A recipe's data flags -> rows ready for its trainer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import ScriptArguments, SFTConfig
+
+from plainlora.data.classification import LabelledSplits, TextReport, encode_texts, load_labelled
+from plainlora.data.datasets import load_train_and_test
+from plainlora.data.encoding import EncodingReport, encode_rows, find_schema, prompts_of, text_pair
+from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, SFTArguments
+
+
+@dataclass
+class PreparedRows:
+    """What a run trains and is tested on.
+
+    Attributes:
+        train: Training rows as `input_ids` and `labels`.
+        test: Test rows likewise, if there are any.
+        raw_test: The test rows as they were read, to be asked and answered.
+        reports: What became of each split's rows.
+        answers_only: Whether only answers are trained.
+        rendered: Whether the chat template made the text.
+        repeated: Training rows whose prompt stands in a row before them.
+        leaked: Test rows whose prompt is also a training row's.
+        missing: What needs rows that there are not, in one line.
+    """
+
+    train: Dataset
+    test: Dataset | None
+    raw_test: Dataset | None
+    reports: dict[str, EncodingReport]
+    answers_only: bool
+    rendered: bool
+    repeated: int
+    leaked: int
+    missing: str | None
+
+
+def read_rows(recipe: SFTArguments, script: ScriptArguments, training: SFTConfig) -> tuple[Dataset, Dataset | None]:
+    """Training rows, and test rows if there are any, as a recipe names them.
+
+    Raises:
+        UserError: They cannot be had.
+    """
+    return load_train_and_test(
+        str(script.dataset_name),
+        config=script.dataset_config,
+        train_split=script.dataset_train_split,
+        test_split=script.dataset_test_split,
+        test_name=recipe.eval_dataset_name,
+        test_split_size=recipe.test_split_size,
+        max_train_rows=recipe.max_train_rows,
+        seed=training.seed,
+    )
+
+
+def prepare_rows(
+    recipe: SFTArguments,
+    script: ScriptArguments,
+    training: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Callable[[str], None],
+) -> PreparedRows:
+    """Reads, renders and tokenises the rows, and says what became of them. The doctor says whether they will do.
+
+    Args:
+        recipe: How to split and what to do with long rows.
+        script: Which data set.
+        training: Longest row, and which tokens are trained.
+        tokenizer: With the template installed.
+        say: Told one line about each split.
+
+    Raises:
+        UserError: The rows cannot be had, or a row is none that can be used.
+    """
+    train, test = read_rows(recipe, script, training)
+    missing = None
+    if test is None and (recipe.exact_match_rows or training.eval_strategy != "no"):
+        missing = "eval_strategy and exact_match_rows need test rows: set test_split_size or eval_dataset_name"
+    column, reports = training.dataset_text_field, {}
+    schema = find_schema(train, column, f"{script.dataset_name} (train)")
+    answers_only = training.completion_only_loss
+    if answers_only is None:  # TRL's meaning: on for rows of prompt and completion, off for others
+        answers_only = schema == "prompt"
+    answers_only = answers_only or training.assistant_only_loss
+
+    def encode(rows: Dataset, split: str) -> Dataset:
+        encoded, reports[split] = encode_rows(
+            rows,
+            tokenizer,
+            where=f"{script.dataset_name} ({split})",
+            text_column=column,
+            answers_only=answers_only,
+            max_length=training.max_length,
+            on_overflow=recipe.on_overflow,
+            max_truncated=recipe.max_truncated,
+            keep_end=training.truncation_mode == "keep_end",
+            num_proc=training.dataset_num_proc,
+        )
+        say(reports[split].line(f"{split} rows"))
+        return encoded
+
+    encoded = encode(train, "train"), None if test is None else encode(test, "test")
+    asked = prompts_of(train, schema, column)
+    trained = set(asked)
+    tested = []
+    if test is not None:
+        tested = prompts_of(test, find_schema(test, column, f"{script.dataset_name} (test)"), column)
+    return PreparedRows(
+        *encoded,
+        raw_test=test,
+        reports=reports,
+        answers_only=answers_only,
+        rendered=schema != "text" and text_pair(train[0], schema) is None,
+        repeated=len(asked) - len(trained),
+        leaked=sum(prompt in trained for prompt in tested),
+        missing=missing,
+    )
+
+
+@dataclass
+class PreparedTexts:
+    """What a classifier is trained and tested on, as `input_ids` and `labels`.
+
+    Attributes:
+        train: Training rows.
+        validation: Rows to choose settings by, if there are any.
+        test: Rows to report, if there are any.
+        labels: Name of each class, by number.
+        read: The rows as they were read and split.
+        reports: What became of each split's texts.
+        missing: What needs rows that there are not, in one line.
+    """
+
+    train: Dataset
+    validation: Dataset | None
+    test: Dataset | None
+    labels: list[str]
+    read: LabelledSplits
+    reports: dict[str, TextReport]
+    missing: str | None
+
+    def splits(self, measured_train_rows: int) -> dict[str, Dataset]:
+        """What accuracy is measured on; the training rows are as shuffled, so their first are a fair sample."""
+        train = self.train.select(range(min(measured_train_rows, len(self.train))))
+        found = {"training": train, "validation": self.validation, "test": self.test}
+        return {name: rows for name, rows in found.items() if rows is not None}
+
+
+def read_texts(recipe: ClassifyArguments, script: ScriptArguments, training: ClassifyConfig) -> LabelledSplits:
+    """Labelled texts, checked and split, as a recipe names them.
+
+    Raises:
+        UserError: They cannot be had, or one cannot be used.
+    """
+    return load_labelled(
+        str(script.dataset_name),
+        config=script.dataset_config,
+        train_split=script.dataset_train_split,
+        validation_split=recipe.dataset_validation_split,
+        test_split=script.dataset_test_split,
+        validation_name=recipe.validation_dataset_name,
+        test_name=recipe.eval_dataset_name,
+        validation_size=recipe.validation_split_size,
+        test_size=recipe.test_split_size,
+        columns=recipe.dataset_columns,
+        text_column=recipe.text_column,
+        label_column=recipe.label_column,
+        labels=recipe.labels,
+        balance=recipe.balance_classes,
+        on_empty=recipe.on_empty,
+        max_train_rows=recipe.max_train_rows,
+        max_eval_rows=recipe.max_eval_rows,
+        seed=training.seed if training.data_seed is None else training.data_seed,
+    )
+
+
+def prepare_texts(
+    recipe: ClassifyArguments,
+    script: ScriptArguments,
+    training: ClassifyConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    say: Callable[[str], None],
+) -> PreparedTexts:
+    """Reads, splits and tokenises labelled texts, and says what became of them. The doctor says if they will do.
+
+    Args:
+        recipe: Columns, classes, splits.
+        script: Which data set.
+        training: Seed, and whether validation rows are needed.
+        tokenizer: Of the base.
+        max_length: Texts are cut to this many tokens.
+        say: Told one line about each split.
+
+    Raises:
+        UserError: The rows cannot be had, or a row is none that can be used.
+    """
+    read = read_texts(recipe, script, training)
+    missing = None
+    if read.validation is None and training.eval_strategy != "no":
+        missing = "eval_strategy needs validation rows: set validation_split_size or validation_dataset_name"
+    reports = {}
+    say(read.line())
+
+    def encode(rows: Dataset | None, split: str) -> Dataset | None:
+        if rows is None:
+            return None
+        encoded, reports[split] = encode_texts(rows, tokenizer, max_length)
+        say(reports[split].line(f"{split} rows"))
+        return encoded
+
+    train = cast(Dataset, encode(read.train, "train"))
+    validation, test = encode(read.validation, "validation"), encode(read.test, "test")
+    return PreparedTexts(train, validation, test, read.labels, read, reports, missing)

@@ -1,0 +1,158 @@
+"""Trainer's checkpoints and its final save, each whole or not there at all."""
+
+import errno
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+from transformers import Trainer
+
+from plainlora.errors import UserError
+from plainlora.folders import check_disk, move_in, put_in_place
+from plainlora.training.checkpoints import UNFINISHED, list_checkpoints, remove_checkpoint
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_TEXTS = (
+    *("No space left", "File too large", "Disk quota"),
+    *("PytorchStreamWriter", "unexpected pos", "iostream error"),  # torch.save, which loses the system's own words
+)
+OPTIMIZER_COPIES = 2  # Adam's two moments of every trained weight
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether it was for want of space. PyTorch and safetensors hand the system's error on as text."""
+    return getattr(error, "errno", None) in FULL or any(text in str(error) for text in FULL_TEXTS)
+
+
+class WholeSaves(Trainer):
+    """Trainer that prepares every save in `output_dir/.saving`, flushes it, gives it a manifest, and renames it.
+
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer.py (`_save_checkpoint`) writes
+    one file after the other to where a resuming run looks for them.
+    """
+
+    _preparing = False
+
+    def _run_dir(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where `checkpoint-N` is written: within `.saving` as long as it is not whole."""
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / UNFINISHED) if self._preparing else folder
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As Trainer does, without two of its files.
+
+        `training_args.bin` is a pickle, the Hub's token in it; `run.json` says it all. PEFT's model card would be
+        written over after the manifest has named it.
+        """
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self._run_dir())
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        if UNFINISHED in folder.parts:
+            (folder / "README.md").unlink(missing_ok=True)
+
+    def _begin(self, what: str, needed: int) -> Path:
+        """An empty folder to prepare a save in, the same for all processes."""
+        scratch = self._run_dir() / UNFINISHED
+        if self.args.should_save:
+            check_disk(self._run_dir(), needed, what)
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        return scratch
+
+    def _failed(self, what: str, error: Exception) -> UserError:
+        shutil.rmtree(self._run_dir() / UNFINISHED, ignore_errors=True)
+        return UserError(
+            f"{what} could not be written ({str(error).splitlines()[0]}); what was saved before is untouched; make "
+            "room, and go on with --resume_from_checkpoint true"
+        )
+
+    def saved_bytes(self) -> int:
+        """About what the weights of a save take."""
+        raise NotImplementedError
+
+    def _trained_bytes(self) -> int:
+        return sum(
+            each.nbytes for each in self.accelerator.unwrap_model(self.model).parameters() if each.requires_grad
+        )
+
+    def _checkpoint_bytes(self) -> int:
+        return self.saved_bytes() + OPTIMIZER_COPIES * self._trained_bytes()
+
+    def check_room(self) -> None:
+        """Raises `UserError` if a checkpoint and the final save would not fit: better before the first step."""
+        checkpoint = 0 if self.args.save_strategy == "no" else self._checkpoint_bytes()
+        check_disk(
+            self._run_dir(), checkpoint + self.saved_bytes(), f"a checkpoint and the result in {self._run_dir()}"
+        )
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's own, prepared aside.
+
+        Raises:
+            UserError: There is too little room, before or in the middle of it. What was there is untouched.
+        """
+        run, name = self._run_dir(), f"checkpoint-{self.state.global_step}"
+        scratch = self._begin(f"{run / name}", self._checkpoint_bytes())
+        self._preparing = True
+        try:
+            self._write_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._name_best_checkpoint(scratch / name)
+                put_in_place(scratch / name, run / name)
+                scratch.rmdir()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not _is_full(error):
+                raise
+            raise self._failed(str(run / name), error) from error
+        finally:
+            self._preparing = False
+        if self.args.should_save:
+            self._remove_old_checkpoints({name, Path(self.state.best_model_checkpoint or "").name})
+        self.accelerator.wait_for_everyone()
+
+    def _remove_old_checkpoints(self, kept: set[str]) -> None:
+        """As Trainer's `rotate_checkpoints` does for `save_total_limit`, one by one and each whole."""
+        if limit := max(0, self.args.save_total_limit or 0):
+            checkpoints = list_checkpoints(self._run_dir())
+            old = [path for path in checkpoints if path.name not in kept]
+            for path in old[: max(0, len(checkpoints) - limit)]:
+                remove_checkpoint(path)
+
+    def _name_best_checkpoint(self, checkpoint: Path) -> None:
+        """Trainer looks for the best checkpoint where this one is prepared; the state names its final place."""
+        if self.state.best_global_step:
+            best = self._run_dir() / f"checkpoint-{self.state.best_global_step}"
+            if best.name == checkpoint.name or best.exists():
+                self.state.best_model_checkpoint = str(best)
+                self.state.save_to_json(str(checkpoint / "trainer_state.json"))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model; the final save, without an `output_dir`, beside the run's other files.
+
+        Raises:
+            UserError: There is too little room for the final save, before or in the middle of it.
+        """
+        if output_dir is not None:
+            super().save_model(output_dir, _internal_call)
+            return
+        scratch = self._begin(f"the final save in {self._run_dir()}", self.saved_bytes())
+        try:
+            super().save_model(str(scratch), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                move_in(scratch, self._run_dir())
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not _is_full(error):
+                raise
+            raise self._failed(f"the final save in {self._run_dir()}", error) from error
+        self.accelerator.wait_for_everyone()

@@ -1,0 +1,297 @@
+"""The seams that an adapter which is no PeftModel needs in Trainer and SFTTrainer, each with its upstream link."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArguments, get_scheduler
+from transformers.trainer_pt_utils import LengthGroupedSampler, safe_globals
+from trl import SFTConfig, SFTTrainer
+
+from plainlora.backends import Backend
+from plainlora.errors import UserError
+from plainlora.loss import use_one_pass_head
+from plainlora.training.checkpoints import find_problem, newest_checkpoint
+from plainlora.training.saving import WholeSaves
+from plainlora.training.watching import Watched, check_effect, check_values
+
+
+@contextmanager
+def accepted_as_adapter_model(model: nn.Module) -> Iterator[None]:
+    """Lets Trainer take a quantised base that carries adapters but is no PeftModel.
+
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer_utils.py
+    (`validate_quantization_for_training`)
+    """
+    model.__dict__["_hf_peft_config_loaded"] = True
+    try:
+        yield
+    finally:
+        del model.__dict__["_hf_peft_config_loaded"]
+
+
+@contextmanager
+def adapter_precision_kept(model: nn.Module) -> Iterator[None]:
+    """Undoes SFTTrainer's cast of every trainable weight of a quantised model to bf16, which loses bits of fp32 A.
+
+    https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py ("When using QLoRA, ...")
+    """
+    before = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    yield
+    for parameter, data in before:
+        if parameter.dtype != data.dtype:
+            parameter.data = data.to(parameter.device)
+
+
+@contextmanager
+def plain_values_only(checkpoint: str | None, *names: str) -> Iterator[None]:
+    """Says in one line that a checkpoint's file holds what PyTorch refuses to load, as a pickle that runs code.
+
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer.py (`_load_rng_state` and its
+    like load with `weights_only=True`)
+
+    Args:
+        checkpoint: The folder.
+        *names: The files that are loaded within.
+
+    Raises:
+        UserError: One of them is refused. None of its code has run.
+    """
+    try:
+        yield
+    except UnpicklingError as error:
+        refused = next((name for name in names if not _holds_plain_values(Path(str(checkpoint)) / name)), names[0])
+        raise UserError(
+            f"resume_from_checkpoint: {checkpoint}/{refused} holds more than numbers and text, which could run code, "
+            "and is not loaded; give a checkpoint that this program wrote"
+        ) from error
+
+
+def _holds_plain_values(path: Path) -> bool:
+    try:
+        with safe_globals():
+            torch.load(path, map_location="meta", weights_only=True)
+    except (OSError, UnpicklingError):
+        return False
+    return True
+
+
+class LengthGroupedByEpoch(Sampler[int]):
+    """Draws each epoch of a `LengthGroupedSampler` from the seed and the epoch's number alone.
+
+    Transformers' draws from PyTorch's global stream. Processes whose streams have come apart, by dropout, train on
+    different orders: of 64 rows on two processes, 8 were never seen in the second epoch and 8 were seen twice. A
+    resumed run has another order than an uninterrupted one. Compare transformers#48025, which mends evaluation.
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer_pt_utils.py
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int, epoch: Callable[[], int]) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        return iter(self.sampler)
+
+
+class RowsInOrder(Trainer):
+    """Trainer whose batches of similar lengths are drawn by seed and epoch, see `LengthGroupedByEpoch`."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        """As Trainer's, but for length grouping."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return LengthGroupedByEpoch(sampler, seed, lambda: int(self.state.epoch or 0))
+        return sampler
+
+
+class _Seams(Watched, WholeSaves, RowsInOrder):
+    """What both trainers below share.
+
+    Args:
+        model: From `attach_adapter`, or a base that is trained itself.
+        backend: What attached the adapter; `None` if there is none, and the model is saved and loaded whole.
+        *args: As for the trainer.
+        **kwargs: As for the trainer.
+    """
+
+    def __init__(self, model: nn.Module, backend: Backend | None, *args: Any, **kwargs: Any) -> None:
+        self.backend, self.adapted = backend, model
+        with accepted_as_adapter_model(model), adapter_precision_kept(model):
+            super().__init__(cast(PreTrainedModel, model), *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Takes no step where none is left: Trainer takes one more when it resumes from a run's last checkpoint.
+
+        https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer.py (`_inner_training_loop`
+        asks for `max_steps` after a step only)
+        """
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Trainer would look for whole-model weights: it knows adapters of PeftModel only."""
+        if self.backend is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.backend.reload(self.adapted if model is None else model, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Says in one line that a checkpoint's optimizer is one of other weights."""
+        try:
+            with plain_values_only(checkpoint, "optimizer.pt", "scheduler.pt"):
+                super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise UserError(
+                f"resume_from_checkpoint: the optimizer in {checkpoint} is not one for this run's weights ({error}); "
+                "give the settings that the checkpoint was written with"
+            ) from error
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with plain_values_only(checkpoint, "scaler.pt"):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        with plain_values_only(checkpoint, f"rng_state{rank}.pth"):
+            super()._load_rng_state(checkpoint)
+
+    def _load_best_model(self) -> None:
+        """For `load_best_model_at_end`, likewise."""
+        if self.backend is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self.backend.reload(self.adapted, str(self.state.best_model_checkpoint))
+
+    def saved_bytes(self) -> int:
+        """Bytes of the weights that are saved: the trained ones beside an adapter, otherwise all."""
+        return sum(each.nbytes for each in self.adapted.parameters() if each.requires_grad or self.backend is None)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves, unless a trained weight is not finite or, at the end, an adapter would change nothing."""
+        if not self._is_sharded():
+            check_values(self.adapted)
+            if output_dir is None:
+                check_effect(self.adapted, self.state.global_step)
+        super().save_model(output_dir, _internal_call)
+
+
+class AdapterTrainer(_Seams, SFTTrainer):
+    """SFTTrainer for a model that carries an adapter of either back end."""
+
+    def __init__(self, model: nn.Module, backend: Backend, *args: Any, **kwargs: Any) -> None:
+        self._rows = kwargs["train_dataset"]
+        super().__init__(model, backend, *args, **kwargs)
+        if backend.one_pass_head:
+            use_one_pass_head(self)
+
+    def training_rows(self) -> list[list[int]]:
+        """The rows before SFTTrainer packed them."""
+        return list(self._rows["input_ids"])
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Trainer does, without TRL's model card: this project writes its own at the end."""
+        super(SFTTrainer, self)._save_checkpoint(model, trial)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds perplexity, exp(loss), wherever an evaluation loss is logged."""
+        for prefix in ("eval", "base"):
+            if (loss := logs.get(f"{prefix}_loss")) is not None:
+                logs[f"{prefix}_perplexity"] = math.exp(min(loss, 700.0))
+        super().log(logs, start_time)
+
+
+class ClassifierTrainer(_Seams):
+    """Trainer for a sequence classifier: an adapter of either back end, or the model's own weights."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # A classifier's head takes num_items_in_batch and ignores it. Trainer would believe the loss scaled already,
+        # and take it times the processes and the accumulated batches (transformers#47688).
+        self.model_accepts_loss_kwargs = False
+
+
+def resume_path(args: TrainingArguments, say: Callable[[str], object] = print) -> str | None:
+    """`--resume_from_checkpoint true` is the newest whole checkpoint; a path is itself.
+
+    Args:
+        args: The run's.
+        say: Told of broken checkpoints that are passed over.
+
+    Raises:
+        UserError: There is no such checkpoint.
+    """
+    asked = args.resume_from_checkpoint
+    if asked is None or str(asked).lower() in ("false", "no"):
+        return None
+    if str(asked).lower() in ("true", "yes"):
+        newest = newest_checkpoint(str(args.output_dir), say)
+        if newest is None:
+            raise UserError(
+                f"resume_from_checkpoint: {args.output_dir} holds no whole checkpoint; leave it out to start"
+            )
+        return str(newest)
+    if not (Path(asked) / "trainer_state.json").is_file():
+        raise UserError(f"resume_from_checkpoint: {asked} is no checkpoint folder; it has no trainer_state.json")
+    if problem := find_problem(Path(asked)):
+        raise UserError(
+            f"resume_from_checkpoint: {asked} is not whole: {problem}; give another checkpoint, or `true` for the "
+            "newest whole one of output_dir"
+        )
+    return str(asked)
+
+
+def check_schedule(args: TrainingArguments) -> None:
+    """Raises `UserError` if the learning rate's schedule cannot be made; Trainer would notice when training starts."""
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate),
+            num_warmup_steps=args.get_warmup_steps(100),
+            num_training_steps=100,
+            scheduler_specific_kwargs=dict(cast(dict[str, Any], args.lr_scheduler_kwargs or {})),
+        )
+    except (ValueError, TypeError) as error:
+        kind = SchedulerType(args.lr_scheduler_type).value
+        raise UserError(f"lr_scheduler_type {kind}: {error}; see lr_scheduler_kwargs") from error
+
+
+ArgumentsT = TypeVar("ArgumentsT", bound=TrainingArguments)
+
+
+def args_for_trainer(args: ArgumentsT) -> ArgumentsT:
+    """A copy of the arguments, without what Trainer is not to do.
+
+    Pinning memory needs a GPU, and Torch warns where there is none. Trainer's push would publish pickles and the
+    optimizer's state, and the token is for the push alone: see `plainlora.hub.pushing`.
+    """
+    handed = copy.copy(args)
+    handed.push_to_hub, handed.hub_token = False, None
+    if handed.device.type == "cpu":
+        handed.dataloader_pin_memory = False
+    return handed
+
+
+def hand_over(args: SFTConfig) -> SFTConfig:
+    """The arguments for SFTTrainer, without what this project has already done to tokenizer and rows.
+
+    SFTTrainer takes rows that carry `input_ids` and `labels` as they are. Packing still needs `max_length`.
+    """
+    handed = args_for_trainer(args)
+    handed.chat_template_path = handed.pad_token = handed.model_init_kwargs = None
+    handed.assistant_only_loss = False
+    if not handed.packing:
+        handed.max_length = None
+    return handed

@@ -1,0 +1,337 @@
+"""What is watched while a run trains: that every adapter learns, that nothing else moves, that numbers stay finite.
+
+Each of these has gone wrong silently somewhere: layers that gradient checkpointing cut off (open-unlearning#178), an
+adapter without effect (peft#2566), a loss that became NaN and was logged as 0.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ExportableState
+
+from plainlora.errors import UserError
+from plainlora.lora.storage import is_finite
+from plainlora.training.checkpoints import newest_checkpoint
+from plainlora.training.interruption import Stopped, StopRequest, stop_at_once
+
+SAMPLED = 64  # values of each frozen weight that are watched
+SHOWN = 3  # names or rows that an error lists
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """The trained weights of one LoRA layer: A, `(r, d_in)`, and B, `(d_out, r)`."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+
+def lora_matrices(model: nn.Module) -> dict[str, Matrices]:
+    """Every LoRA layer's A and B, by the layer's name; of either back end, whose names differ by `default`."""
+    found: dict[str, dict[str, nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if match := re.fullmatch(r"(.*)\.(lora_[AB])(\.default)?\.weight", name):
+            found.setdefault(match[1], {})[match[2]] = parameter
+    return {layer: Matrices(**sides) for layer, sides in found.items()}
+
+
+def _are_zero(tensors: Sequence[torch.Tensor]) -> list[bool]:
+    """Which tensors hold nothing but zeros, with one transfer from the device."""
+    if not tensors:
+        return []
+    norms = torch._foreach_norm([tensor.detach().float() for tensor in tensors], torch.inf)
+    return [norm == 0 for norm in torch.stack([norm.cpu() for norm in norms]).tolist()]
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a, b, c and 4 more`."""
+    shown = ", ".join(names[:SHOWN])
+    return f"{shown} and {len(names) - SHOWN} more" if len(names) > SHOWN else shown
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Every adapter must have got a gradient. At the first step that of A is 0, because B is; that of B is not.
+
+    Call it before the first optimizer step.
+
+    Raises:
+        UserError: Naming the layers that would not be trained.
+    """
+    layers = lora_matrices(model)
+    without = [name for name, layer in layers.items() if layer.lora_A.grad is None and layer.lora_B.grad is None]
+    rest = {name: layer for name, layer in layers.items() if name not in set(without)}
+    sides = [side.grad for layer in rest.values() for side in (layer.lora_A, layer.lora_B)]
+    zero = _are_zero([torch.zeros(1) if gradient is None else gradient for gradient in sides])
+    without += [name for at, name in enumerate(rest) if zero[2 * at] and zero[2 * at + 1]]
+    if without:
+        raise UserError(
+            f"{len(without)} of {len(layers)} adapters got no gradient in the first step ({listed(without)}), so they "
+            "would not be trained: the loss does not depend on them; leave them out with lora_exclude_modules"
+        )
+
+
+def check_effect(model: nn.Module, steps: int) -> None:
+    """Every adapter must change something: neither A nor B may be all zeros when training ends.
+
+    Args:
+        model: With adapters, or without any.
+        steps: Optimizer steps that were taken.
+
+    Raises:
+        UserError: Naming the layers without effect.
+    """
+    layers = lora_matrices(model)
+    zero = _are_zero([side for layer in layers.values() for side in (layer.lora_A, layer.lora_B)])
+    without = [name for at, name in enumerate(layers) if zero[2 * at] or zero[2 * at + 1]]
+    if without:
+        raise UserError(
+            f"after {steps} step{'s' * (steps != 1)} {len(without)} of {len(layers)} adapters change nothing "
+            f"({listed(without)}), so nothing was saved; raise learning_rate, or train for longer: a warm-up begins "
+            "with a rate of 0"
+        )
+
+
+def check_values(model: nn.Module) -> None:
+    """Every trained weight that is to be saved must be there and finite: tensors of size 0 were saved in peft#1443.
+
+    Raises:
+        UserError: Naming the first that is not.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not (parameter.numel() and is_finite(parameter.detach())):
+            fault = "holds values that are not finite" if parameter.numel() else "is empty"
+            raise UserError(
+                f"{name} {fault}, so the model was not saved; what was saved before is untouched; lower "
+                "learning_rate, or train in float32"
+            )
+
+
+class FrozenWeights:
+    """A digest of some values of every weight that is not to be trained.
+
+    Args:
+        model: At the start of training.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._before = self._digests(model)
+
+    @staticmethod
+    @torch.no_grad()
+    def _digests(model: nn.Module) -> dict[str, str]:
+        digests = {}
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad and parameter.numel():
+                flat = parameter.detach().flatten()
+                sample = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].contiguous().cpu()
+                digests[name] = hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()
+        return digests
+
+    def check(self, model: nn.Module) -> None:
+        """Raises `UserError` if one of them has changed, naming it."""
+        now = self._digests(model)
+        moved = [name for name, digest in self._before.items() if now.get(name, digest) != digest]
+        if moved:
+            raise UserError(
+                f"{len(moved)} of {len(self._before)} frozen weights changed in the first step ({listed(moved)}); "
+                "this is a fault of the program: please report it with the command"
+            )
+
+
+def documents(batch: dict[str, Any]) -> list[list[int]]:
+    """The rows of a batch as token ids: without padding, and, where several were packed into one, apart again."""
+    found: list[list[int]] = []
+    ids = batch["input_ids"]
+    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+    for at, row in enumerate(ids.tolist()):
+        if positions is not None:
+            starts = [number for number, position in enumerate(positions[at].tolist()) if position == 0]
+            found += [row[start:end] for start, end in zip(starts, [*starts[1:], len(row)], strict=True)]
+        elif mask is not None and mask.dim() == 2:
+            found.append([token for token, kept in zip(row, mask[at].tolist(), strict=True) if kept])
+        else:
+            found.append(row)
+    return found
+
+
+def describe_rows(
+    batches: Iterable[dict[str, Any]], rows: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase | None
+) -> str:
+    """Which training rows some batches are made of: their numbers, from 1, and how the first ones begin.
+
+    Args:
+        batches: As collated.
+        rows: Token ids of the training rows, in the order in which they were kept.
+        tokenizer: To show how a row begins.
+    """
+    number_of: dict[tuple[int, ...], int] = {}
+    for number, row in enumerate(rows, 1):
+        number_of.setdefault(tuple(row), number)
+    texts = []
+    for document in (each for batch in batches for each in documents(batch)):
+        found = number_of.get(tuple(document))
+        beginning = "" if tokenizer is None else " ".join(str(tokenizer.decode(document[:40])).split())[:60]
+        texts.append(f"{found or '?'} {beginning!r}" if beginning else str(found or "?"))
+    return f"row{'s' * (len(texts) != 1)} {listed(texts)}"
+
+
+class RowsSeen(TrainerCallback, ExportableState):
+    """A digest of the batches in the order in which this process trained on them. Checkpoints carry it on.
+
+    d <- SHA-256(d, token ids of the batch)
+    """
+
+    def __init__(self) -> None:
+        self.digest = ""
+
+    def add(self, ids: torch.Tensor) -> None:
+        """One batch, `(rows, length)`."""
+        content = ids.detach().cpu().contiguous().numpy().tobytes()
+        self.digest = hashlib.sha256(self.digest.encode() + content).hexdigest()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, in Trainer's format."""
+        return {"args": {}, "attributes": {"digest": self.digest}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Goes on from the digest of the checkpoint that is resumed."""
+        saved: Any = cast(dict[str, Any], state.stateful_callbacks).get(type(self).__name__) or {}
+        self.digest = saved.get("attributes", {}).get("digest", "")
+
+
+class _AfterStep(TrainerCallback):
+    """Tells a watched trainer that an optimizer step has been taken."""
+
+    def __init__(self, trainer: "Watched") -> None:
+        self.trainer = trainer
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.after_step(control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_training_stop and self.trainer.stopping:  # in the middle of an epoch, which has no end then
+            control.should_save = control.should_evaluate = control.should_log = False
+
+
+class Watched(Trainer):
+    """Trainer that stops, saying what and where, as soon as training goes wrong, and in good order when asked to.
+
+    Attributes:
+        adapted: The model without what the trainer wraps around it.
+        seen: Digest of the rows that were trained on.
+        stopping: The number of the signal that one process was sent, and for which all end training; 0 if there is
+            none.
+    """
+
+    adapted: nn.Module
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen, self.stopping = RowsSeen(), 0
+        self._request = StopRequest()
+        self._batches: list[dict[str, Any]] = []  # since the last optimizer step
+        self._frozen: FrozenWeights | None = None
+        self._steps = 0  # of this process
+        self._gradients_checked = False
+        self.add_callback(self.seen)
+        self.add_callback(_AfterStep(self))
+
+    def _is_sharded(self) -> bool:
+        """Whether a process holds a part of each weight only, which says nothing about the whole."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains.
+
+        Raises:
+            UserError: Something went wrong that would otherwise go unnoticed.
+            Stopped: SIGTERM or Ctrl-C came; there is a checkpoint of the step at which it came.
+        """
+        self._frozen = None if self._is_sharded() else FrozenWeights(self.adapted)
+        self._steps, self._gradients_checked = 0, False
+        with self._request.listening():
+            outcome = super().train(*args, **kwargs)
+        if self._request.number and not self.stopping:  # during what followed the last step
+            stop_at_once(self._request.number)
+        if self.stopping:
+            step, output = self.state.global_step, self.args.output_dir
+            message = (
+                f"stopped after step {step} of {self.state.max_steps}; {output}/checkpoint-{step} is saved; go on "
+                "with the same command and --resume_from_checkpoint true"
+            )
+            raise Stopped(self.stopping, message if self.is_world_process_zero() else "")
+        return outcome
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One batch; a loss that is not finite stops training before it reaches the weights.
+
+        Trainer's own `logging_nan_inf_filter` hides such a loss from the log and goes on.
+        """
+        self._batches.append(inputs)
+        self.seen.add(inputs["input_ids"])
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        # All processes stop or none does: one that stopped alone would leave the others waiting for its gradients.
+        mine = torch.tensor([[int(torch.isfinite(loss)), self._request.number]], device=loss.device)
+        finite, signals = cast(torch.Tensor, self.accelerator.gather(mine)).unbind(1)
+        self.stopping = int(signals.max())
+        if not finite.all():
+            elsewhere = " here and not finite in another process" if torch.isfinite(loss) else ""
+            self._stop(f"the loss of step {self.state.global_step + 1} is {loss.item()}{elsewhere}", [inputs])
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm that is logged, before the optimizer's step: the place to look at the gradients."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        finite = norm is None or math.isfinite(float(norm))
+        # Under fp16 an overflow is no fault: the scaler leaves the step out and lowers its scale.
+        if not finite and self.accelerator.scaler is None:
+            self._stop(f"the gradient norm of step {self.state.global_step + 1} is {float(norm)}", self._batches)
+        # Clipping by a norm that is not finite makes zeros of the finite gradients, which says nothing about them.
+        if finite and not self._gradients_checked and not self._is_sharded():
+            check_gradients(self.adapted)
+            self._gradients_checked = True
+        self._batches = []
+        return norm
+
+    def after_step(self, control: TrainerControl) -> None:
+        """Looks at the frozen weights after the first step, and ends training if that was asked for."""
+        if self._steps == 0 and self._frozen is not None:
+            self._frozen.check(self.adapted)
+        self._steps += 1
+        if control.should_training_stop and not self.stopping:  # the last step: nobody would ask again
+            mine = torch.tensor([self._request.number], device=self.args.device)
+            self.stopping = int(cast(torch.Tensor, self.accelerator.gather(mine)).max())
+        if self.stopping:
+            control.should_save = control.should_training_stop = True
+
+    def _stop(self, what: str, batches: list[dict[str, Any]]) -> None:
+        kept = newest_checkpoint(str(self.args.output_dir))
+        rows = describe_rows(batches, self.training_rows(), cast(PreTrainedTokenizerBase, self.processing_class))
+        raise UserError(
+            f"{what}, on {rows}, so training stopped; {f'{kept} is kept' if kept else 'nothing had been saved yet'}; "
+            f"lower learning_rate (now {self.args.learning_rate:g}) or train in float32"
+        )
+
+    def training_rows(self) -> list[list[int]]:
+        """Token ids of the training rows, in the order in which they were kept."""
+        return list(cast(Any, self.train_dataset)["input_ids"])

@@ -1,0 +1,249 @@
+"""What of a folder is published, and what is refused before anything is sent."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import GPT2ForSequenceClassification, PreTrainedTokenizerFast
+
+from plainlora.errors import UserError
+from plainlora.folders import write_manifest
+from plainlora.hub.model_card import HERE
+from plainlora.hub.publication import collect_publication
+from plainlora.lora.errors import LoRAError
+from plainlora.provenance.base_identity import describe_base
+from tests.conftest import CONFIGS, make_model
+from tests.refusals import Run
+
+BASE = "openai-community/gpt2"
+WEIGHTS = "adapter_model.safetensors"
+Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """Written by PEFT, for a base on the Hub."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(make_model("llama"), config)
+    model.peft_config["default"].base_model_name_or_path = BASE
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "README.md").unlink()
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A whole model in several files."""
+    make_model("llama").save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def set_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def text_of(folder: Path, name: str, base_model: str | None = None) -> str:
+    content = collect_publication(folder, base_model).files[name]
+    return (content if isinstance(content, bytes) else content.read_bytes()).decode()
+
+
+def rename_one(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    first = next(iter(tensors))
+    return {name.removeprefix("base_model.") if name == first else name: each for name, each in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda all: {name: each[:0] for name, each in all.items()}, r"is empty, of shape \(0, \d+\); gather it"),
+        (lambda all: {name: each / 0 for name, each in all.items()}, "holds values that are not finite"),
+        (lambda all: {name: each[..., 0].clone() for name, each in all.items()}, "which do not fit r=4"),
+        (lambda all: {name: each for name, each in all.items() if "lora_A" in name}, "has lora_A alone"),
+        (lambda all: {name: each for name, each in all.items() if "v_proj" not in name}, "holds nothing of v_proj"),
+        (rename_one, "is no name that PEFT gives"),
+        (lambda _: {}, "holds no tensor"),
+    ],
+)  # fmt: skip
+def test_u11_tensors_that_are_empty_not_finite_or_do_not_fit_are_not_published(
+    adapter: Path, change: Change, said: str
+) -> None:
+    save_file(change(load_file(adapter / WEIGHTS)), adapter / WEIGHTS)
+    with pytest.raises(UserError, match=said):
+        collect_publication(adapter)
+
+
+def test_u11_a_whole_models_tensors_are_looked_at_in_every_file(model: Path) -> None:
+    last = sorted(model.glob("*.safetensors"))[-1]
+    save_file({name: each[:0] for name, each in load_file(last).items()}, last)
+    with pytest.raises(UserError, match="is empty, of shape"):
+        collect_publication(model, BASE)
+
+
+def test_u23_weights_that_are_pickles_or_lie_elsewhere_are_not_published(adapter: Path, model: Path) -> None:
+    (adapter / WEIGHTS).rename(adapter / "adapter_model.bin")
+    with pytest.raises(LoRAError, match="is a pickle, which can run code"):
+        collect_publication(adapter)
+    set_json(model / "model.safetensors.index.json", weight_map={"lm_head.weight": "../adapter/model.safetensors"})
+    with pytest.raises(UserError, match="names files outside of its folder"):
+        collect_publication(model, BASE)
+    (model / "model.safetensors.index.json").unlink()
+    (model / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"has no model\.safetensors; only whole models in safetensors are published"):
+        collect_publication(model, BASE)
+
+
+def test_u23_of_what_lies_there_only_what_is_known_is_published(model: Path) -> None:
+    whole = set(collect_publication(model, BASE).files)
+    for name in ("training_args.bin", "optimizer.pt", "modeling_own.py", "notes.txt", ".env", "key.json"):
+        (model / name).write_text("x")
+    (model / "runs").mkdir()
+    (model / "runs" / "events.out.tfevents.1").write_text("x")
+    assert set(collect_publication(model, BASE).files) == whole
+    shards = {path.name for path in model.glob("*.safetensors")}
+    assert whole == shards | {
+        *("config.json", "generation_config.json", "model.safetensors.index.json", "README.md"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+
+
+def test_a_file_that_changed_since_it_was_written_is_named(adapter: Path) -> None:
+    write_manifest(adapter)
+    collect_publication(adapter)
+    (adapter / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:-4])
+    with pytest.raises(UserError, match=f"{WEIGHTS} has .* bytes instead of .*; write it again"):
+        collect_publication(adapter)
+    (adapter / "manifest.json").unlink()
+    with pytest.raises(LoRAError, match="corrupt or cut short"):
+        collect_publication(adapter)
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        (None, "names no base model; give its Hub id with --base_model"),
+        ("FOLDER", "names the base .*, a folder of this disk; give its Hub id with --base_model"),
+        ("/gone/llama", "names the base /gone/llama, a folder of this disk"),
+        ("recipes/quickstart/base", "names the base recipes/quickstart/base, a folder of this disk"),
+        ("near/base", "names the base near/base, a folder of this disk"),
+    ],
+)
+def test_u18_a_base_that_nobody_else_has_is_refused(
+    adapter: Path, model: Path, named: str | None, said: str, tmp_path: Path
+) -> None:
+    shutil.copytree(model, tmp_path / "near" / "base")
+    set_json(adapter / "adapter_config.json", base_model_name_or_path=str(model) if named == "FOLDER" else named)
+    before = (adapter / "adapter_config.json").read_bytes()
+    with pytest.raises(UserError, match=said):
+        collect_publication(adapter)
+    config = json.loads(text_of(adapter, "adapter_config.json", BASE))
+    assert config["base_model_name_or_path"] == BASE
+    assert f"base_model: {BASE}\n" in text_of(adapter, "README.md", BASE)
+    assert (adapter / "adapter_config.json").read_bytes() == before
+    with pytest.raises(UserError, match="--base_model /x is no Hub id"):
+        collect_publication(adapter, "/x")
+
+
+def test_u18_the_revision_of_the_base_is_named(adapter: Path, model: Path) -> None:
+    config = collect_publication(adapter, base_revision="607a30d").files["adapter_config.json"]
+    assert isinstance(config, bytes)
+    assert json.loads(config)["revision"] == "607a30d"
+    set_json(adapter / "adapter_config.json", revision="main")
+    assert json.loads(text_of(adapter, "adapter_config.json"))["revision"] == "main"
+    base = describe_base(str(model)) | {"commit": "e7da7f2"}
+    (adapter / "run.json").write_text(json.dumps({"quantization_config": None, "base": base}))
+    assert json.loads(text_of(adapter, "adapter_config.json"))["revision"] == "e7da7f2"
+    assert json.loads(text_of(adapter, "adapter_config.json", BASE))["revision"] is None
+
+
+@pytest.mark.parametrize(
+    ("line", "by", "said"),
+    [
+        ("library_name: peft", "library_name: mlx", "library_name is 'mlx'; write `library_name: peft`"),
+        ("library_name: peft", "", "library_name is None"),
+        ("pipeline_tag: text-generation", "pipeline_tag: chatting", "pipeline_tag is 'chatting'; known are .*text-g"),
+        ("tags: .*", "tags: lora", "tags are 'lora'; write a list of words"),
+        ("tags: .*", "datasets: [./rows.jsonl]", r"datasets is \['./rows.jsonl'\]; write Hub ids"),
+        (f"base_model: {BASE}", "base_model: /home/ann/gpt2", r"base_model is \['/home/ann/gpt2'\]; write Hub ids"),
+        (f"base_model: {BASE}", "base_model: a/b", f"base_model is a/b, but that of the weights is {BASE}"),
+        (f"base_model: {BASE}", "base_model: [", "its metadata are no YAML mapping"),
+        (f"base_model: {BASE}", "base_model: 3", "base_model is 3; write Hub ids"),
+    ],
+)  # fmt: skip
+def test_u18_a_card_that_the_hub_would_refuse_is_refused_here(adapter: Path, line: str, by: str, said: str) -> None:
+    card = text_of(adapter, "README.md")
+    (adapter / "README.md").write_text(card)
+    assert text_of(adapter, "README.md") == card
+    changed = re.sub(line, by, card, count=1)
+    assert changed != card
+    (adapter / "README.md").write_text(changed)
+    with pytest.raises(UserError, match=said):
+        collect_publication(adapter)
+
+
+def test_paths_of_this_disk_stay_here(adapter: Path) -> None:
+    set_json(adapter / "adapter_config.json", base_model_name_or_path="/home/ann/models/llama")
+    run = {
+        "command": ["recipes/sft.py", "--output_dir=/home/ann/out", "--dataset_name", "/data/my rows.jsonl"],
+        "line": "recipes/sft.py --output_dir /home/ann/out --seed 7 # see https://example.com/a/b and and/or 1/2",
+        "arguments": {
+            "model_name_or_path": "/home/ann/models/llama", "output_dir": "/home/ann/out", "dataset_name": "ann/rows",
+            "chat_template_path": "~/templates/chat.jinja", "seed": 7, "max_length": None,
+        },
+        "quantization_config": {"load_in_4bit": True},
+        "labels": None,
+    }  # fmt: skip
+    (adapter / "run.json").write_text(json.dumps(run))
+    assert json.loads(text_of(adapter, "run.json", BASE)) == {
+        "command": ["recipes/sft.py", "--output_dir=out", "--dataset_name", "my rows.jsonl"],
+        "line": "recipes/sft.py --output_dir out --seed 7 # see https://example.com/a/b and and/or 1/2",
+        "arguments": {
+            "model_name_or_path": BASE, "output_dir": "out", "dataset_name": "ann/rows",
+            "chat_template_path": "chat.jinja", "seed": 7, "max_length": None,
+        },
+        "quantization_config": {"load_in_4bit": True},
+        "labels": None,
+    }  # fmt: skip
+    card = text_of(adapter, "README.md", BASE)
+    extra = "\nTrained on `/home/ann/my/rows.jsonl` from `/home/ann/models/llama`; see [here](https://a.b/c/d).\n"
+    (adapter / "README.md").write_text(card + extra)
+    assert text_of(adapter, "README.md", BASE).endswith(
+        f"\nTrained on `rows.jsonl` from `{BASE}`; see [here](https://a.b/c/d).\n"
+    )
+
+
+def test_a_classifiers_adapter_without_a_card_is_called_one(tmp_path: Path) -> None:
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["c_attn"], base_model_name_or_path=BASE)
+    get_peft_model(GPT2ForSequenceClassification(CONFIGS["gpt2"]()), config).save_pretrained(tmp_path)
+    (tmp_path / "README.md").unlink()
+    set_json(tmp_path / "adapter_config.json", base_model_name_or_path=BASE)
+    card = text_of(tmp_path, "README.md")
+    assert "pipeline_tag: text-classification\n" in card
+    assert f'AutoPeftModelForSequenceClassification.from_pretrained("{HERE}")' in card
+
+
+def test_a_token_in_a_file_is_not_published(adapter: Path) -> None:
+    (adapter / "all_results.json").write_text(json.dumps({"note": "hf_" + "aB3d" * 8}))
+    with pytest.raises(UserError, match=r"all_results\.json holds what looks like a Hub token; take it out") as raised:
+        collect_publication(adapter)
+    assert "aB3d" not in str(raised.value)
+
+
+def test_what_the_command_refuses_is_one_line(
+    plainlora: Run, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
+    push = ("push", "--repo", "ann/it", "--adapter")
+    assert "is no folder; give the one that training" in plainlora(*push, tmp_path / "gone")
+    assert "is switched off (HF_HUB_OFFLINE)" in plainlora(*push, adapter)  # as the tests' own process is
+    assert "not allowed with argument" in plainlora(*push, adapter, "--model", adapter)
+    assert "one of the arguments --adapter --model is required" in plainlora("push", "--repo", "ann/it")
+    (tmp_path / "empty").mkdir()
+    assert "holds neither adapter_config.json nor config.json" in plainlora(*push, tmp_path / "empty")

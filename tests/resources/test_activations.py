@@ -1,0 +1,274 @@
+"""What is counted on tensors without values is what a real step allocates, and the decision follows from it."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch.profiler import ProfilerActivity, profile
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    MixtralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from trl import SFTConfig
+from trl.trainer.utils import add_fused_lm_head
+
+from plainlora.backends import BACKENDS, attach_adapter
+from plainlora.loss import OnePassHead
+from plainlora.resources.activations import (
+    Batch,
+    Step,
+    count_evaluation_bytes,
+    count_head_bytes,
+    count_peak_bytes,
+    largest_batch,
+    needs_checkpointing,
+)
+from plainlora.resources.memory import free_memory, left_to_cgroup, peak_memory, resident_memory
+from plainlora.training.trainers import AdapterTrainer, hand_over
+from tests.conftest import BACKBONES, CONFIGS, SPECIAL, VOCABULARY, make_model
+
+LENGTH, CPU = 256, torch.device("cpu")
+LORA = LoraConfig(task_type="CAUSAL_LM", r=2, lora_dropout=0.0, target_modules="all-linear")
+
+
+def make_config(kind: str, dropout: float = 0.0) -> PretrainedConfig:
+    config = CONFIGS[kind]()
+    for name in ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout"):
+        if hasattr(config, name):
+            setattr(config, name, dropout)
+    return config
+
+
+def attach(model: PreTrainedModel, backend: str) -> torch.nn.Module:
+    return attach_adapter(model, copy.deepcopy(LORA), BACKENDS[backend])
+
+
+def a_step(config: PretrainedConfig, rows: int, backend: str = "fused", **options: Any) -> Step:
+    batch = Batch(rows, options.pop("length", LENGTH), masked=rows > 1)
+    head = BACKENDS[backend].one_pass_head
+    return Step(config, lambda base: attach(base, backend), batch, CPU, one_pass_head=head, **options)
+
+
+def count(config: PretrainedConfig, rows: int, backend: str = "fused", **options: Any) -> int:
+    return count_peak_bytes(a_step(config, rows, backend, **options)).alive
+
+
+def watch(step: Callable[[], object]) -> int:
+    """The most that PyTorch's allocator holds while something runs, as its profiler saw it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def allocate(
+    config: PretrainedConfig, rows: int, backend: str = "fused", autocast: bool = False, checkpointing: bool = False
+) -> int:
+    """The same of a real step, through the head that SFTTrainer would use."""
+    base = AutoModelForCausalLM.from_config(config)
+    model = attach(base, backend).train()
+    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    if BACKENDS[backend].one_pass_head:
+        OnePassHead(base)
+    if checkpointing:
+        base.activation_checkpointing_enable()
+    ids = torch.ones(rows, LENGTH, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    if rows > 1:
+        mask[0, LENGTH // 2 :] = 0
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True).loss
+        loss.backward()
+
+    return watch(step)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_count_is_what_the_allocator_holds_in_a_real_step(kind: str, dropout: float) -> None:
+    config = make_config(kind, dropout)
+    for rows in (1, 3):
+        assert count(copy.deepcopy(config), rows) == pytest.approx(allocate(config, rows), rel=0.02)
+
+
+def test_mixed_precision_is_counted_as_it_runs() -> None:
+    config = make_config("llama")
+    half = count(copy.deepcopy(config), 3, autocast=torch.bfloat16)
+    assert half == pytest.approx(allocate(config, 3, autocast=True), rel=0.1)
+    assert half < count(config, 3)
+
+
+def test_attention_with_dropout_keeps_its_scores_and_without_it_does_not() -> None:
+    scores = 2 * 2 * (4 * LENGTH) ** 2 * 4  # layers, heads, fp32
+    short, long = (count(make_config("llama"), 1, length=length) for length in (LENGTH, 4 * LENGTH))
+    assert long < 4.1 * short
+    assert count(make_config("llama", 0.1), 1, length=4 * LENGTH) > long + scores
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_checkpointed_step_is_counted_as_it_runs(kind: str) -> None:
+    config = make_config(kind, 0.1)
+    again = count_peak_bytes(a_step(config, 3), checkpointing=True).alive
+    assert again == pytest.approx(allocate(config, 3, checkpointing=True), rel=0.03)
+    assert again < 0.8 * count(config, 3)
+
+
+@pytest.mark.parametrize("backend", ["reference", "peft"])
+def test_the_head_of_trl_is_counted_as_it_runs(backend: str) -> None:
+    config = make_config("llama")
+    head = count_head_bytes(a_step(config, 1, backend)).alive
+    assert head > (LENGTH - 1) * 32768 * 4  # a tile of as many words, however few there are
+    assert count(config, 1, backend) == pytest.approx(allocate(config, 1, backend), rel=0.05)
+    assert count_head_bytes(a_step(config, 1)).alive < head / 10
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_a_classifier_is_counted_as_it_runs(kind: str) -> None:
+    config = BACKBONES[kind]()
+    config.pad_token_id = 0
+    step = Step(copy.deepcopy(config), lambda base: None, Batch(8, 64, masked=True), CPU, classifies=True)
+    model = AutoModelForSequenceClassification.from_config(config).train()
+    ids, labels = torch.ones(8, 64, dtype=torch.long), torch.zeros(8, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    mask[0, 32:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    real = watch(lambda: cast(torch.Tensor, model(**inputs).loss).backward())
+    assert count_peak_bytes(step).alive == pytest.approx(real, rel=0.05)
+    with torch.no_grad():
+        real = watch(lambda: model.eval()(**inputs))
+    assert count_evaluation_bytes(step).alive == pytest.approx(real, rel=0.1)
+
+
+def test_what_is_resident_lies_above_what_is_alive_on_a_cpu_alone() -> None:
+    held = count_peak_bytes(a_step(make_config("llama"), 3))
+    assert held.alive < held.resident < 3 * held.alive
+
+
+def test_counting_draws_no_random_number() -> None:
+    before = torch.get_rng_state()
+    count(make_config("gpt2", 0.1), 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def settings(folder: Path, **options: Any) -> SFTConfig:
+    plain = {"use_cpu": True, "bf16": False, "report_to": "none", "per_device_train_batch_size": 3, "max_length": 64}
+    return SFTConfig(output_dir=str(folder), **plain | options)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_largest_batch_is_what_the_trainer_collates(
+    packing: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    args = settings(tmp_path, packing=packing)
+    base = make_model("llama")
+    backend = BACKENDS["fused"]
+    rows = Dataset.from_dict({name: [[5] * 64] * 6 for name in ("input_ids", "labels")})
+    trainer = AdapterTrainer(
+        attach_adapter(base, copy.deepcopy(LORA), backend), backend, args=hand_over(args), train_dataset=rows,
+        processing_class=tokenizer,
+    )  # fmt: skip
+    collated = next(iter(trainer.get_train_dataloader()))
+    expected = largest_batch(args, 64)
+    assert tuple(collated["input_ids"].shape) == (expected.rows, expected.length)
+    assert expected.masked
+    assert not largest_batch(settings(tmp_path, per_device_train_batch_size=1), 64).masked
+
+
+def decide(folder: Path, free: int | None, config: PretrainedConfig) -> tuple[bool, str]:
+    said: list[str] = []
+    base = AutoModelForCausalLM.from_config(config)
+    attach(base, "fused")
+    fits = needs_checkpointing(settings(folder), base, LORA, BACKENDS["fused"], "float32", 64, free, said.append)
+    (line,) = said
+    return fits, line
+
+
+def test_what_fits_is_kept_and_what_does_not_is_computed_again(tmp_path: Path) -> None:
+    config = make_config("llama")
+    model = AutoModelForCausalLM.from_config(config)
+    attach(model, "fused")
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    held = count_peak_bytes(a_step(config, 3, length=64)).resident
+    enough = int(held / 0.8) + weights + 3 * trained + 2
+    assert decide(tmp_path, enough, config) == (
+        False,
+        f"activations: {held / 1e9:.1f} GB for 3 x 64 tokens, 0.0 GB free: no gradient checkpointing",
+    )
+    assert decide(tmp_path, enough - 10, config)[0]
+    needed, said = decide(tmp_path, 0, config)
+    assert needed
+    assert said.endswith("0.0 GB free: gradient checkpointing")
+
+
+def test_what_is_unknown_or_cannot_be_counted_means_checkpointing(tmp_path: Path) -> None:
+    assert decide(tmp_path, None, make_config("llama")) == (
+        True,
+        "free memory of cpu is unknown: gradient checkpointing",
+    )
+    sparse = MixtralConfig(  # which expert gets which token depends on values
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        num_local_experts=2, vocab_size=VOCABULARY, experts_implementation="eager", **SPECIAL,
+    )  # fmt: skip
+    needed, said = decide(tmp_path, 2**50, sparse)
+    assert needed
+    assert said.startswith("activations cannot be counted (")
+    assert said.endswith("): gradient checkpointing")
+    assert "\n" not in said
+
+
+def test_free_memory_is_what_the_kernel_says_or_unknown() -> None:
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    total = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal"))
+    free = free_memory(CPU)
+    assert free is not None
+    assert total / 1000 < free < total
+    assert free_memory(torch.device("meta")) is None
+
+
+def test_the_process_knows_what_it_holds_and_has_held() -> None:
+    before = resident_memory()
+    held = torch.ones(25_000_000)  # 100 MB, mapped apart
+    assert resident_memory() - before == pytest.approx(held.nbytes, rel=0.1)
+    del held
+    assert resident_memory() - before < 2e7
+    assert peak_memory() >= before + 9e7
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 5\ninactive_file 200\n"}, 500),
+        ({"memory.max": "max\n", "memory.current": "700\n", "memory.stat": "inactive_file 200\n"}, None),
+        (
+            {
+                "memory.limit_in_bytes": "1000",
+                "memory.usage_in_bytes": "700",
+                "memory.stat": "inactive_file 1\ntotal_inactive_file 200\n",
+            },
+            500,
+        ),
+        ({}, None),
+    ],
+)
+def test_a_control_group_leaves_its_limit_less_what_is_used_and_cannot_go(
+    files: dict[str, str], left: int | None, tmp_path: Path
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert left_to_cgroup(tmp_path) == left

@@ -1,0 +1,418 @@
+"""YAML first, command line last, and nothing ignored."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from trl import ModelConfig, ScriptArguments
+
+from plainlora.errors import UserError
+from plainlora.settings.arguments import (
+    ClassifyArguments,
+    ClassifyConfig,
+    SFTArguments,
+    SFTRecipeConfig,
+    dtype_of,
+    parse_pattern,
+)
+from plainlora.settings.checks import check_sft
+from plainlora.settings.parsing import StrictParser, read_yaml
+from tests.conftest import ROOT
+
+CLASSES = (SFTArguments, ScriptArguments, SFTRecipeConfig, ModelConfig)
+CLASSIFY_CLASSES = (ClassifyArguments, ScriptArguments, ClassifyConfig, ModelConfig)
+BASE = "model_name_or_path: m\ndataset_name: d\noutput_dir: out\n"
+NO_ACCELERATOR = pytest.mark.skipif(torch.accelerator.is_available(), reason="not run: there is an accelerator")
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in list(os.environ):
+        if name.startswith("ACCELERATE_"):
+            monkeypatch.delenv(name)
+
+
+def parse(text: str | bytes | None = None, *typed: str) -> dict[str, Any]:
+    """Every setting after reading a YAML with this text and this command line."""
+    if text is not None:
+        content = text if isinstance(text, bytes) else (BASE + text).encode()
+        Path("recipe.yaml").write_bytes(content)
+        typed = ("--config", "recipe.yaml", *typed)
+    parsed = StrictParser(CLASSES).parse(typed)
+    check_sft(*parsed)
+    return {name: value for part in parsed for name, value in vars(part).items()}
+
+
+def refusal(text: str | bytes | None, *typed: str) -> str:
+    with pytest.raises(UserError) as raised:
+        parse(text, *typed)
+    return str(raised.value)
+
+
+def test_the_yaml_sets_and_the_command_line_wins() -> None:
+    text = "seed: 1\nlora_r: 4\nsample_prompts: [a, b]\nmax_length: null\n"
+    settings = parse(text, "--seed", "2", "--max-length", "7")
+    assert (settings["seed"], settings["lora_r"], settings["max_length"]) == (2, 4, 7)
+    assert parse(text, "--sample_prompts", "c")["sample_prompts"] == ["c"]
+    assert parse(text)["sample_prompts"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("learning_rate: 2e-4", "learning_rate", 2e-4),
+        ("learning_rate: 2.0e-4", "learning_rate", 2e-4),
+        ("max_length: null", "max_length", None),
+        ("packing: true", "packing", True),
+        ("merge: no", "merge", False),
+        ("lora_init: true", "lora_init", "true"),
+        ("lora_init: false", "lora_init", "false"),
+        ("sample_prompts: []", "sample_prompts", []),
+        ("sample_prompts: [--seed, -x, '- a']", "sample_prompts", ["--seed", "-x", "- a"]),
+        ("sample_prompts:\n  - |\n    a\n    b", "sample_prompts", ["a\nb\n"]),
+        ("lora_layers_to_transform: [0, 1]", "lora_layers_to_transform", [0, 1]),
+        ("lora_target_modules: all-linear", "lora_target_modules", "all-linear"),
+        ("report_to: [none]", "report_to", []),
+        ("gradient_checkpointing_kwargs:\n  use_reentrant: false", "gradient_checkpointing_kwargs",
+         {"use_reentrant": False}),
+        ("lora_rank_pattern:\n  q_proj: 4", "lora_rank_pattern", '{"q_proj": 4}'),
+        ("run_name: 50% of a=b", "run_name", "50% of a=b"),
+        ("env:\n", "seed", 42),
+    ],
+)  # fmt: skip
+def test_a_yaml_value_has_its_options_type(line: str, name: str, value: object) -> None:
+    found = parse(line + "\n")[name]
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "typed", "expected"),
+    [
+        ("", [], None),  # open until the recipe has counted
+        ("gradient_checkpointing: null\n", [], None),
+        ("gradient_checkpointing: true\n", [], True),
+        ("gradient_checkpointing: false\n", [], False),
+        ("gradient_checkpointing: false\n", ["--gradient_checkpointing"], True),
+        ("gradient_checkpointing: true\n", ["--gradient_checkpointing", "false"], False),
+        ("activation_checkpointing: true\n", [], True),
+        ("", ["--activation_checkpointing=false"], False),
+        ("gradient_checkpointing_kwargs:\n  use_reentrant: false\n", [], True),
+        ("activation_checkpointing_kwargs:\n  use_reentrant: false\n", [], True),
+        ("gradient_checkpointing_kwargs:\n  use_reentrant: false\n", ["--gradient_checkpointing", "false"], False),
+    ],
+)
+def test_gradient_checkpointing_is_open_unless_said(text: str, typed: list[str], expected: bool | None) -> None:
+    settings = parse(text, *typed)
+    assert settings["gradient_checkpointing"] is expected
+    assert settings["activation_checkpointing"] is expected
+
+
+def test_the_fused_back_end_is_the_one_that_is_taken() -> None:
+    assert parse("")["lora_backend"] == "fused"
+    assert parse("", "--lora_backend", "reference")["lora_backend"] == "reference"
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("max_seq_length", "max_length"),
+        ("torch_dtype", "dtype"),
+        ("evaluation_strategy", "eval_strategy"),
+        ("warmup_ratio", "warmup_steps"),
+        ("no_cuda", "use_cpu"),
+        ("group_by_length", "train_sampling_strategy"),
+        ("overwrite_output_dir", "overwrite"),
+        ("learing_rate", "learning_rate"),
+        ("lora_target_module", "lora_target_modules"),
+        ("learning", "learning_rate"),  # no abbreviations
+    ],
+)
+def test_u22_an_unknown_name_is_refused_with_the_nearest(name: str, nearest: str) -> None:
+    said = f"{name} is not an option; did you mean {nearest}?"
+    assert refusal(f"{name}: 5\n") == f"recipe.yaml: {said}"
+    assert refusal("", f"--{name}", "5") == f"--{name} is not an option; did you mean {nearest}?"
+    assert refusal("", f"--{name}=5").endswith(f"did you mean {nearest}?")
+
+
+@pytest.mark.parametrize("word", ["zzzzzz", "--zzzzzz", "-x", "recipe.yaml", "--"])
+def test_u22_what_resembles_nothing_is_refused(word: str) -> None:
+    assert "is not an option; see --help for the names" in refusal("", word)
+
+
+def test_u22_a_key_that_is_no_name_is_refused() -> None:
+    for key in ("5", "null", "config"):
+        assert f"recipe.yaml: {yaml.safe_load(key)} is not an option" in refusal(f"{key}: 5\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("seed", "abc", "invalid int value: 'abc'"),
+        ("seed", "1.5", "invalid int value: '1.5'"),
+        ("learning_rate", "fast", "invalid float value: 'fast'"),
+        ("packing", "2", "Truthy value expected"),
+        ("lora_backend", "foo", "invalid choice: 'foo' (choose from 'fused', 'reference', 'peft')"),
+        ("on_overflow", "error", "invalid choice: 'error' (choose from 'drop', 'truncate')"),
+        ("eval_strategy", "sometimes", "invalid choice: 'sometimes' (choose from 'no', 'steps', 'epoch')"),
+        ("dtype", "int8", "invalid choice: 'int8'"),
+    ],
+)
+def test_u22_a_wrong_type_or_choice_is_refused_from_both_sides(name: str, value: str, reason: str) -> None:
+    from_file, typed = refusal(f"{name}: {value}\n"), refusal("", f"--{name}", value)
+    assert from_file.startswith("recipe.yaml: argument --" + name)
+    assert typed.startswith("argument --" + name)
+    assert reason in from_file
+    assert reason in typed
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("seed: [1, 2]", "seed takes one value, not a list"),
+        ("seed: []", "seed takes one value, not a list"),
+        ("run_name: {a: b}", "run_name takes one value, not a mapping"),
+        ("seed: null", "seed has no value"),
+        ("merge:", "merge has no value"),
+        ("sample_prompts: [a, null]", "an entry of the list is one value, not None"),
+        ("sample_prompts: [[a]]", "an entry of the list is one value, not ['a']"),
+        ("lora_layers_to_transform: [a]", "invalid literal for int()"),
+        ("model_name_or_path: x", "'model_name_or_path' stands there twice; keep one of them"),
+        ("env: {A: 1, A: 2}", "'A' stands there twice"),
+        ("env: [A]", "env must be a mapping of variables, not a list"),
+        ("env: {A=B: 1}", "env: 'A=B' cannot be set"),
+        ("run_name: 2024-13-45", "is not valid YAML: month must be in 1..12"),
+        ("a: b: c", "is not valid YAML"),
+        ("run_name: !!python/object/apply:os.getcwd []", "is not valid YAML: could not determine a constructor"),
+        ("? [a, b]\n: c", "is not valid YAML"),
+        ("run_name: " + "[" * 5000, "is not valid YAML"),
+    ],
+)
+def test_u22_a_yaml_line_that_cannot_be_meant_is_refused(line: str, reason: str) -> None:
+    said = refusal(line + "\n")
+    assert said.startswith("recipe.yaml")
+    assert reason in said
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "must be a YAML mapping of `name: value` lines; it is empty"),
+        (b"- a\n", "must be a YAML mapping of `name: value` lines; it is a list"),
+        (b"hello\n", "must be a YAML mapping of `name: value` lines; it is a str"),
+        (b"\xff\x00\x17", "is not valid YAML"),
+        (b"\0" * 20, "is not valid YAML"),
+        (b"a: 1\n---\nb: 2\n", "is not valid YAML: expected a single document"),
+    ],
+)
+def test_a_file_that_is_no_yaml_mapping_is_refused(content: bytes, reason: str) -> None:
+    said = refusal(content)
+    assert said.startswith("recipe.yaml ")
+    assert reason in said
+
+
+def test_a_windows_file_with_byte_order_mark_is_read() -> None:
+    assert parse(b"\xef\xbb\xbf" + (BASE + "seed: 3\n").replace("\n", "\r\n").encode())["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("typed", "reason"),
+    [
+        (["--config", "nope.yaml"], "there is no file nope.yaml; the recipes are recipes/*/*.yaml"),
+        (["--config=nope.yaml"], "there is no file nope.yaml"),
+        (["--config", "."], ". cannot be read: Is a directory"),
+        (["--config"], "--config needs the path of a YAML file"),
+        (["--config="], "--config needs the path of a YAML file"),
+        (["--config", "a.yaml", "--config=b.yaml"], "--config stands there twice"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_refused(typed: list[str], reason: str) -> None:
+    assert reason in refusal(None, *typed)
+
+
+def test_the_env_block_sets_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PLAINLORA_TEST_A", "PLAINLORA_TEST_B"):
+        monkeypatch.setenv(name, "before")
+    parse("env:\n  PLAINLORA_TEST_A: 1\n  PLAINLORA_TEST_B:\n")
+    assert os.environ["PLAINLORA_TEST_A"] == "1"
+    assert not os.environ["PLAINLORA_TEST_B"]
+
+
+@NO_ACCELERATOR
+@pytest.mark.parametrize("text", ["fp16: true\ndtype: float16\n", "bf16: true\ndtype: bfloat16\n", ""])
+def test_a_recipe_for_a_gpu_trains_in_fp32_on_a_cpu(text: str) -> None:
+    settings = parse(text)
+    assert (settings["fp16"], settings["bf16"], settings["dtype"]) == (False, False, "float32")
+
+
+@NO_ACCELERATOR
+def test_precision_typed_on_the_command_line_stays() -> None:
+    settings = parse("fp16: true\ndtype: float16\n", "--bf16", "true", "--dtype", "bfloat16", "--use_cpu")
+    assert (settings["fp16"], settings["bf16"], settings["dtype"]) == (False, True, "bfloat16")
+
+
+@NO_ACCELERATOR
+@pytest.mark.parametrize("typed", [["--fp16"], ["--fp16", "true"], ["--fp16=true", "--use_cpu", "true"]])
+def test_fp16_typed_on_a_cpu_is_refused(typed: list[str]) -> None:
+    assert refusal("", *typed) == "fp16 needs a GPU: leave --fp16 out, and a CPU trains in float32"
+
+
+@pytest.mark.parametrize(("text", "typed"), [("use_cpu: true\n", []), ("", ["--use_cpu=true"]), ("", ["--use_cpu"])])
+def test_use_cpu_means_fp32_wherever_it_is_said(text: str, typed: list[str]) -> None:
+    settings = parse("bf16: true\ndtype: bfloat16\n" + text, *typed)
+    assert (settings["use_cpu"], settings["bf16"], settings["dtype"]) == (True, False, "float32")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("packing: true\npacking_strategy: wrapped", "packing_strategy=wrapped is refused"),
+        ("packing: true\nmax_length: null", "packing needs max_length"),
+        ("dataset_streaming: true", "dataset_streaming is not supported"),
+        ("ignore_bias_buffers: true", "ignore_bias_buffers is not supported"),
+        ("dataset_kwargs: {a: 1}", "dataset_kwargs is not supported"),
+        ("use_liger_kernel: true", "use_liger_kernel is not supported"),
+        ("load_in_4bit: true\nload_in_8bit: true", "8 bit and 4 bit precision at the same time"),
+        ("dtype: null", "dtype must be auto, float32, float16 or bfloat16, not None"),
+        ("report_to: wandbb", "there is no tracker 'wandbb'; known are none, "),
+        ("report_to: os.path", "there is no tracker 'os.path'"),
+        ("lr_scheduler_kwargs: fast", "lr_scheduler_kwargs must be a mapping"),
+        ("lora_rank_pattern: '{\"q_proj\": '", "lora_rank_pattern is not JSON"),
+        ("lora_rank_pattern: '[1]'", "lora_rank_pattern maps module names to whole numbers above 0"),
+        ("lora_alpha_pattern: {q_proj: true}", "lora_alpha_pattern maps module names to whole numbers above 0"),
+        ("lora_alpha_pattern: {q_proj: 0}", "lora_alpha_pattern maps module names to whole numbers above 0"),
+        ("test_split_size: 1.5", "test_split_size is a share below 1 or a whole number of rows, not 1.5"),
+        ("test_split_size: -1", "test_split_size is a share below 1 or a whole number of rows, not -1"),
+        ("test_split_size: .nan", "test_split_size is a share below 1"),
+        ("test_split_size: .inf", "test_split_size is a share below 1"),
+    ],
+)
+def test_a_setting_that_cannot_be_honoured_is_refused(line: str, reason: str) -> None:
+    assert reason in refusal(line + "\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "limits"),
+    [
+        ("max_length", "0", "at least 1"),
+        ("max_length", "-5", "at least 1"),
+        ("max_train_rows", "0", "at least 1"),
+        ("max_truncated", "2", "between 0 and 1"),
+        ("max_truncated", "nan", "between 0 and 1"),
+        ("exact_match_rows", "-1", "at least 0"),
+        ("max_new_tokens", "0", "at least 1"),
+        ("dataset_num_proc", "0", "at least 1"),
+        ("per_device_train_batch_size", "0", "at least 1"),
+        ("gradient_accumulation_steps", "0", "at least 1"),
+        ("num_train_epochs", "-1", "at least 0"),
+        ("learning_rate", "nan", "at least 0"),
+        ("learning_rate", "inf", "at least 0"),
+        ("seed", "-1", "between 0 and 4294967295"),
+        ("seed", "9" * 30, "between 0 and 4294967295"),
+    ],
+)
+def test_a_number_out_of_range_is_refused(name: str, value: str, limits: str) -> None:
+    assert f"{name} must be {limits}, not " in refusal("", f"--{name}", value)
+
+
+@pytest.mark.parametrize("p", ["1", "1.5", "-0.1", "nan"])
+def test_a_base_dropout_that_is_no_probability_below_1_is_refused(p: str) -> None:
+    assert refusal(f"base_dropout: {p.replace('nan', '.nan')}\n") == (
+        f"base_dropout must be at least 0 and below 1, not {float(p)}"
+    )
+    assert parse("", "--base_dropout", "0.99")["base_dropout"] == 0.99
+    assert parse("")["base_dropout"] is None
+
+
+def test_a_tracker_that_is_not_installed_is_refused() -> None:
+    if "wandb" in parse("report_to: all\n")["report_to"]:
+        pytest.skip("not run: wandb is installed")
+    assert refusal("report_to: wandb\n") == (
+        "report_to: wandb is not installed; pip install wandb, or set --report_to none"
+    )
+
+
+def test_model_and_data_are_asked_for() -> None:
+    assert "model_name_or_path is missing" in refusal(None)
+    assert "dataset_name is missing" in refusal(None, "--model_name_or_path", "m")
+
+
+def test_an_output_dir_that_cannot_be_made_is_refused_before_training() -> None:
+    Path("file").write_text("x")
+    for folder, reason in (("file", "is a file; give a folder"), ("file/x/y", "is a file"), ("", "is empty")):
+        assert reason in refusal("", f"--output_dir={folder}")
+    assert parse("", "--output_dir", "new/folder")["output_dir"] == "new/folder"
+    assert not Path("new").exists()
+
+
+def test_patterns_and_dtypes_by_name() -> None:
+    assert parse_pattern("lora_rank_pattern", '{"q_proj": 4}') == {"q_proj": 4}
+    assert parse_pattern("lora_rank_pattern", None) == {}
+    assert [dtype_of(name) for name in (None, "auto", "bfloat16")] == ["auto", "auto", torch.bfloat16]
+
+
+RECIPES = sorted(ROOT.glob("recipes/*/*.yaml"))
+ACCELERATE = sorted(ROOT.glob("accelerate_configs/*.yaml"))
+
+
+def classes_of(path: Path) -> tuple[Any, ...]:
+    """The dataclasses of the program that a recipe is for, as its header says."""
+    return CLASSIFY_CLASSES if "recipes/classify.py" in path.read_text(encoding="utf-8") else CLASSES
+
+
+def defaults(classes: tuple[Any, ...]) -> dict[str, Any]:
+    """Every option's default as the parser has it, before a dataclass adjusts it."""
+    found = {}
+    for owner in classes:
+        for field in dataclasses.fields(owner):
+            factory = field.default_factory
+            found[field.name] = field.default if factory is dataclasses.MISSING else factory()
+    return found
+
+
+def test_every_yaml_of_the_project_is_covered_here() -> None:
+    on_disk = [
+        Path(folder) / name
+        for top in ("recipes", "accelerate_configs")
+        for folder, _, names in os.walk(ROOT / top)
+        for name in names
+        if name.endswith((".yaml", ".yml"))
+    ]
+    assert RECIPES
+    assert ACCELERATE
+    assert sorted(on_disk) == sorted(RECIPES + ACCELERATE)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_recipe_parses_and_says_only_what_differs_from_the_defaults(path: Path) -> None:
+    parts = StrictParser(classes_of(path)).parse(["--config", str(path)])
+    settings = {name: value for part in parts for name, value in vars(part).items()}
+    content = read_yaml(path)
+    standard = defaults(classes_of(path))
+    said = content.keys() - {"env", "report_to", "output_dir"}
+    assert sorted(name for name in said if content[name] == standard[name]) == []
+    assert settings["output_dir"] == content["output_dir"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_recipe_begins_with_its_launch_line_hardware_and_memory(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = "\n".join(lines[: next(at for at, line in enumerate(lines) if not line.startswith("#"))])
+    assert f"--config {path.relative_to(ROOT)}" in comment
+    assert "accelerate launch" in comment
+    assert "Hardware" in comment
+    assert "Memory" in comment
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.name)
+def test_an_accelerate_config_reads_with_no_key_twice(path: Path) -> None:
+    assert path.read_text(encoding="utf-8").startswith("# ")
+    content = read_yaml(path)
+    assert json.dumps(content)
+    assert {"compute_environment", "distributed_type", "num_processes"} <= content.keys()

@@ -1,0 +1,47 @@
+"""The order in which a classifier's rows are drawn."""
+
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerFast
+
+from plainlora.settings.arguments import ClassifyConfig
+from plainlora.training.trainers import ClassifierTrainer
+from tests.conftest import BACKBONES
+
+
+def make_trainer(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> ClassifierTrainer:
+    lengths = [1 + 13 * number % 29 for number in range(64)]
+    rows = Dataset.from_dict({"input_ids": [[5] * length for length in lengths], "labels": [0, 1] * 32})
+    torch.manual_seed(0)
+    return ClassifierTrainer(
+        AutoModelForSequenceClassification.from_config(BACKBONES["bert"]()),
+        None,
+        args=ClassifyConfig(output_dir=str(folder), use_cpu=True, seed=seed, per_device_train_batch_size=4),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+
+
+def order(trainer: ClassifierTrainer, epoch: float, stream: int) -> list[int]:
+    """The rows' order in an epoch, whatever state PyTorch's global stream is in."""
+    torch.manual_seed(stream)
+    trainer.state.epoch = epoch
+    sampler = trainer._get_train_sampler()
+    assert sampler is not None
+    return list(sampler)
+
+
+def test_every_process_and_every_resumed_run_draws_the_same_order(
+    tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    one, other = make_trainer(tmp_path, word_tokenizer), make_trainer(tmp_path, word_tokenizer)
+    for epoch in (0.0, 1.0, 2.0):
+        expected = order(one, epoch, stream=1)
+        assert sorted(expected) == list(range(64))
+        assert order(other, epoch, stream=2) == expected
+        assert order(other, epoch + 0.5, stream=3) == expected  # resumed in the middle
+    assert order(one, 0.0, 1) != order(one, 1.0, 1)
+    assert order(one, 0.0, 1) != order(make_trainer(tmp_path, word_tokenizer, seed=1), 0.0, 1)

@@ -1,0 +1,261 @@
+"""Training that goes wrong stops at once, and says what and where."""
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
+from trl import SFTConfig
+
+from plainlora.backends import BACKENDS, attach_adapter
+from plainlora.errors import UserError
+from plainlora.settings.arguments import ClassifyConfig
+from plainlora.training.checkpoints import list_checkpoints, newest_checkpoint
+from plainlora.training.trainers import AdapterTrainer, ClassifierTrainer, hand_over
+from plainlora.training.watching import RowsSeen, documents, lora_matrices
+from tests.conftest import BACKBONES, make_model
+
+TEXTS = [f"{name} is number {number}" for number, name in enumerate(("one", "two", "three", "four", "five", "six"), 1)]
+TEXTS[4] = "~ is odd"
+LAYER = "model.layers.1.self_attn.v_proj"
+
+
+@pytest.fixture
+def make(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., AdapterTrainer]:
+    """`make("fused", max_steps=2, ...)`: a trainer of a tiny Llama on the six texts above."""
+
+    def make_trainer(backend: str = "reference", name: str = "run", **options: Any) -> AdapterTrainer:
+        rows = [tokenizer(text)["input_ids"] for text in TEXTS]
+        arguments: dict[str, Any] = {
+            "max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1, "report_to": "none", "bf16": False,
+            "gradient_checkpointing": False, "use_cpu": True, "save_steps": 1, "disable_tqdm": True, "seed": 1,
+            "learning_rate": 1e-2, "lr_scheduler_type": "constant", "packing": False,
+        }  # fmt: skip
+        torch.manual_seed(1)
+        lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+        return AdapterTrainer(
+            attach_adapter(make_model("llama"), lora, BACKENDS[backend]),
+            BACKENDS[backend],
+            args=hand_over(SFTConfig(output_dir=str(tmp_path / name), **(arguments | options))),
+            train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}),
+            processing_class=tokenizer,
+        )
+
+    return make_trainer
+
+
+def module_of(trainer: AdapterTrainer, name: str) -> nn.Module:
+    """By the end of its name: PEFT puts its own names before."""
+    return next(module for full, module in trainer.adapted.named_modules() if full.endswith(name))
+
+
+def refusal(trainer: AdapterTrainer | ClassifierTrainer) -> str:
+    with pytest.raises(UserError) as stopped:
+        trainer.train()
+    return str(stopped.value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_u12_a_layer_that_gets_no_gradient_stops_the_first_step_by_its_name(
+    make: Callable[..., AdapterTrainer], backend: str
+) -> None:
+    trainer = make(backend)
+    module_of(trainer, LAYER).register_forward_hook(lambda module, inputs, output: output.detach())
+    message = refusal(trainer)
+    assert re.search(rf"1 of 14 adapters got no gradient in the first step \(\S*{re.escape(LAYER)}\)", message), (
+        message
+    )
+    assert trainer.state.global_step == 0
+    assert list_checkpoints(str(trainer.args.output_dir)) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_u12_a_layer_whose_gradient_is_all_zeros_is_none_that_is_trained(
+    make: Callable[..., AdapterTrainer], backend: str
+) -> None:
+    trainer = make(backend)
+    module_of(trainer, LAYER).register_forward_hook(lambda module, inputs, output: output * 0)
+    assert LAYER in refusal(trainer)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_u12_every_layer_of_an_ordinary_run_is_trained_under_gradient_checkpointing_too(
+    make: Callable[..., AdapterTrainer], backend: str
+) -> None:
+    for checkpointing in (False, True):
+        trainer = make(backend, f"run-{checkpointing}", gradient_checkpointing=checkpointing)
+        trainer.train()
+        layers = lora_matrices(trainer.adapted)
+        assert len(layers) == 14
+        assert all(bool(layer.lora_B.any()) for layer in layers.values())
+
+
+class Mover(TrainerCallback):
+    """What an optimizer over the wrong weights does."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        self.weight = weight
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        with torch.no_grad():
+            self.weight.mul_(1.001)
+
+
+def test_u12_a_frozen_weight_that_moves_stops_the_first_step_by_its_name(make: Callable[..., AdapterTrainer]) -> None:
+    trainer = make()
+    trainer.add_callback(Mover(trainer.adapted.get_parameter("model.embed_tokens.weight")))
+    assert "frozen weights changed in the first step (model.embed_tokens.weight)" in refusal(trainer)
+    assert list_checkpoints(str(trainer.args.output_dir)) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_u15_an_adapter_that_changes_nothing_is_not_saved(make: Callable[..., AdapterTrainer], backend: str) -> None:
+    trainer = make(backend, learning_rate=0.0, save_strategy="no", max_steps=1)
+    trainer.train()
+    with pytest.raises(
+        UserError, match=r"after 1 step 14 of 14 adapters change nothing \(.* and 11 more\), so nothing"
+    ):
+        trainer.save_model()
+    assert not any(Path(str(trainer.args.output_dir)).glob("*"))
+
+
+def poison(trainer: AdapterTrainer | ClassifierTrainer, tokenizer: PreTrainedTokenizerFast, token: str) -> None:
+    """Makes the loss of every row with a token NaN."""
+    with torch.no_grad():
+        trainer.adapted.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(token)] = torch.inf
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_u12_a_loss_that_is_not_finite_stops_with_the_step_and_the_rows(
+    make: Callable[..., AdapterTrainer], tokenizer: PreTrainedTokenizerFast, packing: bool, accumulated: int
+) -> None:
+    trainer = make(
+        packing=packing, max_length=24 if packing else None, per_device_train_batch_size=1,
+        gradient_accumulation_steps=accumulated, max_steps=6,
+    )  # fmt: skip
+    poison(trainer, tokenizer, "~")
+    message = refusal(trainer)
+    step = trainer.state.global_step + 1
+    assert message.startswith(f"the loss of step {step} is nan, on row")
+    assert "5 '~ is odd'" in message
+    assert ("row 5 '~ is odd', so" in message) is not packing  # packed, it stands beside others
+    kept = newest_checkpoint(str(trainer.args.output_dir))
+    assert (f"{kept} is kept" if kept else "nothing had been saved yet") in message
+    assert (kept is None) is (step == 1)
+    assert "lower learning_rate (now 0.01) or train in float32" in message
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_u12_a_gradient_that_is_not_finite_stops_before_the_optimizers_step(
+    make: Callable[..., AdapterTrainer], backend: str
+) -> None:
+    """The loss is finite. All rows since the last step may have made the gradient."""
+    trainer = make(backend, gradient_accumulation_steps=3)
+    layers = lora_matrices(trainer.adapted)
+    before = {name: layer.lora_B.detach().clone() for name, layer in layers.items()}
+    next(iter(layers.values())).lora_B.register_hook(lambda gradient: gradient * math.inf)
+    message = refusal(trainer)
+    assert re.match(
+        r"the gradient norm of step 1 is (inf|nan), on rows \d '[^']+', \d '[^']+', \d '[^']+' and 3", message
+    )
+    assert "nothing had been saved yet" in message
+    assert all(torch.equal(layer.lora_B, before[name]) for name, layer in layers.items())
+
+
+def test_u12_a_later_gradient_that_is_not_finite_keeps_the_last_checkpoint(
+    make: Callable[..., AdapterTrainer],
+) -> None:
+    trainer = make()
+    weight = next(iter(lora_matrices(trainer.adapted).values())).lora_B
+    weight.register_hook(lambda gradient: gradient / 0.0 if trainer.state.global_step == 2 else gradient)
+    message = refusal(trainer)
+    assert message.startswith("the gradient norm of step 3 is ")
+    kept = newest_checkpoint(str(trainer.args.output_dir))
+    assert kept is not None
+    assert kept.name == "checkpoint-2"
+    assert f"{kept} is kept" in message
+
+
+def test_u12_an_overflow_under_fp16_is_no_fault_and_says_nothing_about_the_layers(
+    make: Callable[..., AdapterTrainer],
+) -> None:
+    """Clipping has made zeros of the gradients; the scaler, which a CPU does without, leaves the step out."""
+    trainer = make()
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    for layer in lora_matrices(trainer.adapted).values():
+        layer.lora_B.grad = torch.zeros_like(layer.lora_B)
+    assert math.isinf(trainer._get_grad_norm(trainer.adapted, grad_norm=torch.tensor(math.inf)))
+    with pytest.raises(UserError, match="14 of 14 adapters got no gradient"):
+        trainer._get_grad_norm(trainer.adapted, grad_norm=torch.tensor(1.0))
+
+
+def test_u12_a_classifiers_rows_are_named_too(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [tokenizer(text)["input_ids"] for text in TEXTS]
+    torch.manual_seed(0)
+    trainer = ClassifierTrainer(
+        AutoModelForSequenceClassification.from_config(BACKBONES["bert"]()),
+        None,
+        args=ClassifyConfig(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=2, report_to="none"),
+        train_dataset=Dataset.from_dict({"input_ids": rows, "labels": [0, 1] * 3}),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+    poison(trainer, tokenizer, "~")
+    message = refusal(trainer)
+    assert re.search(r"is nan, on rows (\d '[^']+', )?5 '~ is odd'(, \d '[^']+')?, so training stopped", message), (
+        message
+    )
+
+
+def test_u11_weights_that_are_not_finite_are_not_saved(make: Callable[..., AdapterTrainer]) -> None:
+    """The loss and the gradient of the first step are finite; its weights are not."""
+    trainer = make("peft", learning_rate=1e38, adam_epsilon=1e-45, max_grad_norm=0.0)
+    message = refusal(trainer)
+    assert re.match(
+        r"\S+lora_[AB].default.weight holds values that are not finite, so the model was not saved", message
+    )
+    assert list_checkpoints(str(trainer.args.output_dir)) == []
+
+
+def test_u17_a_resumed_run_has_seen_the_rows_of_an_uninterrupted_one(make: Callable[..., AdapterTrainer]) -> None:
+    whole = make()
+    whole.train()
+    resumed = make()
+    resumed.train(resume_from_checkpoint=str(Path(str(whole.args.output_dir)) / "checkpoint-2"))
+    assert resumed.seen.digest == whole.seen.digest != ""
+    other = make(name="other", seed=2)
+    other.train()
+    assert other.seen.digest != whole.seen.digest
+
+
+def test_u17_the_digest_of_the_rows_depends_on_their_order() -> None:
+    batches = [torch.tensor([[1, 2]]), torch.tensor([[3, 4]])]
+    digests = set()
+    for order in ((0, 1), (1, 0), (0,), (0, 1, 1)):
+        seen = RowsSeen()
+        for number in order:
+            seen.add(batches[number])
+        digests.add(seen.digest)
+    assert len(digests) == 4
+
+
+def test_a_batch_is_taken_apart_into_the_rows_it_was_made_of() -> None:
+    ids = torch.tensor([[5, 6, 7, 8, 9, 1]])
+    assert documents({"input_ids": ids}) == [[5, 6, 7, 8, 9, 1]]
+    assert documents({"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])}) == [[5, 6, 7, 8, 9]]
+    assert documents({"input_ids": ids, "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]])}) == [[6, 7, 8, 9, 1]]
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0]])
+    assert documents({"input_ids": ids, "position_ids": positions}) == [[5, 6, 7], [8, 9], [1]]
