@@ -4,8 +4,8 @@ accelerate launch --config_file accelerate_configs/single_gpu.yaml \
     recipes/sft.py --config recipes/gpt2-alpaca-gpt4/lora.yaml
 
 The flags are those of TRL's ScriptArguments, SFTConfig and ModelConfig and of
-plainlora.settings.arguments.SFTArguments, in the YAML or on the command line. The command line wins, and what cannot be
-honoured is refused.
+plainlora.settings.arguments.SFTArguments, in the YAML or on the command line. The command line wins, and what
+cannot be honoured is refused.
 """
 
 import plainlora.quiet  # noqa: F401, I001  # before the libraries that it quiets

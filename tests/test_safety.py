@@ -17,7 +17,12 @@ import pytest
 import torch
 from peft import LoraConfig
 from pyarrow import parquet
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 from trl import ModelConfig, ScriptArguments
 
 import plainlora.data.prompts
@@ -29,7 +34,14 @@ from plainlora.errors import UserError
 from plainlora.folders import MANIFEST, write_manifest
 from plainlora.lora.containment import find_escape
 from plainlora.lora.errors import LoRAError
-from plainlora.models import build_skeleton, describe_remote_code, load_causal_lm, load_config, load_tokenizer
+from plainlora.models import (
+    build_skeleton,
+    code_options,
+    describe_remote_code,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+)
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig
 from plainlora.settings.parsing import StrictParser, read_yaml
 from plainlora.time_limit import time_limit
@@ -373,3 +385,16 @@ def test_a_time_limit_leaves_a_timer_that_runs_and_a_quick_block_alone() -> None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize(
+    ("commit", "trusted", "pinned"), [("0" * 40, True, True), ("0" * 40, False, False), (None, True, False)]
+)
+def test_u23_code_that_runs_before_the_weights_are_loaded_is_that_of_the_commit(
+    commit: str | None, trusted: bool, pinned: bool
+) -> None:
+    config = LlamaConfig(auto_map={"AutoModelForCausalLM": "modeling.Own"})
+    config._commit_hash = commit
+    expected = {"trust_remote_code": trusted} | ({"code_revision": commit} if pinned else {})
+    assert code_options(config, AutoModelForCausalLM, trusted) == expected
+    assert "code_revision" not in code_options(config, AutoModelForSequenceClassification, trusted)

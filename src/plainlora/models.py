@@ -123,6 +123,16 @@ def describe_remote_code(name: str, revision: str | None) -> str:
     return f"WARNING trust_remote_code: code of {where} runs here with your rights: {', '.join(sorted(modules))}"
 
 
+def code_options(config: PretrainedConfig, auto: type[_BaseAutoModelClass], trust: bool) -> dict[str, Any]:
+    """Options of `from_config` for a model's own code, pinned to the commit of the config: it would take `main`.
+
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/auto/auto_factory.py
+    """
+    commit = getattr(config, "_commit_hash", None)
+    own = trust and commit is not None and auto.__name__ in (getattr(config, "auto_map", None) or {})
+    return {"trust_remote_code": trust} | ({"code_revision": commit} if own else {})
+
+
 def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
     """The base model's config.
 

@@ -9,13 +9,15 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from plainlora.backends import BACKENDS, attach_adapter, count_parameters
 from plainlora.doctor.finding import Examination
 from plainlora.lora.record import lora_layers
+from plainlora.models import code_options
 
 
 def build_decoder(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel | None:
     """The language model that a config describes, without weights (`meta` device); `None` if it cannot be built so."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            options = code_options(config, AutoModelForCausalLM, trust_remote_code)
+            return AutoModelForCausalLM.from_config(config, **options)
     except Exception:  # a model's own code, or an architecture that no Auto class knows: loading says why
         return None
 

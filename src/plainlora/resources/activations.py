@@ -32,6 +32,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from plainlora.backends import Backend, attach_adapter
 from plainlora.loss import TokenLogProbs, is_covered
+from plainlora.models import code_options
 from plainlora.resources.heap import count_resident_bytes
 
 HOLES = 0.55  # of those that a CPU's heap would have if no tensor ever took the place of one of its size: 0.3 to 0.9
@@ -176,13 +177,10 @@ class Step:
     def build(self) -> PreTrainedModel:
         """The base, prepared, on the `meta` device: names, shapes and types without values."""
         auto = AutoModelForSequenceClassification if self.classifies else AutoModelForCausalLM
+        config = copy.deepcopy(self.config)
+        options = code_options(config, auto, self.trust_remote_code)
         with torch.device("meta"):
-            base = cast(
-                PreTrainedModel,
-                auto.from_config(
-                    copy.deepcopy(self.config), dtype=self.dtype, trust_remote_code=self.trust_remote_code
-                ),
-            )
+            base = cast(PreTrainedModel, auto.from_config(config, dtype=self.dtype, **options))
             self.prepare(base)
         return base
 
