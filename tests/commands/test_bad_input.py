@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +17,7 @@ from plainlora import inject, save_adapter
 from plainlora.backends import BACKENDS
 from plainlora.commands import VERBS
 from plainlora.lora.errors import LoRAError
-from tests.conftest import make_model, run_program
+from tests.conftest import ROOT, make_model, run_program
 from tests.refusals import Run, the_one_line
 
 TENSORS = "adapter_model.safetensors"
@@ -205,3 +207,17 @@ def test_as_a_process_of_its_own(adapter: Path, tmp_path: Path) -> None:
     done = run_program(script, "merge", "--adapter", adapter, "--output", tmp_path / "out")
     assert "is corrupt or cut short" in the_one_line(done.returncode, done.stdout, done.stderr)
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_is_one_line_and_leaves_nothing_half_written(adapter: Path, tmp_path: Path) -> None:
+    program = "from plainlora.commands import main; main()"
+    command = [sys.executable, "-c", program, "merge", "--adapter", str(adapter), "--output", str(tmp_path / "out")]
+    merging = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while merging.poll() is None and not list(tmp_path.glob(".out.*")):  # where the merged model is prepared
+        time.sleep(0.01)
+    merging.send_signal(signal.SIGINT)
+    _, said = merging.communicate(timeout=60)
+    assert merging.returncode == 130
+    assert said.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in said
+    assert not list(tmp_path.glob("*out*"))

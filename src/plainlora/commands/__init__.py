@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import NoReturn
 
 import plainlora
-from plainlora.errors import UserError, one_line_errors
+from plainlora.errors import INTERRUPTED, UserError, one_line_errors
 
 VERBS = {
     "bench": "measure time and memory beside PEFT with TRL",
@@ -52,7 +52,11 @@ def _check_texts(parsed: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `plainlora` command."""
-    with one_line_errors():
-        parsed = build_parser().parse_args(sys.argv[1:] if arguments is None else arguments)
-        _check_texts(parsed)
-        import_module(f"plainlora.commands.{parsed.verb}").run(parsed)
+    try:
+        with one_line_errors():
+            parsed = build_parser().parse_args(sys.argv[1:] if arguments is None else arguments)
+            _check_texts(parsed)
+            import_module(f"plainlora.commands.{parsed.verb}").run(parsed)
+    except KeyboardInterrupt as error:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from error
