@@ -14,7 +14,7 @@ RANKS = [
     {
         "data.lengths",
         "resources.heap",
-        "training.interruption",
+        "interruption",
         "progress",
         "quiet",
         "merging.reload",

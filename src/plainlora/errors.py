@@ -4,8 +4,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from plainlora.interruption import Stopped, handled_by, stop_at_once, stop_with_launcher
 from plainlora.lora.errors import LoRAError
-from plainlora.training.interruption import Stopped, handled_by, stop_at_once, stop_with_launcher
 
 EXIT_CODE = 2
 LONGEST = 1500  # letters of a line

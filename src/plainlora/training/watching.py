@@ -24,9 +24,9 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from plainlora.errors import UserError
+from plainlora.interruption import Stopped, StopRequest, stop_at_once
 from plainlora.lora.storage import is_finite
 from plainlora.training.checkpoints import newest_checkpoint
-from plainlora.training.interruption import Stopped, StopRequest, stop_at_once
 
 SAMPLED = 64  # values of each frozen weight that are watched
 SHOWN = 3  # names or rows that an error lists

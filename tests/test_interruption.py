@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from plainlora import interruption
 from plainlora.errors import run_program
-from plainlora.training import interruption
-from plainlora.training.interruption import SIGNALS, Stopped, StopRequest, handled_by, stop_at_once
+from plainlora.interruption import SIGNALS, Stopped, StopRequest, handled_by, stop_at_once
 from tests.conftest import ROOT
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -120,7 +120,7 @@ with request.listening():
 @pytest.mark.parametrize("launched", [True, False])
 def test_training_ends_with_the_launcher_that_is_killed_and_only_with_that(tmp_path: Path, launched: bool) -> None:
     """The launcher here is a Python that starts another and waits, as `accelerate launch` does."""
-    module, noted = ROOT / "src" / "plainlora" / "training" / "interruption.py", tmp_path / "noted"
+    module, noted = ROOT / "src" / "plainlora" / "interruption.py", tmp_path / "noted"
     wait = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
     environment = {"PATH": os.environ["PATH"]} | ({"ACCELERATE_MIXED_PRECISION": "no"} if launched else {})
     launcher = subprocess.Popen(
