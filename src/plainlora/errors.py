@@ -16,6 +16,12 @@ class UserError(Exception):
     """What is wrong, where, and what to do, in one line."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its kind if it has none: libraries write paragraphs."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def _shortened(line: str) -> str:
     """What repeats a very long value keeps its beginning and its advice."""
     return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"

@@ -14,6 +14,7 @@ from typing import NoReturn
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO = 5.0  # seconds in which a signal may come again although it was sent once
 AGAIN = 0.5  # seconds after which a stop that something swallowed is asked for again
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 Handler = Callable[[int, FrameType | None], object]
 
 
@@ -109,10 +110,16 @@ class StopRequest:
             yield
 
 
+def end_with_parent(number: int) -> None:
+    """Has this process sent a signal when its parent dies. Linux only: prctl(2), PR_SET_PDEATHSIG = 1."""
+    if _LIBC is not None:
+        _LIBC.prctl(1, number)
+
+
 def stop_with_launcher() -> None:
     """Lets a program that `accelerate launch` started get SIGTERM when the launcher dies, instead of living on alone.
 
-    The launcher does not pass a signal on that it alone is sent. Linux only: prctl(2), PR_SET_PDEATHSIG = 1.
+    The launcher does not pass a signal on that it alone is sent.
     """
-    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        end_with_parent(signal.SIGTERM)

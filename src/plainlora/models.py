@@ -27,7 +27,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from trl import ModelConfig, get_quantization_config
 
-from plainlora.errors import UserError
+from plainlora.errors import UserError, first_line
 from plainlora.lora.containment import find_escape
 from plainlora.settings.arguments import dtype_of
 
@@ -49,25 +49,18 @@ def _explain(name: str, what: str, error: Exception) -> UserError:
         )
     if os.path.isfile(path / "config.json"):
         advice = "; read it, then --trust_remote_code true runs it" if "custom code" in str(error) else ""
-        return UserError(f"the {what} in {path} cannot be loaded ({_first_line(error)}){advice}")
+        return UserError(f"the {what} in {path} cannot be loaded ({first_line(error)}){advice}")
     if os.path.isdir(path):
         files = ", ".join(sorted(file.name for file in path.iterdir())) or "nothing"
-        return UserError(f"{path} holds no usable {what} ({_first_line(error)}); it holds {files}")
+        return UserError(f"{path} holds no usable {what} ({first_line(error)}); it holds {files}")
     if os.path.exists(path) or name.startswith(("/", ".", "~")):
         return UserError(
             f"there is no folder {name}; give a Hub id or a folder with config.json and model.safetensors"
         )
     return UserError(
-        f"the {what} {name!r} cannot be had from the Hub ({_first_line(error)}); give the path of a "
+        f"the {what} {name!r} cannot be had from the Hub ({first_line(error)}); give the path of a "
         "local folder instead, or run `make quickstart`, which needs no Hub"
     )
-
-
-def _first_line(error: Exception) -> str:
-    """The libraries raise bare `KeyError`s too, whose text is a name and nothing else."""
-    lines = str(error).strip().splitlines()
-    text = lines[0] if lines else ""
-    return text if len(text.split()) > 1 else f"{type(error).__name__} {text}".strip()
 
 
 def _only_pickle(folder: Path) -> str | None:
@@ -336,7 +329,7 @@ def load_pretrained(
     except Exception as error:  # of any kind, as in `load_config`
         if attention is not None and re.search("attn|attention", str(error), re.IGNORECASE):
             raise UserError(
-                f"attn_implementation {attention!r} cannot be used here ({_first_line(error)}); leave it out, or "
+                f"attn_implementation {attention!r} cannot be used here ({first_line(error)}); leave it out, or "
                 "give eager or sdpa"
             ) from error
         raise _explain(name, "model", error) from error

@@ -18,7 +18,7 @@ from datasets import Dataset
 from datasets.table import InMemoryTable
 from pyarrow import BufferReader, Table, parquet  # type: ignore[import-untyped]
 
-from plainlora.errors import UserError
+from plainlora.errors import UserError, first_line
 
 KINDS = ("json", "jsonl", "csv", "tsv", "parquet")
 
@@ -258,7 +258,7 @@ def load_split(name: str, split: str, config: str | None = None, columns: list[s
                 return None
             raise UserError(f"the dataset {name!r} cannot be loaded: {error}") from error
         except Exception as error:  # connection, authentication and not-found errors of several libraries
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = first_line(error)
             raise UserError(
                 f"the dataset {name!r} cannot be had from the Hub ({reason}); give a local file with "
                 "--dataset_name PATH, or run `make quickstart`, which needs no Hub"

@@ -1,6 +1,5 @@
 """One recipe run in a process of its own; a run that is finished is not run again."""
 
-import ctypes
 import fcntl
 import hashlib
 import json
@@ -12,12 +11,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from trl import ModelConfig, ScriptArguments
 
 from plainlora.errors import INTERRUPTED, UserError
+from plainlora.interruption import end_with_parent
 from plainlora.report import write_json
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig
 from plainlora.settings.checks import check_writable
@@ -123,7 +124,8 @@ def run_recipe(config: str, flags: Sequence[str], output_dir: Path) -> Outcome:
             stdout=stream,
             stderr=subprocess.STDOUT,
             check=False,
-            preexec_fn=_end_with_parent,  # one system call, which takes no lock
+            # A killed sweep must not leave a run behind that holds the GPU. One system call, which takes no lock.
+            preexec_fn=partial(end_with_parent, signal.SIGKILL),
         ).returncode
     if code != 0:
         raise UserError(f"{_last_words(log, code)} (log: {log})")
@@ -142,15 +144,6 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
-
-
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-def _end_with_parent() -> None:
-    """A killed sweep must not leave a run behind that holds the GPU. Linux only: prctl(2), PR_SET_PDEATHSIG = 1."""
-    if _LIBC is not None:
-        _LIBC.prctl(1, signal.SIGKILL)
 
 
 def _last_words(log: Path, code: int) -> str:

@@ -1,5 +1,15 @@
-"""The one error this folder raises on purpose."""
+"""The one error this folder raises on purpose, and how it lists names."""
+
+from collections.abc import Sequence
+
+SHOWN = 3  # names
 
 
 class LoRAError(ValueError):
     """A model, an adapter config or an adapter file that cannot be used, in one line that says what to do."""
+
+
+def some(names: Sequence[str]) -> str:
+    """`a, b, c and 4 more`."""
+    shown = ", ".join(names[:SHOWN])
+    return f"{shown} and {len(names) - SHOWN} more" if len(names) > SHOWN else shown

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import nn
 
 from plainlora.lora.containment import find_escape
-from plainlora.lora.errors import LoRAError
+from plainlora.lora.errors import LoRAError, some
 from plainlora.lora.record import injection, lora_layers, saved_modules
 from plainlora.lora.storage import is_finite
 from plainlora.lora.targets import head_parameters
@@ -199,11 +199,6 @@ def _drop_repeats(model: nn.Module, read: dict[str, torch.Tensor]) -> dict[str, 
     return {name: tensor for name, tensor in read.items() if not name.startswith(repeats)}
 
 
-def _some(names: set[str]) -> str:
-    listed = ", ".join(sorted(names)[:3])
-    return f"{listed} and {len(names) - 3} more" if len(names) > 3 else listed
-
-
 @torch.no_grad()
 def load_adapter_weights(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Puts a saved adapter into a model that already carries one of the same shape.
@@ -217,10 +212,12 @@ def load_adapter_weights(model: nn.Module, directory: str | os.PathLike[str]) ->
     own, read = adapter_state_dict(model), _drop_repeats(model, _read_tensors(directory))
     path = Path(directory) / SAFETENSORS_WEIGHTS_NAME
     if missing := own.keys() - read.keys():
-        raise LoRAError(f"{path} lacks {_some(missing)}; it belongs to another base model or another target_modules")
+        raise LoRAError(
+            f"{path} lacks {some(sorted(missing))}; it belongs to another base model or another target_modules"
+        )
     if unexpected := read.keys() - own.keys():
         raise LoRAError(
-            f"{path} holds {_some(unexpected)}, which this model has no place for; is the base the right one?"
+            f"{path} holds {some(sorted(unexpected))}, which this model has no place for; is the base the right one?"
         )
     for name, tensor in read.items():
         if tensor.shape != own[name].shape:

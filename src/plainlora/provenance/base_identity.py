@@ -19,7 +19,7 @@ from transformers import MODEL_MAPPING, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from plainlora.errors import UserError
+from plainlora.errors import UserError, first_line
 from plainlora.models import load_config
 
 WHOLE = 1 << 30  # bytes: a checkpoint up to this size is read whole, a larger one in samples
@@ -82,7 +82,7 @@ def _find_file(name: str, file: str, revision: str | None) -> Path | None:
             _raise_exceptions_for_connection_errors=False,
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"the files of {name!r} cannot be had from the Hub ({str(error).splitlines()[0]})") from error
+        raise UserError(f"the files of {name!r} cannot be had from the Hub ({first_line(error)})") from error
     return None if found is None else Path(found)
 
 

@@ -33,7 +33,7 @@ from transformers.quantizers import AutoHfQuantizer
 from trl import ModelConfig, get_quantization_config
 
 from plainlora.backends import Backend, attach_adapter, count_parameters
-from plainlora.errors import UserError
+from plainlora.errors import UserError, first_line
 from plainlora.models import is_classifier, set_dropouts
 from plainlora.resources.activations import (
     SHARE,
@@ -298,7 +298,7 @@ def optimizer_bytes(training: TrainingArguments, parameters: Iterable[nn.Paramet
                 parameter.grad = torch.empty_like(parameter)
             optimizer.step()
     except Exception as error:  # of many libraries
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"optim {_name(training.optim)}: it cannot be made here ({reason}); choose another") from error
     state = [value for each in optimizer.state.values() for value in each.values() if isinstance(value, torch.Tensor)]
     return sum({tensor.untyped_storage()._cdata: tensor.nbytes for tensor in state}.values())

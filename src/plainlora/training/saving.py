@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer
 
-from plainlora.errors import UserError
+from plainlora.errors import UserError, first_line
 from plainlora.folders import check_disk, move_in, put_in_place
 from plainlora.training.checkpoints import UNFINISHED, list_checkpoints, remove_checkpoint
 
@@ -33,6 +33,8 @@ class WholeSaves(Trainer):
     one file after the other to where a resuming run looks for them.
     """
 
+    adapted: nn.Module  # without what the trainer wraps around it
+    saves_all: bool  # every weight, or the trained ones alone
     _preparing = False
 
     def _run_dir(self) -> Path:
@@ -68,18 +70,16 @@ class WholeSaves(Trainer):
     def _failed(self, what: str, error: Exception) -> UserError:
         shutil.rmtree(self._run_dir() / UNFINISHED, ignore_errors=True)
         return UserError(
-            f"{what} could not be written ({str(error).splitlines()[0]}); what was saved before is untouched; make "
+            f"{what} could not be written ({first_line(error)}); what was saved before is untouched; make "
             "room, and go on with --resume_from_checkpoint true"
         )
 
     def saved_bytes(self) -> int:
-        """About what the weights of a save take."""
-        raise NotImplementedError
+        """Bytes of the weights that are saved."""
+        return sum(each.nbytes for each in self.adapted.parameters() if each.requires_grad or self.saves_all)
 
     def _trained_bytes(self) -> int:
-        return sum(
-            each.nbytes for each in self.accelerator.unwrap_model(self.model).parameters() if each.requires_grad
-        )
+        return sum(each.nbytes for each in self.adapted.parameters() if each.requires_grad)
 
     def _checkpoint_bytes(self) -> int:
         return self.saved_bytes() + OPTIMIZER_COPIES * self._trained_bytes()

@@ -126,7 +126,7 @@ class _Seams(Watched, WholeSaves, RowsInOrder):
     """
 
     def __init__(self, model: nn.Module, backend: Backend | None, *args: Any, **kwargs: Any) -> None:
-        self.backend, self.adapted = backend, model
+        self.backend, self.adapted, self.saves_all = backend, model, backend is None
         with accepted_as_adapter_model(model), adapter_precision_kept(model):
             super().__init__(cast(PreTrainedModel, model), *args, **kwargs)
 
@@ -174,10 +174,6 @@ class _Seams(Watched, WholeSaves, RowsInOrder):
             super()._load_best_model()
         else:
             self.backend.reload(self.adapted, str(self.state.best_model_checkpoint))
-
-    def saved_bytes(self) -> int:
-        """Bytes of the weights that are saved: the trained ones beside an adapter, otherwise all."""
-        return sum(each.nbytes for each in self.adapted.parameters() if each.requires_grad or self.backend is None)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves, unless a trained weight is not finite or, at the end, an adapter would change nothing."""

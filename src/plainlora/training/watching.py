@@ -25,11 +25,11 @@ from transformers.trainer_callback import ExportableState
 
 from plainlora.errors import UserError
 from plainlora.interruption import Stopped, StopRequest, stop_at_once
+from plainlora.lora.errors import some
 from plainlora.lora.storage import is_finite
 from plainlora.training.checkpoints import newest_checkpoint
 
 SAMPLED = 64  # values of each frozen weight that are watched
-SHOWN = 3  # names or rows that an error lists
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,6 @@ def _are_zero(tensors: Sequence[torch.Tensor]) -> list[bool]:
     return [norm == 0 for norm in torch.stack([norm.cpu() for norm in norms]).tolist()]
 
 
-def listed(names: Sequence[str]) -> str:
-    """`a, b, c and 4 more`."""
-    shown = ", ".join(names[:SHOWN])
-    return f"{shown} and {len(names) - SHOWN} more" if len(names) > SHOWN else shown
-
-
 def check_gradients(model: nn.Module) -> None:
     """Every adapter must have got a gradient. At the first step that of A is 0, because B is; that of B is not.
 
@@ -79,7 +73,7 @@ def check_gradients(model: nn.Module) -> None:
     without += [name for at, name in enumerate(rest) if zero[2 * at] and zero[2 * at + 1]]
     if without:
         raise UserError(
-            f"{len(without)} of {len(layers)} adapters got no gradient in the first step ({listed(without)}), so they "
+            f"{len(without)} of {len(layers)} adapters got no gradient in the first step ({some(without)}), so they "
             "would not be trained: the loss does not depend on them; leave them out with lora_exclude_modules"
         )
 
@@ -100,7 +94,7 @@ def check_effect(model: nn.Module, steps: int) -> None:
     if without:
         raise UserError(
             f"after {steps} step{'s' * (steps != 1)} {len(without)} of {len(layers)} adapters change nothing "
-            f"({listed(without)}), so nothing was saved; raise learning_rate, or train for longer: a warm-up begins "
+            f"({some(without)}), so nothing was saved; raise learning_rate, or train for longer: a warm-up begins "
             "with a rate of 0"
         )
 
@@ -147,7 +141,7 @@ class FrozenWeights:
         moved = [name for name, digest in self._before.items() if now.get(name, digest) != digest]
         if moved:
             raise UserError(
-                f"{len(moved)} of {len(self._before)} frozen weights changed in the first step ({listed(moved)}); "
+                f"{len(moved)} of {len(self._before)} frozen weights changed in the first step ({some(moved)}); "
                 "this is a fault of the program: please report it with the command"
             )
 
@@ -186,7 +180,7 @@ def describe_rows(
         found = number_of.get(tuple(document))
         beginning = "" if tokenizer is None else " ".join(str(tokenizer.decode(document[:40])).split())[:60]
         texts.append(f"{found or '?'} {beginning!r}" if beginning else str(found or "?"))
-    return f"row{'s' * (len(texts) != 1)} {listed(texts)}"
+    return f"row{'s' * (len(texts) != 1)} {some(texts)}"
 
 
 class RowsSeen(TrainerCallback, ExportableState):
