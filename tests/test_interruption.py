@@ -1,5 +1,6 @@
 """Signals: noted once, at once when they come again, and handed back afterwards."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from plainlora import interruption
 from plainlora.errors import run_program
-from plainlora.interruption import SIGNALS, Stopped, StopRequest, handled_by, stop_at_once
+from plainlora.interruption import SIGNALS, Stopped, StopRequest, ended_by_signals
 from tests.conftest import ROOT
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -36,7 +37,7 @@ def test_a_signal_is_noted_and_what_a_launcher_hands_on_of_it_is_not_a_second_on
 def test_a_second_signal_stops_at_once(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interruption, "ECHO", 0.01)
     request = StopRequest()
-    with request.listening():
+    with ended_by_signals(), request.listening():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.02)
         with pytest.raises(Stopped, match=number.name) as stopped:
@@ -48,7 +49,7 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
     """As SIGINT is in a shell script's background job, and SIGTERM if someone said so."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with handled_by(stop_at_once):
+        with ended_by_signals():
             os.kill(os.getpid(), signal.SIGINT)
             with pytest.raises(Stopped):
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -97,6 +98,37 @@ def test_a_stop_that_a_library_swallows_comes_again(monkeypatch: pytest.MonkeyPa
     assert stopped.value.code == 143
     assert len(swallowed) == 2
     time.sleep(0.1)  # and, once it has arrived, no more
+
+
+def test_training_does_not_begin_once_a_stop_was_swallowed() -> None:
+    """However short it would be: the reminder that comes half a second later is too late for that."""
+
+    def main() -> None:
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGINT)
+        with StopRequest().listening():
+            pytest.fail("training began")
+
+    with pytest.raises(SystemExit) as stopped:
+        run_program(main)
+    assert stopped.value.code == 130
+
+
+def test_a_stop_that_is_swallowed_during_training_comes_again_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interruption, "AGAIN", 0.05)
+    monkeypatch.setattr(interruption, "ECHO", 0.0)
+
+    def main() -> None:
+        with StopRequest().listening():
+            os.kill(os.getpid(), signal.SIGTERM)
+            with contextlib.suppress(BaseException):
+                os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+        pytest.fail("nothing came")
+
+    with pytest.raises(SystemExit) as stopped:
+        run_program(main)
+    assert stopped.value.code == 143
 
 
 CHILD = """

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from plainlora.interruption import Stopped, handled_by, stop_at_once, stop_with_launcher
+from plainlora.interruption import Stopped, ended_by_signals, stop_with_launcher
 from plainlora.lora.errors import LoRAError
 
 EXIT_CODE = 2
@@ -45,7 +45,7 @@ def run_program(main: Callable[[], None]) -> None:
     """Runs a training program's `main` under `one_line_errors`; Ctrl-C and SIGTERM say how to go on."""
     stop_with_launcher()
     try:
-        with handled_by(stop_at_once), one_line_errors():
+        with ended_by_signals(), one_line_errors():
             main()
     except Stopped as stopped:
         sys.stdout.flush()

@@ -36,17 +36,23 @@ class _Reminder:
 
     A bare `except:` swallows a stop, such as those around the pickling of functions in
     https://github.com/huggingface/datasets/blob/5.2.0/src/datasets/fingerprint.py
+
+    Attributes:
+        number: Of the signal; 0 if no stop is on its way.
     """
 
+    number: int = 0
     _timer: threading.Timer | None = None
 
     def start(self, number: int) -> None:
         self.cancel()
+        self.number = number
         self._timer = threading.Timer(AGAIN, os.kill, (os.getpid(), number))
         self._timer.daemon = True
         self._timer.start()
 
     def cancel(self) -> None:
+        self.number = 0
         if self._timer is not None:
             self._timer.cancel()
 
@@ -55,7 +61,7 @@ _reminder = _Reminder()
 
 
 def stop_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
-    """Raises `Stopped` for a signal's number, and again as long as it does not reach the end of `handled_by`."""
+    """Raises `Stopped` for a signal's number, and again as long as it does not reach the end of `ended_by_signals`."""
     _reminder.start(number)
     raise Stopped(
         number,
@@ -65,7 +71,7 @@ def stop_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
 
 
 @contextmanager
-def handled_by(handler: Handler) -> Iterator[None]:
+def _handled_by(handler: Handler) -> Iterator[None]:
     """Within, the signals go to `handler`. One that is ignored stays so: SIGINT is in a shell's background job."""
     found = {number: signal.getsignal(number) for number in SIGNALS}
     before = {number: old for number, old in found.items() if old not in (None, signal.SIG_IGN)}
@@ -74,9 +80,18 @@ def handled_by(handler: Handler) -> Iterator[None]:
             signal.signal(number, handler)
         yield
     finally:
-        _reminder.cancel()
         for number, old in before.items():
             signal.signal(number, old)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Within, SIGTERM and Ctrl-C raise `Stopped`; afterwards they do what they did before."""
+    with _handled_by(stop_at_once):
+        try:
+            yield
+        finally:
+            _reminder.cancel()
 
 
 class StopRequest:
@@ -105,8 +120,14 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, signals are noted; afterwards they do what they did before."""
-        with handled_by(self.note):
+        """Within, signals are noted; afterwards they do what they did before.
+
+        Raises:
+            Stopped: A stop that was asked for earlier is still on its way; something has swallowed it.
+        """
+        with _handled_by(self.note):
+            if _reminder.number:
+                stop_at_once(_reminder.number)
             yield
 
 
