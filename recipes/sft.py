@@ -16,7 +16,7 @@ from accelerate import PartialState
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments
 
-from plainlora.resources.activations import needs_checkpointing
+from plainlora.resources.checkpointing import needs_checkpointing
 from plainlora.settings.arguments import SFTArguments, SFTRecipeConfig
 from plainlora.backends import BACKENDS, attach_adapter, build_lora_config, check_same_adapter, count_parameters
 from plainlora.provenance.base_identity import describe_base

@@ -75,7 +75,7 @@ def measure(recipe: str, flags: list[str]) -> dict[str, Any]:
             *("--exact_match_rows", "0", "--max_new_tokens", "1", "--report_to", "none", "--test_split_size", "20"),
         ]
         doctor = run("-c", START, "doctor", "--config", recipe, "--json", "--", *flags)
-        predicted = json.loads(doctor)["footprint"]
+        predicted = json.loads(doctor)["footprint"]["memory"]
         run("recipes/sft.py", "--config", recipe, *flags)
         measured = json.loads((Path(folder) / "all_results.json").read_text())["peak_memory_bytes"]
     names = ("peak", "libraries", "weights", "adapters", "optimizer", "holes", "mapped", "checkpointing")

@@ -69,7 +69,7 @@ def test_every_recipe_is_healthy(doctor: Doctor, small: Callable[[Path], list[st
         assert (code, found["passed"]) == (0, True), said
         assert found["counts"]["warning"] == found["counts"]["error"] == 0, said
         assert found["counts"]["ok"] >= 10
-        assert found["footprint"]["peak"] > 0
+        assert found["footprint"]["memory"]["peak"] > 0
         examined.append(recipe.parent.name)
     assert len(examined) == 8
 

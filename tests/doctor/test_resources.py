@@ -1,6 +1,6 @@
 """A run that does not fit is found before it starts."""
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 from peft import LoraConfig
@@ -10,6 +10,7 @@ from plainlora.backends import BACKENDS
 from plainlora.doctor.finding import Examination
 from plainlora.doctor.resources import examine_resources
 from plainlora.resources.footprint import Footprint, estimate
+from plainlora.resources.plan import Plan
 from plainlora.settings.arguments import SFTRecipeConfig
 from tests.conftest import CONFIGS
 
@@ -22,9 +23,8 @@ def footprint(tmp_path_factory: pytest.TempPathFactory) -> Footprint:
         per_device_train_batch_size=2, gradient_checkpointing=False,
     )  # fmt: skip
     lora = LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
-    return estimate(
-        CONFIGS["llama"](), lora, training, ModelConfig(), longest=32, rows=8, tokens=256, backend=BACKENDS["fused"]
-    )
+    run = {"longest": 32, "rows": 8, "tokens": 256, "backend": BACKENDS["fused"]}
+    return estimate(Plan(CONFIGS["llama"](), lora, training, ModelConfig(), **run))
 
 
 def levels(footprint: Footprint) -> dict[str, str]:
@@ -33,19 +33,26 @@ def levels(footprint: Footprint) -> dict[str, str]:
     return {finding.check: finding.level for finding in examination.findings}
 
 
+def with_free(footprint: Footprint, free: int) -> Footprint:
+    memory, needed = footprint.memory, footprint.memory.needed
+    assert needed is not None
+    return replace(footprint, memory=replace(memory, free=free, fits=needed <= free))
+
+
 def test_what_fits_is_said_to_fit_and_what_does_not_is_an_error(footprint: Footprint) -> None:
-    assert footprint.peak is not None
-    needed = footprint.peak - footprint.libraries - footprint.mapped
+    needed = footprint.memory.needed
+    assert needed is not None
     assert levels(footprint) == {"memory": "ok", "disk": "ok"}
     for free, level in ((needed, "ok"), (int(needed / 1.1), "warning"), (needed // 2, "error")):
-        assert levels(dataclasses.replace(footprint, free=free))["memory"] == level
-    assert levels(dataclasses.replace(footprint, peak=None))["memory"] == "note"
-    assert levels(dataclasses.replace(footprint, disk_fits=False))["disk"] == "error"
+        assert levels(with_free(footprint, free))["memory"] == level
+    unknown = replace(footprint.memory, needed=None, peak=None, fits=None)
+    assert levels(replace(footprint, memory=unknown))["memory"] == "note"
+    assert levels(replace(footprint, disk=replace(footprint.disk, fits=False)))["disk"] == "error"
 
 
 def test_what_to_do_is_said(footprint: Footprint) -> None:
     examination = Examination()
-    examine_resources(dataclasses.replace(footprint, free=1, disk_fits=False), examination)
+    examine_resources(replace(with_free(footprint, 1), disk=replace(footprint.disk, fits=False)), examination)
     memory, disk = (finding.message for finding in examination.findings)
     assert memory.endswith("lower per_device_train_batch_size or max_length, or set gradient_checkpointing")
     assert disk.endswith("set save_total_limit, or another output_dir")

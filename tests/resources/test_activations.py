@@ -13,7 +13,6 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    MixtralConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -30,11 +29,9 @@ from plainlora.resources.activations import (
     count_head_bytes,
     count_peak_bytes,
     largest_batch,
-    needs_checkpointing,
 )
-from plainlora.resources.memory import free_memory, left_to_cgroup, peak_memory, resident_memory
 from plainlora.training.trainers import AdapterTrainer, hand_over
-from tests.conftest import BACKBONES, CONFIGS, SPECIAL, VOCABULARY, make_model
+from tests.conftest import BACKBONES, CONFIGS, make_model
 
 LENGTH, CPU = 256, torch.device("cpu")
 LORA = LoraConfig(task_type="CAUSAL_LM", r=2, lora_dropout=0.0, target_modules="all-linear")
@@ -187,88 +184,3 @@ def test_the_largest_batch_is_what_the_trainer_collates(
     assert tuple(collated["input_ids"].shape) == (expected.rows, expected.length)
     assert expected.masked
     assert not largest_batch(settings(tmp_path, per_device_train_batch_size=1), 64).masked
-
-
-def decide(folder: Path, free: int | None, config: PretrainedConfig) -> tuple[bool, str]:
-    said: list[str] = []
-    base = AutoModelForCausalLM.from_config(config)
-    attach(base, "fused")
-    fits = needs_checkpointing(settings(folder), base, LORA, BACKENDS["fused"], "float32", 64, free, said.append)
-    (line,) = said
-    return fits, line
-
-
-def test_what_fits_is_kept_and_what_does_not_is_computed_again(tmp_path: Path) -> None:
-    config = make_config("llama")
-    model = AutoModelForCausalLM.from_config(config)
-    attach(model, "fused")
-    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    held = count_peak_bytes(a_step(config, 3, length=64)).resident
-    enough = int(held / 0.8) + weights + 3 * trained + 2
-    assert decide(tmp_path, enough, config) == (
-        False,
-        f"activations: {held / 1e9:.1f} GB for 3 x 64 tokens, 0.0 GB free: no gradient checkpointing",
-    )
-    assert decide(tmp_path, enough - 10, config)[0]
-    needed, said = decide(tmp_path, 0, config)
-    assert needed
-    assert said.endswith("0.0 GB free: gradient checkpointing")
-
-
-def test_what_is_unknown_or_cannot_be_counted_means_checkpointing(tmp_path: Path) -> None:
-    assert decide(tmp_path, None, make_config("llama")) == (
-        True,
-        "free memory of cpu is unknown: gradient checkpointing",
-    )
-    sparse = MixtralConfig(  # which expert gets which token depends on values
-        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        num_local_experts=2, vocab_size=VOCABULARY, experts_implementation="eager", **SPECIAL,
-    )  # fmt: skip
-    needed, said = decide(tmp_path, 2**50, sparse)
-    assert needed
-    assert said.startswith("activations cannot be counted (")
-    assert said.endswith("): gradient checkpointing")
-    assert "\n" not in said
-
-
-def test_free_memory_is_what_the_kernel_says_or_unknown() -> None:
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    total = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal"))
-    free = free_memory(CPU)
-    assert free is not None
-    assert total / 1000 < free < total
-    assert free_memory(torch.device("meta")) is None
-
-
-def test_the_process_knows_what_it_holds_and_has_held() -> None:
-    before = resident_memory()
-    held = torch.ones(25_000_000)  # 100 MB, mapped apart
-    assert resident_memory() - before == pytest.approx(held.nbytes, rel=0.1)
-    del held
-    assert resident_memory() - before < 2e7
-    assert peak_memory() >= before + 9e7
-
-
-@pytest.mark.parametrize(
-    ("files", "left"),
-    [
-        ({"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 5\ninactive_file 200\n"}, 500),
-        ({"memory.max": "max\n", "memory.current": "700\n", "memory.stat": "inactive_file 200\n"}, None),
-        (
-            {
-                "memory.limit_in_bytes": "1000",
-                "memory.usage_in_bytes": "700",
-                "memory.stat": "inactive_file 1\ntotal_inactive_file 200\n",
-            },
-            500,
-        ),
-        ({}, None),
-    ],
-)
-def test_a_control_group_leaves_its_limit_less_what_is_used_and_cannot_go(
-    files: dict[str, str], left: int | None, tmp_path: Path
-) -> None:
-    for name, content in files.items():
-        (tmp_path / name).write_text(content)
-    assert left_to_cgroup(tmp_path) == left

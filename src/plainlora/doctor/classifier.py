@@ -28,6 +28,7 @@ from plainlora.models import (
     load_tokenizer,
 )
 from plainlora.resources.footprint import Footprint, estimate
+from plainlora.resources.plan import Plan
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig
 from plainlora.training.preparation import PreparedTexts, prepare_texts, read_texts
 
@@ -126,10 +127,7 @@ def _count(
 ) -> Footprint | None:
     recipe, _, training, model = parts
     lengths = texts.train["length"][:]
-    return examination.ask(
-        "resources",
-        "estimate",
-        estimate,
+    plan = Plan(
         trained.config,
         trained.lora,
         training,
@@ -145,3 +143,4 @@ def _count(
         merge=recipe.merge,
         tokenizer=tokenizer,
     )
+    return examination.ask("resources", "estimate", estimate, plan)

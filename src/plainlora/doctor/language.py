@@ -19,6 +19,7 @@ from plainlora.doctor.rows import examine_rows
 from plainlora.doctor.sample import split_sample
 from plainlora.models import check_vocabulary, load_tokenizer
 from plainlora.resources.footprint import Footprint, estimate
+from plainlora.resources.plan import Plan
 from plainlora.settings.arguments import SFTArguments, SFTRecipeConfig
 from plainlora.training.preparation import PreparedRows, prepare_rows, read_rows
 
@@ -57,10 +58,7 @@ def examine_language_model(found: Diagnosis, parts: Parts, say: Callable[[str], 
     if config is not None and lora is not None and targets and rows is not None and rows.reports["train"].kept:
         say("counting memory")
         report = rows.reports["train"]
-        found.footprint = examination.ask(
-            "resources",
-            "estimate",
-            estimate,
+        plan = Plan(
             config,
             lora,
             training,
@@ -75,6 +73,7 @@ def examine_language_model(found: Diagnosis, parts: Parts, say: Callable[[str], 
             merge=recipe.merge,
             tokenizer=tokenizer,
         )
+        found.footprint = examination.ask("resources", "estimate", estimate, plan)
     if found.footprint is not None:
         examine_resources(found.footprint, examination)
     examination.add("ok", "evaluation", "memory", "an evaluation keeps the loss alone, no logits are gathered")
@@ -130,7 +129,8 @@ def _decided(
     if training.gradient_checkpointing is None:
         decided["gradient_checkpointing"] = ("only if a step would not fit", "counted at the start")
         if footprint is not None:
-            decided["gradient_checkpointing"] = (footprint.checkpointing, "by what fits; counted again at the start")
+            checkpointing = footprint.memory.checkpointing
+            decided["gradient_checkpointing"] = (checkpointing, "by what fits; counted again at the start")
     if training.completion_only_loss is None and rows is not None:
         decided["completion_only_loss"] = (rows.answers_only, "by the rows' columns")
     if model.lora_target_modules is None and targets:

@@ -1,4 +1,4 @@
-"""Whether what autograd keeps for the way back fits into the free memory, counted before training starts.
+"""What a step holds at most, the way back included, counted before training starts.
 
 The model's own code runs one step on tensors that have shape, type and device but no values (`FakeTensorMode`). They
 take the kernels that real ones take, attention's included, but no memory and little time.
@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from peft import LoraConfig
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,17 +24,13 @@ from transformers import (
     TrainingArguments,
     masking_utils,
 )
-from trl import SFTConfig
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-from plainlora.backends import Backend, attach_adapter
 from plainlora.loss import TokenLogProbs, is_covered
 from plainlora.models import code_options
 from plainlora.resources.heap import count_resident_bytes
 
 HOLES = 0.55  # of those that a CPU's heap would have if no tensor ever took the place of one of its size: 0.3 to 0.9
-SHARE = 0.8  # of the free memory that is planned with; the rest is for fragments and for what libraries set aside
-OPTIMIZER_COPIES = 3  # of every trained weight: its gradient and Adam's two moments
 
 # TRL's own head works on tiles of at most so many tokens and words, in fp32 at the most.
 # https://github.com/huggingface/trl/blob/v1.16.0/trl/kernels/chunked_logprob.py
@@ -311,62 +304,3 @@ def count_head_bytes(step: Step) -> Held:
 def precision(args: TrainingArguments) -> torch.dtype | None:
     """The type of mixed precision that training arguments ask for; `None` for none."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-
-
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
-
-
-def needs_checkpointing(
-    args: SFTConfig,
-    base: PreTrainedModel,
-    lora: LoraConfig,
-    backend: Backend,
-    adapter_dtype: str,
-    longest: int,
-    free: int | None,
-    say: Callable[[str], None],
-) -> bool:
-    """Whether training has to compute activations again on the way back, because they do not fit; says why.
-
-    All processes come to the same decision: that of the one with the least memory.
-
-    Args:
-        args: Batch size, packing and precision.
-        base: With the adapter in it.
-        lora: That adapter.
-        backend: What attached it.
-        adapter_dtype: Its precision.
-        longest: Length of the longest row, in tokens.
-        free: Bytes that were free before the base was loaded; `None` if that is unknown.
-        say: Told the decision in one line.
-    """
-    frees = gather_object([free])
-    if any(each is None for each in frees):
-        say(f"free memory of {args.device} is unknown: gradient checkpointing")
-        return True
-    shared = PartialState().num_processes if args.device.type == "cpu" else 1
-    trained = _bytes(parameter for parameter in base.parameters() if parameter.requires_grad)
-    left = min(frees) // shared - _bytes((*base.parameters(), *base.buffers())) - OPTIMIZER_COPIES * trained
-    step = Step(
-        config=base.config,
-        prepare=lambda skeleton: attach_adapter(skeleton, copy.deepcopy(lora), backend, adapter_dtype),
-        batch=largest_batch(args, longest),
-        device=args.device,
-        dtype=base.dtype,
-        autocast=precision(args),
-        one_pass_head=backend.one_pass_head,
-        trust_remote_code=args.trust_remote_code,
-    )
-    try:
-        held = count_peak_bytes(step).resident
-    except Exception as error:  # whatever a model's code raises when its tensors have no values
-        reason = (str(error).strip().splitlines() or [""])[0]
-        say(f"activations cannot be counted ({type(error).__name__}: {reason[:100]}): gradient checkpointing")
-        return True
-    fits = held <= SHARE * left
-    say(
-        f"activations: {held / 1e9:.1f} GB for {args.per_device_train_batch_size} x {longest} tokens, "
-        f"{max(left, 0) / 1e9:.1f} GB free: {'no ' if fits else ''}gradient checkpointing"
-    )
-    return not fits

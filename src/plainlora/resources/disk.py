@@ -1,0 +1,111 @@
+"""What a run needs on the disk: checkpoints, the result, and a merged model."""
+
+import math
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from plainlora.models import is_classifier
+from plainlora.resources.plan import Plan
+from plainlora.resources.weights import count_bytes
+
+# What a checkpoint holds beside weights, optimizer and tokenizer: random generators, schedule, arguments, configs,
+# card, manifest; then what a tensor costs in a file beside its values, and an entry of the log.
+SMALL_FILES, TENSOR_ENTRY, LOG_ENTRY = 32_000, 300, 250
+
+
+@dataclass(frozen=True)
+class DiskNeed:
+    """Bytes of files.
+
+    Attributes:
+        checkpoint: One checkpoint.
+        checkpoints: How many of them lie there at the same time, the one that is being written included.
+        result: Adapter or model and tokenizer, once.
+        merged: The merged model, if it is asked for.
+        needed: All of these.
+        free: What is free on the disk of `output_dir`.
+        fits: Whether it is enough.
+    """
+
+    checkpoint: int
+    checkpoints: int
+    result: int
+    merged: int
+    needed: int
+    free: int
+    fits: bool
+
+
+def count_saves(training: TrainingArguments, steps: int) -> int:
+    """Checkpoints that lie on the disk at the same time: a new one is whole before an old one goes.
+
+    Args:
+        training: When to save, and how many to keep.
+        steps: Of the run.
+    """
+    strategy = str(getattr(training.save_strategy, "value", training.save_strategy))
+    every = training.eval_steps if strategy == "best" else training.save_steps
+    if strategy == "no" or not steps:
+        return 0
+    if strategy == "epoch":
+        saves = math.ceil(training.num_train_epochs)
+    else:
+        interval = float(every or training.logging_steps)
+        saves = math.ceil(steps / max(1, math.ceil(steps * interval) if interval < 1 else interval))
+    if training.save_total_limit is None or training.save_total_limit <= 0:
+        return saves
+    return min(saves, training.save_total_limit + 1 + bool(training.load_best_model_at_end))
+
+
+def _saved_bytes(plan: Plan, model: PreTrainedModel) -> int:
+    """Bytes of the file of weights: the adapter's, with a new head that stays frozen, or the whole model's."""
+    new_head = plan.labels is not None and not is_classifier(plan.config)
+    saved = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if plan.lora is None
+        or parameter.requires_grad
+        or (new_head and f"{model.base_model_prefix}." not in name and "original_module" not in name)
+    ]
+    return count_bytes(saved) + TENSOR_ENTRY * len(saved)
+
+
+def _tokenizer_bytes(tokenizer: PreTrainedTokenizerBase | None) -> int:
+    if tokenizer is None:
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+def _free_on_disk(folder: str | Path) -> int:
+    path = Path(folder).absolute()
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+
+
+def count_disk(plan: Plan, base: PreTrainedModel, model: PreTrainedModel, optimizer: int) -> DiskNeed:
+    """Adds up the files that lie there at the same time.
+
+    Args:
+        plan: The run.
+        base: Its base, on the `meta` device.
+        model: The same with what is trained.
+        optimizer: Bytes of the optimizer's state.
+    """
+    training, steps = plan.training, plan.steps
+    files = _tokenizer_bytes(plan.tokenizer)
+    result = _saved_bytes(plan, model) + files + SMALL_FILES
+    checkpoint = result + LOG_ENTRY * math.ceil(steps / max(1, training.logging_steps))
+    if not training.save_only_model:
+        trained = sum(parameter.requires_grad for parameter in model.parameters())
+        checkpoint += optimizer + 3 * TENSOR_ENTRY * trained
+    merged = 0
+    if plan.merge:
+        merged = sum(parameter.numel() for parameter in base.parameters()) * plan.stored_dtype.itemsize + files
+    checkpoints = count_saves(training, steps)
+    needed, free = checkpoints * checkpoint + result + merged, _free_on_disk(str(training.output_dir))
+    return DiskNeed(checkpoint, checkpoints, result, merged, needed, free, needed <= free)
