@@ -29,7 +29,7 @@ from plainlora.resources.memory import peak_memory
 from plainlora.merging.merge import merge_adapter
 from plainlora.methods import (
     build_classifier_lora,
-    check_same_run,
+    check_same_method,
     find_last_layers,
     train_adapter,
     train_weights,
@@ -56,6 +56,7 @@ from plainlora.training.preparation import prepare_texts
 from plainlora.hub.pushing import check_push, open_run_repository, push_run
 from plainlora.report import classifier_summary, write_json
 from plainlora.provenance.record import complete_run, write_run
+from plainlora.provenance.resumption import check_same_rows, check_same_settings
 from plainlora.training.trainers import ClassifierTrainer, args_for_trainer, check_schedule, resume_path
 
 
@@ -89,7 +90,9 @@ def main() -> None:
     adapter_dtype = recipe.adapter_dtype if recipe.method == "lora" else None
     say(precision_line(list_precisions(training, model_args, base_config, adapter_dtype)))
     if checkpoint is not None:
-        check_same_run(checkpoint, vars(recipe) | vars(training) | vars(model_args), texts.labels)
+        check_same_method(checkpoint, recipe.method, texts.labels)
+        check_same_settings(checkpoint, (recipe, training, model_args), texts.labels)
+        check_same_rows(checkpoint, texts.train)
         if lora is not None:
             check_same_adapter(checkpoint, lora)
 
@@ -115,13 +118,13 @@ def main() -> None:
         preprocess_logits_for_metrics=judge_rows,
     )
 
-    output = Path(training.output_dir)
+    output, run = Path(training.output_dir), {}
     trainer.check_room()
     if trainer.accelerator.is_main_process:
         identity = describe_base(name, revision)
         if not (checkpoint and lies_in(checkpoint, training.output_dir)):
             clear_output_dir(training.output_dir)
-        write_run(
+        run = write_run(
             output / "run.json",
             (recipe, script, training, model_args),
             quantization=quantization,
@@ -136,7 +139,7 @@ def main() -> None:
     trainer.save_model()
     trainer.save_state()
     if trainer.accelerator.is_main_process:
-        complete_run(output / "run.json", trainer.seen.digest, trainer.state.global_step)
+        complete_run(output / "run.json", run, trainer.seen.digest, trainer.state.global_step)
     # Measured after training, the state before included: Trainer.predict prepares the model for evaluation only, and
     # training would then go on without DistributedDataParallel (transformers#24014).
     splits = texts.splits(recipe.measured_train_rows)
@@ -148,7 +151,7 @@ def main() -> None:
         results = outcome.metrics | flatten(before, "_base") | flatten(after)
         results |= {f"{split}_rows": len(rows) for split, rows in splits.items()}
         results |= {"method": recipe.method, "labels": texts.labels, "peak_memory_bytes": memory}
-        results |= {"trainable_params": trainable, "total_params": total}
+        results |= {"trainable_params": trainable, "total_params": total, "rows_trained": len(texts.train)}
         shown = "test" if "test" in splits else "validation" if "validation" in splits else "training"
         tables = {f"{shown} rows before": before[shown].confusion, "after": after[shown].confusion}
         plot_confusion(texts.labels, tables, output / "confusion.png")

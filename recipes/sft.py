@@ -48,6 +48,7 @@ from plainlora.training.preparation import prepare_rows
 from plainlora.hub.pushing import check_push, open_run_repository, push_run
 from plainlora.report import summary, write_json
 from plainlora.provenance.record import complete_run, write_run
+from plainlora.provenance.resumption import check_same_rows, check_same_settings
 from plainlora.training.trainers import AdapterTrainer, check_schedule, hand_over, resume_path
 
 
@@ -69,6 +70,7 @@ def main() -> None:
     lora = build_lora_config(model_args, recipe)
     if checkpoint is not None:
         check_same_adapter(checkpoint, lora)
+        check_same_settings(checkpoint, (recipe, training, model_args))
     if training.trust_remote_code:
         say(describe_remote_code(name, revision))
     base_config = load_config(name, revision, training.trust_remote_code)
@@ -84,6 +86,8 @@ def main() -> None:
     check_vocabulary(tokenizer, base_config)
     install_template(tokenizer, recipe.prompt_template or training.chat_template_path)
     rows = prepare_rows(recipe, script, training, tokenizer, say)
+    if checkpoint is not None:
+        check_same_rows(checkpoint, rows.train)
     examination = examine_rows(rows, tokenizer, base_config)
     examine_layers(build_decoder(base_config, training.trust_remote_code), lora, examination)
     examination.stop_or_say(say)
@@ -105,7 +109,9 @@ def main() -> None:
     say(f"{recipe.lora_backend} LoRA: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
     if training.gradient_checkpointing is None:
         longest = training.max_length or max(map(len, rows.train["input_ids"]))
-        needed = needs_checkpointing(training, base, lora, backend, recipe.adapter_dtype, longest, free, say)
+        needed = needs_checkpointing(
+            training, base, lora, backend, recipe.adapter_dtype, longest, len(rows.train), free, say
+        )
         training.gradient_checkpointing = training.activation_checkpointing = needed
 
     trainer = AdapterTrainer(
@@ -118,13 +124,13 @@ def main() -> None:
     )
     examine = Examiner(trainer, tokenizer, exact_match, recipe.sample_prompts, recipe.max_new_tokens)
 
-    output = Path(training.output_dir)
+    output, run = Path(training.output_dir), {}
     trainer.check_room()
     if trainer.accelerator.is_main_process:
         identity = describe_base(str(name), revision, training.trust_remote_code)
         if not (checkpoint and lies_in(checkpoint, training.output_dir)):
             clear_output_dir(training.output_dir)
-        write_run(
+        run = write_run(
             output / "run.json",
             (recipe, script, training, model_args),
             quantization=quantization,
@@ -137,7 +143,7 @@ def main() -> None:
     trainer.save_model()
     trainer.save_state()
     if trainer.accelerator.is_main_process:
-        complete_run(output / "run.json", trainer.seen.digest, trainer.state.global_step)
+        complete_run(output / "run.json", run, trainer.seen.digest, trainer.state.global_step)
     # The base is measured after training, not before: Trainer.evaluate prepares the model for evaluation only, and
     # training would then go on without DistributedDataParallel (transformers#24014).
     with backend.disabled(model):
@@ -147,6 +153,8 @@ def main() -> None:
     if trainer.accelerator.is_main_process:
         results = outcome.metrics | before_and_after(before, after)
         results |= {"trainable_params": trainable, "total_params": total, "peak_memory_bytes": peak_memory()}
+        results |= {"rows_trained": rows.reports["train"].kept, "rows_read": rows.reports["train"].rows}
+        results |= {"exact_match_rows": len(exact_match.questions)} if exact_match else {}
         plot_loss(trainer.state.log_history, before.loss, output / "loss.png")
         # Written before the merge, which may be refused, and again with its figure.
         write_json(output / "all_results.json", results)

@@ -1,15 +1,17 @@
 """Both back ends over a classifier whose head its checkpoint lacks: what is saved is what was trained (peft#876)."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from plainlora import load_adapter, save_adapter
+import plainlora.lora.targets
+from plainlora import inject, load_adapter, save_adapter
 from plainlora.backends import BACKENDS, attach_adapter
 from plainlora.errors import UserError
 from plainlora.lora.errors import LoRAError
@@ -210,3 +212,15 @@ def test_the_head_of_a_classifier_may_carry_lora_and_that_of_a_language_model_ma
     assert any(f"{HEAD[kind]}.lora_A" in name for name, needed in requires_grad(adapted).items() if needed)
     with pytest.raises(UserError, match="the output head cannot carry LoRA"):
         attach_adapter(make_model("llama"), config(target_modules=["lm_head"]), BACKENDS[backend])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_u23_a_saved_regular_expression_without_end_is_refused_by_every_backend(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(plainlora.lora.targets, "MATCH_SECONDS", 0.2)
+    save_adapter(inject(make_model("llama"), LoraConfig(r=2, target_modules=["q_proj"])), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"exclude_modules": "([a-z._0-9]+)+!"}))
+    with pytest.raises(LoRAError, match=r"^exclude_modules: what it says takes more than"):
+        BACKENDS[name].load(make_model("llama"), tmp_path)

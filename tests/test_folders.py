@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from plainlora.errors import UserError
 from plainlora.folders import (
@@ -150,6 +152,16 @@ def test_a_staged_folder_takes_its_place_with_a_manifest(tmp_path: Path) -> None
     assert [path.name for path in target.parent.iterdir()] == ["merged"]
     (tmp_path / "plain").mkdir()
     assert target.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_private_file_is_as_readable_as_those_beside_it(tmp_path: Path) -> None:
+    with staged(tmp_path / "model") as scratch:
+        save_file({"a": torch.zeros(1)}, scratch / "model.safetensors")
+        (scratch / "config.json").write_text("{}")
+        assert (scratch / "model.safetensors").stat().st_mode & 0o777 == 0o600  # as safetensors makes it
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {0o666 & ~mask}
 
 
 def test_u10_a_staged_folder_replaces_another_only_once_it_is_whole(tmp_path: Path) -> None:

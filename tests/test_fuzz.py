@@ -1,7 +1,7 @@
 """A thousand damaged adapters, bases, recipes and data files: each ends well or in one line, nothing half written.
 
 `PLAINLORA_FUZZ="SEED CASES"` looks further than the suite does. What fails is named with its number;
-`PLAINLORA_FUZZ_ONLY=NUMBER` runs that case alone.
+`PLAINLORA_FUZZ_ONLY=NUMBER` runs that case alone, `PLAINLORA_FUZZ_DOORS="NAME NAME"` only what these functions do.
 """
 
 import gzip
@@ -31,7 +31,9 @@ from plainlora.backends import build_lora_config
 from plainlora.commands import main
 from plainlora.data.prompts import install_template
 from plainlora.errors import run_program
+from plainlora.hub.publication import collect_publication
 from plainlora.models import load_tokenizer
+from plainlora.provenance.base_identity import describe_base
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, SFTArguments, SFTRecipeConfig
 from plainlora.settings.checks import check_classify, check_sft
 from plainlora.settings.parsing import StrictParser
@@ -41,9 +43,24 @@ from tests.mutations import Draw, damage_file, damage_folder, in_values, listing
 from tests.refusals import without_progress
 
 SEED, CASES = map(int, os.environ.get("PLAINLORA_FUZZ", "0 1000").split())
-SECONDS = {"a_run": 120, "a_merge": 300}  # until a case is said to have no end; others take hundredths of one
+# Until a case is said to have no end; others take hundredths of one.
+SECONDS = {"a_run": 120, "a_merge": 300, "a_comparison": 60, "a_diagnosis": 60}
 CHAT = [{"messages": [{"role": "user", "content": f"a{n}"}, {"role": "assistant", "content": "b"}]} for n in range(4)]
 PROMPTS = ["", " ", "\0", "\udcff", "🦙\u2028\r", "x" * 3000, "<|endoftext|>" * 9, "{{ x }}", "a\n\n### Input:\nb"]
+RUN = {
+    "command": ["recipes/missing.py", "--config", "lora.yaml", "--seed", "1"],
+    "config": {"seed": 1, "output_dir": "out", "lora_r": 2},
+    "processes": 1,
+    "threads": 2,
+    "device": "cpu",
+    "versions": {"torch": "2.0", "peft": "0.1"},
+    "quantization_config": None,
+    "rows": {"train": {"sha256": "34cd"}},
+    "trained_at_start_sha256": "56ef",
+    "order_sha256": "78ab",
+    "steps": 1,
+    "weights": {"file": "adapter_model.safetensors", "sha256": "90cd"},
+}
 PAIRS = [{"prompt": f"a{n}", "completion": "b"} for n in range(4)]
 
 
@@ -210,32 +227,87 @@ def some_rows(folder: Path, whole: Whole, draw: Draw) -> tuple[str, Callable[[],
     return f"{how} ({source.name})", lambda: run_program(prepare)
 
 
-def a_run(folder: Path, whole: Whole, draw: Draw) -> tuple[str, Callable[[], object]]:
-    """One step of `recipes/sft.py` on a damaged recipe, base or data file."""
+def a_small_run(folder: Path, whole: Whole) -> Path:
+    """A base, some rows, and a recipe for one step on them."""
     shutil.copytree(whole.base, folder / "base")
     shutil.copy(whole.data / "alpaca.jsonl", folder)
     recipe = folder / "recipe.yaml"
     settings = {"lora_r": 2, "lora_target_modules": ["q_proj"], "max_steps": 1, "prompt_template": "alpaca"}
     recipe.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in settings.items()))
-    how = damage_file(draw.choice([recipe, folder / "base" / "model.safetensors", folder / "alpaca.jsonl"]), draw)
-    sys.argv = [
-        "recipes/sft.py", "--config", str(recipe), "--model_name_or_path", str(folder / "base"), "--dataset_name",
-        str(folder / "alpaca.jsonl"), "--output_dir", str(folder / "out"), "--use_cpu", "true", "--max_steps", "1",
-        "--report_to", "none", "--disable_tqdm", "true", "--per_device_train_batch_size", "2", "--max_length", "256",
+    return recipe
+
+
+def small_flags(folder: Path) -> list[str]:
+    return [
+        "--model_name_or_path", str(folder / "base"), "--dataset_name", str(folder / "alpaca.jsonl"),
+        "--output_dir", str(folder / "out"), "--use_cpu", "true", "--max_steps", "1", "--report_to", "none",
+        "--disable_tqdm", "true", "--per_device_train_batch_size", "2", "--max_length", "256",
     ]  # fmt: skip
+
+
+def a_run(folder: Path, whole: Whole, draw: Draw) -> tuple[str, Callable[[], object]]:
+    """One step of `recipes/sft.py` on a damaged recipe, base or data file."""
+    recipe = a_small_run(folder, whole)
+    how = damage_file(draw.choice([recipe, folder / "base" / "model.safetensors", folder / "alpaca.jsonl"]), draw)
+    sys.argv = ["recipes/sft.py", "--config", str(recipe), *small_flags(folder)]
     return how, lambda: runpy.run_path(str(ROOT / "recipes" / "sft.py"), run_name="__main__")
 
 
-# The share of the cases that each takes; a merge and a run take seconds.
+def report(command: list[str]) -> None:
+    """Runs a verb that ends with 1 where what it reports is not as it should be."""
+    try:
+        main(command)
+    except SystemExit as ended:
+        if ended.code != 1:
+            raise
+
+
+def a_comparison(folder: Path, whole: Whole, draw: Draw) -> tuple[str, Callable[[], object]]:
+    """`plainlora compare` of what both load."""
+    shutil.copytree(whole.adapter, folder / "adapter")
+    how = damaged(folder / "adapter", whole, draw)
+    return how, lambda: report(["compare", "--adapter", str(folder / "adapter"), "--prompt", "hi"])
+
+
+def a_publication(folder: Path, whole: Whole, draw: Draw) -> tuple[str, Callable[[], object]]:
+    """What `plainlora push` makes of a folder before it logs in."""
+    source = draw.choice([whole.adapter, whole.classifier, whole.base])
+    shutil.copytree(source, folder / "result")
+    how = damaged(folder / "result", whole, draw)
+    return f"{how} ({source.name})", lambda: run_program(lambda: collect_publication(folder / "result", "ann/base"))
+
+
+def a_record(folder: Path, whole: Whole, draw: Draw) -> tuple[str, Callable[[], object]]:
+    """`plainlora reproduce` up to the program that it would start, which is not there."""
+    (folder / "run").mkdir()
+    (folder / "run" / "run.json").write_text(json.dumps(RUN | {"base": describe_base(str(whole.base), None)}))
+    how = damage_file(folder / "run" / "run.json", draw)
+    return how, lambda: main(["reproduce", str(folder / "run")])
+
+
+def a_diagnosis(folder: Path, whole: Whole, draw: Draw) -> tuple[str, Callable[[], object]]:
+    """`plainlora doctor` on a damaged recipe, base or data file."""
+    recipe = a_small_run(folder, whole)
+    how = damage_file(draw.choice([recipe, *sorted((folder / "base").iterdir()), folder / "alpaca.jsonl"]), draw)
+    return how, lambda: report(["doctor", "--config", str(recipe), "--json", "--", *small_flags(folder)])
+
+
+# The share of the cases that each takes; a diagnosis takes one second, a merge and a run take several.
 DOORS: dict[Door, float] = {
-    an_adapter: 0.24,
-    a_classifier: 0.12,
+    an_adapter: 0.2,
+    a_classifier: 0.1,
     a_base: 0.13,
-    a_recipe: 0.25,
-    some_rows: 0.25,
+    a_recipe: 0.23,
+    some_rows: 0.2,
+    a_comparison: 0.02,
+    a_publication: 0.05,
+    a_record: 0.04,
+    a_diagnosis: 0.02,
     a_run: 0.008,
     a_merge: 0.002,
 }
+if names := os.environ.get("PLAINLORA_FUZZ_DOORS"):
+    DOORS = {door: 1.0 for door in DOORS if door.__name__ in names.split()}
 
 
 @contextmanager
@@ -321,6 +393,6 @@ def test_u23_damaged_input_ends_well_or_in_one_line_and_leaves_nothing_half_writ
             print(fault)
     assert not faults, "\n".join(faults[:5])
     assert (whole.outside).read_text() == "not yours"
-    for door in (an_adapter, a_classifier, a_base, a_recipe, some_rows) if only < 0 else ():
+    for door in (an_adapter, a_classifier, a_base, a_recipe, some_rows) if len(DOORS) > 5 and only < 0 else ():
         for kind in ("well", "refused"):
             assert counts[door.__name__, kind] > CASES / 100, f"{door.__name__}: too few end {kind} to say anything"

@@ -10,20 +10,21 @@ PLAIN = {"data", "hub", "lora", "merging", "provenance", "resources", "settings"
 
 # Every module may import from the ranks before its own, and from the siblings listed beside it.
 RANKS = [
-    {"lora.containment", "lora.errors", "lora.layer", "lora.module_to_save"},
+    {"lora.containment", "lora.errors", "lora.layer", "lora.module_to_save", "lora.time_limit"},
     {
         "data.lengths",
         "resources.heap",
         "interruption",
+        "json_files",
+        "memory_limit",
         "progress",
         "quiet",
         "merging.reload",
         "settings.renames",
         "swiglu",
-        "time_limit",
     },
     {"errors"},
-    {"folders", "lora.storage", "lora.config"},
+    {"folders", "lora.storage", "lora.config", "settings.arguments", "weight_files"},
     {"lora.fused"},
     {"lora.targets"},
     {"lora.record"},
@@ -31,7 +32,6 @@ RANKS = [
     {"lora.inject"},
     {"lora.merge", "lora.load"},
     {
-        "settings.arguments",
         "settings.parsing",
         "training.checkpoints",
         "hub.repository",
@@ -53,7 +53,7 @@ RANKS = [
         "merging.probes",
         "settings.programs",
     },
-    {"hub.publication", "provenance.reproduction", "training.saving", "training.watching"},
+    {"hub.publication", "provenance.reproduction", "provenance.resumption", "training.saving", "training.watching"},
     {"hub.pushing"},
     {
         "resources.activations",

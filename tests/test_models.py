@@ -181,6 +181,48 @@ def test_a_config_that_would_take_for_ever_to_build_is_refused(edited: Callable[
     with pytest.raises(UserError, match=r"names 1,000,000,000 layers, more than any model has; it is damaged"):
         load_causal_lm(edited("config.json", num_hidden_layers=10**9))
 
+    with pytest.raises(UserError, match=r"names 1,001 layers, more than any model has"):
+        load_config(edited("config.json", num_hidden_layers=1001))
+
+
+@pytest.mark.parametrize("method", ["evil", "gptq", "awq", ["x"]])
+def test_weights_that_are_stored_otherwise_are_not_read_as_plain_numbers(
+    edited: Callable[..., str], method: object
+) -> None:
+    with pytest.raises(UserError, match=r"says that the weights are stored by .*; give the base in 16 or 32 bits"):
+        load_config(edited("config.json", quantization_config={"quant_method": method, "bits": 4}))
+
+
+def test_a_base_in_four_bits_is_loaded_as_one_or_not_at_all(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    args = ModelConfig(model_name_or_path=str(model_dirs["llama"]), dtype="float32", load_in_4bit=True)
+    load_base(args).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is stored in 4 or 8 bits: load it so, with load_in_4bit"):
+        load_causal_lm(str(tmp_path))
+    args.model_name_or_path = str(tmp_path)
+    assert load_base(args).is_loaded_in_4bit
+
+
+def test_u23_an_attention_from_the_hub_is_code_from_elsewhere(edited: Callable[..., str], tmp_path: Path) -> None:
+    for name in ("evil/kernel", {"": "evil/kernel"}):
+        base = edited("config.json", attn_implementation=name)
+        with pytest.raises(UserError, match="names the attention 'evil/kernel', which is code from the Hub; take"):
+            load_config(base)
+    assert load_config(base, trust_remote_code=True)._attn_implementation == "evil/kernel"
+    inside = Gemma3Config().to_dict() | {"attn_implementation": {"text_config": "evil/kernel"}}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(inside))
+    with pytest.raises(UserError, match="names the attention 'evil/kernel'"):
+        load_config(base)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model_type": ["llama"]}, {"num_attention_heads": 0}, {"num_key_value_heads": 0}]
+)
+def test_a_config_that_code_trips_over_is_said_to_be_damaged(
+    edited: Callable[..., str], changes: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match=r"base/config.json is damaged: the model cannot be loaded \("):
+        load_causal_lm(edited("config.json", **changes))
+
 
 def test_a_tokenizer_that_cannot_be_used_is_refused(edited: Callable[..., str]) -> None:
     with pytest.raises(UserError, match="model_max_length is no number: 'long'"):

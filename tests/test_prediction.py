@@ -1,7 +1,6 @@
 """`plainlora predict`, and the other commands on a classifier: what they answer, and the one line when they cannot."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -175,7 +174,7 @@ def test_a_whole_model_with_a_part_missing(plainlora: Run, whole: Path, tmp_path
     )
     cut = shutil.copytree(whole, tmp_path / "cut")
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:60])
-    assert re.search(r"the model in .*cut cannot be loaded", plainlora("predict", "--model", cut, *TEXT))
+    assert "cut/model.safetensors is cut short or damaged (" in plainlora("predict", "--model", cut, *TEXT)
     for file in whole.glob("token*"):
         file.unlink()
     assert "whole holds no tokenizer, or one without a vocabulary" in plainlora("predict", "--model", whole, *TEXT)

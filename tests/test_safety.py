@@ -34,6 +34,7 @@ from plainlora.errors import UserError
 from plainlora.folders import MANIFEST, write_manifest
 from plainlora.lora.containment import find_escape
 from plainlora.lora.errors import LoRAError
+from plainlora.lora.time_limit import time_limit
 from plainlora.models import (
     build_skeleton,
     code_options,
@@ -44,7 +45,6 @@ from plainlora.models import (
 )
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig
 from plainlora.settings.parsing import StrictParser, read_yaml
-from plainlora.time_limit import time_limit
 from tests.conftest import ROOT, make_model
 from tests.refusals import the_one_line, without_progress
 

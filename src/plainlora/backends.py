@@ -17,8 +17,8 @@ from trl import ModelConfig
 from plainlora.errors import UserError
 from plainlora.fusing import fuse
 from plainlora.lora import inject, interchange, load
-from plainlora.lora.config import check_supported
-from plainlora.lora.targets import find_new_weights, find_targets
+from plainlora.lora.config import check_supported, check_types
+from plainlora.lora.targets import check_patterns_end, find_new_weights, find_targets
 from plainlora.settings.arguments import RecipeArguments, parse_pattern
 
 FIXED_BY_CHECKPOINT = (
@@ -92,22 +92,26 @@ def _peft_attach(model: PreTrainedModel, config: LoraConfig, new_weights: Collec
     return adapted
 
 
-def _refuse_pickle(directory: str | Path) -> None:
-    """Raises `LoRAError` where PEFT would unpickle `adapter_model.bin`: without whole safetensors beside it.
+def _check_readable(model: nn.Module, directory: str | Path) -> None:
+    """Raises `LoRAError` where PEFT would have no end, or would unpickle `adapter_model.bin`.
+
+    It does without whole safetensors beside that.
 
     https://github.com/huggingface/peft/blob/v0.21.0/src/peft/utils/save_and_load.py (`load_peft_weights`)
     """
-    interchange.read_config(directory)
+    config = interchange.read_config(directory)
     interchange.saved_shapes(directory)
+    check_types(config)
+    check_patterns_end(model, config)
 
 
 def _peft_load(model: PreTrainedModel, directory: str | Path) -> nn.Module:
-    _refuse_pickle(directory)
+    _check_readable(model, directory)
     return PeftModel.from_pretrained(model, str(directory))
 
 
 def _peft_reload(model: nn.Module, directory: str | Path) -> None:
-    _refuse_pickle(directory)
+    _check_readable(model, directory)
     cast(PeftModel, model).load_adapter(str(directory), "default", is_trainable=True)
 
 

@@ -22,6 +22,14 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def one_line(text: str) -> str:
+    """A text as one line that a terminal may be shown: a letter that steers it is spelled out."""
+    line = " ".join(text.split())
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in line
+    )
+
+
 def _shortened(line: str) -> str:
     """What repeats a very long value keeps its beginning and its advice."""
     return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
@@ -37,7 +45,7 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (UserError, LoRAError) as error:
         sys.stdout.flush()
-        print("error: " + _shortened(" ".join(str(error).split())), file=sys.stderr)
+        print("error: " + _shortened(one_line(str(error))), file=sys.stderr)
         raise SystemExit(EXIT_CODE) from error
 
 

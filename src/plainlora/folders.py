@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from plainlora.errors import UserError
+from plainlora.json_files import read_mapping
 
 MANIFEST = "manifest.json"
 BLOCK = 1 << 20  # bytes that are read at a time
@@ -75,6 +76,7 @@ def write_manifest(folder: str | Path) -> None:
     files = {}
     for path in _files_in(folder):
         if path.name != MANIFEST:
+            path.chmod(0o666 & ~_umask())  # safetensors makes its own private
             _flush(path)
             files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     write_durably(folder / MANIFEST, json.dumps({"files": files}, indent=2, sort_keys=True) + "\n")
@@ -90,7 +92,7 @@ def find_damage(folder: str | Path) -> str | None:
     if not (folder / MANIFEST).is_file():
         return None
     try:
-        files: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files: dict[str, Any] = read_mapping(folder / MANIFEST)["files"]
         for name, expected in sorted(files.items()):
             path = folder / name
             if not path.is_file():

@@ -15,6 +15,7 @@ from transformers.models.mistral.modeling_mistral import MistralMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 from plainlora.lora import storage
+from plainlora.lora.errors import some
 from plainlora.lora.fused import fused_forward
 from plainlora.lora.layer import LoRALinear
 from plainlora.lora.record import ModelT
@@ -111,7 +112,7 @@ def fuse(model: ModelT) -> ModelT:
     for module, rest in _rest_of(model):
         module.forward = MethodType(rest, module)
     if left:
-        logger.warning("not fused: %s", ", ".join(left))
+        logger.warning("%d layers are not fused: %s", len(left), some(left))
     return model
 
 

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -20,17 +19,8 @@ from plainlora.kinds import KINDS, find_head, find_kinds
 from plainlora.lora.config import check_supported
 from plainlora.lora.targets import check_patterns, find_modules_to_save, find_targets
 from plainlora.models import load_config
-from plainlora.provenance.adapter_base import read_run
 from plainlora.settings.arguments import ClassifyArguments
 from plainlora.training.checkpoints import holds_adapter
-
-# What a run that is resumed must share with the one that wrote the checkpoint: what is trained, and which rows are
-# held out. Rows that a test is made of may not have been trained on before.
-FIXED_BY_RUN = (
-    *("method", "model_name_or_path", "last_layers", "labels", *(f"lora_{kind}" for kind in KINDS), "train_head"),
-    *("lora_target_modules", "lora_exclude_modules", "lora_layers_to_transform"),
-    *("seed", "data_seed", "validation_split_size", "test_split_size", "balance_classes", "max_train_rows"),
-)
 
 
 @dataclass(frozen=True)
@@ -162,36 +152,26 @@ def _before_training(backend: Backend, model: nn.Module, biases: dict[nn.Paramet
             yield
 
 
-def check_same_run(checkpoint: str | Path, settings: dict[str, Any], labels: Sequence[str]) -> None:
-    """A run goes on with the weights, the classes and the rows it began with, as far as its `run.json` tells.
+def check_same_method(checkpoint: str | Path, method: str, labels: Sequence[str]) -> None:
+    """A run goes on with the kind of weights and the classes that its checkpoint holds.
 
     Args:
         checkpoint: To resume from.
-        settings: All of the run's now, by name.
+        method: The run's.
         labels: Names of the classes now, in order.
 
     Raises:
-        UserError: Naming the first that differs; also a checkpoint of another method.
+        UserError: It holds others.
     """
-    method, run = settings["method"], read_run(checkpoint)
     if holds_adapter(checkpoint) != (method == "lora"):
         held = "an adapter" if holds_adapter(checkpoint) else "a whole model"
         raise UserError(f"resume_from_checkpoint: {checkpoint} holds {held}, which method {method} cannot go on from")
-    classes = run.get("labels") or _labels_of(checkpoint) or list(labels)
-    then = dict(run.get("arguments") or {}) | {"labels": classes}
-    now = settings | {"labels": list(labels)}
-    for name in FIXED_BY_RUN:
-        if name in then and _comparable(then[name]) != _comparable(now[name]):
-            raise UserError(
-                f"resume_from_checkpoint: {checkpoint} was trained with {name} {then[name]}, now it is {now[name]}; "
-                "give the same settings, or start anew in another --output_dir"
-            )
-
-
-def _comparable(value: Any) -> Any:
-    """A path is the same however it is written."""
-    found = isinstance(value, str) and Path(value).expanduser().exists()
-    return Path(value).expanduser().resolve() if found else value
+    classes = _labels_of(checkpoint)
+    if classes is not None and classes != list(labels):
+        raise UserError(
+            f"resume_from_checkpoint: {checkpoint} was trained with labels {classes}, now it is {list(labels)}; "
+            "give the same settings, or start anew in another --output_dir"
+        )
 
 
 def _labels_of(checkpoint: str | Path) -> list[str] | None:

@@ -1,6 +1,7 @@
 """Base model and tokenizer, from the Hub or from this disk, whole or quantised."""
 
 import copy
+import json
 import logging
 import os
 import re
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import MethodType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -30,8 +31,10 @@ from trl import ModelConfig, get_quantization_config
 from plainlora.errors import UserError, first_line
 from plainlora.lora.containment import find_escape
 from plainlora.settings.arguments import dtype_of
+from plainlora.weight_files import find_fault
 
-MOST_LAYERS = 10_000  # a few hundred are the deepest that there are
+MOST_LAYERS = 1_000  # a few hundred are the deepest that there are
+NO_EXPLANATION = (TypeError, ArithmeticError, AttributeError, LookupError)  # of a config: what code trips over
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 CONVERT = (
     "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{0}', use_safetensors=False)"
@@ -39,9 +42,11 @@ CONVERT = (
 )
 
 
-def _explain(name: str, what: str, error: Exception) -> UserError:
+def _explain(name: str, what: Literal["model", "tokenizer"], error: Exception) -> UserError:
     """One line for the many ways in which `from_pretrained` can fail."""
     path = Path(os.path.expanduser(name))
+    if os.path.isdir(path) and (fault := find_fault(path, what)):
+        return UserError(fault)
     if what == "model" and (pickle := _only_pickle(path)):
         return UserError(
             f"{path} holds {pickle} and no model.safetensors; a pickle can run code when it is loaded, so weights are "
@@ -49,7 +54,9 @@ def _explain(name: str, what: str, error: Exception) -> UserError:
         )
     if os.path.isfile(path / "config.json"):
         advice = "; read it, then --trust_remote_code true runs it" if "custom code" in str(error) else ""
-        return UserError(f"the {what} in {path} cannot be loaded ({first_line(error)}){advice}")
+        damaged = what == "model" and isinstance(error, NO_EXPLANATION)
+        subject = f"{path}/config.json is damaged: the model" if damaged else f"the {what} in {path}"
+        return UserError(f"{subject} cannot be loaded ({first_line(error)}){advice}")
     if os.path.isdir(path):
         files = ", ".join(sorted(file.name for file in path.iterdir())) or "nothing"
         return UserError(f"{path} holds no usable {what} ({first_line(error)}); it holds {files}")
@@ -136,13 +143,43 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        method, kernel = _quantization_method(config), _find_kernel(config)
     except Exception as error:  # of any kind: a file from elsewhere is read by code that trusts it
         raise _explain(name, "model", error) from error
     if not isinstance(config.architectures, list | None):
         raise UserError(f"{name}/config.json: architectures is no list of names, but {config.architectures!r:.60}")
     if isinstance(layers, int) and layers > MOST_LAYERS:  # building them would take for ever
         raise UserError(f"{name}/config.json names {layers:,} layers, more than any model has; it is damaged")
+    if method not in (None, "bitsandbytes"):
+        raise UserError(
+            f"{name}/config.json says that the weights are stored by {method!r:.60}, which is not read here; give the "
+            "base in 16 or 32 bits"
+        )
+    if kernel and not trust_remote_code:
+        raise UserError(
+            f"{name}/config.json names the attention {kernel!r:.60}, which is code from the Hub; take "
+            "attn_implementation out of it, or read that code, then --trust_remote_code true runs it"
+        )
     return config
+
+
+def _quantization_method(config: PretrainedConfig) -> str | None:
+    """How a checkpoint says that its weights are stored; `None` if as plain numbers."""
+    stored = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    if not stored:
+        return None
+    fields = stored if isinstance(stored, dict) else stored.to_dict()
+    old = fields.get("load_in_4bit") or fields.get("load_in_8bit")  # without a name
+    return "bitsandbytes" if old else str(fields.get("quant_method"))
+
+
+def _find_kernel(config: PretrainedConfig) -> str | None:
+    """The first attention in a config, or in one inside it, that is a repository's name."""
+    inner = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
+    own = str(config._attn_implementation)
+    return own if "/" in own else next(filter(None, map(_find_kernel, inner)), None)
 
 
 def context_length(config: PretrainedConfig) -> int | None:
@@ -248,6 +285,10 @@ def load_tokenizer(
         raise UserError(
             f"{name} holds no tokenizer, or one without a vocabulary; copy the base's tokenizer files there"
         )
+    try:  # a half of a surrogate pair can be read from a file but not be written to one, at the end of training
+        json.dumps([tokenizer.init_kwargs, tokenizer.chat_template], default=str, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the tokenizer of {name} holds text that is not UTF-8 ({error}); copy it again") from error
     if not isinstance(tokenizer.model_max_length, (int, float)):
         raise UserError(
             f"{name}/tokenizer_config.json: model_max_length is no number: {tokenizer.model_max_length!r:.60}"
@@ -262,10 +303,11 @@ def load_tokenizer(
         unknown = tokenizer.unk_token
         tokenizer.pad_token = unknown if unknown not in (None, tokenizer.eos_token) else tokenizer.eos_token
     if tokenizer.pad_token is None:
-        raise UserError(
-            f"the tokenizer of {name} has no EOS token, and none to pad with; set eos_token, or mend its "
-            "tokenizer_config.json"
+        lost = os.path.isdir(name) and not os.path.isfile(os.path.join(name, "tokenizer_config.json"))
+        advice = (
+            "copy the base's tokenizer_config.json, which is missing" if lost else "mend its tokenizer_config.json"
         )
+        raise UserError(f"the tokenizer of {name} has no EOS token, and none to pad with; set eos_token, or {advice}")
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -307,7 +349,12 @@ def load_pretrained(
     """
     # Unless told, Transformers asks on the terminal whether to run a model's own code, and waits.
     options.setdefault("trust_remote_code", False)
-    load_config(name, revision, options["trust_remote_code"])
+    config = load_config(name, revision, options["trust_remote_code"])
+    if _quantization_method(config) and quantization is None:
+        raise UserError(
+            f"{name} is stored in 4 or 8 bits: load it so, with load_in_4bit or load_in_8bit, or give the base in 16 "
+            "or 32 bits"
+        )
     attention = options.get("attn_implementation")
     own: list[float] | None = None
     try:
@@ -324,15 +371,23 @@ def load_pretrained(
                 quantization_config=quantization,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below, which the error would not do
                 **options,
             )
     except Exception as error:  # of any kind, as in `load_config`
+        if isinstance(error, TypeError) and (unknown := re.search("unexpected keyword argument (.*)", str(error))):
+            raise UserError(f"model_init_kwargs: {unknown[1]} is nothing that {name} takes; leave it out") from error
         if attention is not None and re.search("attn|attention", str(error), re.IGNORECASE):
             raise UserError(
                 f"attn_implementation {attention!r} cannot be used here ({first_line(error)}); leave it out, or "
                 "give eager or sdpa"
             ) from error
         raise _explain(name, "model", error) from error
+    for weight, stored, needed in sorted(report["mismatched_keys"])[:1]:
+        raise UserError(
+            f"{name}: {weight} is stored as {tuple(stored)}, and config.json makes it {tuple(needed)}; the config or "
+            "the weights belong to another model"
+        )
     if getattr(model, "_hf_peft_config_loaded", False):  # from the Hub, where no folder could be looked into
         raise UserError(f"{name} holds an adapter beside the base model; give the base model alone")
     keep_4bit_weights_unpacked(model)

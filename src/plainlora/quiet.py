@@ -9,4 +9,5 @@ import warnings
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)  # PEFT, on Conv1D
+warnings.filterwarnings("ignore", message="Unexpected keyword arguments", category=UserWarning)  # see `read_config`
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -12,11 +12,9 @@ from plainlora.folders import write_durably
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "scikit-learn")
 
 
-def write_json(path: str | Path, content: dict[str, Any], update: bool = False) -> None:
-    """Writes sorted, indented JSON; with `update`, on top of what the file already holds."""
+def write_json(path: str | Path, content: dict[str, Any]) -> None:
+    """Writes sorted, indented JSON."""
     path = Path(path)
-    if update and path.is_file():
-        content = json.loads(path.read_text(encoding="utf-8")) | content
     path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from plainlora.commands import main
+from plainlora.errors import UserError
+from plainlora.models import load_causal_lm
 from plainlora.settings.programs import CLASSIFY, find_program
 from tests.conftest import ROOT
 from tests.refusals import Run, snapshot
@@ -39,17 +41,26 @@ def doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.Captur
     return run
 
 
+def hollow(base: Path) -> None:
+    """Takes every value out of the weights: what is left says which there are."""
+    for path in base.glob("*.safetensors"):
+        content = path.read_bytes()
+        header = 8 + int.from_bytes(content[:8], "little")
+        path.write_bytes(content[:header] + bytes(len(content) - header))
+
+
 @pytest.fixture
 def small(
     model_dirs: dict[str, Path], backbone_dirs: dict[str, Path], rows_file: Path, texts_file: Path, tmp_path: Path
 ) -> Callable[[Path], list[str]]:
-    """Flags that put a tiny base and rows of this disk in the place of a recipe's own, as weights were never there."""
+    """Flags that put a tiny base and rows of this disk in the place of a recipe's own; no weight has its value."""
 
     def flags(recipe: Path) -> list[str]:
         classifies = find_program(str(recipe)) is CLASSIFY
         source = (backbone_dirs if classifies else model_dirs)[KINDS[recipe.parent.name]]
         base = tmp_path / "base"
-        shutil.copytree(source, base, ignore=shutil.ignore_patterns("*.safetensors"))
+        shutil.copytree(source, base)
+        hollow(base)
         rows = {"dataset_name": texts_file, "text_column": "text", "test_split_size": 20} if classifies else {}
         rows = rows or {"dataset_name": rows_file, "max_length": 256, "test_split_size": 8}
         labels = ["--labels", "ham", "spam"] if classifies else []
@@ -202,7 +213,7 @@ def test_settings_that_fit_no_base_or_no_start(
         "eos_token '<nope>' is not in the vocabulary",
         "resume_from_checkpoint: gone is no checkpoint folder",
         "the output head cannot carry LoRA",
-        "  warning  output folder: training would not start: out holds another run (run.json)",
+        "  warning  output folder: a new run needs --overwrite: out holds another run (run.json)",
     ):
         assert part in said, part
 
@@ -212,3 +223,156 @@ def test_a_recipe_that_cannot_be_read_is_refused(plainlora: Run, tmp_path: Path)
     assert "must be a YAML mapping" in plainlora("doctor", "--config", tmp_path / "list.yaml")
     assert "there is no file gone.yaml" in plainlora("doctor", "--config", "gone.yaml")
     assert "required: --config" in plainlora("doctor")
+
+
+def recipe_for(folder: Path, base: Path, rows: Path) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(
+        f"model_name_or_path: {base}\ndataset_name: {rows}\nprompt_template: alpaca\nmax_length: 256\n"
+        "lora_target_modules: [q_proj]\nlora_r: 4\noutput_dir: out\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+@pytest.fixture
+def own_base(model_dirs: dict[str, Path], tmp_path: Path) -> Path:
+    """A base to be damaged."""
+    return Path(shutil.copytree(model_dirs["llama"], tmp_path / "base"))
+
+
+def damage(base: Path, how: str) -> None:
+    weights = base / "model.safetensors"
+    content = weights.read_bytes()
+    if how in ("missing", "pickled"):
+        weights.unlink()
+    if how == "pickled":
+        (base / "pytorch_model.bin").write_bytes(b"x")
+    if how == "empty":
+        weights.write_bytes(b"")
+    if how == "cut":
+        weights.write_bytes(content[: len(content) // 2])
+    if how == "pointer":
+        weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 12\n")
+    if how == "reshaped":
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        (base / "config.json").write_text(json.dumps(config | {"intermediate_size": 24}), encoding="utf-8")
+    if how == "sharded":
+        index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+        (base / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+        weights.unlink()
+
+
+DAMAGES = {
+    "missing": "no file named model.safetensors",
+    "pickled": "holds pytorch_model.bin and no model.safetensors",
+    "empty": "model.safetensors is empty; copy it again",
+    "cut": "model.safetensors is cut short or damaged (",
+    "pointer": "is a Git LFS pointer and not the file itself; fetch it with `git lfs pull`",
+    "reshaped": "proj.weight is stored as (",
+    "sharded": "model-00001-of-00002.safetensors is missing, which model.safetensors.index.json names",
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_weights_that_could_not_be_loaded_are_an_error_here_and_to_the_programs(
+    doctor: Doctor, own_base: Path, rows_file: Path, tmp_path: Path, how: str
+) -> None:
+    damage(own_base, how)
+    code, said = doctor("--config", recipe_for(tmp_path, own_base, rows_file), "--json")
+    found = json.loads(said)
+    assert code == 1
+    assert errors(found) == [("base", "loading")], said
+    (error,) = [one["message"] for one in found["findings"] if one["level"] == "error"]
+    assert DAMAGES[how] in error
+    with pytest.raises(UserError) as raised:
+        load_causal_lm(str(own_base))
+    assert " ".join(str(raised.value).split()) == error
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--attn_implementation", "foo"], "attn_implementation 'foo' cannot be used here ("),
+        (["--model_init_kwargs", '{"foo": 1}'], "model_init_kwargs: 'foo' is nothing that "),
+    ],
+)
+def test_what_the_base_does_not_take_is_an_error_and_not_the_end(
+    doctor: Doctor, own_base: Path, rows_file: Path, tmp_path: Path, flags: list[str], said: str
+) -> None:
+    code, written = doctor("--config", recipe_for(tmp_path, own_base, rows_file), "--json", "--", *flags)
+    found = json.loads(written)
+    assert code == 1
+    assert [one["message"].startswith(said) for one in found["findings"] if one["level"] == "error"] == [True]
+
+
+def test_a_tokenizer_that_is_not_there_is_said_to_be_missing(
+    doctor: Doctor, own_base: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    (own_base / "tokenizer_config.json").unlink()
+    recipe = recipe_for(tmp_path, own_base, rows_file)
+    assert "copy the base's tokenizer_config.json, which is missing" in doctor("--config", recipe)[1]
+    (own_base / "tokenizer.json").unlink()
+    assert (
+        "holds no tokenizer (no tokenizer.json or the like)"
+        in doctor("--config", recipe_for(tmp_path, own_base, rows_file))[1]
+    )
+
+
+def test_an_error_of_a_library_does_not_lose_the_report(
+    doctor: Doctor, own_base: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_: object) -> None:
+        raise RuntimeError("first\nsecond")
+
+    recipe = recipe_for(tmp_path, own_base, rows_file)
+    steps = {"check_vocabulary": ("tokenizer", "vocabulary"), "examine_rows": ("doctor", "went through")}
+    for name, step in steps.items():
+        with monkeypatch.context() as patched:
+            patched.setattr(f"plainlora.doctor.language.{name}", breaks)
+            code, written = doctor("--config", recipe, "--json")
+        found = json.loads(written)
+        assert code == 1
+        assert errors(found) == [step]
+        assert "it could not be examined: RuntimeError: first" in written
+        assert found["settings"]["lora_r"]["value"] == 4
+
+
+def test_a_template_that_is_none_is_one_error(doctor: Doctor, own_base: Path, rows_file: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, own_base, rows_file)
+    found = json.loads(doctor("--config", recipe, "--json", "--", "--prompt_template", "nope")[1])
+    assert errors(found) == [("tokenizer", "template")]
+    assert errors(json.loads(doctor("--config", recipe, "--json", "--", "--output_dir", "")[1])) == [
+        ("settings", "contradiction")
+    ]
+
+
+def test_a_batch_is_never_larger_than_the_rows(
+    doctor: Doctor, own_base: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_for(tmp_path, own_base, rows_file)
+    flags = ["--per_device_train_batch_size", "1000000", "--per_device_eval_batch_size", "1000000"]
+    code, said = doctor("--config", recipe, "--json", "--", *flags)
+    assert code == 0
+    assert json.loads(said)["footprint"]["memory"]["peak"] < 64e9
+    code, said = doctor("--config", recipe, "--", *flags, "--dataloader_drop_last", "true")
+    assert code == 1
+    assert "40 rows make no whole batch of 1,000,000" in said
+
+
+def test_a_strangers_folder_is_an_error(doctor: Doctor, own_base: Path, rows_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("mine", encoding="utf-8")
+    code, said = doctor("--config", recipe_for(tmp_path, own_base, rows_file))
+    assert code == 1
+    assert "  error    output folder: out is not a run's folder, but holds README.md" in said
+
+
+def test_a_rank_and_a_scale_that_cannot_be_meant_are_warnings(
+    doctor: Doctor, own_base: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_for(tmp_path, own_base, rows_file)
+    code, said = doctor("--config", recipe, "--", "--lora_r", "5000", "--lora_alpha", "-8")
+    assert code == 0
+    assert "r is above the smaller width" in said
+    assert "lora_alpha -8 is below 0; was that meant?" in said

@@ -1,6 +1,7 @@
 """Token ids, labels, and a count of everything that is left out."""
 
 import copy
+import dataclasses
 import statistics
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,9 @@ def test_u05_long_rows_are_dropped_whole_and_counted(alpaca: PreTrainedTokenizer
     assert 0 < len(kept) < len(ROWS)
     assert report == EncodingReport(
         where="rows.jsonl", max_length=limit, on_overflow="drop", max_truncated=1.0, eos_token="<|endoftext|>",
-        rows=len(ROWS), kept=len(kept), too_long=len(ROWS) - len(kept), eos_cut_off=0, answers_cut_off=0, untrained=0,
-        without_eos=0, first_without_eos=None, merged_boundaries=0, first_merged=None, longest=max(before),
+        rows=len(ROWS), kept=len(kept), too_long=len(ROWS) - len(kept), eos_cut_off=0, empty_answers=0,
+        answers_cut_off=0, untrained=0, without_eos=0, first_without_eos=None, merged_boundaries=0, first_merged=None,
+        longest=max(before),
         median=statistics.median(before), percentile_95=sorted(before)[37], tokens=sum(kept), trained_tokens=sum(kept),
         largest_id=max(max(row) for row in encode(ROWS, alpaca)[0]["input_ids"]),
     )  # fmt: skip
@@ -153,6 +155,48 @@ def test_u05_the_share_that_the_error_suggests_is_enough(alpaca: PreTrainedToken
     with pytest.raises(UserError, match="--max_truncated") as raised:
         encode(ROWS, alpaca, max_length=limit)
     encode(ROWS, alpaca, max_length=limit, max_truncated=float(str(raised.value).split()[-1]))
+
+
+@pytest.mark.parametrize(("long", "rows"), [(29, 100), (3, 7), (57, 100), (1, 3)])
+def test_u05_the_share_suggested_is_enough_for_any_counts(
+    alpaca: PreTrainedTokenizerFast, long: int, rows: int
+) -> None:
+    _, report = encode(ROWS, alpaca)
+    too_many = dataclasses.replace(report, rows=rows, too_long=long, kept=rows - long)
+    advised = float(too_many.faults()["truncated"].split()[-1])
+    assert dataclasses.replace(too_many, max_truncated=advised).faults() == {}
+    assert "truncated" in dataclasses.replace(too_many, max_truncated=advised - 0.01).faults()
+    none_left = dataclasses.replace(too_many, too_long=rows, kept=0)
+    assert none_left.faults()["truncated"].endswith("; raise max_length")  # to accept it would leave nothing
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "a", "output": " "},
+        {"prompt": "a", "completion": ""},
+        {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": ""}]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\n"}]},
+    ],
+)
+def test_empty_answers_are_counted_and_nothing_else_is_an_error(
+    alpaca: PreTrainedTokenizerFast, row: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match="no row has an answer, so the model would learn to say nothing"):
+        encode([row], alpaca)
+    assert encode(ROWS[:3], alpaca)[1].empty_answers == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"conversations": [{"from": "human", "value": "a"}]}, "'conversations' is another layout; write messages"),
+        ({"data": [{"instruction": "a", "output": "b"}]}, "is one object that holds a list, 'data'"),
+    ],
+)
+def test_other_layouts_are_named(tokenizer: PreTrainedTokenizerFast, row: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        encode([row], tokenizer)
 
 
 def test_u05_a_row_whose_answer_is_cut_off_is_dropped_and_counted(alpaca: PreTrainedTokenizerFast) -> None:

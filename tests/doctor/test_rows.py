@@ -223,3 +223,15 @@ def test_the_programs_line_counts_further_errors_and_says_warnings() -> None:
     with pytest.raises(UserError, match=r"^first \(1 more: see `plainlora doctor`\)$"):
         examination.stop_or_say(said.append)
     assert len(said) == 2
+
+
+def test_some_empty_answers_are_a_warning(own: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    finding = found(examine(prepare(tmp_path, own, [*ROWS, ROWS[0] | {"output": ""}]), own), "empty")
+    assert (finding.level, finding.figures["empty"]) == ("warning", 1)
+
+
+def test_rows_that_make_no_batch_take_no_step(own: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    few = prepare(tmp_path, own, ROWS[:3], per_device_train_batch_size=4, dataloader_drop_last=True)
+    assert found(examine(few, own), "batch").level == "error"
+    enough = prepare(tmp_path, own, ROWS[:4], per_device_train_batch_size=4, dataloader_drop_last=True)
+    assert enough.too_few is None

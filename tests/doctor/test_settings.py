@@ -68,7 +68,8 @@ def test_u22_every_stale_name_is_told_at_once_and_read_under_todays() -> None:
         ("group_by_length: false\n", "train_sampling_strategy", "random"),
         ("block_size: 7\nmax_length: 9\n", "max_length", 9),  # what stands there under today's name wins
         ("block_size: 7\nmax_seq_length: 9\n", "max_length", 7),
-        ("max_seq_length: many\n", "max_length", 1024),
+        ("max_seq_length: many\n", "max_length", None),  # and not TRL's 1024, which nobody wrote
+        ("max_length: 128.0\n", "max_length", None),
         ("alpha: 4\n", "lora_alpha", 32),  # divided by r or not: only its author knows
         ("learing_rate: 1.0\n", "learning_rate", 2e-5),  # the nearest name is a guess
         ("seed: soon\n", "seed", 42),
@@ -116,7 +117,7 @@ def test_u22_every_contradiction_is_told() -> None:
         "dataset_streaming is not supported",
         "packing_strategy=wrapped is refused",
         "packing needs max_length",
-        "learning_rate must be at least 0, not -1.0",
+        "learning_rate must be above 0, not -1.0",
         "base_dropout must be at least 0 and below 1",
         "there is no tracker 'nobody'",
     ):
@@ -125,6 +126,30 @@ def test_u22_every_contradiction_is_told() -> None:
     assert (values["model_name_or_path"], values["max_length"], values["load_in_4bit"]) == ("m", None, True)
     assert values["load_in_8bit"] is False
     assert origins["load_in_8bit"] == "default, because of the error above"
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value", "said"),
+    [
+        ("per_device_train_batch_size: 0\n", "per_device_train_batch_size", 8, "must be at least 1, not 0"),
+        ("gradient_accumulation_steps: 0\n", "gradient_accumulation_steps", 1, "must be at least 1, not 0"),
+        ("max_length: 0\n", "max_length", None, "must be at least 1, not 0"),
+        ("learning_rate: 0.0\n", "learning_rate", 2e-5, "must be above 0, not 0.0"),
+        ("adam_beta1: 1.5\n", "adam_beta1", 0.9, "must be at least 0 and below 1, not 1.5"),
+        ("max_steps: 0\n", "max_steps", -1, "takes no step"),
+        ("num_train_epochs: 0\n", "num_train_epochs", 3.0, "takes no step"),
+        ("lora_alpha: 0\n", "lora_alpha", 32, "it changes nothing"),
+        ("lora_target_modules: []\n", "lora_target_modules", None, "is an empty list"),
+        ("optim: lomo\n", "optim", "adamw_torch_fused", "You need to install `lomo_optim`"),
+    ],
+)
+def test_u22_a_refused_value_is_told_once_and_not_gone_on_with(text: str, name: str, value: object, said: str) -> None:
+    values, errors, origins = read(text)
+    (error,) = errors
+    assert error.startswith(f"{name} ")
+    assert said in error
+    assert values[name] == value
+    assert origins[name].endswith(", because of the error above")
 
 
 def test_u22_contradictions_of_a_classifier() -> None:

@@ -59,6 +59,23 @@ def test_u05_cut_texts_are_counted_and_mostly_cut_ones_a_warning(
     assert (finding.figures["cut"] > 0) == (level != "ok")
 
 
+@pytest.mark.parametrize(("alone", "level"), [(12, "error"), (8, "warning"), (3, None)])
+def test_classes_of_one_row_each_are_texts_or_numbers(
+    word_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, alone: int, level: str | None
+) -> None:
+    numbers = [*range(12), *(number for number in range(alone, 12))]
+    rows = [{"text": f"good film {number}", "label": f"{number / 7:.3f}"} for number in numbers]
+    examination = examine(tmp_path, word_tokenizer, rows, rows)
+    single = [one for one in examination.findings if one.check == "single"]
+    assert [one.level for one in single] == ([] if level is None else [level])
+    assert all(one.figures == {"classes": 12, "single": alone} for one in single)
+
+
+def test_many_classes_are_not_all_listed(word_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    rows = [{"text": f"good film {number}", "label": f"c{number}"} for number in range(40)]
+    assert ", ...; always" in found(examine(tmp_path, word_tokenizer, rows, rows), "classes").message
+
+
 def test_leaked_contradicting_and_empty_texts(word_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     train = [*TEXTS[:30], {"text": f" {TEXTS[0]['text']}", "label": "ham"}, {"text": " ", "label": "ham"}]
     examination = examine(tmp_path, word_tokenizer, train, [*TEXTS[90:], TEXTS[5]])

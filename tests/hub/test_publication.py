@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
+from plainlora.commands import build_parser
 from plainlora.errors import UserError
 from plainlora.folders import write_manifest
 from plainlora.hub.model_card import HERE
@@ -36,6 +37,9 @@ def adapter(tmp_path: Path) -> Path:
     model.save_pretrained(tmp_path / "adapter")
     (tmp_path / "adapter" / "README.md").unlink()
     return tmp_path / "adapter"
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture
@@ -92,8 +96,14 @@ def test_u23_weights_that_are_pickles_or_lie_elsewhere_are_not_published(adapter
     with pytest.raises(LoRAError, match="is a pickle, which can run code"):
         collect_publication(adapter)
     set_json(model / "model.safetensors.index.json", weight_map={"lm_head.weight": "../adapter/model.safetensors"})
-    with pytest.raises(UserError, match="names files outside of its folder"):
+    with pytest.raises(
+        UserError, match=r"is not published: .* names the file '\.\./adapter/.*', outside of the folder"
+    ):
         collect_publication(model, BASE)
+    for damaged in ("below/model.safetensors", ["model.safetensors"]):
+        set_json(model / "model.safetensors.index.json", weight_map={"lm_head.weight": damaged})
+        with pytest.raises(UserError, match="names files outside of its folder"):
+            collect_publication(model, BASE)
     (model / "model.safetensors.index.json").unlink()
     (model / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(UserError, match=r"has no model\.safetensors; only whole models in safetensors are published"):
@@ -112,6 +122,62 @@ def test_u23_of_what_lies_there_only_what_is_known_is_published(model: Path) -> 
         *("config.json", "generation_config.json", "model.safetensors.index.json", "README.md"),
         *("tokenizer.json", "tokenizer_config.json"),
     }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "vocab.txt",
+            "merges.txt",
+            "loss.png",
+            "spiece.model",
+            "chat_template.jinja",
+            "run.json",
+            "certificate.json",
+        ),
+        *("README.md", "config.json", "tokenizer.json", "model.safetensors.index.json", "SHARD"),
+    ],
+)
+def test_u23_what_a_link_brings_in_from_elsewhere_is_not_published(model: Path, name: str, tmp_path: Path) -> None:
+    path = model / name if name != "SHARD" else min(model.glob("*.safetensors"))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(path.read_bytes() if path.is_file() else PNG if name == "loss.png" else b"{}")
+    path.unlink(missing_ok=True)
+    path.symlink_to(elsewhere)
+    with pytest.raises(UserError, match=f"is not published: {path.name} is a link to .*, outside of the folder; put"):
+        collect_publication(model, BASE)
+
+
+def test_u23_a_snapshot_of_the_hubs_cache_is_links_and_may_be_published(model: Path, tmp_path: Path) -> None:
+    whole = collect_publication(model, BASE).files
+    repository = tmp_path / "models--ann--llama"
+    (repository / "blobs").mkdir(parents=True)
+    snapshot = repository / "snapshots" / "0a1b"
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(model.iterdir())):
+        path.rename(repository / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    assert set(collect_publication(snapshot, BASE).files) == set(whole)
+
+
+def test_u23_of_pictures_those_that_training_draws_are_published(adapter: Path) -> None:
+    """A file is no picture because it is called one."""
+    for name in ("loss.png", "confusion.png", "passport.png"):
+        (adapter / name).write_bytes(PNG)
+    assert {name for name in collect_publication(adapter).files if name.endswith(".png")} == {
+        *("loss.png", "confusion.png")
+    }
+    (adapter / "loss.png").write_text("the notes of a patient")
+    assert "loss.png" not in collect_publication(adapter).files
+
+
+def test_u23_what_a_run_had_in_its_environment_is_not_published(adapter: Path, model: Path) -> None:
+    """Whoever wrote it, and under whichever name: `env` of a recipe may hold anything."""
+    run = {"config": {"seed": 7, "env": {"DATABASE": "postgres://ann:hunter2@host"}}, "env": {"A": "hunter2"}}
+    (model / "run.json").write_text(json.dumps(run | {"arguments": {"seed": 7}}))
+    published = text_of(model, "run.json", BASE)
+    assert json.loads(published) == {"arguments": {"seed": 7}, "config": {"seed": 7}}
 
 
 def test_a_file_that_changed_since_it_was_written_is_named(adapter: Path) -> None:
@@ -169,12 +235,28 @@ def test_u18_the_revision_of_the_base_is_named(adapter: Path, model: Path) -> No
         ("library_name: peft", "library_name: mlx", "library_name is 'mlx'; write `library_name: peft`"),
         ("library_name: peft", "", "library_name is None"),
         ("pipeline_tag: text-generation", "pipeline_tag: chatting", "pipeline_tag is 'chatting'; known are .*text-g"),
-        ("tags: .*", "tags: lora", "tags are 'lora'; write a list of words"),
+        ("tags: .*", "tags: lora", "tags is 'lora'; write a list of words"),
         ("tags: .*", "datasets: [./rows.jsonl]", r"datasets is \['./rows.jsonl'\]; write Hub ids"),
-        (f"base_model: {BASE}", "base_model: /home/ann/gpt2", r"base_model is \['/home/ann/gpt2'\]; write Hub ids"),
+        (f"base_model: {BASE}", "base_model: /home/ann/gpt2", r"base_model is '/home/ann/gpt2'; write Hub ids"),
         (f"base_model: {BASE}", "base_model: a/b", f"base_model is a/b, but that of the weights is {BASE}"),
-        (f"base_model: {BASE}", "base_model: [", "its metadata are no YAML mapping"),
+        (f"base_model: {BASE}", "base_model: [", "its metadata cannot be read"),
+        ("---\n[^#]*---\n", "---\n- a\n---\n", "its metadata cannot be read .it is no mapping.; mend the block"),
         (f"base_model: {BASE}", "base_model: 3", "base_model is 3; write Hub ids"),
+        (f"base_model: {BASE}", f"base_model: {{{BASE}: 1}}", "base_model is {.*}; write Hub ids"),
+        ("pipeline_tag: .*", "pipeline_tag: [text-generation]", r"pipeline_tag is \['text-generation'\]; known are"),
+        ("pipeline_tag: .*", "pipeline_tag: {a: b}", "pipeline_tag is {'a': 'b'}; known are"),
+        ("tags: .*", "model-index: 5", "its metadata cannot be read .*; mend the block between the ---"),
+        ("tags: .*", "model-index: [5]", "its metadata cannot be read .*; mend the block between the ---"),
+        ("tags: .*", "model-index: [{name: a, results: 5}]", "its metadata cannot be read"),
+        ("tags: .*", "model-index: [{name: a, results: [{task: {type: a}, metrics: 5}]}]", "its metadata cannot be"),
+        ("tags: .*", "5: 6", "its metadata cannot be read"),
+        ("tags: .*", "self: 6", "its metadata cannot be read"),
+        ("tags: .*", "tags: " + "[" * 5000, "its metadata cannot be read"),
+        ("tags: .*", "tags: &a [b]\ndatasets: *a", r"README\.md: an alias \(\*a\) is not read; write the value out"),
+        ("tags: .*", "library_name: peft", r"README\.md: 'library_name' stands there twice; keep one of them"),
+        ("tags: .*", "license: [mit, apache-2.0]", r"license is \['mit', 'apache-2.0'\]; write one word"),
+        ("tags: .*", "language: 5", "language is 5; write a code such as en, or a list of them"),
+        ("tags: .*", "language: [no]", r"language is \[False\]; .* in quotes where YAML reads something else"),
     ],
 )  # fmt: skip
 def test_u18_a_card_that_the_hub_would_refuse_is_refused_here(adapter: Path, line: str, by: str, said: str) -> None:
@@ -234,6 +316,10 @@ def test_a_token_in_a_file_is_not_published(adapter: Path) -> None:
     with pytest.raises(UserError, match=r"all_results\.json holds what looks like a Hub token; take it out") as raised:
         collect_publication(adapter)
     assert "aB3d" not in str(raised.value)
+    (adapter / "all_results.json").unlink()
+    save_file(load_file(adapter / WEIGHTS), adapter / WEIGHTS, metadata={"note": "hf_" + "aB3d" * 8})
+    with pytest.raises(UserError, match=f"{WEIGHTS} holds what looks like a Hub token; take it out"):
+        collect_publication(adapter)
 
 
 def test_what_the_command_refuses_is_one_line(
@@ -247,3 +333,11 @@ def test_what_the_command_refuses_is_one_line(
     assert "one of the arguments --adapter --model is required" in plainlora("push", "--repo", "ann/it")
     (tmp_path / "empty").mkdir()
     assert "holds neither adapter_config.json nor config.json" in plainlora(*push, tmp_path / "empty")
+
+
+def test_the_help_names_the_hub_and_what_each_flag_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["push", "--help"])
+    said = capsys.readouterr().out
+    assert "Publish an adapter or a model on the Hub." in said
+    assert "--model MODEL" in said

@@ -10,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -20,6 +21,7 @@ from tests.hub_server import READER, TOKEN, Fault, HubState, HubUser, Outcome, s
 from tests.refusals import snapshot, the_one_line
 
 BASE = "meta-llama/Llama-2-7b-chat-hf"
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class Terminal:
@@ -104,7 +106,7 @@ def test_u18_what_is_pushed_can_be_downloaded_and_loaded_with_peft(
     tokenizer.chat_template = "{{ messages }}"
     tokenizer.save_pretrained(adapter)
     tokenizer.chat_template = None
-    (adapter / "loss.png").write_bytes(b"\x89PNG")
+    (adapter / "loss.png").write_bytes(PNG)
     before = snapshot(adapter)
 
     said = terminal.push(adapter, "ann/adapter")
@@ -136,9 +138,10 @@ def test_a_second_push_is_a_commit_and_a_third_of_the_same_files_none(terminal: 
     terminal.push(small_adapter, "adapter")
     first = terminal.hub.head("ann/adapter")
     terminal.hub.commit("ann/adapter", "main", {"notes.md": b"by hand"}, "by hand")
-    (small_adapter / "loss.png").write_bytes(b"\x89PNG")
+    (small_adapter / "loss.png").write_bytes(PNG)
     said = terminal.push(small_adapter, "ann/adapter", "--commit_message", "With a picture")
     assert "/ann/adapter is there already; the files go to it as a new commit" in said
+    assert said.endswith("; left as they were: notes.md\n")
     assert {"loss.png", "notes.md"} <= set(terminal.hub.files("ann/adapter"))
     assert terminal.hub.repos["ann/adapter"].messages[-1] == "With a picture"
 
@@ -146,6 +149,9 @@ def test_a_second_push_is_a_commit_and_a_third_of_the_same_files_none(terminal: 
     assert head != first
     assert "ann/adapter holds these 4 files already" in terminal.push(small_adapter, "ann/adapter")
     assert terminal.hub.head("ann/adapter") == head
+
+    terminal.hub.commit("ann/adapter", "main", {f"{name}.bin": b"" for name in "abcd"}, "by hand")
+    assert "; left as they were: a.bin, b.bin, c.bin and 2 more\n" in terminal.push(small_adapter, "ann/adapter")
 
 
 def test_a_branch_and_a_private_repository(terminal: Terminal, small_adapter: Path) -> None:
@@ -170,6 +176,8 @@ def test_a_branch_and_a_private_repository(terminal: Terminal, small_adapter: Pa
         ),
         ("ann/it", {"HF_TOKEN": "hf_wrong"}, "the Hub does not accept the token; make one that may write at http"),
         ("ann/it", {"HF_TOKEN": "hf_\u00e9x"}, "holds characters that no token has"),
+        ("ann/it", {"HF_TOKEN": TOKEN[:9] + "\n" + TOKEN[9:]}, "holds characters that no token has"),
+        ("", {}, "the repository's name is empty; give USER/NAME"),
         ("ann/it", {"HF_TOKEN": READER}, "the Hub's token of ann may only read; make one that may write at http"),
         ("bob/it", {}, "the repository bob/it cannot be had: the token may not write there"),
         ("bob/new", {}, "the repository bob/new cannot be had: the token may not write there"),
@@ -245,6 +253,53 @@ def test_u18_a_push_that_fails_for_good_leaves_the_branch_as_it_was(
     assert len(terminal.hub.files("ann/adapter")) == 3
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/whoami-v2$"), ("POST", "/repos/create$"), ("GET", "/models/ann/adapter$"), ("PUT", STORAGE),
+     ("POST", "/preupload/"), ("POST", COMMIT)],
+)  # fmt: skip
+def test_a_server_that_says_nothing_is_asked_again(terminal: Terminal, adapter: Path, method: str, path: str) -> None:
+    terminal.hub.faults.append(Fault(method, path, silent=True))
+    said = terminal.push(adapter, "ann/adapter", SILENCE="0.5")
+    assert said.count("trying again in") == 1
+    assert len(terminal.hub.files("ann/adapter")) == 3
+
+
+def test_a_server_that_never_says_anything_is_given_up_on(terminal: Terminal, small_adapter: Path) -> None:
+    terminal.hub.faults.append(Fault("GET", "", times=100, silent=True))
+    line = terminal.refused(small_adapter, "ann/adapter", SILENCE="0.2")
+    assert line.endswith(f"logged in to: {terminal.address} said nothing for 0.2 s; tried 6 times")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/whoami-v2$"), ("POST", "/repos/create$"), ("GET", "/models/ann/adapter$"), ("POST", "/preupload/"),
+     ("POST", "/batch$"), ("POST", COMMIT)],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "body",
+    [b"[]", b"{}", b'{"name": 5, "id": []}', b"<html>Log in to the hotel's network</html>", b"[" * 100_000],
+    ids=lambda body: body[:9].decode(),
+)
+def test_a_server_that_is_no_hub_is_told_from_one(
+    terminal: Terminal, adapter: Path, method: str, path: str, body: bytes
+) -> None:
+    terminal.hub.faults.append(Fault(method, path, times=100, status=200, body=body))
+    line = terminal.refused(adapter, "ann/adapter")
+    assert f"the server at {terminal.address} gave an answer that is none of a Hub's; is HF_ENDPOINT right" in line
+    assert "tried" not in line
+
+
+def test_a_token_among_the_words_of_a_tensor_file_is_not_published(terminal: Terminal, adapter: Path) -> None:
+    """One of an odd kind, that no pattern finds."""
+    terminal.hub.users["s3cret"] = ("ann", "write")
+    weights = adapter / "adapter_model.safetensors"
+    save_file(load_file(weights), weights, metadata={"format": "pt", "note": "by s3cret"})
+    line = terminal.refused(adapter, "ann/adapter", HF_TOKEN="s3cret")
+    assert "adapter_model.safetensors holds your Hub token; take it out before it is published" in line
+    assert terminal.hub.files("ann/adapter") == {}
+
+
 def test_a_server_that_is_not_there(terminal: Terminal, small_adapter: Path) -> None:
     """Its own process would be needed for another address; the server hangs up on everything instead."""
     terminal.hub.faults.append(Fault("GET", "", times=100))
@@ -269,6 +324,8 @@ def recipe(base: Path, rows: Path, output: Path, *flags: str) -> list[str]:
             "--disable_tqdm",
             "true",
             "--push_to_hub",
+            "--exact_match_rows",
+            "3",
         ),
         *("--lora_target_modules", "q_proj", "v_proj", "--learning_rate", "1e-2", *flags),
     ]
@@ -307,6 +364,8 @@ def test_u18_a_recipe_pushes_what_it_wrote_and_its_token_stays_out_of_every_file
     card = ModelCard(published["README.md"].decode())
     assert card.data.base_model == BASE
     assert f"A LoRA adapter for `{BASE}`" in card.text
+    assert "\n| rows trained on | 32 of 32 read |\n" in card.text
+    assert "\n| exact_match_rows | 3 |\n" in card.text
 
     terminal.run("download", "ann/my-run", tmp_path / "again")
     assert torch.equal(logits(tmp_path / "again"), logits(output))
@@ -326,6 +385,7 @@ def test_u18_a_recipe_pushes_what_it_wrote_and_its_token_stays_out_of_every_file
     card = ModelCard(published["README.md"].decode())
     assert (card.data.base_model, card.data.library_name) == (BASE, "transformers")
     assert "| precision | float32 |" in card.text
+    assert re.search(r"\| perplexity on test rows of rows.jsonl \(\d rows, \d+ tokens\) \| [\d.]+ \|", card.text)
 
 
 def the_last_line(outcome: Outcome) -> str:
@@ -377,6 +437,7 @@ def test_a_whole_classifier_and_its_run(
     assert not {"training_args.bin", "trainer_state.json"} & set(published)
     card = ModelCard(published["README.md"].decode()).data
     assert (card.base_model, card.library_name) == ("distilbert/distilbert-base-uncased", "transformers")
+    assert "\n| rows trained on | 80 |\n" in published["README.md"].decode()
     terminal.run("download", "ann/spam", tmp_path / "again")
     answers = [
         pipeline("text-classification", str(folder))("win a prize")

@@ -347,6 +347,11 @@ def of_a_wider_base(directory: Path) -> None:
     edit_tensors(directory, lambda tensors: tensors.update({first(tensors): torch.zeros(8, 128)}))
 
 
+def of_four_bits(path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}).encode()
+    (path / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + bytes(2))
+
+
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no directory": (shutil.rmtree, f"does not exist, so it has no {CONFIG}"),
     "no config": (lambda path: (path / CONFIG).unlink(), f"has no {CONFIG}; give the folder that training wrote"),
@@ -403,6 +408,23 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a wider base": (of_a_wider_base, r"has shape \(8, 128\), the model needs \(8, 64\)"),
     "another rank": (lambda path: edit_config(path, r=4), r"has shape \(8, .*\), the model needs \(4, "),
+    "four bits": (of_four_bits, "is corrupt or cut short"),
+    "a class by number": (
+        lambda path: edit_config(path, auto_mapping={"base_model_class": 5}),
+        "auto_mapping must be a mapping that names a class, not {'base_model_class': 5}",
+    ),
+    "a misspelt field": (
+        lambda path: edit_config(path, lora_alphb=3, newer_field=None),
+        "would ignore lora_alphb=3; update PEFT, or take it out of the file",
+    ),
+    "LoftQ's settings": (
+        lambda path: edit_config(path, loftq_config={"a": 1}),
+        "would ignore loftq_config={'a': 1}; ",
+    ),
+    "settings of a run": (
+        lambda path: edit_config(path, runtime_config={"ephemeral_gpu_offload": True}),
+        "would ignore runtime_config={'ephemeral_gpu_offload': True}; ",
+    ),
     "whole numbers": (
         lambda path: edit_tensors(path, lambda tensors: tensors.update({first(tensors): torch.ones(8, 64).int()})),
         "is of type torch.int32, which no adapter is saved in",
@@ -464,6 +486,20 @@ def test_the_state_dict_is_the_model_s_own_tensors() -> None:
         assert state[f"base_model.model.{name}"].data_ptr() == parameter.data_ptr()
     with pytest.raises(LoRAError, match="no PlainLoRA adapter"):
         adapter_state_dict(unwrap(model))
+
+
+def test_a_newer_peft_s_fields_that_are_not_set_are_passed_over_in_silence(tmp_path: Path) -> None:
+    save_adapter(by_us(make("llama"), **LM), tmp_path)
+    unset = {"newer": None, "use_newer": False, "newer_config": {}, "runtime_config": {"ephemeral_gpu_offload": False}}
+    edit_config(tmp_path, **unset)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_config(tmp_path).r == 8
+
+
+def test_the_tensors_are_as_readable_as_the_config(tmp_path: Path) -> None:
+    save_adapter(by_us(make("llama"), **LM), tmp_path)
+    assert (tmp_path / WEIGHTS).stat().st_mode == (tmp_path / CONFIG).stat().st_mode
 
 
 def test_a_config_of_an_older_peft_is_read(tmp_path: Path) -> None:

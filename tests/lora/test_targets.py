@@ -1,5 +1,8 @@
 """Which modules a config names: PEFT's choice where there is one, an error where PEFT would pass over a mistake."""
 
+import time
+from typing import Any
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -7,6 +10,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
+import plainlora.lora.targets
 from plainlora import inject
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.record import injection, lora_layers
@@ -191,3 +195,51 @@ def test_u12_a_module_that_mamba_reads_without_calling_is_refused() -> None:
     inject(model, config(target_modules=["in_proj", "x_proj"]))
     with pytest.raises(ValueError, match="incompatible with Mamba"):
         get_peft_model(MambaForCausalLM(model.config), config(target_modules=["out_proj"]))
+
+
+ENDLESS = "([a-z._0-9]+)+!"
+
+
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        ("target_modules", {"target_modules": ENDLESS}),
+        ("exclude_modules", {"exclude_modules": ENDLESS}),
+        ("modules_to_save", {"modules_to_save": [ENDLESS]}),
+        ("rank_pattern", {"rank_pattern": {ENDLESS: 3}}),
+        ("alpha_pattern", {"alpha_pattern": {ENDLESS: 3}}),
+        ("layers_pattern", {"layers_pattern": [ENDLESS], "layers_to_transform": [0]}),
+    ],
+)
+def test_u23_a_regular_expression_without_end_is_refused_by_its_field(
+    monkeypatch: pytest.MonkeyPatch, field: str, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(plainlora.lora.targets, "MATCH_SECONDS", 0.2)
+    with pytest.raises(LoRAError, match=rf"^{field}: what it says takes more than 0\.2 seconds"):
+        inject(make("llama"), config(**({"target_modules": ["q_proj"]} | options)), strict=False)
+
+
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        ("rank_pattern", {"rank_pattern": {"(?i)q_proj": 3}}),
+        ("layers_pattern", {"layers_pattern": ["(?P<layer>layers)"], "layers_to_transform": [0]}),
+    ],
+)
+def test_a_regular_expression_that_fits_no_larger_one_is_refused(field: str, options: dict[str, Any]) -> None:
+    with pytest.raises(LoRAError, match=f"^{field}: it cannot be matched with names of modules"):
+        inject(make("llama"), config(**({"target_modules": ["q_proj"]} | options)), strict=False)
+
+
+def test_a_rank_for_every_one_of_many_modules_takes_no_time() -> None:
+    with torch.device("meta"):
+        model = nn.ModuleDict({f"layer_{number}": nn.Linear(2, 2) for number in range(900)})
+    ranks = dict.fromkeys(model, 4)
+    started = time.monotonic()
+    assert len(find_targets(model, config(target_modules=list(model), rank_pattern=ranks))) == 900
+    assert time.monotonic() - started < 5
+
+
+def test_names_in_one_text_and_modules_that_are_not_there_are_told_as_what_they_are() -> None:
+    refused("llama", r"for several names write a list: \[q_proj, v_proj\]", target_modules="q_proj, v_proj")
+    refused("llama", r"'zzz' matches no module; the modules are .*embed_tokens", modules_to_save=["zzz"])

@@ -85,6 +85,23 @@ def test_an_adapter_of_elsewhere_has_nothing_to_compare(adapter: Path, model_dir
     assert find_base(adapter, name) == Base(name, None)
 
 
+@pytest.mark.parametrize(
+    "quantization", [{"load_in_4bit": "x"}, {"bnb_4bit_compute_dtype": "system"}, {"bnb_4bit_compute_dtype": "nn"}]
+)
+def test_a_damaged_record_of_the_quantisation(adapter: Path, quantization: dict[str, object]) -> None:
+    write_json(adapter / "run.json", {"quantization_config": quantization})
+    with pytest.raises(UserError, match=r"run.json is damaged \(its quantization_config is none: "):
+        find_base(adapter)
+
+
+def test_a_damaged_commit_of_the_base(adapter: Path) -> None:
+    described = json.loads((adapter / "run.json").read_text())["base"]
+    described |= {"commit": 5, "weights": "0"}
+    write_json(adapter / "run.json", {"quantization_config": None, "base": described})
+    with pytest.raises(UserError, match=r"run.json is damaged \(its base is no description of one\)"):
+        find_base(adapter)
+
+
 @pytest.mark.parametrize("damaged", [4, [], {}, {"name": "a"}, "llama"])
 def test_a_damaged_record_of_the_base(adapter: Path, damaged: object) -> None:
     (adapter / "run.json").write_text(json.dumps({"quantization_config": None, "base": damaged}))

@@ -50,7 +50,7 @@ def test_no_token_is_written_from_wherever_it_came(
         *("--hub_token", "...", "--hub_token=...", "--hub-token", "...", "--push-to-hub-token=..."),
         *("--hub_model_id", "me/it", "--seed=7"),
     ]
-    assert written["config"] == {"seed": 7, "env": {"OMP_NUM_THREADS": 1}}
+    assert written["config"] == {"seed": 7, "env": ["OMP_NUM_THREADS", "WANDB_API_KEY"]}
     assert written["arguments"]["seed"] == 7
     assert written["arguments"]["model_name_or_path"] == "openai-community/gpt2"
     assert "hub_token" not in written["arguments"]
@@ -68,7 +68,8 @@ def test_it_says_what_the_run_was_made_of(
     assert written["processes"] == 1
     assert {"torch", "peft", "trl", "transformers"} <= written["versions"].keys()
     (tmp_path / "adapter_model.safetensors").write_bytes(b"abc")
-    complete_run(tmp_path / "run.json", "f00", 3)
+    (tmp_path / "run.json").unlink()
+    complete_run(tmp_path / "run.json", written, "f00", 3)
     completed = json.loads((tmp_path / "run.json").read_text())
     assert completed.items() >= written.items()
     assert (completed["order_sha256"], completed["steps"]) == ("f00", 3)

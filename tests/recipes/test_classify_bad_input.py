@@ -175,7 +175,7 @@ def test_bases_that_will_not_do(refused: Refused, tmp_path: Path, backbone_dirs:
     )
     cut = base(tmp_path / "cut", backbone)
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:1000])
-    assert "cut cannot be loaded (" in refused("distilbert", "--model_name_or_path", str(cut))
+    assert "cut/model.safetensors is cut short or damaged (" in refused("distilbert", "--model_name_or_path", str(cut))
     speechless = base(tmp_path / "speechless", backbone)
     for file in speechless.glob("token*"):
         file.unlink()
@@ -264,7 +264,7 @@ def test_an_adapter_is_resumed_with_its_own_settings_only(
     assert re.search(said, refused("distilbert", "--resume_from_checkpoint", "true", *flags, name="run"))
     (tmp_path / "run" / "checkpoint-3" / "trainer_state.json").write_text("{}")
     said = refused("distilbert", "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-3"), name="run")
-    assert "checkpoint-3 is not whole: trainer_state.json names no step; give another checkpoint" in said
+    assert "checkpoint-3 is not whole: trainer_state.json names no global_step; give another checkpoint" in said
 
 
 def test_a_whole_model_is_resumed_with_its_own_settings_only(

@@ -76,7 +76,9 @@ def test_a_run_that_cannot_be_made_again_is_refused(trained: Path, tmp_path: Pat
     del run["weights"], run["order_sha256"]
     (trained / "run.json").write_text(json.dumps(run))
     assert "has no weights; its training did not end" in plainlora("reproduce", trained)
-    assert "cannot be made again" in plainlora("reproduce", tmp_path)
+    assert "has no run.json; give the output_dir of a finished run" in plainlora("reproduce", tmp_path)
+    assert "is no folder" in plainlora("reproduce", tmp_path / "rows")
+    assert "is no folder" in plainlora("reproduce", trained / "run.json")
     assert "already exists" in plainlora("reproduce", trained, "--output", tmp_path)
 
 
@@ -84,3 +86,34 @@ def test_flags_of_where_and_after_are_left_out() -> None:
     command = ["--config", "a.yaml", "--output_dir=x", "--seed", "3", "--overwrite", "--merge", "true", "--lora_r=4"]
     command += ["--resume_from_checkpoint", "true", "--sample_prompts", "one", "two", "--push-to-hub"]
     assert remaining_flags(command) == ["--seed", "3", "--lora_r=4", "--sample_prompts", "one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        ("command", ["../evil.py", [], ["rm.py"], "sft.py", [1]], "the command in its run.json cannot be right"),
+        (
+            "config",
+            ["lora.yaml", [1], {"env": {"PATH": "."}}, {"env": [1]}],
+            "the config in its run.json cannot be right",
+        ),
+        ("processes", [0, "2", 10**6], "the processes and threads in its run.json cannot be right"),
+        ("threads", [None, -1], "the processes and threads in its run.json cannot be right"),
+        ("device", [None, 0], "the device in its run.json cannot be right"),
+        ("versions", [None, ["torch"]], "the versions in its run.json cannot be right"),
+        ("weights", [{}, None], "run.json has no weights.sha256; only finished runs can be compared"),
+        ("rows", [None], "run.json has no rows.train.sha256; only finished runs can be compared"),
+    ],
+)
+def test_u23_a_record_that_nothing_here_wrote_starts_nothing(
+    name: str, values: list[object], said: str, trained: Path, plainlora: Run
+) -> None:
+    run = json.loads((trained / "run.json").read_text())
+    for value in values:
+        (trained / "run.json").write_text(json.dumps(run | {name: value}))
+        assert plainlora("reproduce", trained).endswith(said)
+
+
+def test_leave_to_run_a_models_code_is_not_taken_from_a_file() -> None:
+    for flags in (["--trust_remote_code", "true"], ["--trust-remote-code=true"], ["--trust_remote_code"]):
+        assert remaining_flags([*flags, "--seed", "1"]) == ["--seed", "1"]

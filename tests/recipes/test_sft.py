@@ -18,7 +18,6 @@ from plainlora.backends import BACKENDS
 from plainlora.data.prompts import render_prompt
 from plainlora.folders import find_damage, write_manifest
 from plainlora.merging import merge
-from plainlora.resources import activations
 from plainlora.training.checkpoints import find_problem
 from tests.conftest import CONFIGS, ROOT, ROWS, random_ids
 from tests.recipes.conftest import RunSFT
@@ -125,12 +124,12 @@ def test_u23_a_checkpoints_pickles_are_never_run(
         write_manifest(checkpoint)
         capfd.readouterr()
         with pytest.raises(SystemExit) as stopped:
-            run_sft("gpt2", name, "--resume_from_checkpoint", "true")
+            run_sft("gpt2", name, "--resume_from_checkpoint", str(checkpoint))
         assert stopped.value.code == 2
         message = capfd.readouterr().err.strip().splitlines()[-1]
-        assert message == (
-            f"error: resume_from_checkpoint: {checkpoint / name} holds more than numbers and text, which could run "
-            "code, and is not loaded; give a checkpoint that this program wrote"
+        assert message.startswith(
+            f"error: resume_from_checkpoint: {checkpoint} is not whole: {name} is cut short, or holds more than "
+            "numbers and text, which could run code; give another checkpoint"
         )
         assert not marker.exists()
     checkpoint = shutil.copytree(whole / "checkpoint-3", tmp_path / "arguments" / "checkpoint-3")
@@ -223,7 +222,7 @@ def test_gradient_checkpointing_is_decided_by_what_fits_and_what_is_said_stays(
         asked = run_sft("llama", said, "--max_steps", "2", "--gradient_checkpointing", said)
         assert "activations" not in capfd.readouterr().out
         assert checkpointing(asked) == [expected, expected]
-    monkeypatch.setattr(activations, "SHARE", 1e-9)
+    monkeypatch.setattr("plainlora.resources.checkpointing.SHARE", 1e-9)
     scarce = run_sft("llama", "scarce", "--max_steps", "2")
     assert re.search(r"(?m) GB free: gradient checkpointing$", capfd.readouterr().out)
     assert checkpointing(scarce) == [True, True]

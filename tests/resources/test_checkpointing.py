@@ -25,7 +25,7 @@ def decide(folder: Path, free: int | None, config: PretrainedConfig) -> tuple[bo
     said: list[str] = []
     base = AutoModelForCausalLM.from_config(config)
     attach_adapter(base, copy.deepcopy(LORA), BACKENDS["fused"])
-    fits = needs_checkpointing(settings(folder), base, LORA, BACKENDS["fused"], "float32", 64, free, said.append)
+    fits = needs_checkpointing(settings(folder), base, LORA, BACKENDS["fused"], "float32", 64, 40, free, said.append)
     (line,) = said
     return fits, line
 

@@ -1,6 +1,7 @@
 """YAML first, command line last, and nothing ignored."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from trl import ModelConfig, ScriptArguments
 
 from plainlora.errors import UserError
@@ -71,6 +73,8 @@ def test_the_yaml_sets_and_the_command_line_wins() -> None:
         ("max_length: null", "max_length", None),
         ("packing: true", "packing", True),
         ("merge: no", "merge", False),
+        ("eval_strategy: no", "eval_strategy", IntervalStrategy.NO),  # which YAML reads as false
+        ("save_strategy: off", "save_strategy", SaveStrategy.NO),
         ("lora_init: true", "lora_init", "true"),
         ("lora_init: false", "lora_init", "false"),
         ("sample_prompts: []", "sample_prompts", []),
@@ -132,6 +136,11 @@ def test_the_fused_back_end_is_the_one_that_is_taken() -> None:
         ("learing_rate", "learning_rate"),
         ("lora_target_module", "lora_target_modules"),
         ("learning", "learning_rate"),  # no abbreviations
+        ("lr", "learning_rate"),  # and not lora_r
+        ("r", "lora_r"),
+        ("epochs", "num_train_epochs"),
+        ("lora_target", "lora_target_modules"),
+        ("per_device_batch", "per_device_train_batch_size"),
     ],
 )
 def test_u22_an_unknown_name_is_refused_with_the_nearest(name: str, nearest: str) -> None:
@@ -311,8 +320,11 @@ def test_a_setting_that_cannot_be_honoured_is_refused(line: str, reason: str) ->
         ("per_device_train_batch_size", "0", "at least 1"),
         ("gradient_accumulation_steps", "0", "at least 1"),
         ("num_train_epochs", "-1", "at least 0"),
-        ("learning_rate", "nan", "at least 0"),
-        ("learning_rate", "inf", "at least 0"),
+        ("learning_rate", "nan", "above 0"),
+        ("learning_rate", "inf", "above 0"),
+        ("learning_rate", "0", "above 0"),
+        ("adam_beta1", "1.5", "at least 0 and below 1"),
+        ("adam_beta2", "1", "at least 0 and below 1"),
         ("seed", "-1", "between 0 and 4294967295"),
         ("seed", "9" * 30, "between 0 and 4294967295"),
     ],
@@ -328,6 +340,51 @@ def test_a_base_dropout_that_is_no_probability_below_1_is_refused(p: str) -> Non
     )
     assert parse("", "--base_dropout", "0.99")["base_dropout"] == 0.99
     assert parse("")["base_dropout"] is None
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("lora_alpha: 0", "lora_alpha 0 multiplies every adapter by 0"),
+        ("lora_target_modules: []", "lora_target_modules is an empty list; name modules, or leave it out"),
+        ("max_steps: 0", "max_steps 0 takes no step"),
+        ("num_train_epochs: 0", "num_train_epochs 0 takes no step"),
+        ("optim: lomo", "optim lomo: You need to install `lomo_optim`"),
+        ("optim: galore_adamw", "optim galore_adamw: You need to install `galore_torch`"),
+        ("optim_args: nonsense", "optim adamw_torch_fused: it cannot be made here ("),
+        ("fsdp: full_shard", "fsdp is for several processes, and this is one"),
+        (
+            "metric_for_best_model: accuracy",
+            "there is no 'accuracy'; there are loss, perplexity, entropy, mean_token_a",
+        ),
+        ("metric_for_best_model: perplexity\ngreater_is_better: true", "the lower, the better"),
+    ],
+)
+def test_what_would_fail_after_the_base_is_loaded_or_train_nothing_is_refused(line: str, said: str) -> None:
+    assert said in refusal(line + "\n")
+
+
+@pytest.mark.parametrize("metric", ["loss", "eval_loss", "perplexity", "eval_entropy", "mean_token_accuracy"])
+def test_what_an_evaluation_logs_may_choose_the_best_checkpoint(metric: str) -> None:
+    text = "save_strategy: best\neval_strategy: steps\ngreater_is_better: false\n"
+    assert parse(f"{text}metric_for_best_model: {metric}\n")["metric_for_best_model"] == metric
+
+
+def test_max_steps_makes_epochs_idle() -> None:
+    assert parse("num_train_epochs: 0\nmax_steps: 3\n")["max_steps"] == 3
+
+
+def test_a_setting_of_the_other_program_is_said_to_be_its_own() -> None:
+    assert (
+        refusal("text_column: x\n") == "recipe.yaml: text_column is not an option; it belongs to recipes/classify.py"
+    )
+    with pytest.raises(UserError, match=r"it belongs to recipes/sft\.py"):
+        StrictParser(CLASSIFY_CLASSES).parse(["--packing", "true"])
+
+
+def test_a_package_that_is_missing_is_said_in_one_readable_line() -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        assert refusal("deepspeed: ds.json\n").startswith("The 'deepspeed>=")
 
 
 def test_a_tracker_that_is_not_installed_is_refused() -> None:

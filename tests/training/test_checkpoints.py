@@ -1,13 +1,15 @@
 """Which checkpoint a run goes on from, and what a new run may replace."""
 
+import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from plainlora import inject, save_adapter
 from plainlora.errors import UserError
@@ -35,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
     torch.save(torch.optim.lr_scheduler.ConstantLR(optimizer).state_dict(), folder / "scheduler.pt")
-    (folder / "trainer_state.json").write_text('{"global_step": 1}')
+    torch.save({"cpu": torch.get_rng_state()}, folder / "rng_state.pth")
     return folder
 
 
@@ -43,7 +45,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(tmp_path: Path, checkpoint: Path) -> Path:
     for step in (9, 10, 100):
         shutil.copytree(checkpoint, tmp_path / f"checkpoint-{step}")
+        write_state(tmp_path / f"checkpoint-{step}", {"global_step": step})
     return tmp_path
+
+
+def write_state(checkpoint: Path, changes: dict[str, object]) -> None:
+    state = asdict(TrainerState(train_batch_size=2, log_history=[{"loss": 1.5, "step": 1}]))
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state | changes))
 
 
 def empty(folder: Path) -> None:
@@ -67,7 +75,8 @@ def blank(name: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_bytes(b"")
 
 
-FILES = ["adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"]
+FILES = ["adapter_config.json", "adapter_model.safetensors", "trainer_state.json"]
+FILES += ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
 
 
 def test_checkpoints_are_listed_by_number_not_by_name(run: Path) -> None:
@@ -105,8 +114,8 @@ def test_u10_with_a_manifest_any_damage_to_any_file_is_passed_over_and_named(
     run: Path, name: str, damage: Callable[[str], Callable[[Path], object]]
 ) -> None:
     for checkpoint in list_checkpoints(run):
-        for other in ("rng_state.pth", "tokenizer.json"):
-            (checkpoint / other).write_bytes(bytes(range(100)))
+        torch.save({"python": (3, (1, 2), None), "cpu": torch.get_rng_state()}, checkpoint / "rng_state.pth")
+        (checkpoint / "tokenizer.json").write_bytes(bytes(range(100)))
         write_manifest(checkpoint)
     said: list[str] = []
     assert newest_checkpoint(run, said.append) == run / "checkpoint-100"
@@ -124,6 +133,37 @@ def test_u10_with_a_manifest_any_damage_to_any_file_is_passed_over_and_named(
         "trainer_state.json",
     ):
         assert name in said[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"evil": 1}, "holds 'evil', which Trainer has no place for"),
+        ({"global_step": "x"}, "says that global_step is 'x'"),
+        ({"global_step": 10**12}, "says that global_step is 1000000000000"),
+        ({"global_step": -5}, "says that global_step is -5"),
+        ({"global_step": 100.0}, "says that global_step is 100.0"),
+        ({"train_batch_size": None}, "says that train_batch_size is None"),
+        ({"is_world_process_zero": 1}, "says that is_world_process_zero is 1"),
+        ({"best_model_checkpoint": 5}, "says that best_model_checkpoint is 5"),
+        ({"stateful_callbacks": [5]}, "says that stateful_callbacks is [5]"),
+        ({"log_history": [5]}, "holds 5 in log_history"),
+        ({"log_history": [{"loss": "x"}]}, "holds {'loss': 'x'} in log_history"),
+    ],
+)
+def test_u10_a_state_that_trainer_cannot_have_written_is_passed_over(
+    run: Path, changes: dict[str, object], said: str
+) -> None:
+    write_state(run / "checkpoint-100", {"global_step": 100} | changes)
+    assert find_problem(run / "checkpoint-100") == f"trainer_state.json {said}"
+    assert newest_checkpoint(run) == run / "checkpoint-10"
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_1.pth", "scaler.pt"])
+def test_u23_a_pickle_that_runs_code_is_found_before_anything_is_loaded(run: Path, name: str) -> None:
+    torch.save({"state": print}, run / "checkpoint-100" / name)
+    said = find_problem(run / "checkpoint-100")
+    assert said == f"{name} is cut short, or holds more than numbers and text, which could run code"
 
 
 def test_u10_each_that_is_passed_over_is_named_and_a_path_that_is_not_whole_is_refused(run: Path) -> None:

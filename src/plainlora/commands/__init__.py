@@ -36,7 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"plainlora {plainlora.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, description in VERBS.items():
-        verb = verbs.add_parser(name, help=description, description=description.capitalize() + ".", allow_abbrev=False)
+        sentence = description[0].upper() + description[1:] + "."  # capitalize() would write "the hub"
+        verb = verbs.add_parser(name, help=description, description=sentence, allow_abbrev=False)
         import_module(f"plainlora.commands.{name}").add_arguments(verb)
     return parser
 

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Examines and shows; exit code 1 if training would not start."""
+    """Examines and shows; exit code 1 if there is an error. That a run is there already is a warning."""
     import plainlora.quiet  # noqa: F401, I001
     import json
 

@@ -7,7 +7,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     folder = parser.add_mutually_exclusive_group(required=True)
     folder.add_argument("--adapter", help="folder that training wrote")
-    folder.add_argument("--model", dest="adapter", help="the same for a whole or merged model")
+    folder.add_argument("--model", dest="adapter", metavar="MODEL", help="the same for a whole or merged model")
     parser.add_argument("--repo", required=True, help="USER/NAME on the Hub; made if it is not there")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--base_model", help="Hub id of the base, if the folder names none or a local folder")

@@ -11,17 +11,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     parser.add_argument("folder", help="output_dir of the run; start from where that run was started")
     parser.add_argument("--output", help="folder to keep the second run in; by default it is deleted at the end")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the model's own code, as the run did")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Trains again, and says what is equal; exit code 1 if the trained weights are not."""
+    import plainlora.quiet  # noqa: F401
+
     if arguments.output and Path(arguments.output).exists():
         raise UserError(f"--output {arguments.output} already exists; give another folder")
 
     from plainlora.provenance.reproduction import reproduce
 
     with tempfile.TemporaryDirectory() as scratch:
-        stages = reproduce(arguments.folder, arguments.output or Path(scratch) / "again")
+        stages = reproduce(
+            arguments.folder, arguments.output or Path(scratch) / "again", print, arguments.trust_remote_code
+        )
     print()
     for stage in stages:
         print(f"{'equal' if stage.equal else 'OTHER'}  {stage.name}{f' ({stage.detail})' if stage.detail else ''}")

@@ -107,11 +107,22 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             if line.strip():
                 yield f"line {first}", json.loads(line)
     except json.JSONDecodeError as error:
+        if first == 1 and _is_one_object(text):
+            raise UserError(
+                f"{path} is one object over several lines; write each on one line, or all as a list"
+            ) from error
         raise UserError(f"{path} line {first + error.lineno - 1}: malformed JSON ({error.msg})") from error
     except RecursionError as error:
         raise UserError(f"{path} line {first}: malformed JSON (too deeply nested)") from error
     except ValueError as error:  # a number of more than 4,300 digits
         raise UserError(f"{path} line {first}: malformed JSON ({error})") from error
+
+
+def _is_one_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _read_json(path: Path) -> Dataset:

@@ -16,10 +16,19 @@ from transformers import PreTrainedTokenizerBase
 
 from plainlora.data.datasets import check_text_columns
 from plainlora.data.lengths import percentile_95
-from plainlora.data.prompts import Message, assistant_message, render, user_message, without_bos
+from plainlora.data.prompts import (
+    BrokenTemplate,
+    Message,
+    apply_template,
+    assistant_message,
+    render,
+    user_message,
+    without_bos,
+)
 from plainlora.errors import UserError
 
 IGNORED = -100
+ROUNDING = 1e-6  # of a row: 0.29 * 100 is less than 29
 Schema = Literal["messages", "prompt", "instruction", "text"]
 Overflow = Literal["drop", "truncate"]
 
@@ -38,6 +47,7 @@ class EncodingReport:
         kept: Rows trained on.
         too_long: Rows longer than `max_length`: dropped, or truncated.
         eos_cut_off: Rows that are trained without their last EOS, because truncation cut it off.
+        empty_answers: Rows whose answer is empty or white space.
         answers_cut_off: Rows dropped because truncation left no trained token of theirs.
         untrained: Rows dropped because no token of theirs would be trained, truncated or not.
         without_eos: Rows whose answer the template does not end with EOS.
@@ -61,6 +71,7 @@ class EncodingReport:
     kept: int
     too_long: int
     eos_cut_off: int
+    empty_answers: int
     answers_cut_off: int
     untrained: int
     without_eos: int
@@ -101,11 +112,16 @@ class EncodingReport:
                 f"tokenizer's EOS {self.eos_token!r}, so the model would never learn to stop; set eos_token to the "
                 "token that ends them, or prompt_template to one that does"
             )
-        if self.too_long > self.max_truncated * self.rows:
+        if self.empty_answers == self.rows:
+            found["empty"] = (
+                f"{self.where}: no row has an answer, so the model would learn to say nothing; look at the rows"
+            )
+        if self.too_long > self.max_truncated * self.rows + ROUNDING:
+            percent = -(-100 * self.too_long // self.rows)  # rounded up
+            accept = f", or accept that they are lost with --max_truncated {percent / 100:.2f}" if self.kept else ""
             found["truncated"] = (
                 f"{self.where}: {self.too_long} of {self.rows} rows are longer than max_length={self.max_length} "
-                f"tokens (median {self.median:.0f}, longest {self.longest}); raise max_length, or accept that they "
-                f"are lost with --max_truncated {self.too_long / self.rows + 0.005:.2f}"
+                f"tokens (median {self.median:.0f}, longest {self.longest}); raise max_length{accept}"
             )
         elif not self.kept:
             found["left"] = (
@@ -138,6 +154,12 @@ def find_schema(rows: Dataset, text_column: str, where: str) -> Schema:
     if text_column in columns:
         check_text_columns(rows, [text_column], where)
         return "text"
+    for column in {"conversations", "conversation"} & set(columns):  # ShareGPT's
+        raise UserError(
+            f"{where}: {column!r} is another layout; write messages, each with a role (user, assistant) and a content"
+        )
+    if len(columns) == 1 and len(rows) == 1 and isinstance(rows[0][columns[0]], list):
+        raise UserError(f"{where} is one object that holds a list, {columns[0]!r}; give a file that is that list")
     raise UserError(
         f"{where} has the columns {', '.join(columns)}; needed are instruction and output, prompt and completion, "
         f"messages, or {text_column!r} (set dataset_text_field for another name)"
@@ -181,6 +203,14 @@ def split_row(row: dict[str, Any], schema: Schema) -> tuple[list[Message], list[
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise UserError("a conversation must end with a message of the assistant")
     return messages[:-1], messages[-1:]
+
+
+def _has_answer(row: dict[str, Any], schema: Schema) -> bool:
+    """Whether the answer is more than white space. A plain text has none of its own; an empty one trains nothing."""
+    if schema == "text":
+        return True
+    texts = text_pair(row, schema)
+    return bool((split_row(row, schema)[1][0]["content"] if texts is None else texts[1]).strip())
 
 
 def prompts_of(rows: Dataset, schema: Schema, text_column: str) -> list[str]:
@@ -270,8 +300,8 @@ class Encoder:
     def _mask_all_but_assistant(self, messages: list[Message], ids: list[int]) -> list[int]:
         mask: list[int] = []
         if re.search(r"{%-?\s*generation\s*-?%}", self.tokenizer.get_chat_template()):
-            encoded: Any = self.tokenizer.apply_chat_template(
-                messages, return_dict=True, return_assistant_tokens_mask=True
+            encoded = apply_template(
+                messages, self.tokenizer, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )
             mask = encoded["assistant_masks"]
         if not any(mask):
@@ -332,10 +362,13 @@ def encode_rows(
     def encode(row: dict[str, Any], number: int) -> dict[str, Any]:
         try:
             encoded = encoder(row)
+        except BrokenTemplate:  # which is no row's fault
+            raise
         except UserError as error:
             raise UserError(f"{where} row {number + 1}: {error}") from error
         found = {"length": len(encoded["input_ids"]), "largest": max(encoded["input_ids"], default=0)}
-        return encoded | found | {"trained": _trains(encoded["labels"])}
+        answered = _has_answer(row, encoder.schema)
+        return encoded | found | {"trained": _trains(encoded["labels"]), "answered": answered}
 
     def cut(row: dict[str, Any]) -> dict[str, Any]:
         ids, labels, long = row["input_ids"], row["labels"], row["length"] > (max_length or math.inf)
@@ -380,6 +413,7 @@ def encode_rows(
         kept=len(trainable),
         too_long=too_long,
         eos_cut_off=sum(left["eos_cut_off"]) if "eos_cut_off" in left.column_names else 0,
+        empty_answers=len(rows) - sum(encoded["answered"]),
         answers_cut_off=len(left) - untrained - len(trainable),
         untrained=untrained,
         without_eos=sum(without_eos),

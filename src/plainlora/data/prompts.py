@@ -4,18 +4,31 @@ The template that trained a model is saved with its tokenizer (`chat_template.ji
 did. The built-in templates are the files in `templates/`.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from plainlora.errors import UserError
-from plainlora.time_limit import time_limit
+from plainlora.lora.time_limit import time_limit
+from plainlora.memory_limit import memory_limit
 
 Message = dict[str, str]
 
 TEMPLATES = Path(__file__).parent / "templates"
 RENDER_SECONDS = 10.0  # a conversation takes less than a thousandth of it
+RENDER_BYTES = 1 << 28
+BYTES_A_LETTER = 64  # of the messages: up to 4 for each copy of them
+MOST_LETTERS = 1_000_000  # of the rendered text, on top of what the messages explain
+MOST_COPIES = 10  # of the messages in the rendered text
 INPUT_MARK = "\n\n### Input:\n"  # the Alpaca template looks for it; see templates/alpaca.jinja
+
+
+class BrokenTemplate(UserError):
+    """A chat template that renders nothing, whatever the messages."""
 
 
 def user_message(instruction: str, context: str = "") -> Message:
@@ -62,9 +75,48 @@ def install_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -
         source = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompt_template: {path} cannot be read: {error}") from error
+    try:
+        with time_limit(RENDER_SECONDS), memory_limit(RENDER_BYTES):
+            _compile_jinja_template(source)
+    except Exception as error:  # of any kind, as in `apply_template`
+        raise BrokenTemplate(f"prompt_template: {path} is no chat template: {_fault(error)}") from error
     # The tokenizer adds no BOS to rendered text, so a built-in template spells it out where the model expects it.
     bos = "{{- bos_token -}}" if path == built_in and adds_bos(tokenizer) else ""
     tokenizer.chat_template = bos + source
+
+
+def apply_template(
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, tokenize: bool = False, **options: Any
+) -> Any:
+    """`tokenizer.apply_chat_template` with an end: a template is a program from elsewhere.
+
+    Args:
+        messages: Alternating user and assistant messages.
+        tokenizer: Carries the template.
+        tokenize: Whether the text is tokenised too. Then memory has no limit, as a tokenizer that is refused some ends
+            the process; `render` has made the same text within the limit before.
+        **options: For `apply_chat_template`.
+
+    Raises:
+        UserError: The template refuses the messages, or takes too much time or memory.
+        BrokenTemplate: It is no template.
+    """
+    limit = nullcontext() if tokenize else memory_limit(RENDER_BYTES + BYTES_A_LETTER * _letters(messages))
+    try:
+        with time_limit(RENDER_SECONDS), limit:
+            return tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
+    except TemplateSyntaxError as error:
+        raise BrokenTemplate(f"the chat template of {tokenizer.name_or_path} is none: {_fault(error)}") from error
+    except Exception as error:  # Jinja's own errors and whatever the template raises
+        raise UserError(f"the chat template cannot render {messages[0]['role']!r} first: {error}") from error
+
+
+def _fault(error: Exception) -> str:
+    return f"{error.message} (line {error.lineno})" if isinstance(error, TemplateSyntaxError) else str(error)
+
+
+def _letters(messages: list[Message]) -> int:
+    return len(str(messages))
 
 
 def render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, for_generation: bool = False) -> str:
@@ -76,15 +128,14 @@ def render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, for_gene
         for_generation: Whether the text ends where the assistant's answer would begin.
 
     Raises:
-        UserError: The tokenizer has no template, or the template refuses the messages.
+        UserError: The tokenizer has no template, or see `apply_template`, or the text is endless.
     """
     if tokenizer.chat_template is None:
         raise UserError("the tokenizer has no chat template: set prompt_template to alpaca, llama2 or a .jinja file")
-    try:
-        with time_limit(RENDER_SECONDS):
-            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_generation))
-    except Exception as error:  # Jinja's own errors and whatever the template raises
-        raise UserError(f"the chat template cannot render {messages[0]['role']!r} first: {error}") from error
+    text = str(apply_template(messages, tokenizer, add_generation_prompt=for_generation))
+    if len(text) > MOST_LETTERS + MOST_COPIES * _letters(messages):
+        raise UserError(f"the chat template makes {len(text):,} letters of {_letters(messages):,}; give another")
+    return text
 
 
 def render_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, context: str = "") -> str:

@@ -1,11 +1,22 @@
-"""Whether the base can be had, and fits what a recipe asks of it. Its weights are not looked at."""
+"""Whether the base can be had, and fits what a recipe asks of it. Of its weights, names and shapes are looked at."""
+
+from collections.abc import Callable
+from dataclasses import replace
 
 from transformers import PretrainedConfig
+from transformers.utils import logging
 from trl import ModelConfig
 
 from plainlora.doctor.finding import Examination
-from plainlora.models import check_dropout, check_length, context_length, describe_remote_code, load_config
+from plainlora.models import (
+    check_dropout,
+    check_length,
+    context_length,
+    describe_remote_code,
+    load_config,
+)
 from plainlora.settings.arguments import RecipeArguments
+from plainlora.weight_files import is_on_disk
 
 
 def examine_base(
@@ -34,3 +45,40 @@ def examine_base(
         if len(examination.findings) == before:
             examination.add("ok", "base", "config", f"{name}: {config.model_type}, {positions} positions")
     return config
+
+
+def examine_weights(
+    config: PretrainedConfig, load: Callable[..., object], examination: Examination, name: str, revision: str | None
+) -> bool:
+    """Whether the program could load the base: it is loaded on the `meta` device, of whose weights no value is read.
+
+    Args:
+        config: The base's.
+        load: As the program loads it, given the device and where the weights may come from.
+        examination: Told what was found.
+        name: Hub id or local folder.
+        revision: Branch, tag or commit on the Hub.
+    """
+    if not is_on_disk(name, revision):
+        examination.add(
+            "note", "base", "loading", "the weights are downloaded when training starts, and not looked at here"
+        )
+        return True
+    if getattr(config, "quantization_config", None) is not None:
+        examination.add("note", "base", "loading", "the weights are stored quantised, and not looked at here")
+        return True
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        loads = examination.passes("base", "loading", load, device_map="meta", local_files_only=True)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    if loads:
+        examination.add("ok", "base", "loading", "all weights are there, in the shapes that the config says")
+    return loads
+
+
+def dense(model: ModelConfig) -> ModelConfig:
+    """The same base without quantising it, which needs values."""
+    return replace(model, load_in_4bit=False, load_in_8bit=False)

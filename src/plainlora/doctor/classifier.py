@@ -1,5 +1,6 @@
 """A recipe of `recipes/classify.py`: its base, texts, tokenizer, and what is trained."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from trl import ModelConfig, ScriptArguments
 
 from plainlora.backends import BACKENDS
 from plainlora.data.encoding import IGNORED
-from plainlora.doctor.base import examine_base
+from plainlora.doctor.base import dense, examine_base, examine_weights
 from plainlora.doctor.diagnosis import Diagnosis
 from plainlora.doctor.finding import Examination
 from plainlora.doctor.layers import examine_layers
@@ -25,7 +26,9 @@ from plainlora.models import (
     check_vocabulary,
     classifier_config,
     context_length,
+    load_classifier,
     load_tokenizer,
+    loading_options,
 )
 from plainlora.resources.footprint import Footprint, estimate
 from plainlora.resources.plan import Plan
@@ -103,7 +106,7 @@ def _examine_method(
     name = str(model.model_name_or_path)
     config = examination.ask(subject, "classes", classifier_config, name, labels, pad, model.model_revision)
     skeleton = None if config is None else examination.ask(subject, "architecture", build_skeleton, config)
-    if config is None or skeleton is None:
+    if config is None or skeleton is None or not _examine_weights(parts, config, examination):
         return None
     if recipe.method == "lora":
         lora = examination.ask(subject, "layers", build_classifier_lora, model, recipe, skeleton)
@@ -116,6 +119,17 @@ def _examine_method(
         return None
     examination.add("ok", subject, "layers", f"trained are {', '.join(modules)}")
     return _Trained(config, modules=modules)
+
+
+def _examine_weights(parts: Parts, config: PretrainedConfig, examination: Examination) -> bool:
+    recipe, _, _, model = parts
+    name = str(model.model_name_or_path)
+
+    def load(**options: Any) -> object:
+        options |= loading_options(dense(model)) | {"dropout": recipe.base_dropout}
+        return load_classifier(copy.deepcopy(config), name, **options)
+
+    return examine_weights(config, load, examination, name, model.model_revision)
 
 
 def _count(
@@ -142,5 +156,6 @@ def _count(
         trained_modules=trained.modules,
         merge=recipe.merge,
         tokenizer=tokenizer,
+        evaluated=max(len(rows) for rows in texts.splits(recipe.measured_train_rows).values()),
     )
     return examination.ask("resources", "estimate", estimate, plan)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, ParamSpec, TypeVar
 
-from plainlora.errors import UserError
+from plainlora.errors import UserError, first_line, one_line
 from plainlora.lora.errors import LoRAError
 
 Level = Literal["ok", "note", "warning", "error"]
@@ -40,15 +40,28 @@ class Examination:
 
     def add(self, level: Level, subject: str, check: str, message: str, **figures: Any) -> None:
         """Writes a finding down; a message is one line whatever it quotes."""
-        self.findings.append(Finding(level, subject, check, " ".join(message.split()), figures))
+        self.findings.append(Finding(level, subject, check, one_line(message), figures))
 
     def ask(self, subject: str, check: str, question: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """Calls what refuses by raising; its one line is an error found here, and the result is then `None`."""
+        """Calls what refuses by raising; its one line is an error found here, and the result is then `None`.
+
+        So is whatever else a library raises: what was found before it, and what can be found after, is not lost.
+        """
         try:
             return question(*args, **kwargs)
         except (UserError, LoRAError) as error:
             self.add("error", subject, check, str(error))
-            return None
+        except Exception as error:  # of any library
+            self.add("error", subject, check, f"it could not be examined: {type(error).__name__}: {first_line(error)}")
+        return None
+
+    def passes(
+        self, subject: str, check: str, question: Callable[P, object], *args: P.args, **kwargs: P.kwargs
+    ) -> bool:
+        """Whether what `ask` calls raised nothing, for questions that have no answer."""
+        before = len(self.findings)
+        self.ask(subject, check, question, *args, **kwargs)
+        return len(self.findings) == before
 
     def at(self, level: Level) -> list[Finding]:
         """The findings of one level."""

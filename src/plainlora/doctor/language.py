@@ -1,7 +1,7 @@
 """A recipe of `recipes/sft.py`: its base, rows, tokenizer and adapter."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -9,7 +9,7 @@ from trl import ModelConfig, ScriptArguments
 
 from plainlora.backends import BACKENDS, build_lora_config
 from plainlora.data.prompts import install_template
-from plainlora.doctor.base import examine_base
+from plainlora.doctor.base import dense, examine_base, examine_weights
 from plainlora.doctor.diagnosis import Diagnosis
 from plainlora.doctor.finding import Examination
 from plainlora.doctor.layers import build_decoder, examine_layers
@@ -17,7 +17,7 @@ from plainlora.doctor.precision import list_precisions
 from plainlora.doctor.resources import examine_resources
 from plainlora.doctor.rows import examine_rows
 from plainlora.doctor.sample import split_sample
-from plainlora.models import check_vocabulary, load_tokenizer
+from plainlora.models import check_vocabulary, load_base, load_tokenizer
 from plainlora.resources.footprint import Footprint, estimate
 from plainlora.resources.plan import Plan
 from plainlora.settings.arguments import SFTArguments, SFTRecipeConfig
@@ -51,11 +51,12 @@ def examine_language_model(found: Diagnosis, parts: Parts, say: Callable[[str], 
         if len(rows.train):
             found.sample = split_sample(rows.train[0]["input_ids"], rows.train[0]["labels"], tokenizer)
     lora = examination.ask("adapter", "config", build_lora_config, model, recipe)
+    loads = config is not None and _examine_weights(parts, config, examination)
     targets: list[str] = []
     if config is not None and lora is not None:
         say("laying out the model")
         targets = examine_layers(build_decoder(config, trust), lora, examination)
-    if config is not None and lora is not None and targets and rows is not None and rows.reports["train"].kept:
+    if config is not None and loads and lora is not None and targets and rows is not None and len(rows.train):
         say("counting memory")
         report = rows.reports["train"]
         plan = Plan(
@@ -72,6 +73,7 @@ def examine_language_model(found: Diagnosis, parts: Parts, say: Callable[[str], 
             base_dropout=recipe.base_dropout,
             merge=recipe.merge,
             tokenizer=tokenizer,
+            evaluated=None if rows.test is None else len(rows.test),
         )
         found.footprint = examination.ask("resources", "estimate", estimate, plan)
     if found.footprint is not None:
@@ -96,12 +98,23 @@ def _examine_tokenizer(
         pad_token=training.pad_token,
         trust_remote_code=training.trust_remote_code,
     )
-    if tokenizer is not None:
-        if config is not None:
-            examination.ask("tokenizer", "vocabulary", check_vocabulary, tokenizer, config)
-        template = recipe.prompt_template or training.chat_template_path
-        examination.ask("tokenizer", "template", install_template, tokenizer, template)
-    return tokenizer
+    if tokenizer is None:
+        return None
+    if config is not None:
+        examination.ask("tokenizer", "vocabulary", check_vocabulary, tokenizer, config)
+    template = recipe.prompt_template or training.chat_template_path
+    installed = examination.passes("tokenizer", "template", install_template, tokenizer, template)
+    return tokenizer if installed else None
+
+
+def _examine_weights(parts: Parts, config: PretrainedConfig, examination: Examination) -> bool:
+    recipe, _, training, model = parts
+
+    def load(**options: Any) -> object:
+        asked = cast(dict[str, Any], training.model_init_kwargs or {})
+        return load_base(dense(model), training.trust_remote_code, asked | options, recipe.base_dropout)
+
+    return examine_weights(config, load, examination, str(model.model_name_or_path), model.model_revision)
 
 
 def _say_rows(read: tuple[Dataset, Dataset | None] | None, examination: Examination) -> None:
@@ -109,7 +122,7 @@ def _say_rows(read: tuple[Dataset, Dataset | None] | None, examination: Examinat
     if read is not None:
         train, test = read
         said = f"{len(train):,} to train on and {len(test) if test is not None else 0:,} to test on were read"
-        examination.add("note", "rows", "there", f"{said}, but not tokenised: there is no tokenizer")
+        examination.add("note", "rows", "there", f"{said}, but not tokenised: there is no tokenizer, or no template")
 
 
 def _longest(rows: Dataset) -> int:

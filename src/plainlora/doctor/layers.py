@@ -4,6 +4,7 @@ from collections import Counter
 
 import torch
 from peft import LoraConfig
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from plainlora.backends import BACKENDS, attach_adapter, count_parameters
@@ -43,6 +44,7 @@ def examine_layers(skeleton: PreTrainedModel | None, lora: LoraConfig, examinati
         adapted = examination.ask("adapter", "layers", attach_adapter, skeleton, lora, BACKENDS["reference"])
     if adapted is None:
         return []
+    _examine_scale(adapted, lora, examination)
     names = Counter(name.rpartition(".")[2] for name, _ in lora_layers(adapted))
     trainable, total = count_parameters(adapted)
     counts = ", ".join(f"{count} {name}" for name, count in names.items())
@@ -51,3 +53,14 @@ def examine_layers(skeleton: PreTrainedModel | None, lora: LoraConfig, examinati
         "ok", "adapter", "layers", said, layers=dict(names), trainable_params=trainable, total_params=total
     )
     return list(names)
+
+
+def _examine_scale(adapted: nn.Module, lora: LoraConfig, examination: Examination) -> None:
+    """Warns of a rank that most layers cannot have, and of a scale below 0."""
+    layers = [layer for _, layer in lora_layers(adapted)]
+    full = sum(layer.r > min(layer.lora_A.in_features, layer.lora_B.out_features) for layer in layers)
+    if 2 * full > len(layers):
+        said = f"in {full} of {len(layers)} layers r is above the smaller width, which no rank can be; lower lora_r"
+        examination.add("warning", "adapter", "rank", said)
+    if lora.lora_alpha < 0:
+        examination.add("warning", "adapter", "alpha", f"lora_alpha {lora.lora_alpha} is below 0; was that meant?")

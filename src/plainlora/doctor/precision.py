@@ -3,6 +3,8 @@
 from transformers import PretrainedConfig, TrainingArguments
 from trl import ModelConfig
 
+from plainlora.settings.arguments import optim_name
+
 
 def list_precisions(
     training: TrainingArguments, model: ModelConfig, config: PretrainedConfig | None, adapter_dtype: str | None
@@ -31,7 +33,7 @@ def list_precisions(
     elif training.fp16:
         compute = "float16, by autocast with loss scaling"
     trained = adapter_dtype or str(stored)
-    name = str(getattr(training.optim, "value", training.optim))
+    name = optim_name(training)
     state = "8-bit" if "8bit" in name else "float32" if "32bit" in name else f"{trained}, as what is trained"
     return {
         "base": base,

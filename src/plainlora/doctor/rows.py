@@ -21,6 +21,8 @@ def examine_rows(
     examination = Examination()
     if rows.missing:
         examination.add("error", "test rows", "there", rows.missing)
+    if rows.too_few:
+        examination.add("error", "train rows", "batch", rows.too_few)
     for split, report in rows.reports.items():
         _examine_split(f"{split} rows", report, rows.rendered, examination)
         examine_ids(report.largest_id, f"{split} rows", config, examination)
@@ -59,6 +61,11 @@ def _examine_split(subject: str, report: EncodingReport, rendered: bool, examina
                 f"every answer that is not cut ends with EOS, and it is trained: {report.kept - report.eos_cut_off:,}"
             )
         examination.add("ok", subject, "eos", ending)
+    if 0 < report.empty_answers < report.rows:
+        said = (
+            f"{report.empty_answers:,} of {report.rows:,} have an empty answer, and teach to say nothing; remove them"
+        )
+        examination.add("warning", subject, "empty", said, empty=report.empty_answers)
     if report.untrained:
         said = f"{report.untrained:,} have no token to train on and are dropped; look for empty answers or texts"
         examination.add("warning", subject, "untrained", said, untrained=report.untrained)

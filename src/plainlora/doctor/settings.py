@@ -7,6 +7,7 @@ from typing import Any
 
 from plainlora.doctor.finding import Examination
 from plainlora.errors import UserError
+from plainlora.settings.checks import refused_values
 from plainlora.settings.parsing import StrictParser, read_yaml, set_environment
 from plainlora.settings.programs import Program
 from plainlora.settings.renames import RENAMES
@@ -89,6 +90,7 @@ def read_settings(
     content = read_yaml(config)
     examination.ask("settings", "env", set_environment, config, content.pop("env", None) or {})
     kept: dict[str, Any] = {}
+    left_out: set[str] = set()
     from_yaml: list[str] = []
     for name, value in content.items():
         try:
@@ -103,17 +105,39 @@ def read_settings(
                 except UserError:
                     today = None
             examination.add("error", "settings", _check_of(name, parser), f"{error}; {_read_as(today, meant)}")
-            if today is not None:
+            if today is None:
+                left_out.add(_todays(str(name)))
+            else:
                 from_yaml += words
                 kept[today] = meant
-    typed = list(_typed(flags, parser, examination))
+    typed = list(_typed(flags, parser, examination, left_out))
     parts = parser.build(config, kept, from_yaml, typed)
     for fault in program.faults(*parts):
         examination.add("error", "settings", "contradiction", fault)
+    _set_aside({*refused_values(*parts), *(left_out - parser.origins.keys())}, parts, parser)
     if not examination.at("error"):
         said = f"{len(content)} in {config} and {sum(word.startswith('--') for word in typed)} flags, none stale"
         examination.add("ok", "settings", "names", said + ", none that contradict each other")
     return parts, parser.origins
+
+
+def _set_aside(names: set[str], parts: Sequence[Any], parser: _PatientParser) -> None:
+    """Gives refused settings their defaults, so that what depends on them can be examined.
+
+    No length is a default that could be meant: rows are then of any length.
+    """
+    for name in names:
+        for part in (part for part in parts if name in vars(part)):
+            setattr(part, name, None if name == "max_length" else parser.standard[name])
+            said = "open" if name == "max_length" else "default"
+            parser.origins[name] = f"{said}, because of the error above"
+
+
+def _todays(name: str) -> str:
+    """Today's name of a setting, as far as there is one."""
+    name = name.replace("-", "_")
+    rename = RENAMES.get(name)
+    return name if rename is None or rename.today is None else rename.today
 
 
 def _check_of(name: object, parser: StrictParser) -> str:
@@ -133,8 +157,11 @@ def _meant(name: str, value: Any, names: Sequence[str], there: set[str]) -> tupl
     return (None, None) if meant is None else (rename.today, meant)
 
 
-def _typed(flags: Sequence[str], parser: StrictParser, examination: Examination) -> Iterator[str]:
-    """The words of a command line that can be read, flag by flag, stale ones under today's name."""
+def _typed(flags: Sequence[str], parser: StrictParser, examination: Examination, left_out: set[str]) -> Iterator[str]:
+    """The words of a command line that can be read, flag by flag, stale ones under today's name.
+
+    The names of those that cannot be read are added to `left_out`.
+    """
     groups: list[list[str]] = []
     for word in flags:
         if word.startswith("--") or not groups:
@@ -150,6 +177,7 @@ def _typed(flags: Sequence[str], parser: StrictParser, examination: Examination)
             today, meant = _meant(name, values[0] if values else True, parser.names, set())
             examination.add("error", "settings", _check_of(name, parser), f"{error}; {_read_as(today, meant)}")
             if today is None:
+                left_out.add(_todays(name))
                 continue
             renamed = [f"--{today}", str(meant), *values[1:]]
             with suppress(UserError):

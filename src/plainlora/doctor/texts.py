@@ -2,11 +2,13 @@
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from plainlora.data.labels import listed
 from plainlora.doctor.finding import Examination
 from plainlora.doctor.tokens import examine_ids, examine_saving
 from plainlora.training.preparation import PreparedTexts
 
 MOSTLY_CUT = 0.5  # share of the texts above which their endings are what is missed
+MANY = 10  # classes; from here on they may be texts, or numbers to be predicted
 RARE = 0.1  # share of the largest class below which accuracy says little
 
 
@@ -40,12 +42,18 @@ def examine_texts(
 
 
 def _examine_classes(texts: PreparedTexts, examination: Examination) -> None:
+    sizes = list(texts.read.class_counts()["train"].values())
+    alone = sizes.count(1)
+    if len(sizes) >= MANY and 2 * alone > len(sizes):
+        said = f"{alone:,} of {len(sizes):,} classes have one row; is label_column that of texts, or of numbers?"
+        level = "error" if alone == len(sizes) else "warning"
+        examination.add(level, "train rows", "single", said, classes=len(sizes), single=alone)  # type: ignore[arg-type]
     for split, counts in texts.read.class_counts().items():
         most = max(counts, key=lambda name: counts[name])
         share = counts[most] / sum(counts.values())
-        named = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+        named = listed([f"{count:,} {name}" for name, count in counts.items()])
         uneven = min(counts.values()) < RARE * counts[most]
-        said = f"{named}; always {most!r} would be right for {share:.1%}"
+        said = f"{named}; always {most!r:.40} would be right for {share:.1%}"
         if uneven:
             said += ", so look at F1 beside accuracy, or set balance_classes"
         examination.add("note" if uneven else "ok", f"{split} rows", "classes", said, counts=counts)

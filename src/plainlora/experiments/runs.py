@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import json
 import shutil
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from trl import ModelConfig, ScriptArguments
 
 from plainlora.errors import INTERRUPTED, UserError
 from plainlora.interruption import end_with_parent
+from plainlora.json_files import read_mapping
 from plainlora.report import write_json
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig
 from plainlora.settings.checks import check_writable
@@ -140,10 +140,9 @@ def run_recipe(config: str, flags: Sequence[str], output_dir: Path) -> Outcome:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_mapping(path)
+    except ValueError:
         return None
-    return content if isinstance(content, dict) else None
 
 
 def _last_words(log: Path, code: int) -> str:

@@ -1,5 +1,6 @@
 """The model card: `README.md` in the Hub's format, with metadata, settings, results, and how to load the weights."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,12 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 from plainlora.data.datasets import hub_name, is_local
 from plainlora.models import is_classifier
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, SFTArguments
+from plainlora.training.checkpoints import PICTURES
 
 HERE = "PATH OR HUB ID OF THIS MODEL"  # what loading examples say until the model is published
+
+# Figures that tell how good the weights are, and of how many rows. What they cost stands in all_results.json alone.
+QUALITY = re.compile("loss|perplexity|accuracy|f1|exact_match|max_abs_diff|_rows$")
 
 
 def _show(value: Any) -> str:
@@ -61,8 +66,12 @@ def _adapter_settings(backend: str, targets: Any, model: ModelConfig) -> dict[st
     }
 
 
-def _training_settings(training: TrainingArguments) -> dict[str, Any]:
+def _training_settings(training: TrainingArguments, results: dict[str, Any]) -> dict[str, Any]:
+    used, read = results.get("rows_trained"), results.get("rows_read")
+    trained, total = results["trainable_params"], results["total_params"]
     return {
+        "rows trained on": used if read is None else f"{used:,} of {read:,} read",
+        "trained parameters": f"{trained:,} of {total:,} ({trained / total:.2%})",
         "learning rate": training.learning_rate,
         "schedule": SchedulerType(training.lr_scheduler_type).value,
         "epochs": training.num_train_epochs if training.max_steps <= 0 else None,
@@ -128,8 +137,11 @@ def _write(
     load: str,
 ) -> None:
     pictures = "\n".join(
-        f"![{path.stem}]({path.name})" for path in sorted(Path(output_dir).glob("*.png"), reverse=True)
+        f"![{name.partition('.')[0]}]({name})" for name in PICTURES if (Path(output_dir) / name).is_file()
     )
+    quality = {
+        name: value for name, value in results.items() if QUALITY.search(name) and not isinstance(value, (list, dict))
+    }
     text = f"""---
 {metadata}
 ---
@@ -140,7 +152,7 @@ def _write(
 
 ## Results
 
-{_table(results)}
+{_table(quality)}
 
 ## Training
 
@@ -165,7 +177,7 @@ def write_sft_card(
     """The card of an adapter for a causal language model."""
     base, dataset = str(model.model_name_or_path), str(script.dataset_name)
     settings = _adapter_settings(recipe.lora_backend, model.lora_target_modules, model)
-    settings |= {"base weights": _base_weights(model)} | _training_settings(training)
+    settings |= {"base weights": _base_weights(model)} | _training_settings(training, results)
     settings |= {"longest row (tokens)": training.max_length, "packing": training.packing}
     load = f"""With PEFT:
 
@@ -182,7 +194,9 @@ With PlainLoRA, from a local folder:
 
 ```python
 from plainlora import load_adapter
+from transformers import AutoModelForCausalLM
 
+base = AutoModelForCausalLM.from_pretrained("{base}")
 model = load_adapter(base, "PATH OF THIS ADAPTER")
 ```
 """
@@ -230,7 +244,7 @@ def write_classifier_card(
         model: Which base.
         config: The classifier's, with its classes.
         lora: The adapter's; `None` for a whole model.
-        results: Flat results; the confusion matrices are left to the picture.
+        results: Flat results; the confusion matrices are left to the picture, and what it cost to all_results.json.
     """
     base, dataset = str(model.model_name_or_path), str(script.dataset_name)
     head = "trained whole" if recipe.train_head else "LoRA" if recipe.lora_head else "frozen as it started"
@@ -239,7 +253,7 @@ def write_classifier_card(
         named = lora.target_modules
         targets = named if isinstance(named, str) else ", ".join(sorted(named or ()))
         settings |= _adapter_settings(recipe.lora_backend, targets, model) | {"head": head}
-    settings |= {"base weights": _base_weights(model)} | _training_settings(training)
+    settings |= {"base weights": _base_weights(model)} | _training_settings(training, results)
     names = ", ".join(f"`{label}`" for label in (config.id2label or {}).values())
     if lora is not None:
         load = f"""{_head_sentence(head, is_classifier(config))}
@@ -270,7 +284,7 @@ model = PeftModel.from_pretrained(base, "{HERE}")
         ),
         f"{'A LoRA adapter that makes' if lora else 'This model is'} `{base}`{'' if lora else ' made'} a "
         f"classifier of {names}, trained on `{dataset}` with PlainLoRA.",
-        {name: value for name, value in results.items() if not isinstance(value, (list, dict))},
+        results,
         settings,
         load,
     )

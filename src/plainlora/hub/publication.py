@@ -2,14 +2,15 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, metadata_load
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers.pipelines import SUPPORTED_TASKS
@@ -18,24 +19,29 @@ from plainlora.data.datasets import is_local
 from plainlora.errors import UserError
 from plainlora.folders import find_damage
 from plainlora.hub.model_card import HERE, plain_card
+from plainlora.hub.repository import words_of
+from plainlora.json_files import read_mapping
+from plainlora.lora.containment import find_escape
 from plainlora.lora.interchange import LORA_WEIGHTS, PREFIX, read_config, saved_shapes
 from plainlora.lora.storage import is_finite
 from plainlora.provenance.adapter_base import class_labels
-from plainlora.training.checkpoints import ADAPTER, WHOLE_MODEL, holds_adapter
+from plainlora.settings.parsing import StrictLoader
+from plainlora.training.checkpoints import ADAPTER, PICTURES, WHOLE_MODEL, holds_adapter
 
 INDEX = "model.safetensors.index.json"
 CARD = "README.md"
-TEXTS = (
+TOKENIZER = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
-BINARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "*.png")
+PNG = b"\x89PNG\r\n\x1a\n"  # how one begins
 CERTIFICATE, RUN = "certificate.json", "run.json"
 REPORTS = ("all_results.json", CERTIFICATE, RUN)
 
 # An absolute path of two parts or more inside a text, of which the last is kept. Web addresses have no match.
 LOCAL_PATH = re.compile(r"""(?<![\w./:~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\`'"=,;()]+[/\\])+([^\s/\\`'"=,;()]*)""")
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
+TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 
 
 @dataclass(frozen=True)
@@ -79,31 +85,40 @@ def collect_publication(
         base_revision: Branch, tag or commit of an adapter's base, to be named beside it.
 
     Raises:
-        UserError: There is nothing to publish, or what there is is damaged, empty, not finite, without a base that
-            others can load, or described by a card that the Hub would refuse.
+        UserError: There is nothing to publish, or what there is leads out of the folder, is damaged, empty, not
+            finite, without a base that others can load, or described by a card that the Hub would refuse.
         LoRAError: The adapter's files cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give the one that training or `plainlora merge` wrote")
+    if escape := find_escape(folder):
+        raise UserError(f"{folder} is not published: {escape}; put the files themselves into the folder")
     if damage := find_damage(folder):
         raise UserError(f"{folder}: {damage}; write it again, or take manifest.json away if the change is yours")
     weights = _find_adapter(folder) if holds_adapter(folder) else _find_model(folder)
     base = hub_base(folder, weights.base, base_model)
 
     files: dict[str, Path | bytes] = {name: folder / name for name in weights.names}
-    files |= {path.name: path for pattern in (*TEXTS, *BINARIES) for path in folder.glob(pattern) if path.is_file()}
+    files |= {name: folder / name for name in TOKENIZER if (folder / name).is_file()}
+    files |= {name: folder / name for name in PICTURES if _is_picture(folder / name)}
     files |= _config(folder, weights, base, base_model is not None, base_revision)
     for name in REPORTS:
         if (folder / name).is_file():
-            files[name] = _as_json(_without_paths(_read(folder / name), weights.base, base))
+            files[name] = _as_json(_for_others(_read(folder / name), weights.base, base))
     files[CARD] = _card(folder, weights, base, base_model is not None).encode()
     for name, content in files.items():
-        if name.endswith((".json", ".txt", ".jinja", ".md")):
-            text = (content if isinstance(content, bytes) else content.read_bytes()).decode(errors="replace")
-            if TOKEN.search(text):
-                raise UserError(f"{folder / name} holds what looks like a Hub token; take it out")
+        if TOKEN.search(words_of(name, content)):
+            raise UserError(f"{folder / name} holds what looks like a Hub token; take it out")
     return Publication(base, files)
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether there is a PNG, whatever else may be called one."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(PNG)) == PNG
 
 
 def _config(
@@ -137,12 +152,9 @@ def _optional(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); write the folder again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (it is no mapping); write the folder again")
-    return content
+        return read_mapping(path)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); write the folder again") from error
 
 
 def _as_json(content: dict[str, Any]) -> bytes:
@@ -191,15 +203,15 @@ def _find_model(folder: Path) -> _Weights:
     names = [single]
     if (folder / INDEX).is_file():
         named = _read(folder / INDEX).get("weight_map")
-        names = [INDEX, *sorted(set(named.values()))] if isinstance(named, dict) else []
-        if not names or any(not re.fullmatch(r"[\w.-]+", str(name)) for name in names):
+        names = [INDEX, *sorted({str(name) for name in named.values()})] if isinstance(named, dict) else []
+        if not names or any(not re.fullmatch(r"[\w.-]+", name) for name in names):
             raise UserError(f"{folder / INDEX} names files outside of its folder, or none; write the model again")
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise UserError(f"{folder} has no {missing[0]}; only whole models in safetensors are published")
     for name in set(names) - {INDEX}:
         _check_tensors(folder / name)
-    architectures = _read(folder / description).get("architectures") or ["?"]
-    task = "text-classification" if "ForSequenceClassification" in str(architectures[0]) else "text-generation"
+    classifies = "ForSequenceClassification" in str(_read(folder / description).get("architectures"))
+    task = "text-classification" if classifies else "text-generation"
     return _Weights("transformers", task, names, description, _base_of_model(folder))
 
 
@@ -216,13 +228,14 @@ def _merge_figures(folder: Path) -> dict[str, Any]:
     """What a merge's certificate says, in short, for a card."""
     certificate = _optional(folder / CERTIFICATE)
     kind, merged = str(_find(certificate, "base", "kind")), _find(certificate, "figures", "merged")
+    text, rows, tokens = (_find(certificate, "measured_on", name) for name in ("text", "rows", "tokens"))
     figures = {
         "precision": _find(certificate, "merged", "dtype"),
-        "perplexity": _find(merged, "perplexity"),
+        f"perplexity on {text} ({rows} rows, {tokens} tokens)": _find(merged, "perplexity") if text else None,
         "largest difference of a logit from the adapter model's": _find(merged, "against", kind, "max_abs_diff"),
         "the same over the largest logit": _find(merged, "against", kind, "relative_diff"),
     }
-    return {name: value for name, value in figures.items() if value is not None}
+    return {LOCAL_PATH.sub(r"\1", name): value for name, value in figures.items() if value is not None}
 
 
 def _check_tensors(path: Path) -> None:
@@ -280,12 +293,15 @@ def hub_base(where: str | Path, named: str | None, given: str | None, flag: str 
     return named
 
 
-def _without_paths(content: Any, named: str | None, base: str) -> Any:
-    """JSON in which the base has its Hub id, and of every other path of this disk only the last part is left."""
+def _for_others(content: Any, named: str | None, base: str) -> Any:
+    """JSON in which the base has its Hub id, and of every other path of this disk only the last part is left.
+
+    A recipe's `env` is left out: its values may be anything, passwords too.
+    """
     if isinstance(content, dict):
-        return {key: _without_paths(value, named, base) for key, value in content.items()}
+        return {key: _for_others(value, named, base) for key, value in content.items() if key != "env"}
     if isinstance(content, list):
-        return [_without_paths(value, named, base) for value in content]
+        return [_for_others(value, named, base) for value in content]
     if not isinstance(content, str):
         return content
     flag, equals, value = content.rpartition("=")  # of a command, as in --model_name_or_path=PATH
@@ -300,14 +316,19 @@ def _metadata(path: Path) -> dict[str, Any]:
     """The metadata block of a card, as it is written; empty if there is none.
 
     Raises:
-        UserError: It is no YAML mapping.
+        UserError: It is no YAML mapping, names a key twice, or is none that huggingface_hub can read.
     """
     try:
-        return metadata_load(path) or {}
-    except (yaml.YAMLError, ValueError, OSError) as error:
-        raise UserError(
-            f"{path}: its metadata are no YAML mapping ({error}); mend the block between the ---"
-        ) from error
+        block = REGEX_YAML_BLOCK.search(path.read_text(encoding="utf-8-sig"))
+        loader = StrictLoader(block[2] if block else "")
+        loader.name = str(path)  # for its errors
+        metadata = loader.get_single_data() or {}
+        if not isinstance(metadata, dict):
+            raise ValueError("it is no mapping")
+        ModelCardData(**metadata)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise UserError(f"{path}: its metadata cannot be read ({error}); mend the block between the ---") from error
+    return metadata
 
 
 def _card(folder: Path, weights: _Weights, base: str, renamed: bool) -> str:
@@ -347,16 +368,29 @@ def find_card_problem(metadata: Mapping[str, Any], library: str) -> str | None:
 
     The fields are those of https://huggingface.co/docs/hub/model-cards#model-card-metadata.
     """
-    if metadata.get("library_name") != library:
-        return f"library_name is {metadata.get('library_name')!r}; write `library_name: {library}`"
-    if metadata.get("pipeline_tag") not in SUPPORTED_TASKS:
-        return f"pipeline_tag is {metadata.get('pipeline_tag')!r}; known are {', '.join(SUPPORTED_TASKS)}"
+    entries = {field: _as_list(metadata.get(field, [])) for field in ("language", "datasets", "base_model")}
     tags = metadata.get("tags", [])
-    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
-        return f"tags are {tags!r}; write a list of words"
-    for field in ("datasets", "base_model"):
-        names: Any = metadata.get(field, [])
-        names = [names] if isinstance(names, str) else names
-        if not isinstance(names, Iterable) or not all(is_hub_id(name) for name in names):
-            return f"{field} is {names!r}; write Hub ids, such as USER/NAME, or leave it out"
+    hub_ids = "write Hub ids, such as USER/NAME, or leave it out"
+    rules = {
+        "library_name": (metadata.get("library_name") == library, f"write `library_name: {library}`"),
+        "pipeline_tag": (
+            metadata.get("pipeline_tag") in list(SUPPORTED_TASKS),  # a list may be asked for what has no hash
+            f"known are {', '.join(SUPPORTED_TASKS)}",
+        ),
+        "tags": (isinstance(tags, list) and all(isinstance(tag, str) for tag in tags), "write a list of words"),
+        "license": (isinstance(metadata.get("license", ""), str), "write one word, such as apache-2.0 or other"),
+        "language": (
+            all(isinstance(each, str) for each in entries["language"]),
+            "write a code such as en, or a list of them, in quotes where YAML reads something else, as it does no",
+        ),
+        "datasets": (all(is_hub_id(each) for each in entries["datasets"]), hub_ids),
+        "base_model": (all(is_hub_id(each) for each in entries["base_model"]), hub_ids),
+    }
+    for field, (holds, advice) in rules.items():
+        if not holds:
+            return f"{field} is {metadata.get(field)!r}; {advice}"
     return None
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

@@ -8,7 +8,7 @@ from transformers.trainer_utils import HubStrategy
 from plainlora.errors import UserError
 from plainlora.hub.publication import Publication, collect_publication, hub_base
 from plainlora.hub.repository import Repository, Say, check_repository_name, open_repository
-from plainlora.lora.errors import LoRAError
+from plainlora.lora.errors import LoRAError, some
 
 MESSAGE = "Upload with PlainLoRA"
 
@@ -65,9 +65,11 @@ def push(publication: Publication, repository: Repository, message: str = MESSAG
     """
     files = publication.at(repository.name)
     commit = repository.commit(files, message)
+    said = f"pushed {len(files)} files to {repository.name}: {commit.url}"
     if not commit.changed:
-        return f"{repository.name} holds these {len(files)} files already: {commit.url}"
-    return f"pushed {len(files)} files to {repository.name}: {commit.url}"
+        said = f"{repository.name} holds these {len(files)} files already: {commit.url}"
+    others = sorted(set(repository.files) - set(files))
+    return f"{said}; left as they were: {some(others)}" if others else said
 
 
 def push_run(folder: str | Path, repository: Repository, base_model: str | None) -> str:

@@ -4,7 +4,9 @@ huggingface_hub does the work. Here stands what it leaves to its caller: that th
 fails in passing is tried again, and that what fails for good is one line.
 """
 
+import json
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,8 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from httpx2 import NetworkError, RemoteProtocolError, TimeoutException, TransportError
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelInfo, constants, get_token
+from httpx2 import Client, HTTPError, InvalidURL, NetworkError, RemoteProtocolError, Request, TimeoutException
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    HfApi,
+    ModelInfo,
+    constants,
+    get_token,
+    set_client_factory,
+)
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -22,14 +32,19 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils._http import default_client_factory
 
 from plainlora.errors import UserError
 
 # What huggingface_hub itself tries again, and how often, where it does (`http_backoff`): in uploads, not in commits.
 WAITS = (1, 2, 4, 8, 8)  # seconds
 BUSY = (408, 429, 500, 502, 503, 504)
-FAILURES = (OSError, ValueError, RuntimeError, TransportError)  # what huggingface_hub, httpx and hf_xet raise
 BROKEN = (TimeoutException, NetworkError, RemoteProtocolError)
+SILENCE = 60.0  # seconds without a byte after which a connection is given up
+
+# What huggingface_hub raises over an answer of a shape that it does not expect: it looks into answers unchecked.
+NO_HUB = (AttributeError, KeyError, TypeError, IndexError, RecursionError, UnicodeDecodeError, json.JSONDecodeError)
+FAILURES = (OSError, ValueError, RuntimeError, HTTPError, InvalidURL, *NO_HUB)  # httpx's and hf_xet's as well
 
 TENSORS = ".safetensors"
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -41,6 +56,8 @@ Files = Mapping[str, Path | bytes]
 
 def check_repository_name(name: str) -> None:
     """Raises `UserError` if no model repository can have this name, `USER/NAME` or `NAME`."""
+    if not name:
+        raise UserError("the repository's name is empty; give USER/NAME")
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -56,9 +73,44 @@ def find_token(given: str | None = None) -> str:
     token = given or get_token()
     if not token:
         raise UserError(f"the Hub needs a token, and there is none; {LOG_IN}")
-    if not re.fullmatch("[!-~]+", token):  # the libraries' own errors would quote it
+    # Sent as it is, it would be quoted in the libraries' own errors. huggingface_hub joins the lines of HF_TOKEN.
+    written = given or os.environ.get("HF_TOKEN", "").strip() or token
+    if not re.fullmatch("[!-~]+", written):
         raise UserError(f"the Hub's token holds characters that no token has; {LOG_IN}")
     return token
+
+
+def _limit_silence(request: Request) -> None:
+    """Gives up on a server that takes a request and says nothing, while an upload may last as long as bytes move.
+
+    huggingface_hub sets no limit, and some of its calls (`model_info`) ask for none, so it stands in the request.
+    https://github.com/huggingface/huggingface_hub/blob/v2.4.0/src/huggingface_hub/utils/_http.py
+    """
+    asked = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {
+        phase: SILENCE if asked.get(phase) is None else asked[phase] for phase in ("connect", "read", "write")
+    }
+
+
+def _make_client() -> Client:
+    client = default_client_factory()
+    client.event_hooks["request"].append(_limit_silence)
+    return client
+
+
+def words_of(name: str, content: Path | bytes) -> bytes:
+    """What of a file can hold words: all of it, or a tensor file's header, in which metadata stand.
+
+    Args:
+        name: What it is called in the repository.
+        content: Where it lies, or what it holds. A tensor file is one that can be opened.
+    """
+    if isinstance(content, bytes):
+        return content
+    if not name.endswith(TENSORS):
+        return content.read_bytes()
+    with content.open("rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))
 
 
 class _LibraryLog(logging.Filter):
@@ -99,23 +151,36 @@ def _passes(error: Exception) -> bool:
     return isinstance(error, BROKEN) or (isinstance(error, HfHubHTTPError) and error.response.status_code in BUSY)
 
 
+def _refusal(error: HfHubHTTPError) -> str:
+    """Why the Hub did not do it, and what to do where that is known."""
+    status = error.response.status_code
+    page = f"{constants.ENDPOINT}/settings/tokens"
+    if status == 401:
+        return f"the Hub does not accept the token; make one that may write at {page}, and {LOG_IN}"
+    if status == 403:
+        return f"the token may not write there; make one that may at {page}, and {LOG_IN}"
+    return f"the Hub answered {status}: {error.server_message or str(error) or type(error).__name__}"
+
+
 def _reason(error: BaseException) -> str:
     """What went wrong, and what to do about it where that is known."""
     if isinstance(error, RuntimeError) and error.__cause__ is not None:  # huggingface_hub's around a failed upload
         return _reason(error.__cause__)
     if isinstance(error, OfflineModeIsEnabled):
         return "the Hub is switched off (HF_HUB_OFFLINE); unset that"
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    page = f"{constants.ENDPOINT}/settings/tokens"
-    if status == 401:
-        return f"the Hub does not accept the token; make one that may write at {page}, and {LOG_IN}"
-    if status == 403:
-        return f"the token may not write there; make one that may at {page}, and {LOG_IN}"
-    if isinstance(error, TransportError):
-        return f"the connection to {constants.ENDPOINT} broke: {error or type(error).__name__}"
-    said = error.server_message if isinstance(error, HfHubHTTPError) else None
-    text = said or str(error) or type(error).__name__
-    return f"the Hub answered {status}: {text}" if status else text
+    if isinstance(error, HfHubHTTPError):
+        return _refusal(error)
+    text = str(error) or type(error).__name__
+    if isinstance(error, HTTPError | InvalidURL):
+        silent = f"{constants.ENDPOINT} said nothing for {SILENCE:g} s"
+        broken = f"the connection to {constants.ENDPOINT} broke: {text}"
+        return silent if isinstance(error, TimeoutException) else broken
+    if isinstance(error, NO_HUB) or re.search("improperly formatted|Malformed response", text):
+        return (
+            f"the server at {constants.ENDPOINT} gave an answer that is none of a Hub's; is HF_ENDPOINT right, and "
+            "does no network's log-in page stand between?"
+        )
+    return text
 
 
 class _Conversation:
@@ -130,6 +195,7 @@ class _Conversation:
     def __init__(self, token: str, say: Say) -> None:
         self.token, self.say = token, say
         self.api = HfApi(token=token, library_name="plainlora")
+        set_client_factory(_make_client)
 
     def error(self, failed: str, error: Exception, retries: int, advice: str) -> UserError:
         """The one line: what failed, why, how often it was tried again, what now."""
@@ -180,11 +246,13 @@ class Repository:
         name: `USER/NAME`.
         revision: Branch; `None` for the main one.
         head: The branch's newest commit.
+        files: What that holds, without what the Hub puts there itself.
     """
 
     name: str
     revision: str | None
-    head: str | None
+    head: str
+    files: tuple[str, ...]
     _hub: _Conversation
 
     def commit(self, files: Files, message: str) -> Commit:
@@ -201,10 +269,8 @@ class Repository:
             UserError: A file holds the token, or the Hub cannot be reached or refuses.
         """
         for name, content in files.items():
-            if not name.endswith(TENSORS):
-                data = content if isinstance(content, bytes) else content.read_bytes()
-                if self._hub.token.encode() in data:
-                    raise UserError(f"{name} holds your Hub token; take it out before it is published")
+            if self._hub.token.encode() in words_of(name, content):
+                raise UserError(f"{name} holds your Hub token; take it out before it is published")
 
         api, log = self._hub.api, _LibraryLog(self._hub.say)
 
@@ -222,6 +288,13 @@ class Repository:
         with log.installed():
             made = self._hub.ask(f"the commit to {self.name} failed", send, advice)
         return Commit(made.commit_url, made.oid != self.head)
+
+
+def _text(answer: object) -> str:
+    """A text of an answer; `TypeError` if it is none."""
+    if not isinstance(answer, str):
+        raise TypeError
+    return answer
 
 
 def open_repository(
@@ -242,18 +315,27 @@ def open_repository(
     """
     check_repository_name(name)
     hub = _Conversation(find_token(token), say)
-    user = hub.ask("the Hub cannot be logged in to", hub.api.whoami)
-    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+
+    def log_in() -> tuple[str, object]:
+        answer = hub.api.whoami()
+        return _text(answer["name"]), answer.get("auth", {}).get("accessToken", {}).get("role")
+
+    user, role = hub.ask("the Hub cannot be logged in to", log_in)
+    if role == "read":
         raise UserError(
-            f"the Hub's token of {user['name']} may only read; make one that may write at "
+            f"the Hub's token of {user} may only read; make one that may write at "
             f"{constants.ENDPOINT}/settings/tokens, and {LOG_IN}"
         )
-    name = name if "/" in name else f"{user['name']}/{name}"
+    name = name if "/" in name else f"{user}/{name}"
     url = f"{constants.ENDPOINT}/{name}"
+
+    def look(branch: str | None = None) -> tuple[str, ModelInfo]:
+        found = hub.api.model_info(name, revision=branch)
+        return _text(found.sha), found
 
     def find() -> ModelInfo | None:
         try:
-            return hub.api.model_info(name)
+            return look()[1]
         except RepositoryNotFoundError:
             return None
 
@@ -272,5 +354,6 @@ def open_repository(
             f"the branch {revision} of {name} cannot be had",
             lambda: hub.api.create_branch(name, branch=revision, exist_ok=True),
         )
-    head = hub.ask(failed, lambda: hub.api.model_info(name, revision=revision)).sha
-    return Repository(name, revision, head, hub)
+    head, found = hub.ask(failed, lambda: look(revision))
+    files = tuple(each.rfilename for each in found.siblings or () if each.rfilename != ".gitattributes")
+    return Repository(name, revision, head, files, hub)

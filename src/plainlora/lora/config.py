@@ -60,7 +60,8 @@ TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
 }
 
 
-def _check_types(config: LoraConfig) -> None:
+def check_types(config: LoraConfig) -> None:
+    """Raises `LoRAError` for a field whose value PEFT itself would stumble over."""
     for name, (is_right, expected) in TYPES.items():
         value = getattr(config, name)
         if value is not None and not is_right(value):
@@ -68,6 +69,7 @@ def _check_types(config: LoraConfig) -> None:
     for name in ("use_rslora", "fan_in_fan_out"):
         if not isinstance(getattr(config, name), bool):
             raise LoRAError(f"{name} must be true or false, not {getattr(config, name)!r:.100}")
+    _check_patterns_compile(config)
 
 
 def _check_numbers(config: LoraConfig) -> None:
@@ -114,9 +116,8 @@ def check_supported(config: LoraConfig) -> None:
     if config.init_lora_weights not in (True, False, "gaussian"):
         unsupported.append(f"init_lora_weights={config.init_lora_weights!r}")
     if unsupported:
-        raise LoRAError(f"this LoRA does not implement {', '.join(unsupported)}; leave it out, or use PEFT's back end")
-    _check_types(config)
+        raise LoRAError(f"this LoRA does not implement {', '.join(unsupported)}, with either back end; leave it out")
+    check_types(config)
     _check_numbers(config)
-    _check_patterns_compile(config)
     if config.bias not in ("none", "all", "lora_only"):
         raise LoRAError(f"bias must be none, all or lora_only, not {config.bias!r}")

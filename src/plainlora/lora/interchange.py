@@ -7,16 +7,21 @@ carry PEFT's attribute names, so saving is adding a prefix.
 import copy
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+import peft
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import nn
 
+from plainlora.lora.config import check_types
 from plainlora.lora.containment import find_escape
 from plainlora.lora.errors import LoRAError, some
 from plainlora.lora.record import injection, lora_layers, saved_modules
@@ -59,8 +64,11 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Runs `write(temporary path)` and renames: a reader sees the old file or the new one, never half of one."""
     temporary = path.with_name(f".{path.name}.tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode
     try:
         write(temporary)
+        temporary.chmod(mode)  # safetensors makes a file private
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -122,7 +130,9 @@ def read_config(directory: str | os.PathLike[str]) -> LoraConfig:
         raise LoRAError(f"{directory} is not read: {escape}; put the files themselves into the folder")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        config = PeftConfig.from_pretrained(str(directory))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's, about what it drops; see below
+            config = PeftConfig.from_pretrained(str(directory))
     except Exception as error:  # of any kind: PEFT hands what the file says to its own classes
         raise LoRAError(f"{path} is not a PEFT adapter config ({error}); save the adapter again") from error
     if not isinstance(content, dict) or not isinstance(config, LoraConfig):
@@ -131,9 +141,27 @@ def read_config(directory: str | os.PathLike[str]) -> LoraConfig:
         value = getattr(config, name)
         if value is not None and (not isinstance(value, str) or "\0" in value):
             raise LoRAError(f"{path}: {name} must be a text, not {value!r:.60}; save the adapter again")
-    if not isinstance(config.auto_mapping, dict | None):
-        raise LoRAError(f"{path}: auto_mapping must be a mapping, not {config.auto_mapping!r:.60}")
+    try:
+        check_types(config)
+    except LoRAError as error:
+        raise LoRAError(f"{path}: {error}; save the adapter again") from error
+    mapping = config.auto_mapping
+    if not isinstance(mapping, dict | None) or not isinstance((mapping or {}).get("base_model_class", ""), str):
+        raise LoRAError(f"{path}: auto_mapping must be a mapping that names a class, not {mapping!r:.60}")
+    if dropped := _dropped(content):
+        raise LoRAError(
+            f"{path}: PEFT {peft.__version__} would ignore {some(dropped)}; update PEFT, or take it out of the file"
+        )
     return config
+
+
+def _dropped(content: dict[str, Any]) -> list[str]:
+    """The fields of a file that are set, and that PEFT leaves out with a warning: a newer PEFT's, for one."""
+    known = {field.name for field in fields(LoraConfig)} - {"runtime_config"}
+    if content.get("init_lora_weights") != "loftq":
+        known.remove("loftq_config")
+    unset: tuple[object, ...] = (None, False, "", [], {}, {"ephemeral_gpu_offload": False})
+    return [f"{name}={value!r:.60}" for name, value in content.items() if name not in known and value not in unset]
 
 
 @contextmanager
@@ -151,7 +179,7 @@ def _opened(directory: str | os.PathLike[str]) -> Iterator[safe_open]:
     try:
         with safe_open(path, framework="pt", backend="pread") as file:
             yield file
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise LoRAError(f"{path} is corrupt or cut short ({error}); copy or save the adapter again") from error
 
 

@@ -3,7 +3,8 @@
 import difflib
 import itertools
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from functools import cache
 
 from peft import LoraConfig, TaskType
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
@@ -11,6 +12,7 @@ from torch import nn
 
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.storage import is_quantized, is_supported
+from plainlora.lora.time_limit import time_limit
 
 # The new heads that PEFT trains and saves whole beside the adapters.
 TASK_HEADS: dict[str, tuple[str, ...]] = {
@@ -19,7 +21,7 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
 
-
+MATCH_SECONDS = 10.0  # a field's patterns on all names of a model take less than a thousandth of it
 BYPASSING_MODELS = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 BYPASSED = {"out_proj", "conv1d"}
 
@@ -33,10 +35,16 @@ def _names(entry: str, module_name: str) -> bool:
     return module_name == entry or module_name.endswith(f".{entry}")
 
 
-def _near_misses(entry: str, candidates: Iterable[str]) -> str:
-    leaves = sorted({_leaf(name) for name in candidates})
+def _near_misses(entry: str, candidates: Iterable[str], kind: str = "linear layers") -> str:
+    leaves = sorted({_leaf(name) for name in candidates if not _leaf(name).isdigit()})
     near = difflib.get_close_matches(_leaf(entry), leaves, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"the linear layers are {', '.join(leaves)}"
+    return f"did you mean {' or '.join(near)}?" if near else f"the {kind} are {', '.join(leaves)}"
+
+
+def _pattern_hint(pattern: str, linear: Iterable[str]) -> str:
+    if re.fullmatch(r"[\w.]+([, ]+[\w.]+)+", pattern):  # several names in one text
+        return f"for several names write a list: [{', '.join(re.split('[, ]+', pattern))}]"
+    return _near_misses(pattern, linear)
 
 
 def _is_excluded(name: str, config: LoraConfig) -> bool:
@@ -72,6 +80,32 @@ def _in_layers(names: list[str], wanted: Collection[str], config: LoraConfig, st
         has = f"they lie in the layers {there[0]} to {there[-1]}" if there else "they lie in no layer"
         raise LoRAError(f"layers_to_transform: there is no target module in layer {unknown[0]}; {has}")
     return [name for name in names if name in wanted or numbers[name] in layers]
+
+
+def check_patterns_end(model: nn.Module, config: LoraConfig) -> None:
+    """Raises `LoRAError` for a field whose regular expressions fail, or have no end, on a model's names."""
+    names = [name for name, _ in model.named_modules()]
+    whole = re.compile(config.target_modules if isinstance(config.target_modules, str) else "")
+    excluding = "exclude_modules" if isinstance(config.exclude_modules, str) else "modules_to_save"
+    checks: list[tuple[str, Callable[[str], object]]] = [
+        ("target_modules", whole.fullmatch),
+        (excluding, lambda name: _is_excluded(name, config)),
+        ("layers_pattern", lambda name: _layer_of(name, config)),
+        ("rank_pattern", lambda name: value_for(config.rank_pattern or {}, name, 0)),
+        ("alpha_pattern", lambda name: value_for(config.alpha_pattern or {}, name, 0)),
+    ]
+    for field, match in checks:
+        try:
+            with time_limit(MATCH_SECONDS):
+                for name in names:
+                    match(name)
+        except (re.error, ValueError) as error:  # such as a group of a name, or a flag, that has no place there
+            raise LoRAError(f"{field}: it cannot be matched with names of modules ({error})") from error
+        except TimeoutError as error:
+            raise LoRAError(
+                f"{field}: what it says takes more than {MATCH_SECONDS:g} seconds to be matched with the names of "
+                f"this {type(model).__name__}; write it without repetitions in repetitions, or list names"
+            ) from error
 
 
 def _check_all_excluded(names: Iterable[str], linear: Iterable[str], config: LoraConfig) -> None:
@@ -133,6 +167,7 @@ def find_target_modules(model: nn.Module, config: LoraConfig, strict: bool = Tru
     Raises:
         LoRAError: Nothing matches, a name matches nothing, or a match is not a linear layer.
     """
+    check_patterns_end(model, config)
     wanted = config.target_modules
     if wanted is None:
         wanted = default_targets(model)
@@ -145,7 +180,7 @@ def find_target_modules(model: nn.Module, config: LoraConfig, strict: bool = Tru
         matched = [name for name in modules if name and re.fullmatch(wanted, name)]
         if not matched:
             raise LoRAError(
-                f"target_modules: the pattern {wanted!r} matches no module; {_near_misses(wanted, linear)}"
+                f"target_modules: the pattern {wanted!r} matches no module; {_pattern_hint(wanted, linear)}"
             )
     else:
         matched = [name for name in modules if name and any(_names(entry, name) for entry in wanted)]
@@ -204,7 +239,7 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig, targets: Collecti
     heads = {head for heads in TASK_HEADS.values() for head in heads}
     for entry in entries:
         if entry not in heads and not any(name.endswith(entry) for name in names):
-            raise LoRAError(f"modules_to_save: {entry!r} matches no module; {_near_misses(entry, names)}")
+            raise LoRAError(f"modules_to_save: {entry!r} matches no module; {_near_misses(entry, names, 'modules')}")
     whole = [name for name in names if any(name.endswith(entry) for entry in entries)]
     for inner, outer in itertools.permutations(whole, 2):
         if inner.startswith(f"{outer}."):
@@ -269,14 +304,19 @@ def find_new_weights(model: nn.Module, config: LoraConfig, names: Collection[str
     return found
 
 
+@cache  # there may be more keys than the 512 that `re` remembers
+def _end(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
+
+
 def value_for(pattern: dict[str, int], name: str, default: int) -> int:
     """The entry of `rank_pattern` or `alpha_pattern` for a module: the first key that matches the end of its name."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((value for key, value in pattern.items() if _end(key).match(name)), default)
 
 
 def check_patterns(config: LoraConfig, targets: Collection[str]) -> None:
     """Raises `LoRAError` for a key of `rank_pattern` or `alpha_pattern` that fits no target."""
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field) or {}:
-            if not any(re.match(rf"(.*\.)?({key})$", name) for name in targets):
+            if not any(map(_end(key).match, targets)):
                 raise LoRAError(f"{field}: {key!r} matches no target module; {_near_misses(key, targets)}")

@@ -5,7 +5,6 @@ import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -16,6 +15,7 @@ from plainlora.report import package_versions, write_json
 
 HEADER = ("case", "level", "max abs", "max rel", "allowed", "bits", "verdict")
 WIDTHS = (34, 11, 9, 9, 9, 10, 8)
+COLUMNS = 5  # panels of the picture side by side
 
 
 def _number(value: float | None) -> str:
@@ -104,41 +104,33 @@ def _devices(results: Sequence[CaseResult]) -> str:
 
 
 def plot(results: Sequence[CaseResult], path: Path) -> None:
-    """Left: both loss curves of every case, over their first value. Right: their difference on a log axis.
-
-    No difference at all, which a log axis cannot show, has a line of its own.
-    """
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    curves, gaps = figure.subplots(1, 2)
+    """A panel a case: the losses of both over the first, and the largest difference between the two curves."""
     drawn = [result for result in results if len(result.losses) == 2]
-    floor = 1e-18
-    for number, result in enumerate(drawn):
-        colour = colormaps["turbo"](number / max(len(drawn) - 1, 1))
+    columns = min(COLUMNS, max(len(drawn), 1))
+    rows = max(math.ceil(len(drawn) / columns), 1)
+    figure = Figure(figsize=(max(2.2 * columns, 4), 1.7 * rows + 0.8), layout="constrained")
+    panels = iter(figure.subplots(rows, columns, squeeze=False).flat)
+    for result, axes in zip(drawn, panels, strict=False):
         ours, theirs = result.losses.values()
         first = ours[0] or 1.0
-        curves.plot([loss / first for loss in ours], color=colour, linewidth=3, alpha=0.45, label=result.case.name)
-        curves.plot([loss / first for loss in theirs], color="black", linewidth=0.8, linestyle="--")
-        distance = [abs(a - b) for a, b in zip(ours, theirs, strict=False)]
-        label = result.case.name if any(distance) else None
-        gaps.plot(
-            [gap or floor for gap in distance], color=colour, marker="o", markersize=3, linestyle="", label=label
-        )
-    form = ", ".join(_forms(results))
-    curves.set(title=f"PlainLoRA, {form} form (wide), and PEFT (dashed)", ylabel="loss / first loss")
-    gaps.set(title="Difference of the losses", ylabel="|difference|", yscale="log", ylim=(1e-19, 1))
-    gaps.set_yticks([floor, 1e-12, 1e-9, 1e-6, 1e-3, 1], ["none", "1e-12", "1e-9", "1e-6", "1e-3", "1"])
-    gaps.minorticks_off()
-    for axes in (curves, gaps):
-        axes.set_xlabel("optimizer steps before")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.plot([loss / first for loss in ours], color="#93c5fd", linewidth=4)
+        axes.plot([loss / first for loss in theirs], color="black", linewidth=0.9, linestyle="--")
+        gap = max(abs(a - b) for a, b in zip(ours, theirs, strict=False))
+        axes.set_title(result.case.name, fontsize=8)
+        axes.annotate(f"{gap:.1e}" if gap else "equal", (0.97, 0.9), xycoords="axes fraction", ha="right", fontsize=7)
+        axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(3))
+        axes.tick_params(labelsize=6)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e5e7eb")
-    equal = sum(ours == theirs for ours, theirs in (result.losses.values() for result in drawn))
-    gaps.annotate(f"no difference in {equal} of {len(drawn)} cases", (0.03, 0.95), xycoords="axes fraction")
-    if drawn:
-        curves.legend(frameon=False, fontsize=7, loc="lower left")
-    if equal < len(drawn):
-        gaps.legend(frameon=False, fontsize=7, loc="lower right", bbox_to_anchor=(1, 0.08))
+    for axes in panels:  # those that are left over
+        axes.set_visible(False)
+    form = ", ".join(_forms(results))
+    figure.suptitle(
+        f"Loss over the first loss: PlainLoRA, {form} form (wide), and PEFT (dashed);\n"
+        "in the corner the largest difference between the two losses of a step",
+        fontsize=9,
+    )
+    figure.supxlabel("optimizer steps taken", fontsize=8)
     figure.savefig(path, dpi=150)
 
 

@@ -1,16 +1,16 @@
 """The base of a saved adapter: which one, how training stored it, and which classes a classifier has."""
 
-import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from plainlora.errors import UserError
+from plainlora.errors import UserError, first_line
+from plainlora.json_files import read_mapping
 from plainlora.lora.interchange import read_config, saved_shapes
 from plainlora.models import (
     check_vocabulary,
@@ -135,18 +135,18 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        content = read_mapping(path)
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); take it away to go on without it") from error
-    problem = _find_damage(content)
+    problem = _find_damage(content) or _find_quantization_damage(content)
     if problem:
         raise UserError(f"{path} is damaged ({problem}); take it away to go on without it")
-    return cast(dict[str, Any], content)
+    return content
 
 
-def _find_damage(run: object) -> str | None:
+def _find_damage(run: dict[str, Any]) -> str | None:
     """What no `write_run` can have written."""
-    if not isinstance(run, dict) or "quantization_config" not in run:
+    if "quantization_config" not in run:
         return "it has no quantization_config"
     for name in ("quantization_config", "arguments"):
         if not isinstance(run.get(name), dict | None):
@@ -158,6 +158,14 @@ def _find_damage(run: object) -> str | None:
         return "its labels are no list of names"
     if not isinstance((run.get("arguments") or {}).get("max_length"), int | None):
         return "its max_length is no whole number"
+    return None
+
+
+def _find_quantization_damage(run: dict[str, Any]) -> str | None:
+    try:
+        BitsAndBytesConfig(**(run["quantization_config"] or {}))
+    except Exception as error:  # of any kind: it looks names up in torch
+        return f"its quantization_config is none: {first_line(error)}"
     return None
 
 

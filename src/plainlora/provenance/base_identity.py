@@ -5,7 +5,6 @@ reads from the files, and whoever loads the adapter later compares (peft#1384, q
 """
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from plainlora.errors import UserError, first_line
+from plainlora.json_files import read_mapping
 from plainlora.models import load_config
 
 WHOLE = 1 << 30  # bytes: a checkpoint up to this size is read whole, a larger one in samples
@@ -48,7 +48,7 @@ def find_weight_files(name: str, revision: str | None = None) -> list[Path]:
         raise UserError(f"{name} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}; weights are read from "
                         "safetensors only")  # fmt: skip
     try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(read_mapping(index)["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is damaged ({error}); copy or download it again") from error
     files = []
@@ -204,6 +204,7 @@ def is_description(content: object) -> bool:
         return False
     texts = all(isinstance(content.get(key), str) for key in ("name", "model_type", "shapes", "weights"))
     lists = isinstance(content.get("dtypes"), list) and all(isinstance(item, str) for item in content["dtypes"])
+    texts = texts and isinstance(content.get("commit"), str | None)
     return texts and lists and all(isinstance(value, int | float) for value in content["values"])
 
 

@@ -7,7 +7,6 @@ at the start, order of the rows, adapter at the end; the first that differs says
 import hashlib
 import itertools
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,6 @@ from plainlora.report import package_versions, write_json
 from plainlora.settings.parsing import read_yaml
 
 SECRETS = ("hub_token", "push_to_hub_token")
-SECRET_VARIABLE = re.compile("TOKEN|KEY|SECRET|PASSWORD", re.IGNORECASE)
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 
 
@@ -40,14 +38,17 @@ def _without_secrets(command: Sequence[str]) -> list[str]:
 
 
 def _config_of(command: Sequence[str]) -> dict[str, Any] | None:
-    """What the YAML of a command says, without secrets: the file may be another one by the time it is needed."""
+    """What the YAML of a command says: the file may be another one by the time it is needed.
+
+    Tokens are left out, and of environment variables the values, any of which may hold a password.
+    """
     paths = [word.removeprefix("--config=") for word in command if word.startswith("--config=")]
     paths += [value for flag, value in itertools.pairwise(command) if flag == "--config"]
     if not paths:
         return None
     content = {name: value for name, value in read_yaml(paths[0]).items() if name not in SECRETS}
-    if isinstance(content.get("env"), dict):
-        content["env"] = {name: value for name, value in content["env"].items() if not SECRET_VARIABLE.search(name)}
+    if "env" in content:
+        content["env"] = sorted(map(str, content["env"] or ()))
     return content
 
 
@@ -80,6 +81,19 @@ def digest_of_trained(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def resolve_arguments(arguments: Sequence[Any]) -> dict[str, Any]:
+    """Every setting by name, tokens and keys left out.
+
+    Args:
+        arguments: The parsed dataclasses.
+    """
+    resolved: dict[str, Any] = {}
+    for part in arguments:
+        values = part.to_dict() if hasattr(part, "to_dict") else asdict(part) if is_dataclass(part) else {}  # type: ignore[arg-type]
+        resolved |= {name: value for name, value in values.items() if name not in SECRETS}
+    return resolved
+
+
 def write_run(
     path: str | Path,
     arguments: Sequence[Any],
@@ -89,26 +103,22 @@ def write_run(
     rows: Mapping[str, Dataset | None],
     model: nn.Module,
     labels: Sequence[str] | None = None,
-) -> None:
-    """Writes what is known before the first step. Tokens and keys are left out.
+) -> dict[str, Any]:
+    """Writes what is known before the first step, and returns it.
 
     Args:
         path: Of the file.
-        arguments: The parsed dataclasses, every setting of which is written.
+        arguments: The parsed dataclasses, every setting of which is written, but for tokens and keys.
         quantization: How the base is stored, to merge later into the very weights that the adapter was trained on.
         base: Which base it is, from `plainlora.provenance.base_identity.describe_base`.
         rows: The encoded rows of every split.
         model: With the adapter as it starts.
         labels: A classifier's classes, to load its head later.
     """
-    resolved: dict[str, Any] = {}
-    for part in arguments:
-        values = part.to_dict() if hasattr(part, "to_dict") else asdict(part) if is_dataclass(part) else {}  # type: ignore[arg-type]
-        resolved |= {name: value for name, value in values.items() if name not in SECRETS}
     content = {
         "command": _without_secrets(sys.argv),
         "config": _config_of(sys.argv),
-        "arguments": resolved,
+        "arguments": resolve_arguments(arguments),
         "quantization_config": quantization,
         "labels": None if labels is None else list(labels),
         "versions": package_versions(),
@@ -125,19 +135,18 @@ def write_run(
         "trained_at_start_sha256": digest_of_trained(model),
     }
     write_json(path, content)
+    return content
 
 
-def complete_run(path: str | Path, order: str, steps: int) -> None:
-    """Adds what is known after the last step.
+def complete_run(path: str | Path, run: dict[str, Any], order: str, steps: int) -> None:
+    """Writes it again, with what is known after the last step.
 
     Args:
-        path: Of the file.
+        path: Of the file, which somebody may have deleted.
+        run: What `write_run` wrote.
         order: Digest of the batches in the order in which they were trained on, of `training.watching.RowsSeen`.
         steps: Optimizer steps.
     """
     saved = next(Path(path).parent / name for name in WEIGHTS if (Path(path).parent / name).is_file())
-    write_json(
-        path,
-        {"order_sha256": order, "steps": steps, "weights": {"file": saved.name, "sha256": sha256_of(saved)}},
-        update=True,
-    )
+    weights = {"file": saved.name, "sha256": sha256_of(saved)}
+    write_json(path, run | {"order_sha256": order, "steps": steps, "weights": weights})

@@ -17,7 +17,31 @@ from plainlora.provenance.adapter_base import read_run
 from plainlora.report import package_versions
 
 PROGRAMS = Path(__file__).parents[3] / "recipes"
-DROPPED = ("config", "output_dir", "resume_from_checkpoint", "push_to_hub", "merge", "overwrite", "report_to")
+MOST = 1024  # processes or threads of one machine
+PROGRAM_NAMES = ("sft.py", "classify.py")
+# Where it writes, what comes after training, and what would run code: leave to do so is not taken from a file.
+DROPPED = (
+    "config",
+    "output_dir",
+    "resume_from_checkpoint",
+    "push_to_hub",
+    "merge",
+    "overwrite",
+    "report_to",
+    "trust_remote_code",
+    "env",
+)
+
+
+# What two runs should share, in the order in which one thing follows from another, and where a `run.json` says it.
+COMPARED = (
+    ("base weights", ("base", "weights")),
+    ("training rows", ("rows", "train", "sha256")),
+    ("trained weights at the start", ("trained_at_start_sha256",)),
+    ("order of the rows", ("order_sha256",)),
+    ("steps", ("steps",)),
+    ("trained weights at the end", ("weights", "sha256")),
+)
 
 
 @dataclass(frozen=True)
@@ -35,8 +59,66 @@ class Stage:
     detail: str = ""
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What a finished run's `run.json` says of how it was started.
+
+    Attributes:
+        program: File name in `recipes/`.
+        flags: What followed it.
+        config: The recipe's content, if there was one.
+        processes: How many trained.
+        threads: Of PyTorch, in each.
+        device: `cpu`, or the kind of accelerator.
+        versions: Of the packages that decide about the bytes.
+    """
+
+    program: str
+    flags: list[str]
+    config: dict[str, Any] | None
+    processes: int
+    threads: int
+    device: str
+    versions: dict[str, Any]
+
+
+def _holds_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def read_recorded(folder: str | Path) -> Recorded:
+    """How a finished run was started.
+
+    Raises:
+        UserError: The run did not end, was not recorded, or its record is damaged.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} is no folder; give the output_dir of a finished run")
+    run = read_run(folder)
+    if not run:
+        raise UserError(f"{folder} has no run.json; give the output_dir of a finished run of recipes/*.py")
+    for needed in ("command", "config", "processes", "threads", "weights", "order_sha256"):
+        if needed not in run:
+            reason = "its training did not end" if "base" in run else "no finished run of recipes/*.py wrote it"
+            raise UserError(f"{folder} cannot be made again: run.json has no {needed}; {reason}")
+    command, config, versions, device = run["command"], run["config"], run.get("versions"), run.get("device")
+    processes, threads = run["processes"], run["threads"]
+    for name, right in (
+        ("command", _holds_names(command) and bool(command) and Path(command[0]).name in PROGRAM_NAMES),
+        ("config", isinstance(config, dict | None) and _holds_names((config or {}).get("env", []))),
+        ("processes and threads", all(isinstance(count, int) and 0 < count <= MOST for count in (processes, threads))),
+        ("device", isinstance(device, str)),
+        ("versions", isinstance(versions, dict)),
+    ):
+        if not right:
+            raise UserError(f"{folder} cannot be made again: the {name} in its run.json cannot be right")
+    for _, path in COMPARED:
+        _look_up(run, path, folder)
+    return Recorded(Path(command[0]).name, command[1:], config, processes, threads, str(device), versions or {})
+
+
 def remaining_flags(command: Sequence[str]) -> list[str]:
-    """The flags of a command that a repetition keeps: not where it writes, nor what comes after training."""
+    """The flags of a command that a repetition keeps: all but `DROPPED`."""
     kept: list[str] = []
     words = list(command)
     while words:
@@ -49,47 +131,49 @@ def remaining_flags(command: Sequence[str]) -> list[str]:
     return kept
 
 
-def _command(run: dict[str, Any], config: Path, output: Path) -> list[str]:
-    program = PROGRAMS / Path(str(run["command"][0])).name
+def _command(run: Recorded, config: Path, output: Path, trust_remote_code: bool) -> list[str]:
+    program = PROGRAMS / run.program
     if not program.is_file():
         raise UserError(f"there is no {program}; work in a checkout of the repository, installed with make install")
-    flags = [*remaining_flags(run["command"][1:]), "--output_dir", str(output), "--report_to", "none"]
+    flags = [*remaining_flags(run.flags), "--output_dir", str(output), "--report_to", "none"]
+    flags += ["--trust_remote_code", "true"] if trust_remote_code else []
     start = [sys.executable]
-    if run["processes"] > 1:
-        start += ["-m", "torch.distributed.run", f"--nproc_per_node={run['processes']}"]
+    if run.processes > 1:
+        start += ["-m", "torch.distributed.run", f"--nproc_per_node={run.processes}"]
     return [*start, str(program), *(["--config", str(config)] if config.is_file() else []), *flags]
 
 
-def reproduce(folder: str | Path, output: str | Path, say: Callable[[str], object] = print) -> list[Stage]:
+def reproduce(
+    folder: str | Path, output: str | Path, say: Callable[[str], object] = print, trust_remote_code: bool = False
+) -> list[Stage]:
     """Trains again what a folder's `run.json` describes, from the folder in which the first run was started.
 
     Args:
         folder: Of the first run.
         output: Where the second run writes; it must not exist.
-        say: Told of versions and settings that differ already.
+        say: Told of versions that differ already, and of environment variables that its recipe set.
+        trust_remote_code: Whether code that came with the model may run.
 
     Raises:
         UserError: The first run did not end, was not recorded, or the second one fails.
     """
     folder, output = Path(folder), Path(output)
-    run = read_run(folder)
-    for needed in ("command", "config", "processes", "threads", "weights", "order_sha256"):
-        if needed not in run:
-            reason = "its training did not end" if "base" in run else "no finished run of recipes/*.py wrote it"
-            raise UserError(f"{folder} cannot be made again: run.json has no {needed}; {reason}")
-    changed = {name: (then, package_versions().get(name)) for name, then in run["versions"].items()}
-    for name, (then, now) in changed.items():
-        if then != now:
-            say(f"{name} was {then} and is {now}")
+    run, versions = read_recorded(folder), package_versions()
+    for name, then in run.versions.items():
+        if then != versions.get(name):
+            say(f"{name} was {then} and is {versions.get(name)}")
+    if run.config and run.config.get("env"):
+        say(f"its recipe set {', '.join(map(str, run.config['env']))}: only what is set here, too, is the same again")
     with tempfile.TemporaryDirectory() as scratch:
         config = Path(scratch) / "config.yaml"
-        if run["config"] is not None:
-            kept = {name: value for name, value in run["config"].items() if name not in DROPPED}
+        if run.config is not None:
+            kept = {name: value for name, value in run.config.items() if name not in DROPPED}
             config.write_text(yaml.safe_dump(kept), encoding="utf-8")
-        environment = os.environ | {"OMP_NUM_THREADS": str(run["threads"])}
-        if run["device"] == "cpu":
+        environment = os.environ | {"OMP_NUM_THREADS": str(run.threads)}
+        if run.device == "cpu":
             environment["ACCELERATE_USE_CPU"] = "true"
-        code = subprocess.run(_command(run, config, output), env=environment, check=False).returncode
+        command = _command(run, config, output, trust_remote_code)
+        code = subprocess.run(command, env=environment, check=False).returncode
     if code:
         raise UserError(f"the second run ended with exit code {code}{'' if code == EXIT_CODE else ', see above'}")
     return compare_runs(folder, output)
@@ -103,20 +187,13 @@ def compare_runs(first: str | Path, second: str | Path) -> list[Stage]:
     """
     runs = [read_run(folder) for folder in (first, second)]
     stages = []
-    for name, path in (
-        ("base weights", ("base", "weights")),
-        ("training rows", ("rows", "train", "sha256")),
-        ("trained weights at the start", ("trained_at_start_sha256",)),
-        ("order of the rows", ("order_sha256",)),
-        ("steps", ("steps",)),
-        ("trained weights at the end", ("weights", "sha256")),
-    ):
+    for name, path in COMPARED:
         values = [_look_up(run, path, folder) for run, folder in zip(runs, (first, second), strict=True)]
         detail = " and ".join(str(value)[:12] for value in values)
         stages.append(Stage(name, values[0] == values[1], "" if values[0] == values[1] else detail))
-    file = Path(first) / runs[0]["weights"]["file"]
+    file = Path(first) / Path(str(_look_up(runs[0], ("weights", "file"), first))).name
     now = sha256_of(file) if file.is_file() else "missing"
-    if now != runs[0]["weights"]["sha256"]:
+    if now != _look_up(runs[0], ("weights", "sha256"), first):
         stages.append(Stage(f"{file} as its run wrote it", False, f"it was changed since: {now[:12]}"))
     return stages
 

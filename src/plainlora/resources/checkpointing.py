@@ -25,6 +25,7 @@ def needs_checkpointing(
     backend: Backend,
     adapter_dtype: str,
     longest: int,
+    rows: int,
     free: int | None,
     say: Callable[[str], None],
 ) -> bool:
@@ -39,6 +40,7 @@ def needs_checkpointing(
         backend: What attached it.
         adapter_dtype: Its precision.
         longest: Length of the longest row, in tokens.
+        rows: Of which there are so many.
         free: Bytes that were free before the base was loaded; `None` if that is unknown.
         say: Told the decision in one line.
     """
@@ -52,7 +54,7 @@ def needs_checkpointing(
     step = Step(
         config=base.config,
         prepare=lambda skeleton: attach_adapter(skeleton, copy.deepcopy(lora), backend, adapter_dtype),
-        batch=largest_batch(args, longest),
+        batch=largest_batch(args, longest, min(args.per_device_train_batch_size, rows)),
         device=args.device,
         dtype=base.dtype,
         autocast=precision(args),
@@ -67,7 +69,7 @@ def needs_checkpointing(
         return True
     fits = held <= SHARE * left
     say(
-        f"activations: {held / 1e9:.1f} GB for {args.per_device_train_batch_size} x {longest} tokens, "
+        f"activations: {held / 1e9:.1f} GB for {min(args.per_device_train_batch_size, rows)} x {longest} tokens, "
         f"{max(left, 0) / 1e9:.1f} GB free: {'no ' if fits else ''}gradient checkpointing"
     )
     return not fits

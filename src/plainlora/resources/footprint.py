@@ -13,8 +13,9 @@ from torch import nn
 from plainlora.backends import count_parameters
 from plainlora.resources.disk import DiskNeed, count_disk
 from plainlora.resources.duration import TimeNeed, count_time
-from plainlora.resources.peak import MemoryNeed, count_memory, optim_name
+from plainlora.resources.peak import MemoryNeed, count_memory
 from plainlora.resources.plan import Plan
+from plainlora.settings.arguments import optim_name
 
 MARKS = ("lora_A", "lora_B", "base_layer", "original_module", "trained_module", "modules_to_save")
 

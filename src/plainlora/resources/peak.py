@@ -19,6 +19,7 @@ from plainlora.resources.checkpointing import SHARE
 from plainlora.resources.memory import free_memory, resident_memory
 from plainlora.resources.plan import Plan
 from plainlora.resources.weights import bytes_by_format, count_bytes, quantized_weights, weight_bytes
+from plainlora.settings.arguments import optim_name
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,6 @@ def optimizer_bytes(training: TrainingArguments, parameters: Iterable[nn.Paramet
     return sum({tensor.untyped_storage()._cdata: tensor.nbytes for tensor in state}.values())
 
 
-def optim_name(training: TrainingArguments) -> str:
-    """The optimizer as it is typed."""
-    return str(getattr(training.optim, "value", training.optim))
-
-
 @dataclass(frozen=True)
 class _Activations:
     """What `_count_activations` found; `None` where a model's code does not run without values."""
@@ -118,7 +114,7 @@ def _count_activations(plan: Plan) -> _Activations:
         return _Activations(
             count_peak_bytes(step),
             count_peak_bytes(step, checkpointing=True),
-            count_evaluation_bytes(plan.step(plan.training.per_device_eval_batch_size)),
+            count_evaluation_bytes(plan.step(evaluates=True)),
             None if step.classifies else count_head_bytes(step),
         )
     except Exception:  # whatever a model's code raises when its tensors have no values

@@ -42,6 +42,7 @@ class Plan:
         trained_modules: Full names of the modules that are trained without an adapter; all if left out.
         merge: Whether the merged model is written too.
         tokenizer: Its files lie in every checkpoint.
+        evaluated: Rows of the largest split that is evaluated; the training rows if left out.
     """
 
     config: PretrainedConfig
@@ -59,6 +60,7 @@ class Plan:
     trained_modules: Collection[str] | None = None
     merge: bool = False
     tokenizer: PreTrainedTokenizerBase | None = None
+    evaluated: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -100,23 +102,29 @@ class Plan:
         return math.ceil(self.tokens * self.steps / self._steps_an_epoch)
 
     @property
+    def _sequences(self) -> int:
+        """Rows as they are trained on: packed or not."""
+        return math.ceil(self.tokens / self.longest) if getattr(self.training, "packing", False) else self.rows
+
+    @property
     def _steps_an_epoch(self) -> int:
-        training, sequences = self.training, self.rows
-        if getattr(training, "packing", False):
-            sequences = math.ceil(self.tokens / self.longest)
-        batches = math.ceil(sequences / (training.per_device_train_batch_size * training.world_size))
+        training = self.training
+        batches = math.ceil(self._sequences / (training.per_device_train_batch_size * training.world_size))
         return max(1, math.ceil(batches / training.gradient_accumulation_steps))
 
-    def step(self, rows: int | None = None) -> Step:
-        """The step over the largest batch.
+    def step(self, evaluates: bool = False) -> Step:
+        """The step over the largest batch, which holds no more rows than there are.
 
         Args:
-            rows: Of that batch; the training batch's if left out.
+            evaluates: Whether it is a step of an evaluation.
         """
+        rows, there = self.training.per_device_train_batch_size, self._sequences
+        if evaluates:
+            rows, there = self.training.per_device_eval_batch_size, self.evaluated or self.rows
         return Step(
             config=self._trained_config(),
             prepare=self._prepare,
-            batch=largest_batch(self.training, self.longest, rows),
+            batch=largest_batch(self.training, self.longest, min(rows, there)),
             device=self.device,
             dtype=self.dtype,
             autocast=precision(self.training),

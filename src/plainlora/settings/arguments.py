@@ -231,3 +231,8 @@ def parse_pattern(name: str, value: dict[str, int] | str | None) -> dict[str, in
 def dtype_of(name: str | None) -> torch.dtype | str:
     """`"bfloat16"` -> `torch.bfloat16`; `"auto"` stays, for `from_pretrained`."""
     return "auto" if name in (None, "auto") else getattr(torch, name)
+
+
+def optim_name(training: TrainingArguments) -> str:
+    """The optimizer as it is typed."""
+    return str(getattr(training.optim, "value", training.optim))

@@ -8,14 +8,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from torch import nn
+from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from plainlora.data.datasets import is_local
-from plainlora.errors import UserError
-from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, RecipeArguments, SFTArguments
+from plainlora.errors import UserError, first_line
+from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, RecipeArguments, SFTArguments, optim_name
 from plainlora.settings.parsing import trains_on_cpu
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -34,14 +35,17 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "per_device_eval_batch_size": (1, math.inf),
     "gradient_accumulation_steps": (1, math.inf),
     "num_train_epochs": (0, math.inf),
-    "learning_rate": (0, math.inf),
     "weight_decay": (0, math.inf),
+    "adam_epsilon": (0, math.inf),
+    "dataloader_num_workers": (0, math.inf),
     "seed": (0, 2**32 - 1),
     "data_seed": (0, 2**32 - 1),
 }
+BELOW_1 = ("base_dropout", "adam_beta1", "adam_beta2")  # and at least 0
 
-
-SCORES = ("accuracy", "f1")  # what a classifier's validation measures beside the loss
+# What is measured beside the loss: a classifier's validation, a language model's test rows.
+SCORES = ("accuracy", "f1")
+SFT_SCORES = ("perplexity", "entropy", "mean_token_accuracy")
 
 
 def _raise_first(faults: Iterator[str]) -> None:
@@ -89,6 +93,9 @@ def sft_faults(
         )
     if training.packing and training.max_length is None:
         yield "packing needs max_length: give the length of a packed sequence"
+    yield from _unknown_metric(training, SFT_SCORES)
+    if training.greater_is_better and training.metric_for_best_model in ("perplexity", "eval_perplexity"):
+        yield "metric_for_best_model perplexity: the lower, the better; set greater_is_better to false"
 
 
 def classify_faults(
@@ -106,9 +113,7 @@ def classify_faults(
             "eval_do_concat_batches": (not training.eval_do_concat_batches, "accuracy and F1 are those of all rows"),
         }
     )
-    metric = (training.metric_for_best_model or "loss").removeprefix("eval_")
-    if metric not in ("loss", *SCORES):
-        yield f"metric_for_best_model: there is no {metric!r}; there are loss, {', '.join(SCORES)}"
+    yield from _unknown_metric(training, SCORES)
     if model.lora_task_type not in ("CAUSAL_LM", "SEQ_CLS"):  # the first is ModelConfig's default
         yield f"lora_task_type {model.lora_task_type}: this program classifies sequences; leave it out"
     if recipe.lora_head and recipe.train_head:
@@ -129,7 +134,7 @@ def common_faults(
         yield "model_name_or_path is missing: give a Hub id or a local folder"
     if not script.dataset_name:
         yield "dataset_name is missing: give a Hub id or a local file"
-    yield from _out_of_range(vars(recipe) | vars(script) | vars(training) | vars(model))
+    yield from refused_values(recipe, script, training, model).values()
     yield from _unsupported(
         {
             "dataset_streaming": (script.dataset_streaming, "rows are checked before training, so all are read first"),
@@ -137,10 +142,8 @@ def common_faults(
         }
     )
     yield from _misplaced(recipe, script, model)
-    if recipe.base_dropout is not None and not 0 <= recipe.base_dropout < 1:
-        yield f"base_dropout must be at least 0 and below 1, not {recipe.base_dropout}"
-    if training.dataloader_num_workers < 0:
-        yield f"dataloader_num_workers must be at least 0, not {training.dataloader_num_workers}"
+    if training.fsdp and training.world_size == 1:
+        yield "fsdp is for several processes, and this is one: start them with accelerate launch, or leave it out"
     if training.save_strategy == "best" and not training.metric_for_best_model:
         yield "save_strategy best needs metric_for_best_model: give one, such as loss"
     yield from _clashing_precisions(recipe, training, model)
@@ -155,16 +158,68 @@ def _unsupported(settings: dict[str, tuple[object, str]]) -> Iterator[str]:
             yield f"{name} is not supported: {reason}"
 
 
-def _out_of_range(settings: dict[str, Any]) -> Iterator[str]:
-    """A number outside `BOUNDS`, or `..._kwargs` that are no mapping."""
+def _unknown_metric(training: TrainingArguments, scores: tuple[str, ...]) -> Iterator[str]:
+    metric = (training.metric_for_best_model or "loss").removeprefix("eval_")
+    if metric not in ("loss", *scores):
+        yield f"metric_for_best_model: there is no {metric!r}; there are loss, {', '.join(scores)}"
+
+
+def refused_values(
+    recipe: RecipeArguments, script: ScriptArguments, training: TrainingArguments, model: ModelConfig
+) -> dict[str, str]:
+    """What is wrong with the value of one setting whatever the others are, and what to do, by the setting's name."""
+    found = dict(_out_of_range(vars(recipe) | vars(script) | vars(training) | vars(model)))
+    if not found:  # a learning rate below 0, for one, is the optimizer's fault in no way
+        found.update(("optim", said) for said in _said_by(check_optimizer, training))
+    return found
+
+
+def _out_of_range(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """A number outside its bounds, `..._kwargs` that are no mapping, and what would train nothing."""
     for name, (low, high) in BOUNDS.items():
         value = settings.get(name)
         if value is not None and (not low <= value <= high or value == math.inf):
             limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-            yield f"{name} must be {limits}, not {value}"
+            yield name, f"{name} must be {limits}, not {value}"
+    for name in BELOW_1:
+        value = settings.get(name)
+        if value is not None and not 0 <= value < 1:
+            yield name, f"{name} must be at least 0 and below 1, not {value}"
     for name, value in settings.items():
         if name.endswith("_kwargs") and isinstance(value, str):
-            yield f"{name} must be a mapping, as JSON on the command line, not {value!r}"
+            yield name, f"{name} must be a mapping, as JSON on the command line, not {value!r}"
+    yield from _trains_nothing(settings)
+
+
+def _trains_nothing(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    rate, steps, epochs = (settings[name] for name in ("learning_rate", "max_steps", "num_train_epochs"))
+    if not 0 < rate < math.inf:
+        yield "learning_rate", f"learning_rate must be above 0, not {rate}"
+    if steps == 0:
+        yield "max_steps", "max_steps 0 takes no step; give at least 1, or leave it out to go by num_train_epochs"
+    elif steps < 0 and epochs == 0:
+        yield "num_train_epochs", "num_train_epochs 0 takes no step; give more, or set max_steps"
+    if settings.get("method", "lora") == "lora" and settings["lora_alpha"] == 0:
+        yield "lora_alpha", "lora_alpha 0 multiplies every adapter by 0, so that it changes nothing; give more"
+    if settings["lora_target_modules"] == []:
+        yield "lora_target_modules", "lora_target_modules is an empty list; name modules, or leave it out"
+
+
+def check_optimizer(training: TrainingArguments) -> None:
+    """Raises `UserError` if `optim` cannot be made here; Trainer would notice when the base has been loaded."""
+    weight: Any = nn.Linear(1, 1, device="meta")
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(training, weight)
+        if not options.keys() & {"params", "model", "optimizer_dict"}:  # it was made of the stand-in itself
+            kind(weight.parameters(), **{name: value for name, value in options.items() if name != "fused"})
+    except ImportError as error:
+        raise UserError(f"optim {optim_name(training)}: {first_line(error)}; or choose another") from error
+    except Exception as error:  # of many libraries
+        if not training.optim_target_modules:  # which name layers of the base, and the stand-in has none
+            reason = first_line(error)
+            raise UserError(
+                f"optim {optim_name(training)}: it cannot be made here ({reason}); choose another, or mend optim_args"
+            ) from error
 
 
 def _misplaced(recipe: RecipeArguments, script: ScriptArguments, model: ModelConfig) -> Iterator[str]:

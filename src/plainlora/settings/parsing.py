@@ -11,21 +11,27 @@ import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import fields
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import torch
 import yaml
-from trl import TrlParser
+from trl import SFTConfig, TrlParser
 
 from plainlora.errors import UserError
+from plainlora.settings.arguments import ClassifyArguments, SFTArguments
 from plainlora.settings.renames import RENAMES
 
+# Settings that only one of the programs has.
+OWNERS = {"sft.py": (SFTArguments, SFTConfig), "classify.py": (ClassifyArguments,)}
 
-class _NoDuplicates(yaml.SafeLoader):
+
+class StrictLoader(yaml.SafeLoader):
     """YAML's safe loader, but a key that stands twice is an error instead of the last one winning; so is an alias."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Refuses a key that stands there twice."""
         seen: set[Hashable] = set()
         for part, _ in node.value:
             key = self.construct_object(part, deep=True)
@@ -51,7 +57,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         with open(path, encoding="utf-8") as stream:
-            content = yaml.load(stream, _NoDuplicates)  # noqa: S506  # a SafeLoader
+            content = yaml.load(stream, StrictLoader)  # noqa: S506  # a SafeLoader
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}; the recipes are recipes/*/*.yaml") from error
     except OSError as error:
@@ -105,6 +111,11 @@ class StrictParser(TrlParser):
         name = name.replace("-", "_")
         near = difflib.get_close_matches(name, self.names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else "see --help for the names"
+        for program, owners in OWNERS.items():
+            if name in {field.name for owner in owners for field in fields(owner)}:
+                hint = f"it belongs to recipes/{program}"
+        if name == "config":
+            hint = "--config names the recipe's file, once"
         if name in RENAMES and RENAMES[name].today in (None, *self.names):
             hint = RENAMES[name].hint()
         raise UserError(f"{where} is not an option; {hint}")
@@ -132,13 +143,20 @@ class StrictParser(TrlParser):
             if "dict[" not in str(kind):
                 raise UserError(f"{path}: {name} takes one value, not a mapping")
             words = [f"--{name}", self._as_json(f"{path}: {name}", value)]
-        else:  # `true` is what the options spell that way, such as lora_init
-            words = [f"--{name}={str(value).lower() if isinstance(value, bool) else value}"]
+        else:
+            words = [f"--{name}={self._as_typed(name, value)}"]
         try:
             self.parse_known_args(words)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         return words
+
+    def _as_typed(self, name: str, value: Any) -> Any:
+        """A value as it would be typed. YAML reads `no` and `off` as false, which eval_strategy spells `no`."""
+        if not isinstance(value, bool):
+            return value
+        choices = next(action.choices for action in self._actions if action.dest == name) or ()
+        return "no" if not value and "no" in choices else str(value).lower()
 
     @staticmethod
     def _as_json(where: str, value: dict[Any, Any]) -> str:
@@ -217,6 +235,8 @@ class StrictParser(TrlParser):
         """
         try:
             return kind(**settings)
+        except PackageNotFoundError as error:  # whose text has a preface of its own
+            raise UserError(f"{str(error.name).strip()} Install it, or leave out what asks for it") from error
         except (ValueError, ArithmeticError, ImportError, OSError) as error:
             raise UserError(str(error)) from error
 

@@ -62,11 +62,13 @@ RENAMES = {
     "use_fast_tokenizer": _OWN_TOKENIZER,
     "padding_side": Rename(None, "rows are padded on the right in training"),
     # the adapter
+    "r": Rename("lora_r"),
     "rank": Rename("lora_r"),
     "lora_rank": Rename("lora_r"),
     "alpha": Rename(
         "lora_alpha", "divided by lora_r here: a code that does not divide has lora_alpha = alpha * r", None
     ),
+    "lora_target": Rename("lora_target_modules"),
     "target_modules": Rename("lora_target_modules"),
     "modules_to_save": Rename("lora_modules_to_save"),
     # the rows
@@ -85,6 +87,11 @@ RENAMES = {
     "batch_size": Rename("per_device_train_batch_size"),
     "per_gpu_train_batch_size": Rename("per_device_train_batch_size"),
     "per_gpu_eval_batch_size": Rename("per_device_eval_batch_size"),
+    "per_device_batch": Rename("per_device_train_batch_size"),
+    "per_device_batch_size": Rename("per_device_train_batch_size"),
+    "micro_batch_size": Rename("per_device_train_batch_size"),
+    "lr": Rename("learning_rate"),
+    "epochs": Rename("num_train_epochs"),
     "num_epochs": Rename("num_train_epochs"),
     "lr_scheduler": Rename("lr_scheduler_type"),
     "warmup_ratio": Rename("warmup_steps"),  # a number below 1 is a share

@@ -1,16 +1,21 @@
 """Checkpoints of a run: the newest whole one, and what may be replaced."""
 
-import json
 import re
 import shutil
-import zipfile
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from types import NoneType
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from transformers import TrainerState
+from transformers.trainer_pt_utils import safe_globals
 
 from plainlora.errors import UserError
 from plainlora.folders import MANIFEST, find_damage
+from plainlora.json_files import read_mapping
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 WHOLE_MODEL = ("config.json", "model.safetensors")
@@ -18,6 +23,13 @@ PICTURES = ("loss.png", "confusion.png")
 RESULTS = (*ADAPTER, *WHOLE_MODEL, MANIFEST, "trainer_state.json", "all_results.json", "run.json")
 REPORTS = ("README.md", *PICTURES, "merged")
 STATES = ("optimizer.pt", "scheduler.pt")
+STATE_KINDS: dict[str, tuple[type, ...]] = {  # of Trainer's state, where it is no number
+    **dict.fromkeys(("best_metric", "best_global_step"), (int, float, NoneType)),
+    **dict.fromkeys(("best_model_checkpoint", "trial_name"), (str, NoneType)),
+    **dict.fromkeys(("is_local_process_zero", "is_world_process_zero", "is_hyper_param_search"), (bool,)),
+    **dict.fromkeys(("stateful_callbacks", "trial_params"), (dict, NoneType)),
+    "log_history": (list, NoneType),
+}
 UNFINISHED = ".saving"  # where a save is prepared, within the run's folder; what a kill in the middle leaves
 
 
@@ -38,28 +50,57 @@ def holds_adapter(folder: str | Path) -> bool:
 def find_problem(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be resumed, in one clause; `None` if it can.
 
-    Every file is there and has its end (a zip's directory stands there), and is what the manifest says. A checkpoint
-    of elsewhere has no manifest, so a bit that flipped in it is not seen.
+    Every file is there, has its end, holds what Trainer reads from it, and is what the manifest says. A checkpoint of
+    elsewhere has no manifest, so a bit that flipped in it is not seen.
     """
     description, weights = ADAPTER if holds_adapter(checkpoint) else WHOLE_MODEL
-    for name in ("trainer_state.json", description, weights, *STATES):
+    generators = sorted(path.name for path in checkpoint.glob("rng_state*.pth")) or ["rng_state.pth"]  # one a process
+    scaler = [path.name for path in checkpoint.glob("scaler.pt")]  # under fp16
+    states = [*STATES, *generators, *scaler]
+    for name in ("trainer_state.json", description, weights, *states):
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
     try:
-        state, _ = (
-            json.loads((checkpoint / name).read_text(encoding="utf-8")) for name in ("trainer_state.json", description)
-        )
-        if not isinstance(state, dict) or "global_step" not in state:
-            return "trainer_state.json names no step"
-        for name in STATES:
-            if not zipfile.is_zipfile(checkpoint / name):
-                return f"{name} is cut short"
+        state, _ = (read_mapping(checkpoint / name) for name in ("trainer_state.json", description))
+        if fault := _find_fault(state, checkpoint):
+            return f"trainer_state.json {fault}"
+        for name in states:
+            if not _holds_plain_values(checkpoint / name):
+                return f"{name} is cut short, or holds more than numbers and text, which could run code"
         with safe_open(checkpoint / weights, framework="pt") as tensors:
             if not tensors.keys():
                 return f"{weights} is empty"
     except (SafetensorError, OSError, ValueError) as error:
         return f"a file is damaged: {error}"
     return find_damage(checkpoint)
+
+
+def _find_fault(state: dict[str, Any], checkpoint: Path) -> str | None:
+    """What Trainer would stumble over in a `trainer_state.json`, or take on faith."""
+    if missing := sorted({"global_step", "train_batch_size"} - state.keys()):
+        return f"names no {missing[0]}"
+    if unknown := sorted(state.keys() - {field.name for field in fields(TrainerState)}):
+        return f"holds {unknown[0]!r:.60}, which Trainer has no place for"
+    for name, value in state.items():
+        if type(value) not in STATE_KINDS.get(name, (int, float)):
+            return f"says that {name} is {value!r:.60}"
+    step, number = state["global_step"], re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+    if not isinstance(step, int) or step < 0 or (number is not None and step != int(number[1])):
+        return f"says that global_step is {step!r:.60}"
+    for entry in state.get("log_history") or []:
+        if not isinstance(entry, dict) or not {*map(type, entry.values())} <= {int, float, NoneType}:
+            return f"holds {entry!r:.60} in log_history"
+    return None
+
+
+def _holds_plain_values(path: Path) -> bool:
+    """Whether PyTorch loads a file without running code of it. No number is read, so that it takes no time."""
+    try:
+        with safe_globals():
+            torch.load(path, map_location="meta", weights_only=True)
+    except Exception:  # of any kind: a pickle is a program
+        return False
+    return True
 
 
 def newest_checkpoint(output_dir: str | Path, say: Callable[[str], object] | None = None) -> Path | None:

@@ -28,6 +28,7 @@ class PreparedRows:
         repeated: Training rows whose prompt stands in a row before them.
         leaked: Test rows whose prompt is also a training row's.
         missing: What needs rows that there are not, in one line.
+        too_few: Why no step would be taken, in one line.
     """
 
     train: Dataset
@@ -39,6 +40,7 @@ class PreparedRows:
     repeated: int
     leaked: int
     missing: str | None
+    too_few: str | None
 
 
 def read_rows(recipe: SFTArguments, script: ScriptArguments, training: SFTConfig) -> tuple[Dataset, Dataset | None]:
@@ -120,6 +122,17 @@ def prepare_rows(
         repeated=len(asked) - len(trained),
         leaked=sum(prompt in trained for prompt in tested),
         missing=missing,
+        too_few=_too_few(training, len(encoded[0])),
+    )
+
+
+def _too_few(training: SFTConfig, rows: int) -> str | None:
+    batch = training.per_device_train_batch_size * training.world_size
+    if not training.dataloader_drop_last or rows >= batch:
+        return None
+    return (
+        f"{rows:,} rows make no whole batch of {batch:,}, and dataloader_drop_last drops what is less, so no step "
+        "would be taken; leave it out, or lower per_device_train_batch_size"
     )
 
 

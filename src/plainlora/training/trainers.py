@@ -5,14 +5,13 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArguments, get_scheduler
-from transformers.trainer_pt_utils import LengthGroupedSampler, safe_globals
+from transformers import PreTrainedModel, SchedulerType, Trainer, TrainerState, TrainingArguments, get_scheduler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 
 from plainlora.backends import Backend
@@ -48,39 +47,6 @@ def adapter_precision_kept(model: nn.Module) -> Iterator[None]:
     for parameter, data in before:
         if parameter.dtype != data.dtype:
             parameter.data = data.to(parameter.device)
-
-
-@contextmanager
-def plain_values_only(checkpoint: str | None, *names: str) -> Iterator[None]:
-    """Says in one line that a checkpoint's file holds what PyTorch refuses to load, as a pickle that runs code.
-
-    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer.py (`_load_rng_state` and its
-    like load with `weights_only=True`)
-
-    Args:
-        checkpoint: The folder.
-        *names: The files that are loaded within.
-
-    Raises:
-        UserError: One of them is refused. None of its code has run.
-    """
-    try:
-        yield
-    except UnpicklingError as error:
-        refused = next((name for name in names if not _holds_plain_values(Path(str(checkpoint)) / name)), names[0])
-        raise UserError(
-            f"resume_from_checkpoint: {checkpoint}/{refused} holds more than numbers and text, which could run code, "
-            "and is not loaded; give a checkpoint that this program wrote"
-        ) from error
-
-
-def _holds_plain_values(path: Path) -> bool:
-    try:
-        with safe_globals():
-            torch.load(path, map_location="meta", weights_only=True)
-    except (OSError, UnpicklingError):
-        return False
-    return True
 
 
 class LengthGroupedByEpoch(Sampler[int]):
@@ -136,7 +102,10 @@ class _Seams(Watched, WholeSaves, RowsInOrder):
         https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer.py (`_inner_training_loop`
         asks for `max_steps` after a step only)
         """
-        if self.state.global_step < self.state.max_steps:
+        step, end = self.state.global_step, self.state.max_steps
+        if step > end:
+            raise past_the_end("the checkpoint", step, end)
+        if step < end:
             super()._run_epoch(*args, **kwargs)
         else:
             self.control.should_training_stop = True
@@ -151,22 +120,12 @@ class _Seams(Watched, WholeSaves, RowsInOrder):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Says in one line that a checkpoint's optimizer is one of other weights."""
         try:
-            with plain_values_only(checkpoint, "optimizer.pt", "scheduler.pt"):
-                super()._load_optimizer_and_scheduler(checkpoint)
-        except ValueError as error:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (ValueError, KeyError) as error:
             raise UserError(
                 f"resume_from_checkpoint: the optimizer in {checkpoint} is not one for this run's weights ({error}); "
                 "give the settings that the checkpoint was written with"
             ) from error
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        with plain_values_only(checkpoint, "scaler.pt"):
-            super()._load_scaler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
-        with plain_values_only(checkpoint, f"rng_state{rank}.pth"):
-            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         """For `load_best_model_at_end`, likewise."""
@@ -238,6 +197,7 @@ def resume_path(args: TrainingArguments, say: Callable[[str], object] = print) -
             raise UserError(
                 f"resume_from_checkpoint: {args.output_dir} holds no whole checkpoint; leave it out to start"
             )
+        _check_what_is_left(newest, args, say)
         return str(newest)
     if not (Path(asked) / "trainer_state.json").is_file():
         raise UserError(f"resume_from_checkpoint: {asked} is no checkpoint folder; it has no trainer_state.json")
@@ -246,7 +206,28 @@ def resume_path(args: TrainingArguments, say: Callable[[str], object] = print) -
             f"resume_from_checkpoint: {asked} is not whole: {problem}; give another checkpoint, or `true` for the "
             "newest whole one of output_dir"
         )
+    _check_what_is_left(Path(asked), args, say)
     return str(asked)
+
+
+def _check_what_is_left(checkpoint: Path, args: TrainingArguments, say: Callable[[str], object]) -> None:
+    """Says where nothing is left to train; raises `UserError` where the checkpoint is past `max_steps` already."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    end = args.max_steps
+    if end <= 0 and args.num_train_epochs == state.num_train_epochs:
+        end = state.max_steps
+    if 0 < args.max_steps < state.global_step:
+        raise past_the_end(checkpoint, state.global_step, args.max_steps)
+    if state.global_step == end:
+        say(f"{checkpoint} is at the last step, {end}: nothing is left to train; what follows training is done again")
+
+
+def past_the_end(checkpoint: object, step: int, end: int) -> UserError:
+    """A checkpoint of a step that the run would not reach."""
+    return UserError(
+        f"resume_from_checkpoint: {checkpoint} is at step {step} already, and the run ends at step {end}; raise "
+        "max_steps or num_train_epochs, or take an earlier checkpoint"
+    )
 
 
 def check_schedule(args: TrainingArguments) -> None:

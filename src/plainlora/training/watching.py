@@ -29,6 +29,7 @@ from plainlora.lora.errors import some
 from plainlora.lora.storage import is_finite
 from plainlora.training.checkpoints import newest_checkpoint
 
+OF_ALL_STEPS = ("train_loss", "train_samples_per_second", "train_steps_per_second")  # as Trainer names them
 SAMPLED = 64  # values of each frozen weight that are watched
 
 
@@ -265,6 +266,9 @@ class Watched(Trainer):
         self._steps, self._gradients_checked = 0, False
         with self._request.listening():
             outcome = super().train(*args, **kwargs)
+        if self._steps < self.state.global_step:  # resumed: Trainer divides what one part took by the steps of all
+            for name in OF_ALL_STEPS:
+                outcome.metrics.pop(name, None)
         if self._request.number and not self.stopping:  # during what followed the last step
             stop_at_once(self._request.number)
         if self.stopping:

@@ -1,4 +1,4 @@
-"""An end to what was written elsewhere and may never end by itself: a chat template with loops in loops, for one."""
+"""An end to what was written elsewhere and may never end by itself: a chat template, a regular expression."""
 
 import signal
 import threading
@@ -8,13 +8,16 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+AGAIN = 1.0  # seconds after which an end that something swallowed is asked for again
+
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raises `TimeoutError` where the block takes longer than this many seconds.
 
-    It needs a POSIX system and the main thread, as Python's signals do; elsewhere the block runs without an end. A
-    timer that was running goes on afterwards.
+    It is raised again where the block swallows it, as Jinja does when it computes constants beforehand. It needs a
+    POSIX system and the main thread, as Python's signals do; elsewhere the block runs without an end. A timer that was
+    running goes on afterwards.
     """
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
@@ -25,7 +28,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
     handler = signal.signal(signal.SIGALRM, stop)
     started = time.monotonic()
-    left, every = signal.setitimer(signal.ITIMER_REAL, seconds)
+    left, every = signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
     try:
         yield
     finally:

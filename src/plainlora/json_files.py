@@ -1,0 +1,25 @@
+"""JSON files that hold a mapping, read as what anybody may have written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping that a file holds.
+
+    Args:
+        path: Of the file, which is there.
+
+    Raises:
+        ValueError: It is no JSON, nested without end, not UTF-8, cannot be opened, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("too deeply nested") from error
+    except OSError as error:
+        raise ValueError(error.strerror) from error
+    if not isinstance(content, dict):
+        raise ValueError("no mapping")
+    return content

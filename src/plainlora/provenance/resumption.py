@@ -1,0 +1,85 @@
+"""A run that is resumed goes on with what it began with: the rows, their order, and how it learns."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+
+from plainlora.errors import UserError
+from plainlora.provenance.adapter_base import read_run
+from plainlora.provenance.record import digest_of_rows, resolve_arguments
+
+# What may not change by name. How long a run lasts, how it is watched and where it is written may; the rows
+# themselves are compared by their digest, the adapter's own settings with the checkpoint's config.
+WHAT_IS_TRAINED = (
+    *("method", "model_name_or_path", "last_layers", "labels", "train_head", "base_dropout", "adapter_dtype"),
+    *("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head"),
+    *("lora_target_modules", "lora_exclude_modules", "lora_layers_to_transform"),
+)
+WHICH_ROWS = (
+    *("seed", "data_seed", "validation_split_size", "test_split_size", "balance_classes", "max_train_rows"),
+    *("packing", "packing_strategy", "padding_free", "train_sampling_strategy"),
+)
+HOW_IT_LEARNS = (
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "loss_type", "bf16", "fp16"),
+    *("label_smoothing_factor", "neftune_noise_alpha", "dtype", "load_in_4bit", "load_in_8bit"),
+)
+ADVICE = "give the same settings, or start anew in another --output_dir"
+
+
+def check_same_settings(checkpoint: str | Path, arguments: Sequence[Any], labels: Sequence[str] | None = None) -> None:
+    """A run goes on with the settings it began with, as far as its `run.json` tells.
+
+    Args:
+        checkpoint: To resume from.
+        arguments: The program's parsed dataclasses.
+        labels: A classifier's classes now, in order.
+
+    Raises:
+        UserError: Naming the first setting that differs, with both values.
+    """
+    run = read_run(checkpoint)
+    then, now = dict(run.get("arguments") or {}), resolve_arguments(arguments)
+    if labels is not None:
+        then["labels"], now["labels"] = run.get("labels") or list(labels), list(labels)
+    if (rows := _rows_a_step(then, run.get("processes"))) is not None:
+        then["rows a step"], now["rows a step"] = rows, _rows_a_step(now, PartialState().num_processes)
+    for name in (*WHAT_IS_TRAINED, *WHICH_ROWS, "rows a step", *HOW_IT_LEARNS):
+        if name in then and name in now and _comparable(then[name]) != _comparable(now[name]):
+            raise UserError(
+                f"resume_from_checkpoint: {checkpoint} was trained with {name} {then[name]}, now it is {now[name]}; "
+                f"{ADVICE}"
+            )
+
+
+def check_same_rows(checkpoint: str | Path, rows: Dataset) -> None:
+    """Likewise for the training rows.
+
+    Raises:
+        UserError: They are others.
+    """
+    then = ((read_run(checkpoint).get("rows") or {}).get("train") or {}).get("sha256")
+    if then is not None and then != digest_of_rows(rows):
+        raise UserError(
+            f"resume_from_checkpoint: {checkpoint} was trained on other rows, or on the same with another template, "
+            f"max_length or order; {ADVICE}"
+        )
+
+
+def _rows_a_step(settings: Mapping[str, Any], processes: Any) -> int | None:
+    """Rows of one optimizer step; however they are spread, they are the same ones."""
+    factors = [settings.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
+    if not all(isinstance(factor, int) for factor in (*factors, processes)):
+        return None
+    return int(factors[0]) * int(factors[1]) * int(processes)  # type: ignore[arg-type]
+
+
+def _comparable(value: Any) -> Any:
+    """A path is the same however it is written, and a value as JSON brings it back."""
+    if isinstance(value, str) and Path(value).expanduser().exists():
+        return str(Path(value).expanduser().resolve())
+    return json.loads(json.dumps(value, default=str))

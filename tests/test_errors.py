@@ -1,0 +1,14 @@
+"""What a program says when it stops is one line, whatever it quotes."""
+
+import pytest
+
+from plainlora.errors import UserError, one_line_errors
+
+
+def test_u23_no_letter_of_a_quoted_text_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised, one_line_errors():
+        raise UserError("a template says \x1b[31mred\x07\n\tand \x9b2J, \u202egnp.txt, \udcff; größer 🦙")
+    assert raised.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: a template says \\x1b[31mred\\x07 and \\x9b2J, \\u202egnp.txt, \\udcff; größer 🦙\n"
+    )
