@@ -1,5 +1,7 @@
 """What a program says when it stops is one line, whatever it quotes."""
 
+from pathlib import Path
+
 import pytest
 
 from plainlora.errors import UserError, one_line_errors
@@ -12,3 +14,14 @@ def test_u23_no_letter_of_a_quoted_text_steers_the_terminal(capsys: pytest.Captu
     assert capsys.readouterr().err == (
         "error: a template says \\x1b[31mred\\x07 and \\x9b2J, \\u202egnp.txt, \\udcff; größer 🦙\n"
     )
+
+
+def test_a_name_that_is_too_long_for_a_file_is_said_in_one_line_and_another_fault_keeps_its_traceback(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as raised, one_line_errors():
+        (tmp_path / ("x" * 300)).stat()
+    assert raised.value.code == 2
+    assert "File name too long" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError), one_line_errors():
+        (tmp_path / "missing").stat()

@@ -1,5 +1,6 @@
 """Errors for the person who typed the command: one line on standard error, exit code 2."""
 
+import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,7 +44,9 @@ def one_line_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, LoRAError) as error:
+    except (UserError, LoRAError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:  # which only what was typed can be
+            raise
         sys.stdout.flush()
         print("error: " + _shortened(one_line(str(error))), file=sys.stderr)
         raise SystemExit(EXIT_CODE) from error

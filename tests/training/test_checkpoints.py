@@ -270,7 +270,8 @@ def test_clearing_removes_the_runs_own_files_only(run: Path, checkpoint: Path) -
     (run / "merged").mkdir()
     for name in ("certificate.json", "model.safetensors"):
         (run / "merged" / name).write_text("{}")
-    strangers = ["notes.txt", "checkpoint-final/weights", "data/rows.jsonl", "optimizer.pt", "scheduler.pt"]
+    strangers = ["notes.txt", "checkpoint-final/weights", "data/rows.jsonl"]
+    strangers += ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
     for name in strangers:
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("mine")
