@@ -36,20 +36,11 @@ from plainlora.methods import (
 )
 from plainlora.training.metrics import flatten, judge_rows, measure, score
 from plainlora.hub.model_card import write_classifier_card
-from plainlora.models import (
-    build_skeleton,
-    check_dropout,
-    check_ending,
-    check_length,
-    check_vocabulary,
-    classifier_config,
-    context_length,
-    describe_quantization,
-    load_classifier,
-    load_config,
-    load_tokenizer,
-    loading_options,
-)
+from plainlora.base.classifier import build_skeleton, classifier_config, load_classifier
+from plainlora.base.config import check_length, context_length, load_config
+from plainlora.base.dropout import check_dropout
+from plainlora.base.loading import describe_quantization, loading_options
+from plainlora.base.tokenizer import check_ending, check_vocabulary, load_tokenizer
 from plainlora.settings.parsing import StrictParser
 from plainlora.plots import plot_confusion, plot_loss
 from plainlora.training.preparation import prepare_texts

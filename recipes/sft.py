@@ -32,16 +32,11 @@ from plainlora.generation import ExactMatch
 from plainlora.resources.memory import free_memory, peak_memory
 from plainlora.merging.merge import merge_adapter
 from plainlora.hub.model_card import write_sft_card
-from plainlora.models import (
-    check_dropout,
-    check_length,
-    check_vocabulary,
-    describe_quantization,
-    describe_remote_code,
-    load_base,
-    load_config,
-    load_tokenizer,
-)
+from plainlora.base.config import check_length, load_config
+from plainlora.base.dropout import check_dropout
+from plainlora.base.loading import describe_quantization, load_base
+from plainlora.base.remote_code import describe_remote_code
+from plainlora.base.tokenizer import check_vocabulary, load_tokenizer
 from plainlora.settings.parsing import StrictParser
 from plainlora.plots import plot_loss
 from plainlora.training.preparation import prepare_rows

@@ -191,7 +191,7 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load_quantized(directory: Path, **options: object) -> PreTrainedModel:
     """The model in bitsandbytes' 4 or 8 bits, computing in fp32."""
-    from plainlora.models import load_causal_lm
+    from plainlora.base.loading import load_causal_lm
 
     if options.get("load_in_4bit"):
         options.setdefault("bnb_4bit_compute_dtype", torch.float32)

@@ -28,11 +28,11 @@ from trl import ModelConfig, ScriptArguments
 
 from plainlora import inject, save_adapter
 from plainlora.backends import build_lora_config
+from plainlora.base.tokenizer import load_tokenizer
 from plainlora.commands import main
 from plainlora.data.prompts import install_template
 from plainlora.errors import run_program
 from plainlora.hub.publication import collect_publication
-from plainlora.models import load_tokenizer
 from plainlora.provenance.base_identity import describe_base
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, SFTArguments, SFTRecipeConfig
 from plainlora.settings.checks import check_classify, check_sft

@@ -7,9 +7,9 @@ from peft import LoraConfig
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from plainlora.backends import BACKENDS
+from plainlora.base.loading import load_causal_lm
 from plainlora.errors import UserError
 from plainlora.generation import generate
-from plainlora.models import load_causal_lm
 
 
 @pytest.mark.parametrize("backend", ["reference", "peft"])

@@ -6,7 +6,7 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 # Packages whose own module says what they are for, and nothing else.
-PLAIN = {"data", "hub", "lora", "merging", "provenance", "resources", "settings", "training"}
+PLAIN = {"base", "data", "hub", "lora", "merging", "provenance", "resources", "settings", "training"}
 
 # Every module may import from the ranks before its own, and from the siblings listed beside it.
 RANKS = [
@@ -24,7 +24,7 @@ RANKS = [
         "swiglu",
     },
     {"errors"},
-    {"folders", "lora.storage", "lora.config", "settings.arguments", "weight_files"},
+    {"folders", "lora.storage", "lora.config", "settings.arguments", "base.dropout", "base.files"},
     {"lora.fused"},
     {"lora.targets"},
     {"lora.record"},
@@ -40,8 +40,12 @@ RANKS = [
         "data.prompts",
         "data.datasets",
         "data.labels",
+        "base.failures",
     },
-    {"settings.checks", "fusing", "kinds", "loss", "report", "data.encoding", "data.classification", "models"},
+    {"settings.checks", "fusing", "kinds", "loss", "report", "data.encoding", "data.classification"},
+    {"base.config", "base.remote_code"},
+    {"base.loading", "base.tokenizer"},
+    {"base.classifier"},
     {"provenance.base_identity", "provenance.record"},
     {
         "provenance.adapter_base",

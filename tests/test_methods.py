@@ -8,11 +8,11 @@ from transformers import BertConfig, DistilBertConfig, GPT2Config, LlamaConfig, 
 from trl import ModelConfig, ScriptArguments
 
 from plainlora.backends import count_parameters
+from plainlora.base.classifier import build_skeleton
 from plainlora.errors import UserError
 from plainlora.kinds import KINDS, find_head, find_kinds
 from plainlora.lora.errors import LoRAError
 from plainlora.methods import build_classifier_lora, find_last_layers, train_adapter, train_weights
-from plainlora.models import build_skeleton
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig
 from plainlora.settings.checks import check_classify
 from plainlora.settings.parsing import StrictParser

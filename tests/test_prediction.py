@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from plainlora import inject, save_adapter
 from plainlora.backends import BACKENDS
+from plainlora.base.classifier import classifier_config, load_classifier
 from plainlora.commands import main
-from plainlora.models import classifier_config, load_classifier
 from plainlora.prediction import classify, load_trained_classifier
 from plainlora.provenance.adapter_base import class_labels
 from tests.conftest import make_model

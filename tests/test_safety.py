@@ -27,6 +27,11 @@ from trl import ModelConfig, ScriptArguments
 
 import plainlora.data.prompts
 from plainlora import inject, load_adapter, save_adapter
+from plainlora.base.classifier import build_skeleton
+from plainlora.base.config import load_config
+from plainlora.base.loading import load_causal_lm
+from plainlora.base.remote_code import code_options, describe_remote_code
+from plainlora.base.tokenizer import load_tokenizer
 from plainlora.commands import main
 from plainlora.data.datasets import load_split
 from plainlora.data.prompts import render_prompt
@@ -35,14 +40,6 @@ from plainlora.folders import MANIFEST, write_manifest
 from plainlora.lora.containment import find_escape
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.time_limit import time_limit
-from plainlora.models import (
-    build_skeleton,
-    code_options,
-    describe_remote_code,
-    load_causal_lm,
-    load_config,
-    load_tokenizer,
-)
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig
 from plainlora.settings.parsing import StrictParser, read_yaml
 from tests.conftest import ROOT, make_model

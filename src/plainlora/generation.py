@@ -10,10 +10,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from plainlora.base.config import context_length
 from plainlora.data.encoding import Schema, find_schema, split_row, text_pair
 from plainlora.data.prompts import plain_prompt, render
 from plainlora.errors import UserError
-from plainlora.models import context_length
 
 
 def _stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:

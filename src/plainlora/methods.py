@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from trl import ModelConfig
 
 from plainlora.backends import BACKENDS, Backend, attach_adapter, build_lora_config
+from plainlora.base.config import load_config
 from plainlora.errors import UserError
 from plainlora.kinds import KINDS, find_head, find_kinds
 from plainlora.lora.config import check_supported
 from plainlora.lora.targets import check_patterns, find_modules_to_save, find_targets
-from plainlora.models import load_config
 from plainlora.settings.arguments import ClassifyArguments
 from plainlora.training.checkpoints import holds_adapter
 

@@ -11,17 +11,12 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from plainlora.backends import Backend
+from plainlora.base.classifier import is_classifier
+from plainlora.base.config import context_length, load_config
+from plainlora.base.loading import load_pretrained, to_accelerator
+from plainlora.base.tokenizer import check_vocabulary, load_tokenizer
 from plainlora.data.classification import tokenize_texts
 from plainlora.errors import UserError
-from plainlora.models import (
-    check_vocabulary,
-    context_length,
-    is_classifier,
-    load_config,
-    load_pretrained,
-    load_tokenizer,
-    to_accelerator,
-)
 from plainlora.provenance.adapter_base import (
     class_labels,
     find_base,

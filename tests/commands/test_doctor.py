@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from plainlora.base.loading import load_causal_lm
 from plainlora.commands import main
 from plainlora.errors import UserError
-from plainlora.models import load_causal_lm
 from plainlora.settings.programs import CLASSIFY, find_program
 from tests.conftest import ROOT
 from tests.refusals import Run, snapshot

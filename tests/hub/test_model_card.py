@@ -12,11 +12,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from plainlora import inject
+from plainlora.base.classifier import classifier_config
 from plainlora.hub.model_card import HERE, plain_card, write_classifier_card, write_sft_card
 from plainlora.hub.publication import collect_publication
 from plainlora.lora.interchange import save_adapter
 from plainlora.merging.merge import merge_adapter
-from plainlora.models import classifier_config
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, SFTArguments
 from tests.conftest import make_model, random_ids
 

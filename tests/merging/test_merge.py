@@ -11,11 +11,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from plainlora import inject, save_adapter
+from plainlora.base.loading import describe_quantization
 from plainlora.errors import UserError
 from plainlora.lora import storage
 from plainlora.lora.errors import LoRAError
 from plainlora.merging.merge import TOLERANCES, merge_adapter
-from plainlora.models import describe_quantization
 from plainlora.provenance.adapter_base import training_quantization
 from plainlora.provenance.base_identity import describe_base
 from plainlora.report import write_json

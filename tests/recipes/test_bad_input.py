@@ -12,8 +12,8 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from plainlora import errors
+from plainlora.base.loading import load_causal_lm
 from plainlora.errors import UserError
-from plainlora.models import load_causal_lm
 from tests.conftest import ROOT, ROWS, run_program
 from tests.refusals import Run, snapshot, the_one_line, without_progress
 

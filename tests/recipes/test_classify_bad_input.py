@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification, BartConfig, BartModel, PreTrainedTokenizerFast
 
-from plainlora import models
+from plainlora.base import classifier
 from tests.conftest import BACKBONES, TEXTS
 from tests.recipes.conftest import RunClassify
 from tests.refusals import snapshot, without_progress
@@ -46,7 +46,7 @@ def _no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object, **__: object) -> None:
         raise AssertionError("a weight was loaded")
 
-    monkeypatch.setattr(models, "load_pretrained", load)
+    monkeypatch.setattr(classifier, "load_pretrained", load)
 
 
 def csv(path: Path, rows: list[tuple[str, object]], header: str = "text,label") -> str:

@@ -15,11 +15,11 @@ from transformers import (
 )
 
 from plainlora.backends import BACKENDS
+from plainlora.base.dropout import set_dropouts
 from plainlora.bench.baton import Baton
 from plainlora.bench.case import AS_SHIPPED, FLOOR, FUSED, MATCHED, PEFT, REFERENCE, Case, Target
 from plainlora.bench.rows import draw_lengths, make_rows
 from plainlora.bench.turns import Turns
-from plainlora.models import set_dropouts
 from plainlora.parity.tiny import byte_tokenizer
 from plainlora.training.trainers import ClassifierTrainer
 

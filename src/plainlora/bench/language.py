@@ -18,13 +18,14 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from plainlora.backends import BACKENDS
+from plainlora.base.dropout import set_dropouts
+from plainlora.base.loading import load_causal_lm
 from plainlora.bench.baton import Baton
 from plainlora.bench.case import AS_SHIPPED, FLOOR, FUSED, MATCHED, PEFT, REFERENCE, Case, Target
 from plainlora.bench.rows import draw_lengths, make_rows
 from plainlora.bench.turns import Turns
 from plainlora.fusing import fuse
 from plainlora.loss import use_one_pass_head
-from plainlora.models import load_causal_lm, set_dropouts
 from plainlora.parity.tiny import byte_tokenizer, random_model
 from plainlora.training.trainers import AdapterTrainer, hand_over
 

@@ -55,10 +55,10 @@ def _refuse_whole_model(folder: Path) -> None:
 
 def _loss_in_training(adapter: str, base: "Base", questions: dict[str, Any]) -> float:
     """The loss of the tuned answers on the base as it was stored in training."""
+    from plainlora.base.loading import to_accelerator
     from plainlora.lora.load import load_adapter
     from plainlora.merging.certificate import mean_loss
     from plainlora.merging.reload import ask
-    from plainlora.models import to_accelerator
     from plainlora.provenance.adapter_base import load_quantized_base_of
 
     return mean_loss(ask(load_adapter(to_accelerator(load_quantized_base_of(adapter, base)), adapter), questions))
@@ -70,12 +70,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     import plainlora.quiet  # noqa: F401
     from plainlora.backends import BACKENDS
+    from plainlora.base.loading import to_accelerator
     from plainlora.data.prompts import render_prompt
     from plainlora.generation import generate
     from plainlora.merging.certificate import drift, mean_loss
     from plainlora.merging.probes import answered
     from plainlora.merging.reload import ask
-    from plainlora.models import to_accelerator
     from plainlora.provenance.adapter_base import (
         class_labels,
         find_base,

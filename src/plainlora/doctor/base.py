@@ -7,16 +7,12 @@ from transformers import PretrainedConfig
 from transformers.utils import logging
 from trl import ModelConfig
 
+from plainlora.base.config import check_length, context_length, load_config
+from plainlora.base.dropout import check_dropout
+from plainlora.base.files import is_on_disk
+from plainlora.base.remote_code import describe_remote_code
 from plainlora.doctor.finding import Examination
-from plainlora.models import (
-    check_dropout,
-    check_length,
-    context_length,
-    describe_remote_code,
-    load_config,
-)
 from plainlora.settings.arguments import RecipeArguments
-from plainlora.weight_files import is_on_disk
 
 
 def examine_base(

@@ -10,6 +10,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig, ScriptArguments
 
 from plainlora.backends import BACKENDS
+from plainlora.base.classifier import build_skeleton, classifier_config, load_classifier
+from plainlora.base.config import context_length
+from plainlora.base.loading import loading_options
+from plainlora.base.tokenizer import check_ending, check_vocabulary, load_tokenizer
 from plainlora.data.encoding import IGNORED
 from plainlora.doctor.base import dense, examine_base, examine_weights
 from plainlora.doctor.diagnosis import Diagnosis
@@ -20,16 +24,6 @@ from plainlora.doctor.resources import examine_resources
 from plainlora.doctor.sample import split_sample
 from plainlora.doctor.texts import examine_texts
 from plainlora.methods import build_classifier_lora, find_last_layers
-from plainlora.models import (
-    build_skeleton,
-    check_ending,
-    check_vocabulary,
-    classifier_config,
-    context_length,
-    load_classifier,
-    load_tokenizer,
-    loading_options,
-)
 from plainlora.resources.footprint import Footprint, estimate
 from plainlora.resources.plan import Plan
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig

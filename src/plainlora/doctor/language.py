@@ -8,6 +8,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig, ScriptArguments
 
 from plainlora.backends import BACKENDS, build_lora_config
+from plainlora.base.loading import load_base
+from plainlora.base.tokenizer import check_vocabulary, load_tokenizer
 from plainlora.data.prompts import install_template
 from plainlora.doctor.base import dense, examine_base, examine_weights
 from plainlora.doctor.diagnosis import Diagnosis
@@ -17,7 +19,6 @@ from plainlora.doctor.precision import list_precisions
 from plainlora.doctor.resources import examine_resources
 from plainlora.doctor.rows import examine_rows
 from plainlora.doctor.sample import split_sample
-from plainlora.models import check_vocabulary, load_base, load_tokenizer
 from plainlora.resources.footprint import Footprint, estimate
 from plainlora.resources.plan import Plan
 from plainlora.settings.arguments import SFTArguments, SFTRecipeConfig

@@ -8,9 +8,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from plainlora.backends import BACKENDS, attach_adapter, count_parameters
+from plainlora.base.remote_code import code_options
 from plainlora.doctor.finding import Examination
 from plainlora.lora.record import lora_layers
-from plainlora.models import code_options
 
 
 def build_decoder(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel | None:

@@ -8,10 +8,10 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from plainlora.base.config import load_config
 from plainlora.errors import UserError
 from plainlora.experiments.runs import OWN_FLAGS, recipe_parser
 from plainlora.kinds import ARCHITECTURES, KINDS
-from plainlora.models import load_config
 
 # What a sweep tries unless it is told. A name with + in it is several flags that take the same value.
 LORA = {"learning_rate": "1e-5..5e-3", "lora_r": "2|4|8|16|32", "lora_alpha": "8|16|32|64|128"}

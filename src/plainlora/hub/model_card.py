@@ -9,8 +9,8 @@ from peft import LoraConfig
 from transformers import PretrainedConfig, SchedulerType, TrainingArguments
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
+from plainlora.base.classifier import is_classifier
 from plainlora.data.datasets import hub_name, is_local
-from plainlora.models import is_classifier
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, SFTArguments
 from plainlora.training.checkpoints import PICTURES
 

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from plainlora.base.config import context_length, load_config
 from plainlora.errors import UserError
 from plainlora.folders import check_disk, staged
 from plainlora.generation import generate
@@ -27,7 +28,6 @@ from plainlora.lora.merge import merge
 from plainlora.merging.certificate import CERTIFICATE, Answers, agreement, hash_adapter, hash_files, perplexity
 from plainlora.merging.probes import NEW_TOKENS, PROMPTS, Probes, classifier_probes, language_probes
 from plainlora.merging.reload import ask
-from plainlora.models import context_length, load_config
 from plainlora.provenance.adapter_base import (
     Base,
     BaseKind,

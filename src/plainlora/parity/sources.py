@@ -16,24 +16,17 @@ from transformers import (
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from plainlora.backends import build_lora_config
+from plainlora.base.classifier import build_skeleton, classifier_config, load_classifier
+from plainlora.base.config import context_length, load_config
+from plainlora.base.dropout import check_dropout
+from plainlora.base.loading import load_base, load_pretrained, loading_options
+from plainlora.base.tokenizer import load_tokenizer
 from plainlora.data.datasets import load_train_and_test
 from plainlora.data.encoding import Encoder, find_schema
 from plainlora.data.prompts import install_template, render_prompt
 from plainlora.errors import UserError
 from plainlora.lora.interchange import read_config, saved_shapes
 from plainlora.methods import build_classifier_lora
-from plainlora.models import (
-    build_skeleton,
-    check_dropout,
-    classifier_config,
-    context_length,
-    load_base,
-    load_classifier,
-    load_config,
-    load_pretrained,
-    load_tokenizer,
-    loading_options,
-)
 from plainlora.parity.case import FORMS, Case, seed_everything
 from plainlora.parity.suite import training_arguments
 from plainlora.parity.tiny import byte_tokenizer, model_class, random_batch

@@ -24,8 +24,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from plainlora.base.loading import keep_4bit_weights_unpacked
 from plainlora.data.prompts import install_template
-from plainlora.models import keep_4bit_weights_unpacked
 from plainlora.parity.case import seed_everything
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -9,17 +9,13 @@ from typing import Any, Literal
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from plainlora.base.classifier import classifier_config, load_classifier
+from plainlora.base.config import load_config
+from plainlora.base.loading import load_causal_lm
+from plainlora.base.tokenizer import check_vocabulary, load_tokenizer
 from plainlora.errors import UserError, first_line
 from plainlora.json_files import read_mapping
 from plainlora.lora.interchange import read_config, saved_shapes
-from plainlora.models import (
-    check_vocabulary,
-    classifier_config,
-    load_causal_lm,
-    load_classifier,
-    load_config,
-    load_tokenizer,
-)
 from plainlora.provenance.base_identity import describe_base, find_difference, is_description, name_base
 
 BaseKind = Literal["16bit", "dequantized"]

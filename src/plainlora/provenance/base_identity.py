@@ -18,9 +18,9 @@ from transformers import MODEL_MAPPING, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from plainlora.base.config import load_config
 from plainlora.errors import UserError, first_line
 from plainlora.json_files import read_mapping
-from plainlora.models import load_config
 
 WHOLE = 1 << 30  # bytes: a checkpoint up to this size is read whole, a larger one in samples
 ROWS = 16  # of every matrix of a larger one

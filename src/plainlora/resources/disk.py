@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from plainlora.models import is_classifier
+from plainlora.base.classifier import is_classifier
 from plainlora.resources.plan import Plan
 from plainlora.resources.weights import count_bytes
 

@@ -17,7 +17,7 @@ from transformers import (
 from trl import ModelConfig, get_quantization_config
 
 from plainlora.backends import Backend, attach_adapter
-from plainlora.models import set_dropouts
+from plainlora.base.dropout import set_dropouts
 from plainlora.resources.activations import Step, largest_batch, precision
 from plainlora.settings.arguments import dtype_of
 

@@ -1,11 +1,7 @@
-"""What is refused of a base and its tokenizer; `base_dropout`: every dropout of the frozen base, found by name,
-in memory and in nothing that is saved.
-"""
+"""Dropouts are found, set for training, and saved as they were."""
 
 import copy
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +24,13 @@ from transformers import (
 from trl import ModelConfig
 
 from plainlora.backends import BACKENDS, attach_adapter
+from plainlora.base.classifier import classifier_config, load_classifier
+from plainlora.base.dropout import check_dropout, find_dropouts
+from plainlora.base.loading import load_base
 from plainlora.errors import UserError
 from plainlora.lora.inject import inject, unwrap
 from plainlora.lora.merge import merge
-from plainlora.models import (
-    check_dropout,
-    check_vocabulary,
-    classifier_config,
-    find_dropouts,
-    load_base,
-    load_causal_lm,
-    load_classifier,
-    load_config,
-    load_tokenizer,
-)
-from tests.conftest import BACKBONES, VOCABULARY
+from tests.conftest import BACKBONES
 
 LABELS = ["ham", "spam"]
 
@@ -157,102 +145,3 @@ def test_a_merged_and_an_unwrapped_model_and_a_copy_are_saved_with_their_own_dro
         model.save_pretrained(tmp_path / str(number))
         assert json.loads((tmp_path / str(number) / "config.json").read_text())["attn_pdrop"] == 0.1
         assert dropouts_of(model) == {0.0}
-
-
-@pytest.fixture
-def edited(model_dirs: dict[str, Path], tmp_path: Path) -> Callable[..., str]:
-    """A copy of a tiny Llama in which a JSON file says something else."""
-
-    def edit(file: str, **changes: object) -> str:
-        base = shutil.copytree(model_dirs["llama"], tmp_path / "base", dirs_exist_ok=True)
-        (base / file).write_text(json.dumps(json.loads((base / file).read_text()) | changes))
-        return str(base)
-
-    return edit
-
-
-@pytest.mark.parametrize("ends", ["two", [0, "one"], 1.5, True, [[0]], 2**63, {}])
-def test_an_eos_that_is_no_token_is_refused(edited: Callable[..., str], ends: object) -> None:
-    with pytest.raises(UserError, match=r"eos_token_id of its generation_config.json is no token|cannot be loaded"):
-        load_causal_lm(edited("generation_config.json", eos_token_id=ends))
-
-
-def test_a_config_that_would_take_for_ever_to_build_is_refused(edited: Callable[..., str]) -> None:
-    with pytest.raises(UserError, match=r"names 1,000,000,000 layers, more than any model has; it is damaged"):
-        load_causal_lm(edited("config.json", num_hidden_layers=10**9))
-
-    with pytest.raises(UserError, match=r"names 1,001 layers, more than any model has"):
-        load_config(edited("config.json", num_hidden_layers=1001))
-
-
-@pytest.mark.parametrize("method", ["evil", "gptq", "awq", ["x"]])
-def test_weights_that_are_stored_otherwise_are_not_read_as_plain_numbers(
-    edited: Callable[..., str], method: object
-) -> None:
-    with pytest.raises(UserError, match=r"says that the weights are stored by .*; give the base in 16 or 32 bits"):
-        load_config(edited("config.json", quantization_config={"quant_method": method, "bits": 4}))
-
-
-def test_a_base_in_four_bits_is_loaded_as_one_or_not_at_all(model_dirs: dict[str, Path], tmp_path: Path) -> None:
-    args = ModelConfig(model_name_or_path=str(model_dirs["llama"]), dtype="float32", load_in_4bit=True)
-    load_base(args).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="is stored in 4 or 8 bits: load it so, with load_in_4bit"):
-        load_causal_lm(str(tmp_path))
-    args.model_name_or_path = str(tmp_path)
-    assert load_base(args).is_loaded_in_4bit
-
-
-def test_u23_an_attention_from_the_hub_is_code_from_elsewhere(edited: Callable[..., str], tmp_path: Path) -> None:
-    for name in ("evil/kernel", {"": "evil/kernel"}):
-        base = edited("config.json", attn_implementation=name)
-        with pytest.raises(UserError, match="names the attention 'evil/kernel', which is code from the Hub; take"):
-            load_config(base)
-    assert load_config(base, trust_remote_code=True)._attn_implementation == "evil/kernel"
-    inside = Gemma3Config().to_dict() | {"attn_implementation": {"text_config": "evil/kernel"}}
-    (tmp_path / "base" / "config.json").write_text(json.dumps(inside))
-    with pytest.raises(UserError, match="names the attention 'evil/kernel'"):
-        load_config(base)
-
-
-@pytest.mark.parametrize(
-    "changes", [{"model_type": ["llama"]}, {"num_attention_heads": 0}, {"num_key_value_heads": 0}]
-)
-def test_a_config_that_code_trips_over_is_said_to_be_damaged(
-    edited: Callable[..., str], changes: dict[str, Any]
-) -> None:
-    with pytest.raises(UserError, match=r"base/config.json is damaged: the model cannot be loaded \("):
-        load_causal_lm(edited("config.json", **changes))
-
-
-def test_a_tokenizer_that_cannot_be_used_is_refused(edited: Callable[..., str]) -> None:
-    with pytest.raises(UserError, match="model_max_length is no number: 'long'"):
-        load_tokenizer(edited("tokenizer_config.json", model_max_length="long"))
-    with pytest.raises(UserError, match="has no EOS token, and none to pad with; set eos_token"):
-        load_tokenizer(edited("tokenizer_config.json", model_max_length=9, eos_token=None, pad_token=None))
-
-
-def test_words_without_an_embedding_are_refused(edited: Callable[..., str], model_dirs: dict[str, Path]) -> None:
-    own = load_tokenizer(str(model_dirs["llama"]))
-    config = load_config(str(model_dirs["llama"]))
-    check_vocabulary(own, config)
-    own.add_tokens(["<never used>"], special_tokens=True)
-    assert own.get_vocab()["<never used>"] == VOCABULARY
-    check_vocabulary(own, config)
-    own.add_tokens(["a new word"])
-    with pytest.raises(
-        UserError, match=rf"numbers 'a new word' {VOCABULARY + 1}, but the model has .* {VOCABULARY} to"
-    ):
-        check_vocabulary(own, config)
-    for role in ("pad_token", "eos_token"):
-        tokenizer = load_tokenizer(edited("tokenizer_config.json", **{role: "<new>"}))
-        with pytest.raises(UserError, match=f"numbers '<new>' {VOCABULARY}, but the model has embeddings"):
-            check_vocabulary(tokenizer, config)
-
-
-def test_a_setting_that_has_a_flag_is_not_given_twice(model_dirs: dict[str, Path]) -> None:
-    args = ModelConfig(model_name_or_path=str(model_dirs["llama"]))
-    for name in ("revision", "dtype", "trust_remote_code"):
-        with pytest.raises(UserError, match=f"model_init_kwargs: {name} has a flag of its own"):
-            load_base(args, options={name: "x"})
-    with pytest.raises(UserError, match="use_safetensors"):
-        load_base(args, options={"use_safetensors": False})

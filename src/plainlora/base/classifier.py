@@ -1,0 +1,81 @@
+"""A base as a sequence classifier: its config with classes, its skeleton, and its weights with a new head."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+from plainlora.base.config import load_config
+from plainlora.base.loading import load_pretrained
+from plainlora.errors import UserError
+
+
+def classifier_config(
+    name: str, labels: Sequence[str], pad_token_id: int | None, revision: str | None = None
+) -> PretrainedConfig:
+    """The base's config with the classes, and with the tokenizer's pad token.
+
+    A decoder's head reads the last token that is not padding, so it must know which token that is (trl#422).
+
+    Raises:
+        UserError: It cannot be had, or the base is a classifier of other classes already.
+    """
+    config = load_config(name, revision)
+    if is_classifier(config) and config.num_labels != len(labels):
+        raise UserError(
+            f"{name} is a classifier of {config.num_labels} classes already, the data has {len(labels)} "
+            f"({', '.join(labels)}); give a base with as many, or one without a head"
+        )
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: number for number, label in enumerate(labels)}
+    config.pad_token_id = pad_token_id
+    config.use_cache = False  # nothing is generated
+    return config
+
+
+def is_classifier(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint was saved as a sequence classifier, with a head of its own."""
+    return any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def load_classifier(
+    config: PretrainedConfig, name: str, quantization: BitsAndBytesConfig | None = None, **options: Any
+) -> tuple[PreTrainedModel, list[str]]:
+    """A sequence classifier, and the names of the weights that the checkpoint lacks: its new head.
+
+    Args:
+        config: From `classifier_config`.
+        name: Hub id or local folder.
+        quantization: How to quantise while loading. The head is left as it is: a new one has no values to quantise.
+        **options: As for `load_pretrained`.
+
+    Raises:
+        UserError: See `load_pretrained`; also a checkpoint that lacks more than a head.
+    """
+    if quantization is not None:
+        skeleton = build_skeleton(config)
+        heads = [child for child, _ in skeleton.named_children() if child != skeleton.base_model_prefix]
+        quantization.llm_int8_skip_modules = heads  # of 4 bits too, despite its name
+    model, missing = load_pretrained(
+        AutoModelForSequenceClassification, name, config=config, quantization=quantization, **options
+    )
+    # A pooler may be new too: pretraining on masked tokens alone has none.
+    backbone = [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
+    if backbone:
+        more = " and more" if len(backbone) > 1 else ""
+        raise UserError(f"{name} lacks {backbone[0]}{more}; it is no checkpoint of this kind")
+    return model, missing
+
+
+def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The classifier that a config describes, without weights (`meta` device): for names and shapes.
+
+    Raises:
+        UserError: The architecture has no sequence classifier.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise UserError(f"{config.model_type} models have no sequence classifier in Transformers") from error

@@ -1,0 +1,71 @@
+"""A base's config, and what it says of lengths and of how the weights are stored."""
+
+from transformers import AutoConfig, PretrainedConfig
+
+from plainlora.base.failures import check_folder, explain
+from plainlora.errors import UserError
+
+MOST_LAYERS = 1_000  # a few hundred are the deepest that there are
+
+
+def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The base model's config.
+
+    Raises:
+        UserError: It cannot be had, or it is an adapter.
+    """
+    check_folder(name)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        method, kernel = quantization_method(config), _find_kernel(config)
+    except Exception as error:  # of any kind: a file from elsewhere is read by code that trusts it
+        raise explain(name, "model", error) from error
+    if not isinstance(config.architectures, list | None):
+        raise UserError(f"{name}/config.json: architectures is no list of names, but {config.architectures!r:.60}")
+    if isinstance(layers, int) and layers > MOST_LAYERS:  # building them would take for ever
+        raise UserError(f"{name}/config.json names {layers:,} layers, more than any model has; it is damaged")
+    if method not in (None, "bitsandbytes"):
+        raise UserError(
+            f"{name}/config.json says that the weights are stored by {method!r:.60}, which is not read here; give the "
+            "base in 16 or 32 bits"
+        )
+    if kernel and not trust_remote_code:
+        raise UserError(
+            f"{name}/config.json names the attention {kernel!r:.60}, which is code from the Hub; take "
+            "attn_implementation out of it, or read that code, then --trust_remote_code true runs it"
+        )
+    return config
+
+
+def quantization_method(config: PretrainedConfig) -> str | None:
+    """How a checkpoint says that its weights are stored; `None` if as plain numbers."""
+    stored = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    if not stored:
+        return None
+    fields = stored if isinstance(stored, dict) else stored.to_dict()
+    old = fields.get("load_in_4bit") or fields.get("load_in_8bit")  # without a name
+    return "bitsandbytes" if old else str(fields.get("quant_method"))
+
+
+def _find_kernel(config: PretrainedConfig) -> str | None:
+    """The first attention in a config, or in one inside it, that is a repository's name."""
+    inner = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
+    own = str(config._attn_implementation)
+    return own if "/" in own else next(filter(None, map(_find_kernel, inner)), None)
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Longest sequence the model has positions for, in tokens; `None` if its config does not say."""
+    text = config.get_text_config()
+    length = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    return int(length) if length else None
+
+
+def check_length(max_length: int | None, config: PretrainedConfig) -> None:
+    """Raises `UserError` if rows may be longer than the model's context."""
+    longest = context_length(config)
+    if max_length is not None and longest is not None and max_length > longest:
+        raise UserError(f"max_length {max_length} is longer than the model's context of {longest} tokens; lower it")

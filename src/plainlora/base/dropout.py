@@ -1,0 +1,59 @@
+"""Every dropout probability of a base, set for training and kept out of what is saved."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from plainlora.errors import UserError
+
+
+def find_dropouts(config: PretrainedConfig) -> list[tuple[PretrainedConfig, str]]:
+    """Where a config, or one inside it, sets a dropout probability: `(config, field)`.
+
+    Found by name: `attn_pdrop`, `hidden_dropout_prob`, `seq_classif_dropout`. A `classifier_dropout` that is `None`
+    falls back to another of them. LayerDrop and stochastic depth leave out whole layers, which is something else.
+    """
+    inner = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
+    own = [
+        (config, name)
+        for name, value in vars(config).items()
+        if ("dropout" in name or "pdrop" in name) and not isinstance(value, bool) and isinstance(value, int | float)
+    ]
+    return own + [found for each in inner for found in find_dropouts(each)]
+
+
+def check_dropout(p: float | None, config: PretrainedConfig) -> None:
+    """Raises `UserError` if a base has no dropout that could be set, unless 0 or nothing is asked for."""
+    if p and not find_dropouts(config):
+        raise UserError(f"base_dropout {p}: {config.model_type} models have no dropout to set; leave it out")
+
+
+def set_dropouts(config: PretrainedConfig, p: float) -> None:
+    """Gives every dropout of a config the probability `p`."""
+    for place in find_dropouts(config):
+        setattr(*place, p)
+
+
+@contextmanager
+def _dropouts(config: PretrainedConfig, values: Sequence[float]) -> Iterator[None]:
+    """Within, the config's dropouts have these values, in the order in which they are found."""
+    places = find_dropouts(config)
+    before = [getattr(*place) for place in places]
+    try:
+        for place, value in zip(places, values, strict=True):
+            setattr(*place, value)
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            setattr(*place, value)
+
+
+def save_with_own_dropouts(model: PreTrainedModel, *args: Any, own_dropouts: Sequence[float], **kwargs: Any) -> None:
+    """Writes the base's own dropouts: those of one training are no part of the model.
+
+    They cannot be put back before, because some architectures read them from the config in every forward pass.
+    """
+    with _dropouts(model.config, own_dropouts):
+        type(model).save_pretrained(model, *args, **kwargs)

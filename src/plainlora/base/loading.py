@@ -1,0 +1,190 @@
+"""Base models, from the Hub or from this disk, whole or quantised, from safetensors only."""
+
+import copy
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from trl import ModelConfig, get_quantization_config
+
+from plainlora.base.config import load_config, quantization_method
+from plainlora.base.dropout import find_dropouts, save_with_own_dropouts, set_dropouts
+from plainlora.base.failures import explain
+from plainlora.errors import UserError, first_line
+from plainlora.settings.arguments import dtype_of
+
+
+def keep_4bit_weights_unpacked(model: nn.Module) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights at the first evaluation on a CPU with AVX512-BF16.
+
+    Its `Linear4bit.forward` then rounds the block scales to bf16 for good, so evaluating would change the model being
+    trained: https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/nn/modules.py
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def load_pretrained(
+    auto: type[_BaseAutoModelClass],
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    quantization: BitsAndBytesConfig | None = None,
+    dropout: float | None = None,
+    **options: Any,
+) -> tuple[PreTrainedModel, list[str]]:
+    """A model with weights from safetensors only, and the names of the weights that the checkpoint lacks.
+
+    Args:
+        auto: The Auto class that knows the model's task.
+        name: Hub id or local folder.
+        revision: Branch, tag or commit on the Hub.
+        dtype: Of the weights that are not quantised; `"auto"` for the checkpoint's own.
+        quantization: How to quantise while loading.
+        dropout: Probability of all its dropouts while it is in memory; it is saved with its own. `None` to leave them.
+        **options: For `from_pretrained`.
+
+    Raises:
+        UserError: It cannot be had, or it is an adapter.
+    """
+    # Unless told, Transformers asks on the terminal whether to run a model's own code, and waits.
+    options.setdefault("trust_remote_code", False)
+    config = load_config(name, revision, options["trust_remote_code"])
+    if quantization_method(config) and quantization is None:
+        raise UserError(
+            f"{name} is stored in 4 or 8 bits: load it so, with load_in_4bit or load_in_8bit, or give the base in 16 "
+            "or 32 bits"
+        )
+    attention = options.get("attn_implementation")
+    own: list[float] | None = None
+    try:
+        if dropout is not None:
+            config, options = _split_config(name, revision, options)
+            own = [getattr(*place) for place in find_dropouts(config)]
+            set_dropouts(config, dropout)
+            options["config"] = config
+        with _quiet_about_new_weights():
+            model, report = auto.from_pretrained(
+                name,
+                revision=revision,
+                dtype=dtype,
+                quantization_config=quantization,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below, which the error would not do
+                **options,
+            )
+    except Exception as error:  # of any kind, as in `load_config`
+        if isinstance(error, TypeError) and (unknown := re.search("unexpected keyword argument (.*)", str(error))):
+            raise UserError(f"model_init_kwargs: {unknown[1]} is nothing that {name} takes; leave it out") from error
+        if attention is not None and re.search("attn|attention", str(error), re.IGNORECASE):
+            raise UserError(
+                f"attn_implementation {attention!r} cannot be used here ({first_line(error)}); leave it out, or "
+                "give eager or sdpa"
+            ) from error
+        raise explain(name, "model", error) from error
+    for weight, stored, needed in sorted(report["mismatched_keys"])[:1]:
+        raise UserError(
+            f"{name}: {weight} is stored as {tuple(stored)}, and config.json makes it {tuple(needed)}; the config or "
+            "the weights belong to another model"
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):  # from the Hub, where no folder could be looked into
+        raise UserError(f"{name} holds an adapter beside the base model; give the base model alone")
+    keep_4bit_weights_unpacked(model)
+    if own is not None:
+        save = MethodType(partial(save_with_own_dropouts, own_dropouts=own), model)
+        model.save_pretrained = save
+    return model, sorted(report["missing_keys"])
+
+
+def _split_config(name: str, revision: str | None, options: dict[str, Any]) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """A model's config of its own, and the options that are none of the config's, as `from_pretrained` splits them."""
+    rest = {key: options[key] for key in ("attn_implementation", "trust_remote_code") if key in options}
+    given = {key: value for key, value in options.items() if key not in rest and key != "config"}
+    if options.get("config") is not None:
+        return copy.deepcopy(options["config"]), rest | given
+    trust = rest.get("trust_remote_code", False)
+    config, given = AutoConfig.from_pretrained(
+        name, revision=revision, trust_remote_code=trust, return_unused_kwargs=True, **given
+    )
+    return config, rest | given
+
+
+@contextmanager
+def _quiet_about_new_weights() -> Iterator[None]:
+    """Silences Transformers' report on weights that the checkpoint lacks: a classifier's new head is no surprise.
+
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/utils/loading_report.py
+    """
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_no_load_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_load_report)
+
+
+def _is_no_load_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def load_causal_lm(name: str, **options: Any) -> PreTrainedModel:
+    """A causal language model. Arguments and errors are those of `load_pretrained`."""
+    model, missing = load_pretrained(AutoModelForCausalLM, name, **options)
+    if missing:
+        raise UserError(f"{name} is no causal language model: it lacks {missing[0]}")
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    numbers = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(number) is int and -1 <= number < 2**31 for number in numbers):
+        raise UserError(f"{name}: eos_token_id of its generation_config.json is no token's number, but {ends!r:.60}")
+    return model
+
+
+def load_base(
+    args: ModelConfig,
+    trust_remote_code: bool = False,
+    options: dict[str, Any] | None = None,
+    dropout: float | None = None,
+) -> PreTrainedModel:
+    """The base model as TRL's `ModelConfig` describes it, with `model_init_kwargs` on top and `base_dropout`."""
+    settings = loading_options(args, trust_remote_code) | {"dropout": dropout}
+    if twice := settings.keys() & (options or {}).keys():
+        raise UserError(f"model_init_kwargs: {min(twice)} has a flag of its own; set that")
+    return load_causal_lm(str(args.model_name_or_path), **settings, **(options or {}))
+
+
+def loading_options(args: ModelConfig, trust_remote_code: bool = False) -> dict[str, Any]:
+    """TRL's `ModelConfig` as arguments of `load_pretrained`."""
+    return {
+        "revision": args.model_revision,
+        "dtype": dtype_of(args.dtype),
+        "quantization": get_quantization_config(args),
+        "attn_implementation": args.attn_implementation,
+        "trust_remote_code": trust_remote_code,
+    }
+
+
+def to_accelerator(model: PreTrainedModel) -> PreTrainedModel:
+    """Moves the model to the GPU, if there is one."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is not None:
+        cast(nn.Module, model).to(device)
+    return model
+
+
+def describe_quantization(model: PreTrainedModel) -> dict[str, Any] | None:
+    """The base's quantisation, for `run.json` and back into `BitsAndBytesConfig`; `None` if it has none."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return None
+    return config if isinstance(config, dict) else dict(config.to_dict())
