@@ -20,7 +20,7 @@ from trl import ModelConfig, ScriptArguments
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig
 from plainlora.backends import check_same_adapter, count_parameters
 from plainlora.provenance.base_identity import describe_base
-from plainlora.training.checkpoints import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
+from plainlora.training.run_folder import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
 from plainlora.settings.checks import check_classify
 from plainlora.doctor.precision import list_precisions, precision_line
 from plainlora.doctor.texts import examine_texts
@@ -48,7 +48,8 @@ from plainlora.hub.pushing import check_push, open_run_repository, push_run
 from plainlora.report import classifier_summary, write_json
 from plainlora.provenance.record import complete_run, write_run
 from plainlora.provenance.resumption import check_same_rows, check_same_settings
-from plainlora.training.trainers import ClassifierTrainer, args_for_trainer, check_schedule, resume_path
+from plainlora.training.checkpoints import resume_path
+from plainlora.training.trainers import ClassifierTrainer, args_for_trainer, check_schedule
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from plainlora.resources.checkpointing import needs_checkpointing
 from plainlora.settings.arguments import SFTArguments, SFTRecipeConfig
 from plainlora.backends import BACKENDS, attach_adapter, build_lora_config, check_same_adapter, count_parameters
 from plainlora.provenance.base_identity import describe_base
-from plainlora.training.checkpoints import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
+from plainlora.training.run_folder import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
 from plainlora.settings.checks import check_sft
 from plainlora.data.prompts import install_template
 from plainlora.doctor.layers import build_decoder, examine_layers
@@ -44,7 +44,8 @@ from plainlora.hub.pushing import check_push, open_run_repository, push_run
 from plainlora.report import summary, write_json
 from plainlora.provenance.record import complete_run, write_run
 from plainlora.provenance.resumption import check_same_rows, check_same_settings
-from plainlora.training.trainers import AdapterTrainer, check_schedule, hand_over, resume_path
+from plainlora.training.checkpoints import resume_path
+from plainlora.training.trainers import AdapterTrainer, check_schedule, hand_over
 
 
 def main() -> None:

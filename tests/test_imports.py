@@ -33,7 +33,7 @@ RANKS = [
     {"lora.merge", "lora.load"},
     {
         "settings.parsing",
-        "training.checkpoints",
+        "training.run_folder",
         "hub.repository",
         "resources.memory",
         "plots",
@@ -43,6 +43,7 @@ RANKS = [
         "base.failures",
     },
     {"settings.checks", "fusing", "kinds", "loss", "report", "data.encoding", "data.classification"},
+    {"training.checkpoints"},
     {"base.config", "base.remote_code"},
     {"base.loading", "base.tokenizer"},
     {"base.classifier"},

@@ -20,7 +20,7 @@ from plainlora.kinds import KINDS, find_head, find_kinds
 from plainlora.lora.config import check_supported
 from plainlora.lora.targets import check_patterns, find_modules_to_save, find_targets
 from plainlora.settings.arguments import ClassifyArguments
-from plainlora.training.checkpoints import holds_adapter
+from plainlora.training.run_folder import holds_adapter
 
 
 @dataclass(frozen=True)

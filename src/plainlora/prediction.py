@@ -26,7 +26,7 @@ from plainlora.provenance.adapter_base import (
     read_run,
     training_quantization,
 )
-from plainlora.training.checkpoints import holds_adapter
+from plainlora.training.run_folder import holds_adapter
 
 
 @dataclass(frozen=True)

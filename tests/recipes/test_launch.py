@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from plainlora.training.checkpoints import UNFINISHED, find_problem, list_checkpoints
+from plainlora.training.checkpoints import find_problem
+from plainlora.training.run_folder import UNFINISHED, list_checkpoints
 from tests.conftest import ROOT
 
 

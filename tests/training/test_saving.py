@@ -12,7 +12,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from plainlora.errors import UserError
 from plainlora.folders import find_damage
 from plainlora.settings.arguments import ClassifyConfig
-from plainlora.training.checkpoints import UNFINISHED, find_problem, list_checkpoints
+from plainlora.training.checkpoints import find_problem
+from plainlora.training.run_folder import UNFINISHED, list_checkpoints
 from plainlora.training.trainers import ClassifierTrainer
 from tests.conftest import BACKBONES
 

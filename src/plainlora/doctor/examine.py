@@ -12,8 +12,9 @@ from plainlora.doctor.settings import list_settings, read_settings
 from plainlora.errors import UserError
 from plainlora.hub.pushing import check_push
 from plainlora.settings.programs import SFT, find_program
-from plainlora.training.checkpoints import check_inputs_apart, claim_output_dir, is_run
-from plainlora.training.trainers import check_schedule, resume_path
+from plainlora.training.checkpoints import resume_path
+from plainlora.training.run_folder import check_inputs_apart, claim_output_dir, is_run
+from plainlora.training.trainers import check_schedule
 
 
 def examine(config: str, flags: Sequence[str], say: Callable[[str], None]) -> Diagnosis:

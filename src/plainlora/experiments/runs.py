@@ -23,7 +23,7 @@ from plainlora.report import write_json
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig
 from plainlora.settings.checks import check_writable
 from plainlora.settings.parsing import StrictParser, read_yaml
-from plainlora.training.checkpoints import list_checkpoints
+from plainlora.training.run_folder import list_checkpoints
 
 PROGRAM = Path(__file__).parents[3] / "recipes" / "classify.py"
 METHODS = ("last_layers", "lora", "full")

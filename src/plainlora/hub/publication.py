@@ -26,7 +26,7 @@ from plainlora.lora.interchange import LORA_WEIGHTS, PREFIX, read_config, saved_
 from plainlora.lora.storage import is_finite
 from plainlora.provenance.adapter_base import class_labels
 from plainlora.settings.parsing import StrictLoader
-from plainlora.training.checkpoints import ADAPTER, PICTURES, WHOLE_MODEL, holds_adapter
+from plainlora.training.run_folder import ADAPTER, PICTURES, WHOLE_MODEL, holds_adapter
 
 INDEX = "model.safetensors.index.json"
 CARD = "README.md"

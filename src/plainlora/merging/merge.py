@@ -40,7 +40,7 @@ from plainlora.provenance.adapter_base import (
 )
 from plainlora.report import package_versions, write_json
 from plainlora.settings.checks import check_writable
-from plainlora.training.checkpoints import is_merged_model
+from plainlora.training.run_folder import is_merged_model
 
 # Largest |difference| of a logit over the largest |logit|. fp32: the sum of products is merely reordered. Half
 # precision rounds each merged weight once, a relative error of 2^-11 (fp16) or 2^-8 (bf16) that adds up over layers.

@@ -1,7 +1,6 @@
-"""Checkpoints of a run: the newest whole one, and what may be replaced."""
+"""Which checkpoint a run can go on from: the newest that is whole."""
 
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -10,18 +9,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import safe_globals
 
 from plainlora.errors import UserError
-from plainlora.folders import MANIFEST, find_damage
+from plainlora.folders import find_damage
 from plainlora.json_files import read_mapping
+from plainlora.training.run_folder import ADAPTER, WHOLE_MODEL, holds_adapter, list_checkpoints
 
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-WHOLE_MODEL = ("config.json", "model.safetensors")
-PICTURES = ("loss.png", "confusion.png")
-RESULTS = (*ADAPTER, *WHOLE_MODEL, MANIFEST, "trainer_state.json", "all_results.json", "run.json")
-REPORTS = ("README.md", *PICTURES, "merged")
 STATES = ("optimizer.pt", "scheduler.pt")
 STATE_KINDS: dict[str, tuple[type, ...]] = {  # of Trainer's state, where it is no number
     **dict.fromkeys(("best_metric", "best_global_step"), (int, float, NoneType)),
@@ -30,21 +25,6 @@ STATE_KINDS: dict[str, tuple[type, ...]] = {  # of Trainer's state, where it is 
     **dict.fromkeys(("stateful_callbacks", "trial_params"), (dict, NoneType)),
     "log_history": (list, NoneType),
 }
-UNFINISHED = ".saving"  # where a save is prepared, within the run's folder; what a kill in the middle leaves
-
-
-def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The run's `checkpoint-N` folders, oldest first."""
-    found = {}
-    for path in Path(output_dir).glob("checkpoint-*"):
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir():
-            found[int(match[1])] = path
-    return [found[step] for step in sorted(found)]
-
-
-def holds_adapter(folder: str | Path) -> bool:
-    """Whether a folder holds an adapter rather than a whole model."""
-    return (Path(folder) / "adapter_config.json").is_file()
 
 
 def find_problem(checkpoint: Path) -> str | None:
@@ -119,87 +99,53 @@ def newest_checkpoint(output_dir: str | Path, say: Callable[[str], object] | Non
     return None
 
 
-def remove_checkpoint(checkpoint: Path) -> None:
-    """Removes a checkpoint. It loses its name first, so that a kill leaves no part of it there."""
-    unfinished = checkpoint.parent / UNFINISHED
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    checkpoint.rename(unfinished / checkpoint.name)
-    shutil.rmtree(unfinished)
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's; a README.md, or an adapter from elsewhere, does not make it one."""
-    return any((folder / name).is_file() for name in ("run.json", "trainer_state.json")) or bool(
-        list_checkpoints(folder)
-    )
-
-
-def is_merged_model(folder: Path) -> bool:
-    """Whether `merge_adapter` wrote this folder, so that it may be replaced."""
-    return (folder / "certificate.json").is_file()
-
-
-def lies_in(path: str | Path, folder: str | Path) -> bool:
-    """Whether a path is a folder or below it, links followed."""
-    return Path(path).expanduser().resolve().is_relative_to(Path(folder).resolve())
-
-
-def claim_output_dir(output_dir: str | Path, overwrite: bool, resume: str | Path | None) -> None:
-    """Makes sure that a run cannot mix with, or silently replace, what is in its folder.
+def resume_path(args: TrainingArguments, say: Callable[[str], object] = print) -> str | None:
+    """`--resume_from_checkpoint true` is the newest whole checkpoint; a path is itself.
 
     Args:
-        output_dir: Where the run writes.
-        overwrite: Whether an earlier run there may be replaced.
-        resume: The checkpoint that the run goes on from. One in `output_dir` belongs with what is there.
+        args: The run's.
+        say: Told of broken checkpoints that are passed over.
 
     Raises:
-        UserError: The folder holds another run and `overwrite` is off, or it holds what no run can have written.
+        UserError: There is no such checkpoint.
     """
-    folder = Path(output_dir)
-    if not folder.is_dir() or (resume is not None and lies_in(resume, folder)):
-        return
-    found = [name for name in (*RESULTS, *REPORTS) if (folder / name).exists()]
-    found += [path.name for path in list_checkpoints(folder)]
-    if not found:
-        return
-    names = ", ".join(sorted(found))
-    if not is_run(folder):
-        raise UserError(f"{folder} is not a run's folder, but holds {names}; give another --output_dir")
-    if not overwrite:
+    asked = args.resume_from_checkpoint
+    if asked is None or str(asked).lower() in ("false", "no"):
+        return None
+    if str(asked).lower() in ("true", "yes"):
+        newest = newest_checkpoint(str(args.output_dir), say)
+        if newest is None:
+            raise UserError(
+                f"resume_from_checkpoint: {args.output_dir} holds no whole checkpoint; leave it out to start"
+            )
+        _check_what_is_left(newest, args, say)
+        return str(newest)
+    if not (Path(asked) / "trainer_state.json").is_file():
+        raise UserError(f"resume_from_checkpoint: {asked} is no checkpoint folder; it has no trainer_state.json")
+    if problem := find_problem(Path(asked)):
         raise UserError(
-            f"{folder} holds another run ({names}); give another --output_dir, go on with "
-            "--resume_from_checkpoint true, or replace it with --overwrite"
+            f"resume_from_checkpoint: {asked} is not whole: {problem}; give another checkpoint, or `true` for the "
+            "newest whole one of output_dir"
         )
-    merged = folder / "merged"
-    if merged.exists() and not (merged.is_dir() and (is_merged_model(merged) or not any(merged.iterdir()))):
-        raise UserError(f"{merged} was not written by a run (it has no certificate.json); give another --output_dir")
+    _check_what_is_left(Path(asked), args, say)
+    return str(asked)
 
 
-def check_inputs_apart(output_dir: str | Path, inputs: dict[str, str | None]) -> None:
-    """The run's folder may not be, or hold, what the run reads.
-
-    Args:
-        output_dir: Where the run writes.
-        inputs: What each input is, and its path or Hub id.
-
-    Raises:
-        UserError: One of them lies in the folder.
-    """
-    for what, name in inputs.items():
-        if name and Path(name).expanduser().exists() and lies_in(name, output_dir):
-            raise UserError(f"output_dir {output_dir} is or holds the {what} {name}; give a folder of its own")
+def _check_what_is_left(checkpoint: Path, args: TrainingArguments, say: Callable[[str], object]) -> None:
+    """Says where nothing is left to train; raises `UserError` where the checkpoint is past `max_steps` already."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    end = args.max_steps
+    if end <= 0 and args.num_train_epochs == state.num_train_epochs:
+        end = state.max_steps
+    if 0 < args.max_steps < state.global_step:
+        raise past_the_end(checkpoint, state.global_step, args.max_steps)
+    if state.global_step == end:
+        say(f"{checkpoint} is at the last step, {end}: nothing is left to train; what follows training is done again")
 
 
-def clear_output_dir(output_dir: str | Path) -> None:
-    """Removes an earlier run's results and checkpoints, and nothing else. Called once all input has been checked."""
-    if not is_run(Path(output_dir)):
-        return
-    for checkpoint in list_checkpoints(output_dir):
-        remove_checkpoint(checkpoint)
-    shutil.rmtree(Path(output_dir) / UNFINISHED, ignore_errors=True)
-    if is_merged_model(Path(output_dir) / "merged"):
-        shutil.rmtree(Path(output_dir) / "merged")
-    # run.json last: a clearing that is cut short leaves a folder that can still be told to be a run's.
-    for name in ("README.md", *PICTURES, *RESULTS):
-        (Path(output_dir) / name).unlink(missing_ok=True)
+def past_the_end(checkpoint: object, step: int, end: int) -> UserError:
+    """A checkpoint of a step that the run would not reach."""
+    return UserError(
+        f"resume_from_checkpoint: {checkpoint} is at step {step} already, and the run ends at step {end}; raise "
+        "max_steps or num_train_epochs, or take an earlier checkpoint"
+    )

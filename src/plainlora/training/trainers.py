@@ -4,20 +4,19 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, SchedulerType, Trainer, TrainerState, TrainingArguments, get_scheduler
+from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 
 from plainlora.backends import Backend
 from plainlora.errors import UserError
 from plainlora.loss import use_one_pass_head
-from plainlora.training.checkpoints import find_problem, newest_checkpoint
+from plainlora.training.checkpoints import past_the_end
 from plainlora.training.saving import WholeSaves
 from plainlora.training.watching import Watched, check_effect, check_values
 
@@ -176,58 +175,6 @@ class ClassifierTrainer(_Seams):
         # A classifier's head takes num_items_in_batch and ignores it. Trainer would believe the loss scaled already,
         # and take it times the processes and the accumulated batches (transformers#47688).
         self.model_accepts_loss_kwargs = False
-
-
-def resume_path(args: TrainingArguments, say: Callable[[str], object] = print) -> str | None:
-    """`--resume_from_checkpoint true` is the newest whole checkpoint; a path is itself.
-
-    Args:
-        args: The run's.
-        say: Told of broken checkpoints that are passed over.
-
-    Raises:
-        UserError: There is no such checkpoint.
-    """
-    asked = args.resume_from_checkpoint
-    if asked is None or str(asked).lower() in ("false", "no"):
-        return None
-    if str(asked).lower() in ("true", "yes"):
-        newest = newest_checkpoint(str(args.output_dir), say)
-        if newest is None:
-            raise UserError(
-                f"resume_from_checkpoint: {args.output_dir} holds no whole checkpoint; leave it out to start"
-            )
-        _check_what_is_left(newest, args, say)
-        return str(newest)
-    if not (Path(asked) / "trainer_state.json").is_file():
-        raise UserError(f"resume_from_checkpoint: {asked} is no checkpoint folder; it has no trainer_state.json")
-    if problem := find_problem(Path(asked)):
-        raise UserError(
-            f"resume_from_checkpoint: {asked} is not whole: {problem}; give another checkpoint, or `true` for the "
-            "newest whole one of output_dir"
-        )
-    _check_what_is_left(Path(asked), args, say)
-    return str(asked)
-
-
-def _check_what_is_left(checkpoint: Path, args: TrainingArguments, say: Callable[[str], object]) -> None:
-    """Says where nothing is left to train; raises `UserError` where the checkpoint is past `max_steps` already."""
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    end = args.max_steps
-    if end <= 0 and args.num_train_epochs == state.num_train_epochs:
-        end = state.max_steps
-    if 0 < args.max_steps < state.global_step:
-        raise past_the_end(checkpoint, state.global_step, args.max_steps)
-    if state.global_step == end:
-        say(f"{checkpoint} is at the last step, {end}: nothing is left to train; what follows training is done again")
-
-
-def past_the_end(checkpoint: object, step: int, end: int) -> UserError:
-    """A checkpoint of a step that the run would not reach."""
-    return UserError(
-        f"resume_from_checkpoint: {checkpoint} is at step {step} already, and the run ends at step {end}; raise "
-        "max_steps or num_train_epochs, or take an earlier checkpoint"
-    )
 
 
 def check_schedule(args: TrainingArguments) -> None:
