@@ -125,7 +125,7 @@ def test_what_is_no_classifier(
     ("content", "said"),
     [
         ("{", "run.json is damaged (Expecting"),
-        ("[]", "run.json is damaged (it has no quantization_config)"),
+        ("[]", "run.json is damaged (it is no mapping)"),
         ('{"quantization_config": 4}', "run.json is damaged (its quantization_config is no mapping)"),
         ('{"quantization_config": null, "arguments": []}', "run.json is damaged (its arguments is no mapping)"),
         ('{"quantization_config": null, "labels": "ham"}', "run.json is damaged (its labels are no list of names)"),

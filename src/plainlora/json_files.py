@@ -17,9 +17,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
-        raise ValueError("too deeply nested") from error
+        raise ValueError("it is nested too deeply") from error
     except OSError as error:
         raise ValueError(error.strerror) from error
     if not isinstance(content, dict):
-        raise ValueError("no mapping")
+        raise ValueError("it is no mapping")
     return content
