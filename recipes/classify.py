@@ -17,15 +17,17 @@ from accelerate import PartialState
 from transformers import DataCollatorWithPadding, set_seed
 from trl import ModelConfig, ScriptArguments
 
-from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig
 from plainlora.backends import check_same_adapter, count_parameters
-from plainlora.provenance.base_identity import describe_base
-from plainlora.training.run_folder import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
-from plainlora.settings.checks import check_classify
+from plainlora.base.classifier import build_skeleton, classifier_config, load_classifier
+from plainlora.base.config import check_length, context_length, load_config
+from plainlora.base.dropout import check_dropout
+from plainlora.base.loading import describe_quantization, loading_options
+from plainlora.base.tokenizer import check_ending, check_vocabulary, load_tokenizer
 from plainlora.doctor.precision import list_precisions, precision_line
 from plainlora.doctor.texts import examine_texts
 from plainlora.errors import run_program
-from plainlora.resources.memory import peak_memory
+from plainlora.hub.model_card import write_classifier_card
+from plainlora.hub.pushing import check_push, open_run_repository, push_run
 from plainlora.merging.merge import merge_adapter
 from plainlora.methods import (
     build_classifier_lora,
@@ -34,21 +36,19 @@ from plainlora.methods import (
     train_adapter,
     train_weights,
 )
-from plainlora.training.metrics import flatten, judge_rows, measure, score
-from plainlora.hub.model_card import write_classifier_card
-from plainlora.base.classifier import build_skeleton, classifier_config, load_classifier
-from plainlora.base.config import check_length, context_length, load_config
-from plainlora.base.dropout import check_dropout
-from plainlora.base.loading import describe_quantization, loading_options
-from plainlora.base.tokenizer import check_ending, check_vocabulary, load_tokenizer
-from plainlora.settings.parsing import StrictParser
 from plainlora.plots import plot_confusion, plot_loss
-from plainlora.training.preparation import prepare_texts
-from plainlora.hub.pushing import check_push, open_run_repository, push_run
-from plainlora.report import classifier_summary, write_json
+from plainlora.provenance.base_identity import describe_base
 from plainlora.provenance.record import complete_run, write_run
 from plainlora.provenance.resumption import check_same_rows, check_same_settings
+from plainlora.report import classifier_summary, write_json
+from plainlora.resources.memory import peak_memory
+from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig
+from plainlora.settings.checks import check_classify
+from plainlora.settings.parsing import StrictParser
 from plainlora.training.checkpoints import resume_path
+from plainlora.training.metrics import flatten, judge_rows, measure, score
+from plainlora.training.preparation import prepare_texts
+from plainlora.training.run_folder import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
 from plainlora.training.trainers import ClassifierTrainer, args_for_trainer, check_schedule
 
 

@@ -16,35 +16,35 @@ from accelerate import PartialState
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments
 
-from plainlora.resources.checkpointing import needs_checkpointing
-from plainlora.settings.arguments import SFTArguments, SFTRecipeConfig
 from plainlora.backends import BACKENDS, attach_adapter, build_lora_config, check_same_adapter, count_parameters
-from plainlora.provenance.base_identity import describe_base
-from plainlora.training.run_folder import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
-from plainlora.settings.checks import check_sft
-from plainlora.data.prompts import install_template
-from plainlora.doctor.layers import build_decoder, examine_layers
-from plainlora.doctor.precision import list_precisions, precision_line
-from plainlora.doctor.rows import examine_rows
-from plainlora.errors import run_program
-from plainlora.training.evaluation import Examiner, before_and_after
-from plainlora.generation import ExactMatch
-from plainlora.resources.memory import free_memory, peak_memory
-from plainlora.merging.merge import merge_adapter
-from plainlora.hub.model_card import write_sft_card
 from plainlora.base.config import check_length, load_config
 from plainlora.base.dropout import check_dropout
 from plainlora.base.loading import describe_quantization, load_base
 from plainlora.base.remote_code import describe_remote_code
 from plainlora.base.tokenizer import check_vocabulary, load_tokenizer
-from plainlora.settings.parsing import StrictParser
-from plainlora.plots import plot_loss
-from plainlora.training.preparation import prepare_rows
+from plainlora.data.prompts import install_template
+from plainlora.doctor.layers import build_decoder, examine_layers
+from plainlora.doctor.precision import list_precisions, precision_line
+from plainlora.doctor.rows import examine_rows
+from plainlora.errors import run_program
+from plainlora.generation import ExactMatch
+from plainlora.hub.model_card import write_sft_card
 from plainlora.hub.pushing import check_push, open_run_repository, push_run
-from plainlora.report import summary, write_json
+from plainlora.merging.merge import merge_adapter
+from plainlora.plots import plot_loss
+from plainlora.provenance.base_identity import describe_base
 from plainlora.provenance.record import complete_run, write_run
 from plainlora.provenance.resumption import check_same_rows, check_same_settings
+from plainlora.report import summary, write_json
+from plainlora.resources.checkpointing import needs_checkpointing
+from plainlora.resources.memory import free_memory, peak_memory
+from plainlora.settings.arguments import SFTArguments, SFTRecipeConfig
+from plainlora.settings.checks import check_sft
+from plainlora.settings.parsing import StrictParser
 from plainlora.training.checkpoints import resume_path
+from plainlora.training.evaluation import Examiner, before_and_after
+from plainlora.training.preparation import prepare_rows
+from plainlora.training.run_folder import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
 from plainlora.training.trainers import AdapterTrainer, check_schedule, hand_over
 
 
