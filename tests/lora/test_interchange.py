@@ -418,8 +418,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         "would ignore lora_alphb=3; update PEFT, or take it out of the file",
     ),
     "LoftQ's settings": (
-        lambda path: edit_config(path, loftq_config={"a": 1}),
-        "would ignore loftq_config={'a': 1}; ",
+        lambda path: edit_config(path, newer={"a": 1}),
+        "would ignore newer={'a': 1}; ",
     ),
     "settings of a run": (
         lambda path: edit_config(path, runtime_config={"ephemeral_gpu_offload": True}),

@@ -60,8 +60,9 @@ def test_u09_a_run_goes_on_with_its_own_settings_and_rows_only(begun: Path, refu
     assert "was trained on other rows" in refused(begun, "--max_steps", "9", "--dataset_name", str(other))
 
 
-def test_rows_of_a_step_may_be_spread_otherwise(begun: Path, run_sft: RunSFT) -> None:
+def test_what_means_the_same_is_no_other_setting(begun: Path, run_sft: RunSFT) -> None:
     flags = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--packing", "false"]
+    flags += ["--max_train_rows", "1000", "--lr_scheduler_kwargs", "{}"]
     longer = run_sft("llama", "run", "--max_steps", "9", "--resume_from_checkpoint", "true", *flags)
     assert (longer / "checkpoint-9").is_dir()
 

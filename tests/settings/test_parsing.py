@@ -370,6 +370,12 @@ def test_what_an_evaluation_logs_may_choose_the_best_checkpoint(metric: str) -> 
     assert parse(f"{text}metric_for_best_model: {metric}\n")["metric_for_best_model"] == metric
 
 
+def test_of_perplexities_the_lower_is_the_better_unless_said_otherwise() -> None:
+    text = "load_best_model_at_end: true\neval_strategy: steps\nsave_strategy: steps\nmetric_for_best_model: "
+    assert parse(f"{text}eval_perplexity\n")["greater_is_better"] is False
+    assert parse(f"{text}mean_token_accuracy\n")["greater_is_better"] is True
+
+
 def test_max_steps_makes_epochs_idle() -> None:
     assert parse("num_train_epochs: 0\nmax_steps: 3\n")["max_steps"] == 3
 

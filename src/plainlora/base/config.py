@@ -50,6 +50,21 @@ def quantization_method(config: PretrainedConfig) -> str | None:
     return "bitsandbytes" if old else str(fields.get("quant_method"))
 
 
+def check_storage(name: str, config: PretrainedConfig, quantized: bool) -> None:
+    """Raises `UserError` where weights that are stored in few bits would be read as plain numbers.
+
+    Args:
+        name: Hub id or local folder.
+        config: The base's.
+        quantized: Whether they are loaded in few bits.
+    """
+    if quantization_method(config) and not quantized:
+        raise UserError(
+            f"{name} is stored in 4 or 8 bits: load it so (load_in_4bit or load_in_8bit in training, --base "
+            "dequantized in generate), or give the base in 16 or 32 bits"
+        )
+
+
 def _find_kernel(config: PretrainedConfig) -> str | None:
     """The first attention in a config, or in one inside it, that is a repository's name."""
     inner = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from trl import ModelConfig, get_quantization_config
 
-from plainlora.base.config import load_config, quantization_method
+from plainlora.base.config import check_storage, load_config
 from plainlora.base.dropout import find_dropouts, save_with_own_dropouts, set_dropouts
 from plainlora.base.failures import explain
 from plainlora.errors import UserError, first_line
@@ -60,11 +60,7 @@ def load_pretrained(
     # Unless told, Transformers asks on the terminal whether to run a model's own code, and waits.
     options.setdefault("trust_remote_code", False)
     config = load_config(name, revision, options["trust_remote_code"])
-    if quantization_method(config) and quantization is None:
-        raise UserError(
-            f"{name} is stored in 4 or 8 bits: load it so, with load_in_4bit or load_in_8bit, or give the base in 16 "
-            "or 32 bits"
-        )
+    check_storage(name, config, quantization is not None)
     attention = options.get("attn_implementation")
     own: list[float] | None = None
     try:

@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 from transformers.utils import logging
 from trl import ModelConfig
 
-from plainlora.base.config import check_length, context_length, load_config
+from plainlora.base.config import check_length, check_storage, context_length, load_config
 from plainlora.base.dropout import check_dropout
 from plainlora.base.files import is_on_disk
 from plainlora.base.remote_code import describe_remote_code
@@ -44,7 +44,7 @@ def examine_base(
 
 
 def examine_weights(
-    config: PretrainedConfig, load: Callable[..., object], examination: Examination, name: str, revision: str | None
+    config: PretrainedConfig, load: Callable[..., object], examination: Examination, model: ModelConfig
 ) -> bool:
     """Whether the program could load the base: it is loaded on the `meta` device, of whose weights no value is read.
 
@@ -52,17 +52,19 @@ def examine_weights(
         config: The base's.
         load: As the program loads it, given the device and where the weights may come from.
         examination: Told what was found.
-        name: Hub id or local folder.
-        revision: Branch, tag or commit on the Hub.
+        model: Which base, and how it is stored in memory.
     """
-    if not is_on_disk(name, revision):
+    name, quantized = str(model.model_name_or_path), model.load_in_4bit or model.load_in_8bit
+    if not is_on_disk(name, model.model_revision):
         examination.add(
             "note", "base", "loading", "the weights are downloaded when training starts, and not looked at here"
         )
         return True
     if getattr(config, "quantization_config", None) is not None:
-        examination.add("note", "base", "loading", "the weights are stored quantised, and not looked at here")
-        return True
+        right = examination.passes("base", "loading", check_storage, name, config, quantized)
+        if right:
+            examination.add("note", "base", "loading", "the weights are stored quantised, and not looked at here")
+        return right
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -123,7 +123,7 @@ def _examine_weights(parts: Parts, config: PretrainedConfig, examination: Examin
         options |= loading_options(dense(model)) | {"dropout": recipe.base_dropout}
         return load_classifier(copy.deepcopy(config), name, **options)
 
-    return examine_weights(config, load, examination, name, model.model_revision)
+    return examine_weights(config, load, examination, model)
 
 
 def _count(

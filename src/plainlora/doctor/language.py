@@ -115,7 +115,7 @@ def _examine_weights(parts: Parts, config: PretrainedConfig, examination: Examin
         asked = cast(dict[str, Any], training.model_init_kwargs or {})
         return load_base(dense(model), training.trust_remote_code, asked | options, recipe.base_dropout)
 
-    return examine_weights(config, load, examination, str(model.model_name_or_path), model.model_revision)
+    return examine_weights(config, load, examination, model)
 
 
 def _say_rows(read: tuple[Dataset, Dataset | None] | None, examination: Examination) -> None:

@@ -67,7 +67,7 @@ def check_types(config: LoraConfig) -> None:
         if value is not None and not is_right(value):
             raise LoRAError(f"{name} must be {expected}, not {value!r:.100}")
     for name in ("use_rslora", "fan_in_fan_out"):
-        if not isinstance(getattr(config, name), bool):
+        if not isinstance(getattr(config, name), bool | None):
             raise LoRAError(f"{name} must be true or false, not {getattr(config, name)!r:.100}")
     _check_patterns_compile(config)
 

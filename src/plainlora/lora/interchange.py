@@ -158,8 +158,6 @@ def read_config(directory: str | os.PathLike[str]) -> LoraConfig:
 def _dropped(content: dict[str, Any]) -> list[str]:
     """The fields of a file that are set, and that PEFT leaves out with a warning: a newer PEFT's, for one."""
     known = {field.name for field in fields(LoraConfig)} - {"runtime_config"}
-    if content.get("init_lora_weights") != "loftq":
-        known.remove("loftq_config")
     unset: tuple[object, ...] = (None, False, "", [], {}, {"ephemeral_gpu_offload": False})
     return [f"{name}={value!r:.60}" for name, value in content.items() if name not in known and value not in unset]
 

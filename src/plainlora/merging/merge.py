@@ -99,7 +99,13 @@ def _write_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, di
             for name in SAMPLING:
                 setattr(generation, name, None)
         generation.save_pretrained(directory)
-    model.save_pretrained(directory)
+    try:
+        model.save_pretrained(directory)
+    except NotImplementedError as error:  # of the way back to how the base's weights were stored
+        raise UserError(
+            "the base is stored in 4 or 8 bits, and Transformers cannot write a model made of it in 16 or 32 bits; "
+            "merge into the base in 16 bits, with --base_model"
+        ) from error
     tokenizer.save_pretrained(directory)
 
 

@@ -15,12 +15,12 @@ from plainlora.provenance.record import digest_of_rows, resolve_arguments
 # What may not change by name. How long a run lasts, how it is watched and where it is written may; the rows
 # themselves are compared by their digest, the adapter's own settings with the checkpoint's config.
 WHAT_IS_TRAINED = (
-    *("method", "model_name_or_path", "last_layers", "labels", "train_head", "base_dropout", "adapter_dtype"),
+    *("method", "model_name_or_path", "last_layers", "train_head", "base_dropout", "adapter_dtype"),
     *("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head"),
     *("lora_target_modules", "lora_exclude_modules", "lora_layers_to_transform"),
 )
 WHICH_ROWS = (
-    *("seed", "data_seed", "validation_split_size", "test_split_size", "balance_classes", "max_train_rows"),
+    *("seed", "data_seed", "validation_split_size", "test_split_size", "balance_classes"),
     *("packing", "packing_strategy", "padding_free", "train_sampling_strategy"),
 )
 HOW_IT_LEARNS = (
@@ -44,11 +44,11 @@ def check_same_settings(checkpoint: str | Path, arguments: Sequence[Any], labels
     """
     run = read_run(checkpoint)
     then, now = dict(run.get("arguments") or {}), resolve_arguments(arguments)
-    if labels is not None:
-        then["labels"], now["labels"] = run.get("labels") or list(labels), list(labels)
+    if labels is not None:  # whose order counts
+        then["labels"], now["labels"] = str(run.get("labels") or list(labels)), str(list(labels))
     if (rows := _rows_a_step(then, run.get("processes"))) is not None:
         then["rows a step"], now["rows a step"] = rows, _rows_a_step(now, PartialState().num_processes)
-    for name in (*WHAT_IS_TRAINED, *WHICH_ROWS, "rows a step", *HOW_IT_LEARNS):
+    for name in (*WHAT_IS_TRAINED, "labels", *WHICH_ROWS, "rows a step", *HOW_IT_LEARNS):
         if name in then and name in now and _comparable(then[name]) != _comparable(now[name]):
             raise UserError(
                 f"resume_from_checkpoint: {checkpoint} was trained with {name} {then[name]}, now it is {now[name]}; "
@@ -79,7 +79,9 @@ def _rows_a_step(settings: Mapping[str, Any], processes: Any) -> int | None:
 
 
 def _comparable(value: Any) -> Any:
-    """A path is the same however it is written, and a value as JSON brings it back."""
+    """A path is the same however it is written, a list in any order, nothing however it is spelled."""
     if isinstance(value, str) and Path(value).expanduser().exists():
         return str(Path(value).expanduser().resolve())
-    return json.loads(json.dumps(value, default=str))
+    if isinstance(value, list | tuple):
+        return sorted(map(str, value)) or None
+    return json.loads(json.dumps(value, default=str)) if value != {} else None

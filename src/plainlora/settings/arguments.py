@@ -119,6 +119,8 @@ class SFTRecipeConfig(SFTConfig):
     def __post_init__(self) -> None:
         if self.gradient_checkpointing_kwargs or self.activation_checkpointing_kwargs:  # how, but not whether
             self.gradient_checkpointing = self.gradient_checkpointing is not False
+        if self.greater_is_better is None and self.metric_for_best_model in ("perplexity", "eval_perplexity"):
+            self.greater_is_better = False  # Transformers takes every name that does not end in loss for a score
         is_open = self.gradient_checkpointing is None and self.activation_checkpointing is None
         super().__post_init__()
         if is_open:
