@@ -126,6 +126,22 @@ def test_u01_u21_the_certificate_says_what_merging_into_nf4_would_have_cost(
     assert len({*found.values(), figures["requantized"]["perplexity"]}) == 3
 
 
+def test_a_base_that_is_stored_in_4_bits_is_none_to_write_a_merged_model_of(
+    tmp_path: Path, model_dirs: dict[str, Path]
+) -> None:
+    base = load_quantized(model_dirs["llama"], load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(model_dirs["llama"]).save_pretrained(tmp_path / "base")
+    adapter = trained_adapter("llama", {"llama": tmp_path / "base"}, tmp_path / "adapter")
+    identity = describe_base(str(tmp_path / "base"))
+    write_json(adapter / "run.json", {"quantization_config": describe_quantization(base), "base": identity})
+    with pytest.raises(UserError, match="stored in 4 or 8 bits, and Transformers cannot write a model made of it"):
+        merge_adapter(adapter, tmp_path / "merged", base="dequantized")
+    with pytest.raises(UserError, match="is stored in 4 or 8 bits: load it so"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert not list(tmp_path.glob("*merged*"))
+
+
 def test_a_checkpoint_of_a_quantised_run_merges_as_the_run_does(tmp_path: Path, model_dirs: dict[str, Path]) -> None:
     run = quantized_run(model_dirs, tmp_path / "run")
     checkpoint = trained_adapter("llama", model_dirs, run / "checkpoint-3")
