@@ -19,6 +19,7 @@ from plainlora.errors import UserError
 from plainlora.kinds import KINDS, find_head, find_kinds
 from plainlora.lora.config import check_supported
 from plainlora.lora.targets import check_patterns, find_modules_to_save, find_targets
+from plainlora.provenance.resumption import check_same_labels
 from plainlora.settings.arguments import ClassifyArguments
 from plainlora.training.run_folder import holds_adapter
 
@@ -166,12 +167,7 @@ def check_same_method(checkpoint: str | Path, method: str, labels: Sequence[str]
     if holds_adapter(checkpoint) != (method == "lora"):
         held = "an adapter" if holds_adapter(checkpoint) else "a whole model"
         raise UserError(f"resume_from_checkpoint: {checkpoint} holds {held}, which method {method} cannot go on from")
-    classes = _labels_of(checkpoint)
-    if classes is not None and classes != list(labels):
-        raise UserError(
-            f"resume_from_checkpoint: {checkpoint} was trained with labels {classes}, now it is {list(labels)}; "
-            "give the same settings, or start anew in another --output_dir"
-        )
+    check_same_labels(checkpoint, _labels_of(checkpoint), labels)
 
 
 def _labels_of(checkpoint: str | Path) -> list[str] | None:

@@ -491,7 +491,7 @@ def test_the_state_dict_is_the_model_s_own_tensors() -> None:
 def test_a_newer_peft_s_fields_that_are_not_set_are_passed_over_in_silence(tmp_path: Path) -> None:
     save_adapter(by_us(make("llama"), **LM), tmp_path)
     unset = {"newer": None, "use_newer": False, "newer_config": {}, "runtime_config": {"ephemeral_gpu_offload": False}}
-    edit_config(tmp_path, **unset)
+    edit_config(tmp_path, **unset, fan_in_fan_out=None, loftq_config={"loftq_bits": 4})  # which LoftQ has begun with
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert read_config(tmp_path).r == 8

@@ -67,6 +67,15 @@ def test_what_means_the_same_is_no_other_setting(begun: Path, run_sft: RunSFT) -
     assert (longer / "checkpoint-9").is_dir()
 
 
+def test_names_in_another_order_are_the_same_names(run_sft: RunSFT) -> None:
+    flags = ["--packing", "false", "--lora_target_modules"]
+    run_sft("llama", "run", *flags, "q_proj", "v_proj")
+    longer = run_sft(
+        "llama", "run", *flags, "v_proj", "q_proj", "--max_steps", "9", "--resume_from_checkpoint", "true"
+    )
+    assert (longer / "checkpoint-9").is_dir()
+
+
 def test_a_checkpoint_past_the_end_is_refused(begun: Path, refused: Refused) -> None:
     said = refused(begun, "--max_steps", "2")
     assert "checkpoint-6 is at step 6 already, and the run ends at step 2; raise max_steps or" in said

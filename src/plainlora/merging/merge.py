@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plainlora.base.config import context_length, load_config
+from plainlora.base.config import context_length, load_config, quantization_method
 from plainlora.errors import UserError
 from plainlora.folders import check_disk, staged
 from plainlora.generation import generate
@@ -99,13 +99,7 @@ def _write_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, di
             for name in SAMPLING:
                 setattr(generation, name, None)
         generation.save_pretrained(directory)
-    try:
-        model.save_pretrained(directory)
-    except NotImplementedError as error:  # of the way back to how the base's weights were stored
-        raise UserError(
-            "the base is stored in 4 or 8 bits, and Transformers cannot write a model made of it in 16 or 32 bits; "
-            "merge into the base in 16 bits, with --base_model"
-        ) from error
+    model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
@@ -249,10 +243,13 @@ def merge_adapter(
     check_writable(str(output.parent), "--output")
     found = find_base(adapter, base_model, allow_other_base)
     _check_output(output, {"adapter": adapter, "base model": Path(found.name).expanduser()}, overwrite)
+    config = load_config(found.name, found.revision)
+    if quantization_method(config):  # Transformers cannot write what is made of it in 16 or 32 bits
+        raise UserError(f"{found.name} is stored in 4 or 8 bits; merge into the base in 16 bits, with --base_model")
     tokenizer = load_tokenizer_of(adapter, found)
     is_classifier = class_labels(adapter) is not None
     make_probes = classifier_probes if is_classifier else language_probes
-    probes = make_probes(tokenizer, context_length(load_config(found.name, found.revision)), text, read_run(adapter))
+    probes = make_probes(tokenizer, context_length(config), text, read_run(adapter))
     with staged(output) as scratch:
         merged_dtype, probes, chosen = _merge_into(scratch, adapter, found, base, dtype, probes, output)
         merged = _ask_reloaded(scratch, probes)

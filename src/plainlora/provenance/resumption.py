@@ -44,16 +44,32 @@ def check_same_settings(checkpoint: str | Path, arguments: Sequence[Any], labels
     """
     run = read_run(checkpoint)
     then, now = dict(run.get("arguments") or {}), resolve_arguments(arguments)
-    if labels is not None:  # whose order counts
-        then["labels"], now["labels"] = str(run.get("labels") or list(labels)), str(list(labels))
+    if labels is not None:
+        check_same_labels(checkpoint, run.get("labels"), labels)
     if (rows := _rows_a_step(then, run.get("processes"))) is not None:
         then["rows a step"], now["rows a step"] = rows, _rows_a_step(now, PartialState().num_processes)
-    for name in (*WHAT_IS_TRAINED, "labels", *WHICH_ROWS, "rows a step", *HOW_IT_LEARNS):
-        if name in then and name in now and _comparable(then[name]) != _comparable(now[name]):
-            raise UserError(
-                f"resume_from_checkpoint: {checkpoint} was trained with {name} {then[name]}, now it is {now[name]}; "
-                f"{ADVICE}"
-            )
+    for name in (*WHAT_IS_TRAINED, *WHICH_ROWS, "rows a step", *HOW_IT_LEARNS):
+        if name in then and name in now and _comparable(name, then[name]) != _comparable(name, now[name]):
+            raise _another(checkpoint, name, then[name], now[name])
+
+
+def check_same_labels(checkpoint: str | Path, then: Sequence[str] | None, now: Sequence[str]) -> None:
+    """Likewise for a classifier's classes, whose order counts.
+
+    Args:
+        checkpoint: To resume from.
+        then: Its classes; `None` if they are not known.
+        now: Those of the run.
+
+    Raises:
+        UserError: They are others.
+    """
+    if then is not None and list(then) != list(now):
+        raise _another(checkpoint, "labels", list(then), list(now))
+
+
+def _another(checkpoint: str | Path, name: str, then: object, now: object) -> UserError:
+    return UserError(f"resume_from_checkpoint: {checkpoint} was trained with {name} {then}, now it is {now}; {ADVICE}")
 
 
 def check_same_rows(checkpoint: str | Path, rows: Dataset) -> None:
@@ -78,10 +94,10 @@ def _rows_a_step(settings: Mapping[str, Any], processes: Any) -> int | None:
     return int(factors[0]) * int(factors[1]) * int(processes)  # type: ignore[arg-type]
 
 
-def _comparable(value: Any) -> Any:
+def _comparable(name: str, value: Any) -> Any:
     """A path is the same however it is written, a list in any order, nothing however it is spelled."""
-    if isinstance(value, str) and Path(value).expanduser().exists():
-        return str(Path(value).expanduser().resolve())
+    if name == "model_name_or_path" and Path(str(value)).expanduser().exists():
+        return str(Path(str(value)).expanduser().resolve())
     if isinstance(value, list | tuple):
         return sorted(map(str, value)) or None
     return json.loads(json.dumps(value, default=str)) if value != {} else None
