@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM, GPT2Config
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from trl import ModelConfig, ScriptArguments
 
@@ -391,6 +392,13 @@ def test_a_setting_of_the_other_program_is_said_to_be_its_own() -> None:
 def test_a_package_that_is_missing_is_said_in_one_readable_line() -> None:
     if importlib.util.find_spec("deepspeed") is None:
         assert refusal("deepspeed: ds.json\n").startswith("The 'deepspeed>=")
+
+
+def test_refused_arguments_leave_nothing_behind_in_the_process() -> None:
+    with pytest.raises(UserError) as refused:
+        parse("deepspeed: ds.json\n")
+    AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=8))
+    assert refused.value.__cause__ is not None  # whose traceback still holds the arguments
 
 
 def test_a_tracker_that_is_not_installed_is_refused() -> None:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 import torch
 import yaml
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig, TrlParser
 
 from plainlora.errors import UserError
@@ -235,10 +236,22 @@ class StrictParser(TrlParser):
         """
         try:
             return kind(**settings)
-        except PackageNotFoundError as error:  # whose text has a preface of its own
-            raise UserError(f"{str(error.name).strip()} Install it, or leave out what asks for it") from error
         except (ValueError, ArithmeticError, ImportError, OSError) as error:
+            forget_deepspeed()
+            if isinstance(error, PackageNotFoundError):  # whose text has a preface of its own
+                raise UserError(f"{str(error.name).strip()} Install it, or leave out what asks for it") from error
             raise UserError(str(error)) from error
+
+
+def forget_deepspeed() -> None:
+    """Takes back what arguments that were refused have set for the whole process.
+
+    Transformers registers a DeepSpeed config before it reads it. Of arguments that are then refused a half-made one
+    stays registered as long as anything refers to it, the traceback for one, and every model that is made meanwhile
+    fails with an AttributeError:
+    https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/deepspeed.py
+    """
+    unset_hf_deepspeed_config()
 
 
 def split_config(words: Sequence[str]) -> tuple[str | None, list[str]]:
