@@ -1,12 +1,16 @@
 """Weights are loaded as they are stored, and a setting is given once."""
 
+import platform
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import ModelConfig
 
-from plainlora.base.loading import load_base, load_causal_lm
+from plainlora.base.loading import load_base, load_causal_lm, load_pretrained
 from plainlora.errors import UserError
+from plainlora.resources.memory import resident_memory
 
 
 def test_a_base_in_four_bits_is_loaded_as_one_or_not_at_all(model_dirs: dict[str, Path], tmp_path: Path) -> None:
@@ -25,3 +29,16 @@ def test_a_setting_that_has_a_flag_is_not_given_twice(model_dirs: dict[str, Path
             load_base(args, options={name: "x"})
     with pytest.raises(UserError, match="use_safetensors"):
         load_base(args, options={"use_safetensors": False})
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not run: another C library than glibc")
+def test_quantising_leaves_no_freed_memory_behind(model_dirs: dict[str, Path]) -> None:
+    quantization = BitsAndBytesConfig(load_in_4bit=True)
+    load_pretrained(AutoModelForCausalLM, str(model_dirs["llama"]), quantization=quantization)
+    torch.empty(31 * 2**20, dtype=torch.uint8)  # freed at once: from then on, smaller blocks come from the heap
+    blocks = [torch.ones(4 * 2**20, dtype=torch.uint8) for _ in range(64)]
+    whole = resident_memory()
+    del blocks[::2]  # holes, each between two blocks that stay
+    with_holes = resident_memory()
+    load_pretrained(AutoModelForCausalLM, str(model_dirs["llama"]), quantization=quantization)
+    assert whole - with_holes < 2**20 and with_holes - resident_memory() > 100 * 2**20

@@ -1,8 +1,10 @@
 """Base models, from the Hub or from this disk, whole or quantised, from safetensors only."""
 
 import copy
+import ctypes
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -31,6 +33,17 @@ def keep_4bit_weights_unpacked(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def give_back_freed_memory() -> None:
+    """Has glibc return to the kernel what was freed inside its heap; elsewhere nothing.
+
+    A layer that is quantised on a CPU is dense before, and small blocks that are allocated between two such can keep
+    the second from taking the place of the first. Of Qwen2-0.5B in fp32, 0.1 to 1.3 GB of dense layers then stay
+    resident until the program ends, not the same in each run: https://man7.org/linux/man-pages/man3/malloc_trim.3.html
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def load_pretrained(
@@ -97,6 +110,8 @@ def load_pretrained(
     if getattr(model, "_hf_peft_config_loaded", False):  # from the Hub, where no folder could be looked into
         raise UserError(f"{name} holds an adapter beside the base model; give the base model alone")
     keep_4bit_weights_unpacked(model)
+    if quantization is not None:
+        give_back_freed_memory()
     if own is not None:
         save = MethodType(partial(save_with_own_dropouts, own_dropouts=own), model)
         model.save_pretrained = save
