@@ -31,4 +31,5 @@ def test_any_other_error_keeps_its_traceback() -> None:
         [sys.executable, "-c", "import plainlora.quiet; 1 / 0"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("Traceback") and done.stderr.endswith("ZeroDivisionError: division by zero\n")
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\n")

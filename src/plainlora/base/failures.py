@@ -39,7 +39,7 @@ def explain(name: str, what: Literal["model", "tokenizer"], error: Exception) ->
             f"there is no folder {name}; give a Hub id or a folder with config.json and model.safetensors"
         )
     return UserError(
-        f"the {what} {name!r} cannot be had from the Hub ({first_line(error)}); give the path of a "
+        f"{name!r} cannot be had from the Hub ({first_line(error)}); give the path of a "
         "local folder instead, or run `make quickstart`, which needs no Hub"
     )
 
