@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from plainlora.bench.case import PEFT, Case, Target
+from plainlora.bench.case import FLOOR, FUSED, PEFT, REFERENCE, Case, Target
 from plainlora.bench.race import Outcome
 from plainlora.report import package_versions, write_json
 
@@ -171,7 +171,8 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
     bars = sum(len(outcome.case.arms) + 1 for outcome in ran)
     figure = Figure(figsize=(9, 1.2 + 0.24 * bars), layout="constrained")
     axes = figure.add_subplot()
-    names = list(dict.fromkeys(arm for outcome in ran for arm in outcome.case.arms))
+    shown = dict.fromkeys(arm for outcome in ran for arm in outcome.case.arms)
+    names = list(dict.fromkeys((FUSED, PEFT, REFERENCE, FLOOR, *shown)))  # in every picture, each has its own colour
     place = 0.0
     for outcome in ran:
         axes.annotate(
@@ -185,8 +186,7 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
         place += 1
         for arm in outcome.case.arms:
             middle, low, high = ratio(outcome, "time", arm, PEFT)
-            colour = COLOURS[names.index(arm) % len(COLOURS)]
-            axes.barh(place, middle, color=colour, height=0.8)
+            axes.barh(place, middle, color=COLOURS[names.index(arm) % len(COLOURS)], height=0.8)
             axes.plot((low, high), (place, place), color="#111827", linewidth=1)
             axes.annotate(
                 f"{middle:.2f}",
@@ -198,7 +198,7 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
             )
             place += 1
         place += 0.4
-    handles = [axes.barh(0, 0, color=COLOURS[number % len(COLOURS)], label=arm) for number, arm in enumerate(names)]
+    handles = [axes.barh(0, 0, color=COLOURS[names.index(arm) % len(COLOURS)], label=arm) for arm in shown]
     axes.axvline(1, color="#9aa5b1", linestyle=":")
     axes.set(xlabel="time / PEFT's time", ylim=(place, -1))
     axes.set_yticks([])
