@@ -39,7 +39,7 @@ def give_back_freed_memory() -> None:
     """Has glibc return to the kernel what was freed inside its heap; elsewhere nothing.
 
     A layer that is quantised on a CPU is dense before, and small blocks that are allocated between two such can keep
-    the second from taking the place of the first. Of Qwen2-0.5B in fp32, 0.1 to 1.3 GB of dense layers then stay
+    the second from taking the place of the first. Of Qwen2-0.5B in fp32, 0.2 to 1.5 GB of dense layers then stay
     resident until the program ends, not the same in each run: https://man7.org/linux/man-pages/man3/malloc_trim.3.html
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
