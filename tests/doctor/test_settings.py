@@ -186,7 +186,7 @@ def test_a_file_that_is_no_yaml_is_not_examined() -> None:
 
 def test_which_program_a_recipe_is_for() -> None:
     recipes = sorted(ROOT.glob("recipes/*/*.yaml"))
-    assert len(recipes) == 9
+    assert len(recipes) == 10
     for path in recipes:
         program = CLASSIFY if "recipes/classify.py" in path.read_text(encoding="utf-8") else SFT
         assert find_program(str(path)) is program, path

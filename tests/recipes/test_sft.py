@@ -296,6 +296,53 @@ def test_the_llama_recipe_runs_as_it_is_on_its_own_format(
     assert json.loads((output / "run.json").read_text())["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
 
 
+CHATML = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def test_the_instruct_recipe_renders_with_the_models_own_template_and_trains_the_answers_alone(
+    run_sft: RunSFT, model_dirs: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Own rows on an own model, packed; the oracle is what the template renders with and without the answer."""
+    base = shutil.copytree(model_dirs["llama"], tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(base)
+    rows = tmp_path / "rows.jsonl"
+    answers = [{"role": "assistant", "content": f"{number} it is."} for number in range(60)]
+    asked = [{"role": "user", "content": f"Say {number}."} for number in range(60)]
+    pairs = [{"prompt": [ask], "completion": [answer]} for ask, answer in zip(asked, answers, strict=True)]
+    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+    output = run_sft(
+        *("llama", "run", "--model_name_or_path", str(base), "--dataset_name", str(rows)),
+        *("--eval_dataset_name", str(rows)),
+        config="recipes/instruct/lora.yaml",
+    )
+    printed = capfd.readouterr().out
+    whole, prompts = (
+        sum(
+            len(tokenizer.apply_chat_template(messages, add_generation_prompt=asks, return_dict=False))
+            for messages in conversations
+        )
+        for conversations, asks in (
+            ([[ask, answer] for ask, answer in zip(asked, answers, strict=True)], False),
+            ([[ask] for ask in asked], True),
+        )
+    )
+    assert f"{whole:,} tokens ({whole - prompts:,} trained" in printed
+    assert "Explain in two sentences why the sky is blue." in printed
+    assert (output / "chat_template.jinja").read_text() == CHATML
+    settings = json.loads((output / "run.json").read_text())["arguments"]
+    assert (settings["packing"], settings["completion_only_loss"], settings["prompt_template"]) == (True, True, None)
+    config = json.loads((output / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], len(config["target_modules"])) == (16, 32, 7)
+    results = json.loads((output / "all_results.json").read_text())
+    assert results["eval_loss_adapter"] < results["eval_loss_base"]
+
+
 def test_the_output_folder_holds_what_the_ecosystem_expects(run_sft: RunSFT, model_dirs: dict[str, Path]) -> None:
     output = run_sft("gpt2", "run", "--exact_match_rows", "3", "--merge", "true", "--hub_token", "hf_secret")
     names = {path.name for path in output.iterdir()}
