@@ -26,6 +26,7 @@ from plainlora.data.prompts import install_template
 from plainlora.doctor.layers import build_decoder, examine_layers
 from plainlora.doctor.precision import list_precisions, precision_line
 from plainlora.doctor.rows import examine_rows
+from plainlora.doctor.tokens import examine_template
 from plainlora.errors import run_program
 from plainlora.generation import ExactMatch
 from plainlora.hub.model_card import write_sft_card
@@ -80,12 +81,14 @@ def main() -> None:
         trust_remote_code=training.trust_remote_code,
     )
     check_vocabulary(tokenizer, base_config)
-    install_template(tokenizer, recipe.prompt_template or training.chat_template_path)
+    template, own_template = recipe.prompt_template or training.chat_template_path, tokenizer.chat_template
+    install_template(tokenizer, template)
     rows = prepare_rows(recipe, script, training, tokenizer, say)
     if checkpoint is not None:
         check_same_rows(checkpoint, rows.train)
     examination = examine_rows(rows, tokenizer, base_config)
     examine_layers(build_decoder(base_config, training.trust_remote_code), lora, examination)
+    examine_template(tokenizer, template, own_template, examination)
     examination.stop_or_say(say)
     say(precision_line(list_precisions(training, model_args, base_config, recipe.adapter_dtype)))
     exact_match = None

@@ -18,7 +18,8 @@ from tests.refusals import Run, snapshot
 
 RECIPES = sorted(ROOT.glob("recipes/*/*.yaml"))
 KINDS = {"gpt2-alpaca-gpt4": "gpt2", "qwen2-0.5b-alpaca-gpt4": "qwen2", "llama2-7b-guanaco": "llama",
-         "distilbert-imdb": "distilbert", "gpt2-sms-spam": "gpt2"}  # fmt: skip
+         "distilbert-imdb": "distilbert", "gpt2-sms-spam": "gpt2", "instruct": "llama"}  # fmt: skip
+CHATML = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + eos_token }}{% endfor %}"
 Doctor = Callable[..., tuple[int, str]]
 
 
@@ -61,6 +62,8 @@ def small(
         base = tmp_path / "base"
         shutil.copytree(source, base)
         hollow(base)
+        if recipe.parent.name == "instruct":
+            (base / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
         rows = {"dataset_name": texts_file, "text_column": "text", "test_split_size": 20} if classifies else {}
         rows = rows or {"dataset_name": rows_file, "max_length": 256, "test_split_size": 8}
         labels = ["--labels", "ham", "spam"] if classifies else []
@@ -82,7 +85,7 @@ def test_every_recipe_is_healthy(doctor: Doctor, small: Callable[[Path], list[st
         assert found["counts"]["ok"] >= 10
         assert found["footprint"]["memory"]["peak"] > 0
         examined.append(recipe.parent.name)
-    assert len(examined) == 8
+    assert len(examined) == 9
 
 
 def test_the_quickstart_is_healthy_as_it_is(doctor: Doctor, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from plainlora.doctor.precision import list_precisions
 from plainlora.doctor.resources import examine_resources
 from plainlora.doctor.rows import examine_rows
 from plainlora.doctor.sample import split_sample
+from plainlora.doctor.tokens import examine_template
 from plainlora.resources.footprint import Footprint, estimate
 from plainlora.resources.plan import Plan
 from plainlora.settings.arguments import SFTArguments, SFTRecipeConfig
@@ -103,9 +104,11 @@ def _examine_tokenizer(
         return None
     if config is not None:
         examination.ask("tokenizer", "vocabulary", check_vocabulary, tokenizer, config)
-    template = recipe.prompt_template or training.chat_template_path
-    installed = examination.passes("tokenizer", "template", install_template, tokenizer, template)
-    return tokenizer if installed else None
+    template, own = recipe.prompt_template or training.chat_template_path, tokenizer.chat_template
+    if not examination.passes("tokenizer", "template", install_template, tokenizer, template):
+        return None
+    examination.ask("tokenizer", "own template", examine_template, tokenizer, template, own, examination)
+    return tokenizer
 
 
 def _examine_weights(parts: Parts, config: PretrainedConfig, examination: Examination) -> bool:

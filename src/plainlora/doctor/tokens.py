@@ -7,12 +7,14 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from plainlora.data.encoding import IGNORED
-from plainlora.data.prompts import assistant_message, render, user_message
+from plainlora.data.prompts import apply_template, assistant_message, render, user_message
 from plainlora.doctor.finding import Examination
+from plainlora.errors import UserError
 from plainlora.training.preparation import PreparedRows
 
 ASKED = [user_message("Name a colour.", "It is warm."), assistant_message("Red.")]
 TEXT = "Name a colour: red."
+SHOWN = 24  # characters of what a template renders
 
 
 def examine_saving(tokenizer: PreTrainedTokenizerBase, rendered: bool, examination: Examination) -> None:
@@ -54,6 +56,43 @@ def examine_saving(tokenizer: PreTrainedTokenizerBase, rendered: bool, examinati
     else:
         what = "renders and tokenises" if rendered else "tokenises"
         examination.add("ok", "tokenizer", "saved", f"saved and loaded again, it {what} the same")
+
+
+def examine_template(
+    tokenizer: PreTrainedTokenizerBase, name: str | None, own: str | dict[str, str] | None, examination: Examination
+) -> None:
+    """Whether the installed template renders what the base's own would, whose place it took.
+
+    An instruct model answers in the format it was trained on; in another one it begins anew.
+
+    Args:
+        tokenizer: With the template installed.
+        name: What was installed: `alpaca`, a file; `None` if nothing was.
+        own: The chat template that the tokenizer came with, if any.
+        examination: Told what was found.
+    """
+    if name is None or own is None:
+        return
+    if isinstance(own, dict):  # several, by what they are for
+        own = own.get("default", "")
+    rendered, replaced = (_attempt(tokenizer, chat_template=source) for source in (None, own))
+    if rendered == replaced:
+        said = f"prompt_template {name} renders as the chat template of {tokenizer.name_or_path} does"
+        examination.add("ok", "tokenizer", "own template", said)
+        return
+    said = (
+        f"prompt_template {name} ({rendered[:SHOWN]!r}...) replaces the chat template of {tokenizer.name_or_path} "
+        f"({replaced[:SHOWN]!r}...); an instruct model knows its own alone; leave prompt_template out"
+    )
+    examination.add("warning", "tokenizer", "own template", said)
+
+
+def _attempt(tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
+    """The conversation as a template renders it; nothing, if it knows no such conversation."""
+    try:
+        return str(apply_template(ASKED, tokenizer, **options))
+    except UserError:
+        return ""
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase) -> list[str]:
