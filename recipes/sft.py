@@ -36,7 +36,7 @@ from plainlora.plots import plot_loss
 from plainlora.provenance.base_identity import describe_base
 from plainlora.provenance.record import complete_run, write_run
 from plainlora.provenance.resumption import check_same_rows, check_same_settings
-from plainlora.report import summary, write_json
+from plainlora.report import describe_samples, summary, write_json
 from plainlora.resources.checkpointing import needs_checkpointing
 from plainlora.resources.memory import free_memory, peak_memory
 from plainlora.settings.arguments import SFTArguments, SFTRecipeConfig
@@ -45,7 +45,7 @@ from plainlora.settings.parsing import StrictParser
 from plainlora.training.checkpoints import resume_path
 from plainlora.training.evaluation import Examiner, before_and_after
 from plainlora.training.preparation import prepare_rows
-from plainlora.training.run_folder import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
+from plainlora.training.run_folder import SAMPLES, check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
 from plainlora.training.trainers import AdapterTrainer, check_schedule, hand_over
 
 
@@ -155,14 +155,16 @@ def main() -> None:
         results |= {"rows_trained": rows.reports["train"].kept, "rows_read": rows.reports["train"].rows}
         results |= {"exact_match_rows": len(exact_match.questions)} if exact_match else {}
         plot_loss(trainer.state.log_history, before.loss, output / "loss.png")
+        samples = list(zip(examine.prompts, before.answers, after.answers, strict=True))
+        if samples:
+            (output / SAMPLES).write_text(describe_samples(samples), encoding="utf-8")
         # Written before the merge, which may be refused, and again with its figure.
         write_json(output / "all_results.json", results)
-        write_sft_card(output, recipe, script, training, model_args, results)
+        write_sft_card(output, recipe, script, training, model_args, results, samples)
         if recipe.merge:
             results["merge_max_abs_diff"] = merge_adapter(output, output / "merged", overwrite=True).max_abs_diff
             write_json(output / "all_results.json", results)
-            write_sft_card(output, recipe, script, training, model_args, results)
-        samples = list(zip(examine.prompts, before.answers, after.answers, strict=True))
+            write_sft_card(output, recipe, script, training, model_args, results, samples)
         print(summary(results, training.output_dir, samples))
     if repository is not None:
         print(push_run(output, repository, recipe.hub_base_model))

@@ -1,5 +1,6 @@
 """What a run leaves for people says what happened."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from plainlora.hub.model_card import write_sft_card
 from plainlora.plots import plot_loss
-from plainlora.report import summary
+from plainlora.report import describe_samples, summary
 from plainlora.settings.arguments import SFTArguments
 
 TRAIN = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
@@ -95,6 +96,30 @@ def test_the_loss_is_drawn_whatever_was_measured(
 ) -> None:
     plot_loss(history, base, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def answers_of(text: str) -> list[tuple[str, str]]:
+    """Base's and adapter's answers, read back from the cells and fences around them."""
+    cell = r"<td>\n\n(`{3,})text\n(.*?)\n\%d\n\n</td>"
+    pairs = re.findall(rf"<tr>{cell % 1}\n{cell % 3}\n</tr>", text, flags=re.DOTALL)
+    return [(base, adapter) for _, base, _, adapter in pairs]
+
+
+def test_sample_answers_stand_whole_in_the_card_whatever_is_in_them(tmp_path: Path) -> None:
+    long = "word " * 300 + "end"
+    samples = [
+        ("Name a colour.", long, "Red.\n\n    indented\n| a | b |"),
+        ("Write code.", "```python\nprint('cut off", "</td></tr> & ---\n````\nfour\n````"),
+        ("Say nothing.", "", "<|im_end|>"),
+    ]
+    expected = [(base, adapter) for _, base, adapter in samples]
+    assert answers_of(describe_samples(samples)) == expected
+    write_sft_card(tmp_path, *arguments(tmp_path), RESULTS, samples)
+    text = ModelCard.load(tmp_path / "README.md").text
+    assert answers_of(text) == expected
+    assert text.index("## Results") < text.index("## Sample answers") < text.index("Name a colour.")
+    assert text.index("<|im_end|>") < text.index("## Training")
+    assert "Sample answers" not in card(tmp_path).text
 
 
 def test_the_summary_says_where_tensorboard_finds_its_events(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a run leaves: its results, and a summary for the terminal."""
 
 import json
+import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 from plainlora.data.prompts import INPUT_MARK
 from plainlora.folders import write_durably
+
+Sample = tuple[str, str, str]  # a prompt, the base's answer, the adapter model's
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "scikit-learn")
 
@@ -24,7 +27,38 @@ def package_versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
-def summary(results: dict[str, Any], output_dir: str, samples: Sequence[tuple[str, str, str]]) -> str:
+def describe_samples(samples: Sequence[Sample]) -> str:
+    """Prompts with both answers side by side, each whole and to the letter, as Markdown."""
+    return "\n".join(
+        f"""{_fenced(prompt)}
+
+<table>
+<tr><th>base</th><th>adapter</th>
+</tr>
+<tr><td>
+
+{_fenced(before)}
+
+</td>
+<td>
+
+{_fenced(after)}
+
+</td>
+</tr>
+</table>
+"""
+        for prompt, before, after in samples
+    )
+
+
+def _fenced(text: str) -> str:
+    """A text between fences that are longer than any within it, as an answer that is cut may leave one open."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def summary(results: dict[str, Any], output_dir: str, samples: Sequence[Sample]) -> str:
     """The end of a run of `sft.py`, for the terminal: figures, some answers before and after, what next."""
     lines = ["", _trained_share(results)]
     for title, key, form in (
@@ -43,7 +77,8 @@ def summary(results: dict[str, Any], output_dir: str, samples: Sequence[tuple[st
             f"    base   {_one_line(before)}",
             f"    tuned  {_one_line(after)}",
         ]
-    lines += ["", f"adapter, model card, loss.png, all_results.json: {output_dir}", *_curves(output_dir)]
+    answers = " samples.md," if samples else ""
+    lines += ["", f"adapter, model card,{answers} loss.png, all_results.json: {output_dir}", *_curves(output_dir)]
     lines.append(f'next: plainlora generate --adapter {output_dir} --prompt "..."')
     return "\n".join(lines + _merge_hint(results, output_dir))
 

@@ -374,6 +374,31 @@ def test_the_output_folder_holds_what_the_ecosystem_expects(run_sft: RunSFT, mod
     assert render_prompt(prompt, AutoTokenizer.from_pretrained(output)).endswith("more\n\n### Response:\n")
 
 
+def test_the_sample_answers_are_saved_whole(
+    run_sft: RunSFT, model_dirs: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The oracle is PEFT's model and Transformers' own greedy decoding."""
+    prompts = ["Repeat the input.", "Say the number after 3."]
+    output = run_sft("llama", "run", "--max_new_tokens", "90", "--sample_prompts", *prompts)
+    saved = (output / "samples.md").read_text(encoding="utf-8")
+    assert saved in (output / "README.md").read_text(encoding="utf-8")
+    printed = capfd.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dirs["llama"]), output).eval()
+    at, longest = 0, 0
+    for prompt in prompts:
+        ids = tokenizer(render_prompt(prompt, tokenizer), add_special_tokens=False, return_tensors="pt")
+        answers = []
+        with tuned.disable_adapter():
+            answers.append(tuned.generate(**ids, max_new_tokens=90, do_sample=False))
+        answers.append(tuned.generate(**ids, max_new_tokens=90, do_sample=False))
+        for answer in answers:
+            text = tokenizer.decode(answer[0, ids.input_ids.shape[1] :], skip_special_tokens=True).strip()
+            at, longest = saved.index(f"\n{text}\n", at) + 1, max(longest, len(text))
+    assert longest > 100  # of which the terminal shows the beginning
+    assert "…" in printed
+
+
 def test_training_on_the_answers_only_trains_fewer_tokens(run_sft: RunSFT, capfd: pytest.CaptureFixture[str]) -> None:
     run_sft("gpt2", "all")
     everything = capfd.readouterr().out

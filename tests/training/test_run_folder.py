@@ -85,7 +85,7 @@ def test_the_output_may_not_hold_what_the_run_reads(tmp_path: Path, monkeypatch:
 
 def test_clearing_removes_the_runs_own_files_only(run: Path, checkpoint: Path) -> None:
     shutil.copytree(checkpoint, run, dirs_exist_ok=True)
-    for name in ("README.md", "loss.png", "run.json", "all_results.json"):
+    for name in ("README.md", "samples.md", "loss.png", "run.json", "all_results.json"):
         (run / name).write_text("{}")
     (run / "merged").mkdir()
     for name in ("certificate.json", "model.safetensors"):

@@ -11,6 +11,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from plainlora.base.classifier import is_classifier
 from plainlora.data.datasets import hub_name, is_local
+from plainlora.report import Sample, describe_samples
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, SFTArguments
 from plainlora.training.run_folder import PICTURES
 
@@ -135,6 +136,7 @@ def _write(
     results: dict[str, Any],
     settings: dict[str, Any],
     load: str,
+    samples: Sequence[Sample] = (),
 ) -> None:
     pictures = "\n".join(
         f"![{name.partition('.')[0]}]({name})" for name in PICTURES if (Path(output_dir) / name).is_file()
@@ -142,6 +144,7 @@ def _write(
     quality = {
         name: value for name, value in results.items() if QUALITY.search(name) and not isinstance(value, (list, dict))
     }
+    answers = f"## Sample answers\n\n{describe_samples(samples)}\n" if samples else ""
     text = f"""---
 {metadata}
 ---
@@ -154,7 +157,7 @@ def _write(
 
 {_table(quality)}
 
-## Training
+{answers}## Training
 
 {_table(settings)}
 
@@ -173,8 +176,9 @@ def write_sft_card(
     training: SFTConfig,
     model: ModelConfig,
     results: dict[str, Any],
+    samples: Sequence[Sample] = (),
 ) -> None:
-    """The card of an adapter for a causal language model."""
+    """The card of an adapter for a causal language model, with sample answers if there are any."""
     base, dataset = str(model.model_name_or_path), str(script.dataset_name)
     settings = _adapter_settings(recipe.lora_backend, model.lora_target_modules, model)
     settings |= {"base weights": _base_weights(model)} | _training_settings(training, results)
@@ -208,6 +212,7 @@ model = load_adapter(base, "PATH OF THIS ADAPTER")
         results,
         settings,
         load,
+        samples,
     )
 
 

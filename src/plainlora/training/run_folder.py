@@ -11,7 +11,8 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 WHOLE_MODEL = ("config.json", "model.safetensors")
 PICTURES = ("loss.png", "confusion.png")
 RESULTS = (*ADAPTER, *WHOLE_MODEL, MANIFEST, "trainer_state.json", "all_results.json", "run.json")
-REPORTS = ("README.md", *PICTURES, "merged")
+SAMPLES = "samples.md"
+REPORTS = ("README.md", SAMPLES, *PICTURES, "merged")
 UNFINISHED = ".saving"  # where a save is prepared, within the run's folder; what a kill in the middle leaves
 
 
@@ -111,5 +112,5 @@ def clear_output_dir(output_dir: str | Path) -> None:
     if is_merged_model(Path(output_dir) / "merged"):
         shutil.rmtree(Path(output_dir) / "merged")
     # run.json last: a clearing that is cut short leaves a folder that can still be told to be a run's.
-    for name in ("README.md", *PICTURES, *RESULTS):
+    for name in ("README.md", SAMPLES, *PICTURES, *RESULTS):
         (Path(output_dir) / name).unlink(missing_ok=True)
