@@ -136,8 +136,8 @@ def main() -> None:
     # training would then go on without DistributedDataParallel (transformers#24014).
     splits = texts.splits(recipe.measured_train_rows)
     with trainee.disabled():
-        before = {split: measure(trainer, rows, len(texts.labels)) for split, rows in splits.items()}
-    after = {split: measure(trainer, rows, len(texts.labels)) for split, rows in splits.items()}
+        before = {split: measure(trainer, rows, len(texts.labels), trained=False) for split, rows in splits.items()}
+    after = {split: measure(trainer, rows, len(texts.labels), trained=True) for split, rows in splits.items()}
 
     if trainer.accelerator.is_main_process:
         results = outcome.metrics | flatten(before, "_base") | flatten(after)

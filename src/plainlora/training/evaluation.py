@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from trl import SFTTrainer
 
 from plainlora.data.prompts import render_prompt
 from plainlora.generation import ExactMatch, generate
+from plainlora.training.trainers import AdapterTrainer
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Examiner:
 
     def __init__(
         self,
-        trainer: SFTTrainer,
+        trainer: AdapterTrainer,
         tokenizer: PreTrainedTokenizerBase,
         exact_match: ExactMatch | None,
         sample_prompts: Sequence[str],
@@ -64,7 +64,9 @@ class Examiner:
         found = Measurement()
         if self.trainer.eval_dataset is not None:
             prefix = "eval" if arm == "adapter" else arm  # the base's loss is no point of the training curve
-            found.loss = float(self.trainer.evaluate(metric_key_prefix=prefix)[f"{prefix}_loss"])
+            known = self.trainer.last_evaluation() if arm == "adapter" else None
+            metrics = known.metrics if known is not None else self.trainer.evaluate(metric_key_prefix=prefix)
+            found.loss = float((metrics or {})[f"{prefix}_loss"])
         if self.trainer.accelerator.is_main_process:
             if self.exact_match:
                 found.exact_match, answers = self.exact_match(model, f"Answering test rows ({arm})")

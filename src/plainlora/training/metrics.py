@@ -8,9 +8,10 @@ import torch
 from datasets import Dataset
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from torch.nn import functional
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction
 
 from plainlora.errors import UserError
+from plainlora.training.trainers import ClassifierTrainer
 
 
 def judge_rows(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
@@ -56,22 +57,29 @@ class Scores:
     confusion: list[list[int]]
 
 
-def measure(trainer: Trainer, rows: Dataset, classes: int) -> Scores:
+def measure(trainer: ClassifierTrainer, rows: Dataset, classes: int, trained: bool) -> Scores:
     """Classifies every row, over all processes.
+
+    Args:
+        trainer: With `judge_rows`.
+        rows: To be classified.
+        classes: How many there are.
+        trained: Whether the model is as training left it, so that its evaluation of these rows at the last step holds.
 
     Raises:
         UserError: The loss is not finite, so that the classes mean nothing.
     """
-    output = trainer.predict(rows)
+    known = trainer.last_evaluation() if trained and rows is trainer.eval_dataset else None
+    output = known if known is not None else trainer.predict(rows)
     judged = np.asarray(output.predictions)
     if not np.isfinite(judged[:, 1]).all():
         raise UserError(
             f"the loss of {len(rows)} rows is not finite, so they were not classified; lower learning_rate (now "
             f"{trainer.args.learning_rate:g}) or train in float32"
         )
-    metrics = output.metrics or {}
+    found = score(EvalPrediction(judged, np.asarray(output.label_ids)), classes)
     table = confusion_matrix(output.label_ids, judged[:, 0].astype(int), labels=range(classes))
-    return Scores(float(judged[:, 1].mean()), metrics["test_accuracy"], metrics["test_f1"], table.tolist())
+    return Scores(float(judged[:, 1].mean()), found["accuracy"], found["f1"], table.tolist())
 
 
 def flatten(scores: dict[str, Scores], suffix: str = "") -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from plainlora.backends import Backend
@@ -92,6 +93,7 @@ class _Seams(Watched, WholeSaves, RowsInOrder):
 
     def __init__(self, model: nn.Module, backend: Backend | None, *args: Any, **kwargs: Any) -> None:
         self.backend, self.adapted, self.saves_all = backend, model, backend is None
+        self._evaluated: tuple[int | None, EvalLoopOutput | None] = None, None  # at which step, and what was found
         with accepted_as_adapter_model(model), adapter_precision_kept(model):
             super().__init__(cast(PreTrainedModel, model), *args, **kwargs)
 
@@ -126,8 +128,27 @@ class _Seams(Watched, WholeSaves, RowsInOrder):
                 "give the settings that the checkpoint was written with"
             ) from error
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As Trainer's; what `evaluate` found is kept for `last_evaluation`."""
+        outcome = super().evaluation_loop(*args, **kwargs)
+        if kwargs.get("metric_key_prefix", "eval") == "eval":
+            self._evaluated = self.state.global_step, outcome
+        return outcome
+
+    def last_evaluation(self) -> EvalLoopOutput | None:
+        """What an evaluation at the last step found of the weights that training left; `None` if there was none.
+
+        It does not hold if another step's weights were loaded since, or if `bf16_full_eval` would cast them now, which
+        Trainer leaves out while it trains.
+        """
+        cast_now = self.args.bf16_full_eval or self.args.fp16_full_eval
+        step, outcome = self._evaluated
+        return outcome if step == self.state.global_step and not cast_now else None
+
     def _load_best_model(self) -> None:
         """For `load_best_model_at_end`, likewise."""
+        if self.state.best_global_step != self.state.global_step:
+            self._evaluated = None, None
         if self.backend is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
