@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from plainlora import inject, save_adapter
 from plainlora.base.loading import describe_quantization
@@ -207,18 +207,25 @@ def test_an_earlier_merge_is_replaced_also_in_the_current_folder(
     assert not (merged / "old.safetensors").exists()
 
 
-def test_a_published_generation_config_is_merged_and_keeps_every_end(
+def test_a_published_generation_config_is_merged_and_keeps_every_end_and_one_pad_token(
     tmp_path: Path, model_dirs: dict[str, Path]
 ) -> None:
-    """Llama 2 shipped do_sample=false beside temperature and top_p; Llama 3 and Qwen name several EOS tokens."""
+    """Llama 2 shipped do_sample=false beside temperature and top_p; Llama 3 and Qwen name several EOS tokens.
+
+    SmolLM2's configs pad with EOS, which training does not, and others' with nothing.
+    """
     base = shutil.copytree(model_dirs["llama"], tmp_path / "base")
     config = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [7, 9]}
-    (base / "generation_config.json").write_text(json.dumps(config))
+    (base / "generation_config.json").write_text(json.dumps(config | {"pad_token_id": 0}))
+    own = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(own | {"pad_token_id": None}))
     adapter = trained_adapter("llama", model_dirs | {"llama": base}, tmp_path / "adapter")
     merge_adapter(adapter, tmp_path / "merged")
     written = GenerationConfig.from_pretrained(tmp_path / "merged")
     assert written.eos_token_id == [7, 9, 0]
     assert written.temperature in (None, 1.0)
+    pad = AutoTokenizer.from_pretrained(tmp_path / "merged").pad_token_id
+    assert (written.pad_token_id, AutoConfig.from_pretrained(tmp_path / "merged").pad_token_id) == (pad, pad)
 
 
 def test_a_relative_base_is_found_from_the_adapter_upwards(tmp_path: Path, model_dirs: dict[str, Path]) -> None:

@@ -89,6 +89,8 @@ def _ask_reloaded(
 
 
 def _write_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    # The pad token is the tokenizer's in all three files; in training TRL sees to that.
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         ends, own = generation.eos_token_id, tokenizer.eos_token_id
