@@ -4,8 +4,6 @@ BIN := .venv/bin
 CHECKED := src recipes tests
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
-# Waiting threads sleep instead of spinning: on a CPU shared with other work that is many times faster.
-export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: help install quickstart test compare bench style quality clean
 

@@ -1,5 +1,8 @@
 """What a program says, and does not, before it runs."""
 
+import ast
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from plainlora.commands import VERBS
 from tests.conftest import ROOT
 
 
@@ -33,3 +37,36 @@ def test_any_other_error_keeps_its_traceback() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback")
     assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
+def spin_counts(*command: str, **environment: str) -> list[int]:
+    """How often a waiting thread looks before it sleeps, as every GNU OpenMP that is loaded says."""
+    own = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    process = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT, env=own | {"OMP_DISPLAY_ENV": "VERBOSE"} | environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return [int(count) for count in re.findall(r"GOMP_SPINCOUNT = '(\d+)'", process.stderr)]
+
+
+def test_threads_that_wait_sleep_in_a_program_and_its_children_unless_told_otherwise() -> None:
+    usual = spin_counts("-c", "import torch")
+    if not usual:
+        pytest.skip("not run: this PyTorch has no GNU OpenMP")
+    assert min(usual) > 0  # so this is what would happen
+    child = "import plainlora.quiet, subprocess, sys; subprocess.run([sys.executable, '-c', 'import torch'])"
+    for program in ("import plainlora.quiet, torch", child):
+        assert set(spin_counts("-c", program)) == {0}
+    assert min(spin_counts("-c", "import plainlora.quiet, torch", OMP_WAIT_POLICY="ACTIVE")) > 0
+
+
+def test_every_program_imports_this_module_before_the_libraries() -> None:
+    for program in ("recipes/sft.py", "recipes/classify.py", *(f"src/plainlora/commands/{verb}.py" for verb in VERBS)):
+        page = ast.parse((ROOT / program).read_text(encoding="utf-8"))
+        runs = [each for each in page.body if isinstance(each, ast.FunctionDef) and each.name == "run"]
+        imports = [
+            each for each in ast.walk(runs[0] if runs else page) if isinstance(each, ast.Import | ast.ImportFrom)
+        ]
+        first = min(imports, key=lambda each: each.lineno)
+        assert isinstance(first, ast.Import), program
+        assert first.names[0].name == "plainlora.quiet", program

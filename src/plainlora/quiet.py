@@ -1,13 +1,19 @@
-"""Import this first in a program: it silences what the libraries say about their own future and optional parts.
+"""Import this first in a program: it keeps the libraries from talking, and from keeping a processor busy in vain.
 
 A deprecation inside Transformers or TRL is this project's business, not that of the person who runs a recipe, and
 neither is where in an import a Ctrl-C came. Importing the package as a library changes nothing.
 """
 
 import logging
+import os
 import sys
 import warnings
 from types import TracebackType
+
+# Threads of OpenMP that wait sleep instead of spinning: on a CPU shared with other work, spinning makes small models
+# many times slower. PyTorch's OpenMP reads this when it is loaded; the processes that a program starts inherit it.
+# https://gcc.gnu.org/onlinedocs/libgomp/OMP_005fWAIT_005fPOLICY.html
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)  # PEFT, on Conv1D
