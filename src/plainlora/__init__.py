@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from plainlora.lora.interchange import save_adapter
     from plainlora.lora.load import load_adapter
     from plainlora.lora.merge import merge
-    from plainlora.loss import use_one_pass_head
+    from plainlora.loss_head import use_one_pass_head
 
 __version__ = "0.1.0"
 __all__ = [
@@ -45,7 +45,7 @@ _HOME = {
     "merge": "plainlora.lora.merge",
     "fuse": "plainlora.fusing",
     "unfuse": "plainlora.fusing",
-    "use_one_pass_head": "plainlora.loss",
+    "use_one_pass_head": "plainlora.loss_head",
 }
 
 

@@ -13,7 +13,8 @@ from plainlora.bench.counting import count
 from plainlora.bench.head import make_model
 from plainlora.bench.turns import Meter
 from plainlora.fusing import fuse
-from plainlora.loss import CHUNK, OnePassHead
+from plainlora.loss import CHUNK
+from plainlora.loss_head import LossHead
 from tests.conftest import CONFIGS, random_ids
 from tests.conftest import make_model as make_base
 
@@ -56,7 +57,7 @@ def count_head(form: str, tokens: int = 512, d: int = 16, vocabulary: int = 50_2
     model = make_model(d, vocabulary)
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     if form == "fused":
-        OnePassHead(model).with_statistics = False
+        LossHead(model).with_statistics = False
     hidden = torch.randn(1, tokens, d, requires_grad=True)
     labels = torch.randint(vocabulary, (1, tokens))
 

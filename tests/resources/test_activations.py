@@ -21,7 +21,7 @@ from trl import SFTConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from plainlora.backends import BACKENDS, attach_adapter
-from plainlora.loss import OnePassHead
+from plainlora.loss_head import LossHead
 from plainlora.resources.activations import (
     Batch,
     Step,
@@ -79,7 +79,7 @@ def allocate(
     model = attach(base, backend).train()
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     if BACKENDS[backend].one_pass_head:
-        OnePassHead(base)
+        LossHead(base)
     if checkpointing:
         base.activation_checkpointing_enable()
     ids = torch.ones(rows, LENGTH, dtype=torch.long)

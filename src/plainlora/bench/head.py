@@ -10,7 +10,7 @@ from trl.trainer.utils import add_fused_lm_head
 from plainlora.bench.case import FLOOR, FUSED, PEFT, REFERENCE, Case, Target
 from plainlora.bench.counting import count
 from plainlora.bench.turns import Turns
-from plainlora.loss import OnePassHead
+from plainlora.loss_head import LossHead
 
 STATISTICS = "fused, with accuracy and entropy"
 HEADS = {"Llama-2-7b": (4096, 32_000), "GPT-2": (768, 50_257), "Qwen2-0.5B": (896, 151_936)}  # d, V
@@ -54,7 +54,7 @@ def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
     if arm in (FUSED, STATISTICS, PEFT):
         add_fused_lm_head(model, outputs=TRL_FIELDS)
     if arm in (FUSED, STATISTICS):
-        OnePassHead(model).with_statistics = arm == STATISTICS
+        LossHead(model).with_statistics = arm == STATISTICS
     hidden = torch.randn(1, options["tokens"], options["d"], device=turns.device, requires_grad=True)
     labels = torch.randint(options["vocabulary"], (1, options["tokens"]), device=turns.device)
     head: nn.Linear = model.get_output_embeddings()

@@ -25,7 +25,7 @@ from plainlora.bench.case import AS_SHIPPED, FLOOR, FUSED, MATCHED, PEFT, REFERE
 from plainlora.bench.rows import draw_lengths, make_rows
 from plainlora.bench.turns import Turns
 from plainlora.fusing import fuse
-from plainlora.loss import use_one_pass_head
+from plainlora.loss_head import use_one_pass_head
 from plainlora.parity.tiny import byte_tokenizer, random_model
 from plainlora.training.trainers import AdapterTrainer, hand_over
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, concatenate_datasets
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArguments, get_scheduler
@@ -16,8 +18,9 @@ from trl import SFTConfig, SFTTrainer
 
 from plainlora.backends import Backend
 from plainlora.errors import UserError
-from plainlora.loss import use_one_pass_head
+from plainlora.loss_head import base_of, evaluating, rounding_unit, use_own_loss
 from plainlora.training.checkpoints import past_the_end
+from plainlora.training.isolation import Isolation, check_isolation
 from plainlora.training.saving import WholeSaves
 from plainlora.training.watching import Watched, check_effect, check_values
 
@@ -163,14 +166,95 @@ class _Seams(Watched, WholeSaves, RowsInOrder):
         super().save_model(output_dir, _internal_call)
 
 
+def with_unlabelled(rows: Dataset, count: int) -> Dataset:
+    """Rows, and so many more copies of the shortest of the first ones without a label, which add nothing to a loss."""
+    if not count:
+        return rows
+    row = min(rows.select(range(min(64, len(rows)))), key=lambda row: len(row["input_ids"]))
+    more = [row | {"labels": [-100] * len(row["labels"])}] * count
+    return concatenate_datasets([rows, Dataset.from_list(more, features=rows.features)])
+
+
 class AdapterTrainer(_Seams, SFTTrainer):
     """SFTTrainer for a model that carries an adapter of either back end."""
 
     def __init__(self, model: nn.Module, backend: Backend, *args: Any, **kwargs: Any) -> None:
-        self._rows = kwargs["train_dataset"]
+        self._rows, self._examined = kwargs["train_dataset"], False
+        self._losses: list[tuple[float, int]] = []  # of an evaluation: a batch's sum over tokens, and their number
         super().__init__(model, backend, *args, **kwargs)
-        if backend.one_pass_head:
-            use_one_pass_head(self)
+        self._choice = use_own_loss(self, one_pass=backend.one_pass_head)
+        if not self._is_sharded():  # a sharded one computes nothing before Trainer has wrapped it
+            self._examine_base(model)
+
+    def _examine_base(self, model: nn.Module) -> None:
+        """Chooses the head whose loss is the model's own, and refuses rows that would not be apart.
+
+        Args:
+            model: What the trainer calls.
+
+        Raises:
+            UserError: The model cannot be trained on these rows in this form.
+        """
+        self._examined = True
+        rows = self._rows[:64]["input_ids"]
+        self._choice.make(model, max(rows, key=len))
+        options = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        special = set(self._tokenizer.all_special_ids)
+        tokens = [token for row in rows for token in row if token not in special]
+
+        def log_probs(batch: dict[str, Any]) -> torch.Tensor:
+            return model(**batch, fused_lm_head=True, **options).log_probs[..., None]
+
+        sizes = {"train": self.args.per_device_train_batch_size}
+        if self.eval_dataset is not None:
+            sizes["eval"] = self.args.per_device_eval_batch_size
+        batches = [f"per_device_{name}_batch_size" for name, size in sizes.items() if size > 1]
+        packing = ("packing" if self.args.packing else "padding_free") if self.padding_free else None
+        with evaluating(model), self.compute_loss_context_manager():
+            pad, device = cast(int, self._tokenizer.pad_token_id), self.args.device
+            isolation = Isolation(log_probs, tokens, pad, device, rounding_unit(model))
+            check_isolation(isolation, type(base_of(model)).__name__, packing, batches)
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As above, after the base has been looked at."""
+        if not self._examined:
+            self._examine_base(model)
+        return super().training_step(model, *args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As Trainer's, over rows that make whole batches: it fills the last with first rows again, or drops it.
+
+        https://github.com/huggingface/accelerate/blob/v1.12.0/src/accelerate/data_loader.py (`even_batches`)
+        """
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
+        whole = self.args.eval_batch_size * self.accelerator.num_processes
+        missing = -len(rows) % whole if self.accelerator.num_processes > 1 or self.args.dataloader_drop_last else 0
+        return super().get_eval_dataloader(with_unlabelled(rows, missing))
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As SFTTrainer's; the loss is cross entropy alone, and is kept with the number of its tokens."""
+        enabled, self.aux_loss_enabled = self.aux_loss_enabled, False
+        try:
+            loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
+        finally:
+            self.aux_loss_enabled = enabled
+        tokens = int((inputs["labels"][:, 1:] != -100).sum())
+        self._losses.append((float(loss) * tokens, tokens))
+        return loss, *rest
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As Trainer's, with the sum of all tokens' losses by their number in the place of the mean of batch means.
+
+        That mean depends on which rows share a batch, and so on batch size and number of processes.
+
+        https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer.py (`evaluation_loop`)
+        """
+        self._losses = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, tokens = (math.fsum(column) for column in zip(*gather_object(self._losses), strict=True))
+        output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
+        return output
 
     def training_rows(self) -> list[list[int]]:
         """The rows before SFTTrainer packed them."""

@@ -1,0 +1,302 @@
+"""The head that computes a run's loss: the fastest of those whose loss is the model's own.
+
+A fused head reads the last hidden states and the output embedding, and takes the logits to be `W h + b`, TRL's also
+scaled or capped by attributes that it knows by name. Architectures put layers, caps and factors between them that
+neither knows, and add terms to the loss. So each head is compared with the model's own forward, on tokens of the run
+and before its first step; one that gives another loss is not used.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, Literal, cast
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+from trl import SFTTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+from plainlora.errors import UserError, first_line
+from plainlora.loss import fused_output, is_covered, one_pass_output
+
+Form = Literal["one pass", "TRL", "own"]
+TOKENS = 64  # on which heads are compared
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The causal language model inside a PeftModel, or the model itself."""
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and without gradients; every module's mode is put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class LossHead:
+    """Takes the place of the head that SFTTrainer gives a model (`trl.trainer.utils.add_fused_lm_head`).
+
+    https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/utils.py
+
+    Args:
+        model: A causal language model that already has TRL's head.
+        form: `one pass`: `plainlora.loss`. `TRL`: TRL's own. `own`: the model's own forward, all logits at once.
+
+    Attributes:
+        with_statistics: Whether to compute token accuracy and entropy; TRL's head always does.
+        extra: Whether the model's own loss has terms beyond cross entropy, which `own` then returns as `aux_loss`.
+        router: Whether the model is asked for them by `output_router_logits`.
+    """
+
+    def __init__(self, model: PreTrainedModel, form: Form = "one pass") -> None:
+        self.form, self.with_statistics, self.extra, self.router = form, True, False, False
+        self._theirs: Callable[..., Any] = model.forward
+        model.forward = MethodType(self._forward, model)
+
+    def _forward(
+        self,
+        model: PreTrainedModel,
+        *args: Any,
+        fused_lm_head: bool = False,
+        labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not fused_lm_head or labels is None or shift_labels is not None or self.form == "TRL":
+            given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            given = {name: value for name, value in given.items() if value is not None}
+            return self._theirs(*args, fused_lm_head=fused_lm_head, **given, **kwargs)
+        if self.form == "own":
+            return self._own(*args, labels=labels, num_items_in_batch=num_items_in_batch, **kwargs)
+        options: dict[str, Any] = {"num_items_in_batch": num_items_in_batch, "with_statistics": self.with_statistics}
+        return one_pass_output(model, *args, labels=labels, **options, **kwargs)
+
+    def _own(self, *args: Any, labels: torch.Tensor, num_items_in_batch: Any, **kwargs: Any) -> FusedCausalLMOutput:
+        if not self.router:
+            kwargs.pop("output_router_logits", None)
+        given = {"labels": labels} if self.extra else {}
+        output = self._theirs(*args, **given, **kwargs)
+        mask = labels[:, 1:] != -100
+        chosen = labels[:, 1:][mask]
+        logits = _log_softmax(output.logits[:, :-1][mask])  # (N, V)
+        log_probs = logits.gather(1, chosen[:, None])[:, 0]
+        entropy = is_top1 = torch.zeros_like(log_probs)
+        if self.with_statistics:
+            with torch.no_grad():
+                entropy, is_top1 = -torch.linalg.vecdot(logits.exp(), logits), (logits.argmax(-1) == chosen).float()
+        found = fused_output(log_probs, entropy, is_top1, mask, num_items_in_batch)
+        if self.extra:
+            found.aux_loss = output.loss + log_probs.sum() / mask.sum().clamp(min=1)
+        return found
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Of the last dimension, in at least fp32."""
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """What one head makes of one row.
+
+    Attributes:
+        log_probs: Of each label, `(N,)`.
+        extra: What the loss has beyond the mean of their negatives.
+    """
+
+    log_probs: torch.Tensor
+    extra: float
+
+    @property
+    def loss(self) -> float:
+        """The loss in nats per token, further terms included."""
+        return self.extra - float(self.log_probs.mean())
+
+
+@dataclass(frozen=True)
+class OwnLoss(HeadLoss):
+    """What the model's own forward makes of one row.
+
+    Attributes:
+        rounding: By how much a log-probability may differ where the same is computed in another order.
+        extra_rounding: By how much the further terms may.
+    """
+
+    rounding: float
+    extra_rounding: float
+
+    def differs(self, head: HeadLoss) -> float:
+        """By how many times the rounding a head's loss differs; at most 1 where it is the same."""
+        log_probs = float((head.log_probs - self.log_probs).abs().max()) / self.rounding
+        return max(log_probs, abs(head.extra - self.extra) / self.extra_rounding)
+
+
+def rounding_unit(model: nn.Module) -> float:
+    """The distance from 1 to the next number, in the coarsest type that a model computes in.
+
+    LLM.int8() rounds each row of activations to 8 bits.
+    """
+    parameters = list(model.parameters())
+    types = {parameter.dtype for parameter in parameters if parameter.is_floating_point()}
+    device = parameters[0].device.type
+    if torch.is_autocast_enabled(device):
+        types.add(torch.get_autocast_dtype(device))
+    if any(parameter.dtype == torch.int8 for parameter in parameters):
+        types.add(torch.bfloat16)
+    return max(torch.finfo(dtype).eps for dtype in types)
+
+
+def own_loss(model: nn.Module, ids: torch.Tensor, **options: Any) -> OwnLoss:
+    """The loss that a model's own forward gives with labels.
+
+    A logit in half precision is rounded once in each computation, by half a unit at most; a log-probability is the
+    difference of two of their size, so two of them differ by 2 units of the largest logit at most. In fp32 and fp64
+    the order of d sums counts instead: 64 units, the square root of 4096.
+
+    Args:
+        model: With or without a `LossHead`, an adapter, and what a trainer wraps around it.
+        ids: `(1, length)`; each token but the first is a label.
+        **options: For its forward.
+    """
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False, **options)
+    logits = output.logits[0, :-1]
+    log_probs = _log_softmax(logits).gather(1, ids[0, 1:, None])[:, 0]
+    unit = rounding_unit(model)
+    units = 2 if unit > 1e-6 else 64
+    extra = float(output.loss) + float(log_probs.mean())
+    return OwnLoss(
+        log_probs,
+        extra,
+        rounding=units * unit * max(1.0, float(logits.abs().max())),
+        extra_rounding=16 * torch.finfo(output.loss.dtype).eps * max(1.0, abs(float(output.loss))),
+    )
+
+
+class LossChoice:
+    """Finds out, once, which head a trainer's loss comes from.
+
+    Args:
+        trainer: An SFTTrainer.
+        one_pass: Whether the one-pass head is to be tried before TRL's.
+    """
+
+    def __init__(self, trainer: SFTTrainer, one_pass: bool) -> None:
+        self.trainer, self.model = trainer, base_of(cast(nn.Module, trainer.model))
+        self.head, self.made = LossHead(self.model, "TRL"), False
+        self._tried: list[Form] = ["one pass", "TRL"] if one_pass and is_covered(self.model) else ["TRL"]
+
+    def make(self, model: nn.Module, ids: Sequence[int]) -> None:
+        """Compares the heads with the model's own forward; says so in one line if only that will do.
+
+        Args:
+            model: What the trainer calls: the model, or what it has wrapped around it.
+            ids: Tokens of the run, at least two; the first 64 are used.
+        """
+        trainer, head = self.trainer, self.head
+        self.made = True
+        row = torch.tensor([list(ids[:TOKENS])], device=trainer.args.device)
+        options = {"output_router_logits": True} if trainer.aux_loss_enabled else {}
+        fault = ""
+        with evaluating(model), trainer.compute_loss_context_manager():
+            try:
+                own = own_loss(model, row, **options)
+            except Exception as error:  # whatever a model's code raises
+                name = type(self.model).__name__
+                raise UserError(f"{name} computes no loss from tokens and labels: {first_line(error)}") from error
+            for form in self._tried:
+                head.form = form
+                try:
+                    found = self._loss_of_head(model, row, options)
+                except Exception as error:  # no `last_hidden_state`, no such attribute: whatever a model's code raises
+                    differs, fault = True, f"a fused head fails ({first_line(error)})"
+                else:
+                    differs, fault = own.differs(found) > 1, f"a fused head gives {found.loss:.6f}"
+                if not trainer.accelerator.gather(torch.tensor([int(differs)], device=row.device)).any():  # type: ignore[union-attr]
+                    return
+        head.form, head.router = "own", bool(options)
+        head.extra = abs(own.extra) > own.extra_rounding
+        # SFTTrainer adds `aux_loss`, times this, as a mean over the accumulated batches.
+        trainer.aux_loss_enabled, trainer.router_aux_loss_coef = head.extra, 1.0
+        trainer.accelerator.print(
+            f"loss: {type(self.model).__name__}'s own forward gives {own.loss:.6f} where {fault}; its own loss is "
+            "trained, which holds all logits of a batch"
+        )
+
+    def _loss_of_head(self, model: nn.Module, row: torch.Tensor, options: dict[str, Any]) -> HeadLoss:
+        inputs = {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row, "use_cache": False}
+        output = model(**inputs, fused_lm_head=True, **options)
+        extra = self.trainer.router_aux_loss_coef * float(output.aux_loss) if options else 0.0
+        return HeadLoss(output.log_probs[0], extra)
+
+
+def use_own_loss(trainer: SFTTrainer, one_pass: bool) -> LossChoice:
+    """Gives a trainer's model the fastest head whose loss is the model's own.
+
+    Heads are compared before the first loss is computed. SFTTrainer logs the means of lists to which it appends token
+    accuracy and entropy at every step. Other heads than TRL's compute them at logging steps only, and the entries of
+    the others are taken out again.
+
+    https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py (`compute_loss`)
+
+    Args:
+        trainer: Of an injected model or a PeftModel, or of any causal language model.
+        one_pass: Whether the one-pass head is to be tried before TRL's.
+
+    Returns:
+        What makes the choice, and makes it earlier if asked to.
+    """
+    choice, theirs = LossChoice(trainer, one_pass), cast(Callable[..., Any], trainer.compute_loss)
+    head = choice.head
+
+    def is_logged() -> bool:
+        step, every = trainer.state.global_step + 1, int(trainer.state.logging_steps)
+        return step % max(every, 1) == 0 or (step == 1 and trainer.args.logging_first_step)
+
+    def compute_loss(wrapped: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As SFTTrainer's; what was not computed is left out of the means that it logs."""
+        if not choice.made:
+            choice.make(wrapped, inputs["input_ids"].flatten().tolist())
+        head.with_statistics = not wrapped.training or is_logged() or head.form == "TRL"
+        try:
+            loss = theirs(wrapped, inputs, *args, **kwargs)
+            if not head.with_statistics:
+                logged = trainer._metrics["train"]
+                for name in ("entropy", "mean_token_accuracy"):
+                    logged[name].pop()
+                    if not logged[name]:  # SFTTrainer divides by their number, when training ends between two logs
+                        del logged[name]
+            return loss
+        finally:
+            head.with_statistics = True
+
+    trainer.compute_loss = compute_loss  # type: ignore[assignment]
+    return choice
+
+
+def use_one_pass_head(trainer: SFTTrainer) -> SFTTrainer:
+    """Gives a trainer's model the one-pass head, and token accuracy and entropy at logging steps only.
+
+    With an existing TRL + PEFT script this is one line after the trainer is made. A head that is trained or adapted,
+    or whose loss in one pass is not the model's own, keeps TRL's; where that is not the model's own either, the
+    model's own forward computes the loss. Which it is is measured before the first step.
+
+    Args:
+        trainer: Of an injected model or a PeftModel, or of any causal language model with a frozen head.
+
+    Returns:
+        The same trainer.
+    """
+    use_own_loss(trainer, one_pass=True)
+    return trainer
