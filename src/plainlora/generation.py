@@ -9,9 +9,10 @@ from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from trl.data_utils import common_prefix_length
 
 from plainlora.base.config import context_length
-from plainlora.data.encoding import Schema, find_schema, split_row, text_pair
+from plainlora.data.layouts import Schema, find_schema, split_row, template_options, text_of, text_pair
 from plainlora.data.prompts import plain_prompt, render
 from plainlora.errors import UserError
 
@@ -126,15 +127,26 @@ class ExactMatch:
         self.questions, self.prompts, self.expected = map(list, zip(*asked, strict=True))
 
     def _ask(self, row: dict[str, Any], schema: Schema) -> tuple[str, str, str]:
-        """The row's question, the text that asks it as training did, and its answer."""
+        """The row's question, the text that asks it as training did, and the answer that training gave it."""
         texts = text_pair(row, schema)
         if texts is not None:
             prompt, completion = texts
             answer = completion.removesuffix(str(self.tokenizer.eos_token))
             return prompt, plain_prompt(prompt, self.tokenizer), answer.strip()
         messages, answers = split_row(row, schema)
-        prompt = render(messages, self.tokenizer, for_generation=True)
-        return messages[-1]["content"], prompt, answers[0]["content"].strip()
+        if not messages:
+            raise UserError("exact_match_rows needs rows that ask for their answer; one begins with it")
+        options = template_options(row)
+        prompt = render(messages, self.tokenizer, for_generation=True, options=options)
+        answered = self._ids(render([*messages, *answers[:1]], self.tokenizer, options=options))
+        ids = answered[common_prefix_length(self._ids(prompt), answered) :]
+        if self.tokenizer.eos_token_id in ids:  # what the template writes after it is not the model's to say
+            ids = ids[: ids.index(self.tokenizer.eos_token_id)]
+        expected = str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return text_of(messages[-1].get("content")), prompt, expected
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def __call__(self, model: nn.Module, description: str) -> tuple[float, list[str]]:
         """The share of answers that are right to the letter, and the answers."""

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ import datasets
 from datasets import Dataset
 from datasets.table import InMemoryTable
 from pyarrow import BufferReader, Table, parquet  # type: ignore[import-untyped]
+from trl.trainer.utils import remove_none_values
 
 from plainlora.errors import UserError, first_line
 
@@ -203,11 +204,21 @@ def _read_parquet(path: Path) -> Dataset:
                 raise UserError(_bomb(path, len(content), most))
         table = Table.from_batches(batches, file.schema_arrow)
         table.validate(full=True)  # text that is not UTF-8, offsets that lead elsewhere
-        return Dataset(InMemoryTable(table))
+        return without_filled_nulls(Dataset(InMemoryTable(table)))
     except UserError:
         raise
     except Exception as error:  # of any kind: Arrow's own, and those of the types that a damaged schema names
         raise UserError(f"{path} cannot be read as parquet: {error}") from error
+
+
+def without_filled_nulls(rows: Dataset) -> Dataset:
+    """The rows without the nulls that Arrow puts where a message or a tool lacks a field that another one has.
+
+    JSON files are read as they are written and need none of this.
+    https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/utils.py (`remove_none_values`)
+    """
+    nested = any(not isinstance(feature, datasets.Value) for feature in rows.features.values())
+    return rows.with_transform(remove_none_values) if nested else rows
 
 
 def read_file(path: Path, columns: list[str] | None = None) -> Dataset:
@@ -263,7 +274,7 @@ def load_split(name: str, split: str, config: str | None = None, columns: list[s
         raise UserError(f"{name} is on the Hub and names its own columns; leave dataset_columns out")
     else:
         try:
-            rows = cast(Dataset, datasets.load_dataset(name, config, split=split))
+            rows = without_filled_nulls(cast(Dataset, datasets.load_dataset(name, config, split=split)))
         except ValueError as error:
             if "nknown split" in str(error):
                 return None
@@ -311,8 +322,20 @@ def load_train_and_test(
     test_split_size: float | None,
     max_train_rows: int | None,
     seed: int,
+    check: Callable[[Dataset, str], object] | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """Training rows, and test rows if there are any: an own dataset, a split of the same, or a share held out.
+
+    Args:
+        name: Hub id, local folder or local file.
+        config: Configuration name on the Hub.
+        train_split: The split to train on.
+        test_split: The split to test on, if there is one.
+        test_name: Another dataset to test on.
+        test_split_size: How many rows, or which share, to hold out where there is no test split.
+        max_train_rows: The first rows only.
+        seed: Draws what is held out.
+        check: Called with the rows and what to call them before any are held out; raises if they will not do.
 
     Raises:
         UserError: See `load_split`; also a missing training split and a hold-out that leaves nothing to train on.
@@ -320,6 +343,8 @@ def load_train_and_test(
     train = load_split(name, train_split, config)
     if train is None:
         raise no_training_split(name, train_split)
+    if check is not None:
+        check(train, f"{name} (train)")
     if test_name is not None:
         test = load_split(test_name, test_split, config) or load_split(test_name, "train", config)
         if test is None:

@@ -4,32 +4,33 @@ A label of -100 is not trained (PyTorch's `ignore_index`). Every row that is kep
 learns to stop; labels come from the row's own length, so a pad token equal to EOS cannot swallow it (trl#1623).
 """
 
-import json
 import math
-import re
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from trl.data_utils import common_prefix_length
 
-from plainlora.data.datasets import check_text_columns
-from plainlora.data.lengths import percentile_95
-from plainlora.data.prompts import (
-    BrokenTemplate,
-    Message,
-    apply_template,
-    assistant_message,
-    render,
-    user_message,
-    without_bos,
+from plainlora.data.coverage import Coverage, Loss
+from plainlora.data.layouts import (
+    Schema,
+    find_schema,
+    has_answer,
+    is_rendered,
+    split_row,
+    template_options,
+    text_pair,
 )
+from plainlora.data.lengths import percentile_95
+from plainlora.data.prompts import BrokenTemplate, Message, apply_template, render, training_template, without_bos
 from plainlora.errors import UserError
 
 IGNORED = -100
 ROUNDING = 1e-6  # of a row: 0.29 * 100 is less than 29
-Schema = Literal["messages", "prompt", "instruction", "text"]
 Overflow = Literal["drop", "truncate"]
 
 
@@ -52,7 +53,8 @@ class EncodingReport:
         untrained: Rows dropped because no token of theirs would be trained, truncated or not.
         without_eos: Rows whose answer the template does not end with EOS.
         first_without_eos: Number of the first of them, from 1.
-        merged_boundaries: Rows whose last prompt token merges with the answer, so that inference sees other tokens.
+        merged_boundaries: Rows that do not begin with the tokens that inference asks with: the prompt's last token
+            merges with the answer, or the template renders the prompt alone otherwise.
         first_merged: Number of the first of them, from 1.
         longest: The longest row.
         median: A row in the middle.
@@ -60,6 +62,7 @@ class EncodingReport:
         tokens: Tokens in the kept rows.
         trained_tokens: Those of them that are trained.
         largest_id: The largest token id in the rows.
+        losses: What the chat template leaves out of the rows.
     """
 
     where: str
@@ -84,6 +87,7 @@ class EncodingReport:
     tokens: int
     trained_tokens: int
     largest_id: int
+    losses: tuple[Loss, ...] = ()
 
     def line(self, what: str) -> str:
         """The report in one line."""
@@ -97,7 +101,7 @@ class EncodingReport:
             (self.eos_cut_off, "of them trained without their EOS"),
             (self.answers_cut_off, "of them without their answer, dropped"),
             (self.untrained, "without a trained token dropped"),
-            (self.merged_boundaries, "whose prompt and answer merge into one token"),
+            (self.merged_boundaries, "that do not begin with the tokens of their prompt"),
         ):
             if count:
                 parts.append(f"{count:,} {fate}")
@@ -116,6 +120,13 @@ class EncodingReport:
             found["empty"] = (
                 f"{self.where}: no row has an answer, so the model would learn to say nothing; look at the rows"
             )
+        for loss in self.losses:
+            if loss.kind == "answer":
+                found["answer"] = (
+                    f"{self.where} row {loss.first}: {loss.what}, so an empty answer would be trained "
+                    f" ({loss.rows:,} of {self.rows:,} rows); set prompt_template to one that renders "
+                    "it, or remove such rows"
+                )
         if self.too_long > self.max_truncated * self.rows + ROUNDING:
             percent = -(-100 * self.too_long // self.rows)  # rounded up
             accept = f", or accept that they are lost with --max_truncated {percent / 100:.2f}" if self.kept else ""
@@ -135,120 +146,46 @@ class EncodingReport:
             raise UserError(fault)
 
 
-def find_schema(rows: Dataset, text_column: str, where: str) -> Schema:
-    """Which of the four layouts of a row this dataset has, checked for missing and non-text fields.
-
-    Raises:
-        UserError: None fits (the columns are listed), or a row lacks a field.
-    """
-    columns = rows.column_names
-    if "messages" in columns:
-        return "messages"
-    if {"prompt", "completion"} <= set(columns):
-        return "prompt"
-    if {"instruction", "output"} <= set(columns):
-        check_text_columns(rows, ["instruction", "output"], where)
-        if "input" in columns:
-            check_text_columns(rows, ["input"], where, optional=True)
-        return "instruction"
-    if text_column in columns:
-        check_text_columns(rows, [text_column], where)
-        return "text"
-    for column in {"conversations", "conversation"} & set(columns):  # ShareGPT's
-        raise UserError(
-            f"{where}: {column!r} is another layout; write messages, each with a role (user, assistant) and a content"
-        )
-    if len(columns) == 1 and len(rows) == 1 and isinstance(rows[0][columns[0]], list):
-        raise UserError(f"{where} is one object that holds a list, {columns[0]!r}; give a file that is that list")
-    raise UserError(
-        f"{where} has the columns {', '.join(columns)}; needed are instruction and output, prompt and completion, "
-        f"messages, or {text_column!r} (set dataset_text_field for another name)"
-    )
-
-
-def _kind(value: object) -> str:
-    return "null" if value is None else type(value).__name__
-
-
-def text_pair(row: dict[str, Any], schema: Schema) -> tuple[str, str] | None:
-    """The prompt and the completion of a row that has both as plain text, which no template touches, as in TRL."""
-    if schema == "prompt" and isinstance(row["prompt"], str) and isinstance(row["completion"], str):
-        return row["prompt"], row["completion"]
-    return None
-
-
-def split_row(row: dict[str, Any], schema: Schema) -> tuple[list[Message], list[Message]]:
-    """The row's prompt and its answer as chat messages; for a conversation everything is prompt up to the last turn.
-
-    Rows of plain text have none: see `text_pair`.
-
-    Raises:
-        UserError: The row's messages are not a conversation that ends with the assistant.
-    """
-    if schema == "instruction":
-        return [user_message(row["instruction"], row.get("input") or "")], [assistant_message(row["output"])]
-    if schema == "prompt":
-        prompt, completion = row["prompt"], row["completion"]
-        if not isinstance(prompt, list) or not isinstance(completion, list):
-            kinds = " and ".join(_kind(side) for side in (prompt, completion))
-            raise UserError(f"'prompt' and 'completion' must be two texts or two lists of messages, not {kinds}")
-        messages = [*prompt, *completion]
-    else:
-        messages = row["messages"]
-        if not isinstance(messages, list):
-            raise UserError(f"'messages' must be a list of messages, not {_kind(messages)}")
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise UserError(f"a message needs a role and a content, both text, not {message!r}")
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise UserError("a conversation must end with a message of the assistant")
-    return messages[:-1], messages[-1:]
-
-
-def _has_answer(row: dict[str, Any], schema: Schema) -> bool:
-    """Whether the answer is more than white space. A plain text has none of its own; an empty one trains nothing."""
-    if schema == "text":
-        return True
-    texts = text_pair(row, schema)
-    return bool((split_row(row, schema)[1][0]["content"] if texts is None else texts[1]).strip())
-
-
-def prompts_of(rows: Dataset, schema: Schema, text_column: str) -> list[str]:
-    """What each row asks, to compare rows by; the whole text, where nothing tells the question from the answer."""
-    if schema == "text":
-        return [text.strip() for text in rows[text_column]]
-    if schema == "instruction":
-        inputs = rows["input"] if "input" in rows.column_names else [""] * len(rows)
-        pairs = zip(rows["instruction"], inputs, strict=True)
-        return [user_message(instruction, context or "")["content"] for instruction, context in pairs]
-    if schema == "prompt":
-        return [prompt if isinstance(prompt, str) else json.dumps(prompt) for prompt in rows["prompt"]]
-    return [json.dumps(messages[:-1]) for messages in rows["messages"]]
-
-
-def _common_prefix(left: list[int], right: list[int]) -> int:
-    return next((at for at, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
-
-
 class Encoder:
-    """Turns a row into `input_ids` and `labels`.
+    """Turns a row into `input_ids` and `labels`: those that SFTTrainer makes of it.
+
+    https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py (`tokenize_fn`, `build_labels`)
 
     Args:
         tokenizer: With the template installed and an EOS token.
         schema: The layout of the rows.
         text_column: The column of plain text, for the schema `text`.
-        answers_only: Whether only the assistant's tokens are trained.
+        answers_only: Whether only the answer is trained: what follows the prompt, and of `messages` every message of
+            the assistant.
+        assistant_only: Whether, of what is trained, the assistant's tokens alone are (TRL's `assistant_only_loss`).
+
+    Raises:
+        UserError: The rows do not tell the answer from the prompt, or the template does not mark the assistant's part.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, schema: Schema, text_column: str, answers_only: bool
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        schema: Schema,
+        text_column: str,
+        answers_only: bool,
+        assistant_only: bool = False,
     ) -> None:
-        if answers_only and schema == "text":
+        if schema == "text" and (answers_only or assistant_only):
             raise UserError(
-                "completion_only_loss needs rows that tell the answer from the prompt; "
-                f"the column {text_column!r} holds both in one text"
+                f"{'completion' if answers_only else 'assistant'}_only_loss needs rows that tell the answer from the "
+                f"prompt; the column {text_column!r} holds both in one text"
             )
-        self.tokenizer, self.schema, self.text_column, self.answers_only = tokenizer, schema, text_column, answers_only
+        self.tokenizer, self.schema, self.text_column = tokenizer, schema, text_column
+        if schema == "instruction":  # its one answer is the assistant's
+            answers_only, assistant_only = answers_only or assistant_only, False
+        self.masks_prompt = answers_only and schema != "messages"
+        self.masks_others = assistant_only or (answers_only and schema == "messages")
+
+    @cached_property
+    def template(self) -> str | None:
+        """The template that makes the rows' text, if it is not the tokenizer's."""
+        return training_template(self.tokenizer) if self.masks_others else None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row's `input_ids` and `labels`; whether its prompt's tokens begin them, and whether its EOS is trained.
@@ -264,49 +201,72 @@ class Encoder:
         if texts is not None:
             return self._encode_texts(*texts)
         prompt, answer = split_row(row, self.schema)
-        ids = self._tokenize(render([*prompt, *answer], self.tokenizer))
-        prompt_ids = self._tokenize(render(prompt, self.tokenizer, for_generation=True))
-        shared = _common_prefix(prompt_ids, ids)
+        options = {"chat_template": self.template, **template_options(row)}
+        ids = self._tokenize(render([*prompt, *answer], self.tokenizer, options=options))
+        begun, prefix = self._inference_prefix(prompt, template_options(row), ids)
         labels = list(ids)
-        if self.answers_only and self.schema == "messages":
-            labels = self._mask_all_but_assistant([*prompt, *answer], ids)
-        elif self.answers_only:
+        if self.masks_prompt:
+            shared = begun if self.template is None else common_prefix_length(self._asked(prompt, options), ids)
             labels = [IGNORED] * shared + ids[shared:]
-        return {
-            "input_ids": ids,
-            "labels": labels,
-            "prompt_is_prefix": shared == len(prompt_ids),
-            "trains_eos": self.tokenizer.eos_token_id in labels[shared:],
-        }
+        if self.masks_others:
+            labels = self._mask_all_but_assistant([*prompt, *answer], options, labels)
+        trains_eos = self.tokenizer.eos_token_id in labels[begun:]
+        return {"input_ids": ids, "labels": labels, "prompt_is_prefix": prefix, "trains_eos": trains_eos}
+
+    def _asked(self, prompt: list[Message], options: dict[str, Any]) -> list[int]:
+        """The tokens that ask for the answer."""
+        return self._tokenize(render(prompt, self.tokenizer, for_generation=True, options=options))
+
+    def _inference_prefix(self, prompt: list[Message], options: dict[str, Any], ids: list[int]) -> tuple[int, bool]:
+        """How many of the row's first tokens inference asks with, and whether that is all it asks with.
+
+        Inference renders by the template that is saved, whichever made the row.
+        """
+        if self.schema == "messages" and not prompt:  # a conversation that begins with its answer is not asked for
+            return 0, True
+        try:
+            asked = self._asked(prompt, options)
+        except BrokenTemplate:
+            raise
+        except UserError:
+            if self.schema != "messages" and self.template is None:
+                raise
+            return 0, False
+        shared = common_prefix_length(asked, ids)
+        return shared, shared == len(asked)
 
     def _encode_texts(self, prompt: str, completion: str) -> dict[str, Any]:
-        """One text after the other, as they are, with the tokenizer's own special tokens.
-
-        https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py (`add_eos`, `tokenize_fn`)
-        """
+        """One text after the other, as they are, with the tokenizer's own special tokens, as TRL (`add_eos`)."""
+        if self.masks_others:
+            raise UserError("assistant_only_loss needs messages; a prompt and a completion of text have no roles")
         eos = str(self.tokenizer.eos_token)
         completion = completion if completion.endswith(eos) else completion + eos
         prompt = without_bos(prompt, self.tokenizer)
         ids = list(self.tokenizer(prompt + completion, verbose=False).input_ids)
         prompt_ids = list(self.tokenizer(prompt, verbose=False).input_ids)
-        shared = _common_prefix(prompt_ids, ids)
-        labels = [IGNORED] * shared + ids[shared:] if self.answers_only else list(ids)
+        shared = common_prefix_length(prompt_ids, ids)
+        labels = [IGNORED] * shared + ids[shared:] if self.masks_prompt else list(ids)
         prefix = shared == len(prompt_ids)
         return {"input_ids": ids, "labels": labels, "prompt_is_prefix": prefix, "trains_eos": True}
 
     def _tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
-    def _mask_all_but_assistant(self, messages: list[Message], ids: list[int]) -> list[int]:
-        mask: list[int] = []
-        if re.search(r"{%-?\s*generation\s*-?%}", self.tokenizer.get_chat_template()):
-            encoded = apply_template(
-                messages, self.tokenizer, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-            mask = encoded["assistant_masks"]
+    def _mask_all_but_assistant(
+        self, messages: list[Message], options: dict[str, Any], labels: list[int]
+    ) -> list[int]:
+        marked = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        mask = apply_template(messages, self.tokenizer, **options, **marked)["assistant_masks"]
         if not any(mask):
-            raise UserError("training on the assistant's turns only needs a template with {% generation %} markers")
-        return [token if trained else IGNORED for token, trained in zip(ids, mask, strict=True)]
+            raise UserError(
+                "no message is the assistant's (its role must be 'assistant'), so nothing would be trained"
+            )
+        return [label if trained else IGNORED for label, trained in zip(labels, mask, strict=True)]
+
+
+def trains_answers_only(schema: Schema, completion_only_loss: bool | None) -> bool:
+    """What `completion_only_loss` is where it is left open, as in TRL: on for rows of a prompt and a completion."""
+    return schema == "prompt" if completion_only_loss is None else completion_only_loss
 
 
 def _trains(labels: list[int]) -> bool:
@@ -317,6 +277,14 @@ def _trains(labels: list[int]) -> bool:
 def _first(flags: list[bool]) -> int | None:
     """Number of the first that is set, from 1."""
     return flags.index(True) + 1 if True in flags else None
+
+
+def _count_losses(rows: Iterable[list[Any]]) -> tuple[Loss, ...]:
+    found: dict[tuple[Any, str], list[int]] = {}
+    for number, lost in enumerate(rows, 1):
+        for kind, what in dict.fromkeys(map(tuple, lost)):
+            found.setdefault((kind, what), []).append(number)
+    return tuple(Loss(kind, what, len(numbers), numbers[0]) for (kind, what), numbers in found.items())
 
 
 def encode_rows(
@@ -331,6 +299,7 @@ def encode_rows(
     max_truncated: float,
     keep_end: bool = False,
     num_proc: int | None = None,
+    assistant_only: bool = False,
 ) -> tuple[Dataset, EncodingReport]:
     """Renders and tokenises every row, then drops or truncates what is too long.
 
@@ -341,12 +310,13 @@ def encode_rows(
         tokenizer: With the template installed.
         where: What to call the rows in messages: the file or the Hub id.
         text_column: The column of plain text, if the rows are plain text.
-        answers_only: Whether only the assistant's tokens are trained.
+        answers_only: Whether only answers are trained; see `Encoder`.
         max_length: Longest row in tokens; `None` for no limit.
         on_overflow: What happens to longer rows.
         max_truncated: Share of longer rows above which it is a fault.
         keep_end: Whether truncation keeps the end of a row instead of its start.
         num_proc: Processes that tokenise.
+        assistant_only: Whether only the assistant's tokens are trained; see `Encoder`.
 
     Returns:
         The rows with `input_ids` and `labels`, and the report.
@@ -357,7 +327,8 @@ def encode_rows(
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token, so the model would never learn to stop; set eos_token")
     eos = tokenizer.eos_token_id
-    encoder = Encoder(tokenizer, find_schema(rows, text_column, where), text_column, answers_only)
+    encoder = Encoder(tokenizer, find_schema(rows, text_column, where), text_column, answers_only, assistant_only)
+    coverage = Coverage(tokenizer)
 
     def encode(row: dict[str, Any], number: int) -> dict[str, Any]:
         try:
@@ -367,8 +338,13 @@ def encode_rows(
         except UserError as error:
             raise UserError(f"{where} row {number + 1}: {error}") from error
         found = {"length": len(encoded["input_ids"]), "largest": max(encoded["input_ids"], default=0)}
-        answered = _has_answer(row, encoder.schema)
-        return encoded | found | {"trained": _trains(encoded["labels"]), "answered": answered}
+        found |= {"trained": _trains(encoded["labels"]), "answered": has_answer(row, encoder.schema)}
+        if is_rendered(row, encoder.schema):
+            prompt, answer = split_row(row, encoder.schema)
+            lost = coverage([*prompt, *answer], {"chat_template": encoder.template, **template_options(row)})
+        else:
+            lost = []
+        return encoded | found | {"lost": [list(loss) for loss in lost]}
 
     def cut(row: dict[str, Any]) -> dict[str, Any]:
         ids, labels, long = row["input_ids"], row["labels"], row["length"] > (max_length or math.inf)
@@ -387,7 +363,7 @@ def encode_rows(
         keep_in_memory=True,
         load_from_cache_file=False,
         desc=f"Tokenizing {where}",
-    )
+    ).with_format(None)
     lengths, merged = encoded["length"][:], [not is_prefix for is_prefix in encoded["prompt_is_prefix"]]
     without_eos = [trains and not ends for trains, ends in zip(encoded["trained"], encoded["trains_eos"], strict=True)]
     largest = max(encoded["largest"])
@@ -426,5 +402,6 @@ def encode_rows(
         tokens=sum(len(ids) for ids in trainable["input_ids"]),
         trained_tokens=sum(label != IGNORED for labels in trainable["labels"] for label in labels),
         largest_id=largest,
+        losses=_count_losses(encoded["lost"]),
     )
     return trainable.select_columns(["input_ids", "labels"]), report

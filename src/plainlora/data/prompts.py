@@ -11,12 +11,13 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from plainlora.errors import UserError
 from plainlora.lora.time_limit import time_limit
 from plainlora.memory_limit import memory_limit
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 TEMPLATES = Path(__file__).parent / "templates"
 RENDER_SECONDS = 10.0  # a conversation takes less than a thousandth of it
@@ -24,11 +25,12 @@ RENDER_BYTES = 1 << 28
 BYTES_A_LETTER = 64  # of the messages: up to 4 for each copy of them
 MOST_LETTERS = 1_000_000  # of the rendered text, on top of what the messages explain
 MOST_COPIES = 10  # of the messages in the rendered text
+NO_TEMPLATE = "the tokenizer has no chat template: set prompt_template to alpaca, llama2 or a .jinja file"
 INPUT_MARK = "\n\n### Input:\n"  # the Alpaca template looks for it; see templates/alpaca.jinja
 
 
 class BrokenTemplate(UserError):
-    """A chat template that renders nothing, whatever the messages."""
+    """A chat template that will not do, whatever the messages."""
 
 
 def user_message(instruction: str, context: str = "") -> Message:
@@ -85,13 +87,35 @@ def install_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -
     tokenizer.chat_template = bos + source
 
 
+def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The template that marks the assistant's tokens: `None` for the tokenizer's own, if it does, else TRL's.
+
+    https://huggingface.co/docs/trl/v1.16.0/en/chat_templates#training-templates
+
+    Raises:
+        BrokenTemplate: Neither marks them.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError(NO_TEMPLATE)
+    try:
+        if has_generation_markers(tokenizer.chat_template):
+            return None
+        return get_training_chat_template(tokenizer)
+    except Exception as error:  # of any kind, as in `apply_template`
+        raise BrokenTemplate(
+            "training on the assistant's turns only needs a chat template that marks them with {% generation %} and "
+            "{% endgeneration %}, and neither the tokenizer nor TRL has one for it; give yours with "
+            "--prompt_template FILE.jinja"
+        ) from error
+
+
 def apply_template(
     messages: list[Message], tokenizer: PreTrainedTokenizerBase, tokenize: bool = False, **options: Any
 ) -> Any:
     """`tokenizer.apply_chat_template` with an end: a template is a program from elsewhere.
 
     Args:
-        messages: Alternating user and assistant messages.
+        messages: The conversation.
         tokenizer: Carries the template.
         tokenize: Whether the text is tokenised too. Then memory has no limit, as a tokenizer that is refused some ends
             the process; `render` has made the same text within the limit before.
@@ -101,40 +125,50 @@ def apply_template(
         UserError: The template refuses the messages, or takes too much time or memory.
         BrokenTemplate: It is no template.
     """
-    limit = nullcontext() if tokenize else memory_limit(RENDER_BYTES + BYTES_A_LETTER * _letters(messages))
+    letters = _letters(messages, options)
+    limit = nullcontext() if tokenize else memory_limit(RENDER_BYTES + BYTES_A_LETTER * letters)
     try:
         with time_limit(RENDER_SECONDS), limit:
             return tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
     except TemplateSyntaxError as error:
         raise BrokenTemplate(f"the chat template of {tokenizer.name_or_path} is none: {_fault(error)}") from error
     except Exception as error:  # Jinja's own errors and whatever the template raises
-        raise UserError(f"the chat template cannot render {messages[0]['role']!r} first: {error}") from error
+        roles = ", ".join(dict.fromkeys(str(message.get("role")) for message in messages)) or "nothing"
+        raise UserError(f"the chat template cannot render a conversation of {roles}: {error}") from error
 
 
 def _fault(error: Exception) -> str:
     return f"{error.message} (line {error.lineno})" if isinstance(error, TemplateSyntaxError) else str(error)
 
 
-def _letters(messages: list[Message]) -> int:
-    return len(str(messages))
+def _letters(messages: list[Message], options: dict[str, Any]) -> int:
+    return len(str(messages)) + len(str(options))
 
 
-def render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, for_generation: bool = False) -> str:
+def render(
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    for_generation: bool = False,
+    options: dict[str, Any] | None = None,
+) -> str:
     """The text of a conversation, ready to be tokenised without further special tokens.
 
     Args:
-        messages: Alternating user and assistant messages.
+        messages: The conversation.
         tokenizer: Carries the template.
         for_generation: Whether the text ends where the assistant's answer would begin.
+        options: What else the template is given, and another `chat_template` in place of the tokenizer's.
 
     Raises:
         UserError: The tokenizer has no template, or see `apply_template`, or the text is endless.
     """
     if tokenizer.chat_template is None:
-        raise UserError("the tokenizer has no chat template: set prompt_template to alpaca, llama2 or a .jinja file")
-    text = str(apply_template(messages, tokenizer, add_generation_prompt=for_generation))
-    if len(text) > MOST_LETTERS + MOST_COPIES * _letters(messages):
-        raise UserError(f"the chat template makes {len(text):,} letters of {_letters(messages):,}; give another")
+        raise UserError(NO_TEMPLATE)
+    given = (options or {}) | ({"add_generation_prompt": True} if for_generation else {})
+    text = str(apply_template(messages, tokenizer, **given))
+    letters = _letters(messages, given)
+    if len(text) > MOST_LETTERS + MOST_COPIES * letters:
+        raise UserError(f"the chat template makes {len(text):,} letters of {letters:,}; give another")
     return text
 
 

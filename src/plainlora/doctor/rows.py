@@ -2,10 +2,23 @@
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from plainlora.data.beginnings import Beginnings
+from plainlora.data.coverage import Kind
 from plainlora.data.encoding import EncodingReport
-from plainlora.doctor.finding import Examination
+from plainlora.doctor.finding import Examination, Level
 from plainlora.doctor.tokens import examine_ids, examine_padding, examine_saving
 from plainlora.training.preparation import PreparedRows
+
+# What to do about what the chat template leaves out. An answer that it leaves out is a fault of the report's.
+LOSSES: dict[Kind, tuple[Level, str]] = {
+    "message": ("warning", "set prompt_template to one that renders it, or take it out of the rows"),
+    "tool call": ("warning", "set prompt_template to one that renders it, or the model will not learn to make it"),
+    "tools": ("warning", "set prompt_template to one that renders them, or the model will call what it is not shown"),
+    "template options": ("warning", "take it out, or set prompt_template to one that reads it"),
+    "roles": ("warning", "inference asks for the assistant, so name the roles user and assistant"),
+    "thinking": ("note", "it is not trained"),
+    "fields": ("note", "it changes nothing"),
+}
 
 
 def examine_rows(
@@ -25,7 +38,13 @@ def examine_rows(
         examination.add("error", "train rows", "batch", rows.too_few)
     for split, report in rows.reports.items():
         _examine_split(f"{split} rows", report, rows.rendered, examination)
+        _examine_losses(f"{split} rows", report, examination)
         examine_ids(report.largest_id, f"{split} rows", config, examination)
+    if rows.beginnings is not None:
+        _examine_beginnings(rows.beginnings, tokenizer, examination)
+    if rows.unread:
+        said = f"nothing reads the column{'s' * (len(rows.unread) > 1)} {', '.join(rows.unread)} (from row 1 on)"
+        examination.add("note", "train rows", "columns", said, unread=rows.unread)
     if rows.repeated:
         said = f"{rows.repeated:,} ask what a row before them asks"
         examination.add("note", "train rows", "repeated", said, repeated=rows.repeated)
@@ -70,15 +89,46 @@ def _examine_split(subject: str, report: EncodingReport, rendered: bool, examina
         said = f"{report.untrained:,} have no token to train on and are dropped; look for empty answers or texts"
         examination.add("warning", subject, "untrained", said, untrained=report.untrained)
     if report.merged_boundaries:
+        cause = (
+            "the template renders the prompt alone otherwise, or its last token merges with the answer"
+            if rendered
+            else "the prompt's last token merges with the answer"
+        )
         said = (
-            f"in {report.merged_boundaries:,} the prompt's last token merges with the answer (first in row "
-            f"{report.first_merged:,}), so generation starts from other tokens than were trained; end prompts, or the "
-            "template's generation prompt, at a word boundary"
+            f"{report.merged_boundaries:,} do not begin with the tokens of their prompt (first in row "
+            f"{report.first_merged:,}): {cause}, so generation starts from other tokens than were trained; end "
+            "prompts, or the template's generation prompt, at a word boundary"
         )
         examination.add("warning", subject, "prompt is prefix", said, merged=report.merged_boundaries)
     else:
         prefix = "the inference prompt's tokens begin every row" if rendered else "no prompt merges with its answer"
         examination.add("ok", subject, "prompt is prefix", prefix)
+
+
+def _examine_losses(subject: str, report: EncodingReport, examination: Examination) -> None:
+    for loss in report.losses:
+        if loss.kind == "answer":
+            continue
+        level, advice = LOSSES[loss.kind]
+        said = f"in {loss.rows:,} of {report.rows:,} {loss.what} (first in row {loss.first:,}); {advice}"
+        examination.add(level, subject, loss.kind, said, rows=loss.rows, first=loss.first)
+
+
+def _examine_beginnings(found: Beginnings, tokenizer: PreTrainedTokenizerBase, examination: Examination) -> None:
+    if found.foreign:
+        said = (
+            f"{found.foreign_rows:,} begin with {found.foreign} (first in row {found.first_foreign:,}), which is no "
+            f"token of this tokenizer, so its characters are trained; its own BOS is {tokenizer.bos_token or 'none'}: "
+            "write that, or take it out"
+        )
+        examination.add("warning", "train rows", "foreign token", said, rows=found.foreign_rows)
+    if found.others:
+        said = (
+            f"{found.others:,} do not begin as the chat template's prompts do, with {found.prompt!r} (first in row "
+            f"{found.first_other:,}), so generation starts from another text than was trained; use rows of messages, "
+            "or the prompt_template that the text is written in"
+        )
+        examination.add("warning", "train rows", "beginning", said, others=found.others)
 
 
 def _examine_leak(leaked: int, rows: int, examination: Examination) -> None:

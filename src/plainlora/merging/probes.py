@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from plainlora.data.classification import load_labelled, tokenize_texts
 from plainlora.data.datasets import load_train_and_test
-from plainlora.data.encoding import IGNORED, Encoder, find_schema
+from plainlora.data.encoding import IGNORED, Encoder, trains_answers_only
+from plainlora.data.layouts import find_schema
 from plainlora.data.prompts import render_prompt
 from plainlora.errors import UserError
 
@@ -186,10 +187,10 @@ def _test_rows(
         if test is None:
             return None
         schema = find_schema(test, told["dataset_text_field"], name)
-        answers_only = told["completion_only_loss"]
-        if answers_only is None:
-            answers_only = schema == "prompt"
-        encode = Encoder(tokenizer, schema, told["dataset_text_field"], answers_only)
+        answers_only = trains_answers_only(schema, told["completion_only_loss"])
+        encode = Encoder(
+            tokenizer, schema, told["dataset_text_field"], answers_only, bool(told["assistant_only_loss"])
+        )
         return f"test rows of {told['eval_dataset_name'] or name}", [encode(row) for row in _spread(test)]
     except (UserError, KeyError, TypeError):
         return None

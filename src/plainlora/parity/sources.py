@@ -22,7 +22,8 @@ from plainlora.base.dropout import check_dropout
 from plainlora.base.loading import load_base, load_pretrained, loading_options
 from plainlora.base.tokenizer import load_tokenizer
 from plainlora.data.datasets import load_train_and_test
-from plainlora.data.encoding import Encoder, find_schema
+from plainlora.data.encoding import Encoder
+from plainlora.data.layouts import find_schema
 from plainlora.data.prompts import install_template, render_prompt
 from plainlora.errors import UserError
 from plainlora.lora.interchange import read_config, saved_shapes

@@ -8,9 +8,11 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments, SFTConfig
 
+from plainlora.data.beginnings import Beginnings, compare_beginnings
 from plainlora.data.classification import LabelledSplits, TextReport, encode_texts, load_labelled
 from plainlora.data.datasets import load_train_and_test
-from plainlora.data.encoding import EncodingReport, encode_rows, find_schema, prompts_of, text_pair
+from plainlora.data.encoding import EncodingReport, encode_rows, trains_answers_only
+from plainlora.data.layouts import find_schema, is_rendered, prompts_of, unread_columns
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, SFTArguments
 
 
@@ -25,6 +27,8 @@ class PreparedRows:
         reports: What became of each split's rows.
         answers_only: Whether only answers are trained.
         rendered: Whether the chat template made the text.
+        beginnings: How rows of plain text begin; `None` for rendered ones.
+        unread: Columns that nothing reads.
         repeated: Training rows whose prompt stands in a row before them.
         leaked: Test rows whose prompt is also a training row's.
         missing: What needs rows that there are not, in one line.
@@ -37,6 +41,8 @@ class PreparedRows:
     reports: dict[str, EncodingReport]
     answers_only: bool
     rendered: bool
+    beginnings: Beginnings | None
+    unread: list[str]
     repeated: int
     leaked: int
     missing: str | None
@@ -47,10 +53,11 @@ def read_rows(recipe: SFTArguments, script: ScriptArguments, training: SFTConfig
     """Training rows, and test rows if there are any, as a recipe names them.
 
     Raises:
-        UserError: They cannot be had.
+        UserError: They cannot be had, or have no layout of columns that can be used.
     """
     return load_train_and_test(
         str(script.dataset_name),
+        check=lambda rows, where: find_schema(rows, training.dataset_text_field, where),
         config=script.dataset_config,
         train_split=script.dataset_train_split,
         test_split=script.dataset_test_split,
@@ -86,10 +93,7 @@ def prepare_rows(
         missing = "eval_strategy and exact_match_rows need test rows: set test_split_size or eval_dataset_name"
     column, reports = training.dataset_text_field, {}
     schema = find_schema(train, column, f"{script.dataset_name} (train)")
-    answers_only = training.completion_only_loss
-    if answers_only is None:  # TRL's meaning: on for rows of prompt and completion, off for others
-        answers_only = schema == "prompt"
-    answers_only = answers_only or training.assistant_only_loss
+    answers_only = trains_answers_only(schema, training.completion_only_loss)
 
     def encode(rows: Dataset, split: str) -> Dataset:
         encoded, reports[split] = encode_rows(
@@ -103,11 +107,13 @@ def prepare_rows(
             max_truncated=recipe.max_truncated,
             keep_end=training.truncation_mode == "keep_end",
             num_proc=training.dataset_num_proc,
+            assistant_only=training.assistant_only_loss,
         )
         say(reports[split].line(f"{split} rows"))
         return encoded
 
     encoded = encode(train, "train"), None if test is None else encode(test, "test")
+    rendered = is_rendered(train[0], schema)
     asked = prompts_of(train, schema, column)
     trained = set(asked)
     tested = []
@@ -117,8 +123,10 @@ def prepare_rows(
         *encoded,
         raw_test=test,
         reports=reports,
-        answers_only=answers_only,
-        rendered=schema != "text" and text_pair(train[0], schema) is None,
+        answers_only=answers_only or training.assistant_only_loss,
+        rendered=rendered,
+        beginnings=None if rendered else compare_beginnings(asked, tokenizer),
+        unread=unread_columns(train, schema, column),
         repeated=len(asked) - len(trained),
         leaked=sum(prompt in trained for prompt in tested),
         missing=missing,

@@ -1,0 +1,180 @@
+"""What of a conversation does not reach the text that its chat template makes: a template drops what it does not know.
+
+The template is asked, not read: every text of a conversation is replaced by a mark of its own, the conversation is
+rendered, and the marks that are missing are what is lost. Conversations of one outline (the same roles and fields) are
+rendered once.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from plainlora.data.layouts import THINKING
+from plainlora.data.prompts import Message, render
+from plainlora.errors import UserError
+
+Kind = Literal["answer", "message", "tool call", "tools", "template options", "roles", "thinking", "fields"]
+THOUGHT = "</think>"  # ends the thinking of DeepSeek-R1, Qwen3 and others where it stands in the content
+KNOWN = {"role", "content", "tool_calls", *THINKING}  # a message's fields that are marked
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Something of the rows that the chat template leaves out.
+
+    Attributes:
+        kind: What it is; an `answer` that is left out must not be trained on.
+        what: The same as a clause.
+        rows: Rows that lose it.
+        first: Number of the first of them, from 1.
+    """
+
+    kind: Kind
+    what: str
+    rows: int
+    first: int
+
+
+class _Marks:
+    """Marks in place of texts, each with the message that it stands in and the kind of text that it stands for."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[str, int, str]] = []
+        self.ids: dict[str, str] = {}
+
+    def new(self, at: int, kind: str) -> str:
+        self.made.append((f"Qx{len(self.made)}xQ", at, kind))
+        return self.made[-1][0]
+
+    def id(self, written: str) -> str:
+        """The same for every row's first id, second id, ...; nine letters, as Mistral's templates demand."""
+        return self.ids.setdefault(written, f"id{len(self.ids):07}")
+
+    def reached(self, text: str, at: int, kind: str) -> list[bool]:
+        """Whether each mark of this kind stands in the text."""
+        return [mark in text for mark, message, name in self.made if (message, name) == (at, kind)]
+
+
+def _outline(message: Message, at: int, marks: _Marks) -> Message:
+    """The message with a mark in place of each of its texts."""
+    outline = {key: value for key, value in message.items() if value is not None}
+    content = message.get("content")
+    if isinstance(content, str) and content.strip():
+        thought, end, said = content.rpartition(THOUGHT)
+        head = f"{'<think>' if '<think>' in thought else ''}{marks.new(at, 'thinking')}{THOUGHT}\n\n" if end else ""
+        outline["content"] = head + (marks.new(at, "content") if said.strip() else "")
+    elif isinstance(content, list):
+        outline["content"] = [
+            part | {"text": marks.new(at, "content")} if isinstance(part, dict) and part.get("text") else part
+            for part in content
+        ]
+    elif isinstance(content, dict):
+        outline["content"] = {key: marks.new(at, "content") for key in content}
+    thinking = [key for key in THINKING if isinstance(message.get(key), str) and message[key].strip()]
+    if thinking:
+        outline |= dict.fromkeys(thinking, marks.new(at, "thinking"))  # one thought, whatever it is called
+    if isinstance(message.get("tool_call_id"), str):
+        outline["tool_call_id"] = marks.id(message["tool_call_id"])
+    if isinstance(message.get("tool_calls"), list):
+        outline["tool_calls"] = [_outline_call(call, at, marks) for call in message["tool_calls"]]
+    return outline
+
+
+def _outline_call(call: Any, at: int, marks: _Marks) -> Any:
+    if not isinstance(call, dict):
+        return call
+    outline = dict(call)
+    if isinstance(call.get("id"), str):
+        outline["id"] = marks.id(call["id"])
+    if isinstance(call.get("function"), dict):
+        outline["function"] = _outline_call(call["function"], at, marks)
+    if isinstance(call.get("name"), str):
+        outline["name"] = marks.new(at, "tool call")
+    if isinstance(call.get("arguments"), dict):
+        outline["arguments"] = {key: marks.new(at, "tool call") for key in call["arguments"]}
+    elif isinstance(call.get("arguments"), str):
+        outline["arguments"] = json.dumps({"key": marks.new(at, "tool call")})
+    return outline
+
+
+def _outline_tools(marks: _Marks) -> list[dict[str, Any]]:
+    parameters = {"type": "object", "properties": {"key": {"type": "string", "description": "it"}}, "required": []}
+    function = {"name": marks.new(-1, "tools"), "description": "It does it.", "parameters": parameters}
+    return [{"type": "function", "function": function}]
+
+
+class Coverage:
+    """Finds what of a conversation its chat template leaves out.
+
+    Args:
+        tokenizer: Carries the template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.known: dict[str, list[tuple[Kind, str]]] = {}
+
+    def __call__(self, messages: list[Message], options: dict[str, Any]) -> list[tuple[Kind, str]]:
+        """What is lost, each as its kind and in words.
+
+        Args:
+            messages: The whole conversation.
+            options: What the template is given beside it, and another `chat_template` in place of the tokenizer's.
+        """
+        marks = _Marks()
+        outline = [_outline(message, at, marks) for at, message in enumerate(messages)]
+        given = options | ({"tools": _outline_tools(marks)} if options.get("tools") else {})
+        key = json.dumps([outline, given], default=str)
+        if key not in self.known:
+            try:
+                text = render(outline, self.tokenizer, options=given)
+            except UserError:  # a template that looks into the texts; it rendered the row itself
+                return []
+            self.known[key] = [*_lost(outline, marks, text, self._words(given)), *self._unread(outline, given)]
+        return self.known[key]
+
+    def _words(self, given: dict[str, Any]) -> set[str]:
+        """The words of the template's source: what it does not name it cannot read."""
+        source = self.tokenizer.get_chat_template(given.get("chat_template"), given.get("tools"))
+        return set(re.findall(r"\w+", source))
+
+    def _unread(self, outline: list[Message], given: dict[str, Any]) -> Iterator[tuple[Kind, str]]:
+        words = self._words(given)
+        for name in sorted(set(given) - {"chat_template", "tools"} - words):
+            yield "template options", f"the chat template does not read {name!r} of chat_template_kwargs"
+        for name in sorted({key for message in outline for key in message} - KNOWN - words):
+            yield "fields", f"the chat template does not read the messages' field {name!r}"
+        if not any(message["role"] == "assistant" for message in outline):
+            roles = ", ".join(dict.fromkeys(message["role"] for message in outline))
+            yield "roles", f"no message is the assistant's (the roles are {roles})"
+
+
+def _lost(outline: list[Message], marks: _Marks, text: str, words: set[str]) -> Iterator[tuple[Kind, str]]:
+    last = max((at for at, message in enumerate(outline) if message["role"] == "assistant"), default=-1)
+    thinks = bool({*THINKING, "think"} & words)  # then it strips earlier thoughts on purpose
+    for at, message in enumerate(outline):
+        role = message["role"]
+        content, call, thought = (marks.reached(text, at, kind) for kind in ("content", "tool call", "thinking"))
+        turn = content + call or thought * (at == last)
+        if role == "assistant" and turn and not any(turn):
+            what = "tool call" if call else "content" if content else "thinking"
+            yield "answer", f"the chat template leaves out the assistant's {what}"
+            continue
+        if not all(content):
+            yield "message", f"the chat template leaves out the {role} message"
+        if not all(call):
+            yield "tool call", f"the chat template leaves out the {role}'s tool call"
+        if not all(thought) and (at == last or not thinks):
+            yield "thinking", f"the chat template strips the {role}'s thinking"
+        if isinstance(message.get("content"), list):
+            kinds = {str(part.get("type")) for part in message["content"] if isinstance(part, dict)} - {"text"}
+            for kind in sorted(kinds):
+                yield "message", f"the {role} message holds {kind}, which a model of text is not shown"
+            if str(message["content"]) in text:
+                yield "message", f"the chat template prints the parts of the {role} message as a list"
+    if not all(marks.reached(text, -1, "tools")):
+        yield "tools", "the chat template leaves out the tools"
