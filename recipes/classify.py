@@ -15,7 +15,6 @@ from pathlib import Path
 
 from accelerate import PartialState
 from transformers import DataCollatorWithPadding, set_seed
-from trl import ModelConfig, ScriptArguments
 
 from plainlora.backends import check_same_adapter, count_parameters
 from plainlora.base.classifier import build_skeleton, classifier_config, load_classifier
@@ -42,25 +41,18 @@ from plainlora.provenance.record import complete_run, write_run
 from plainlora.provenance.resumption import check_same_rows, check_same_settings
 from plainlora.report import classifier_summary, write_json
 from plainlora.resources.memory import peak_memory
-from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig
-from plainlora.settings.checks import check_classify
-from plainlora.settings.parsing import StrictParser
+from plainlora.settings.programs import CLASSIFY
 from plainlora.training.checkpoints import resume_path
 from plainlora.training.metrics import flatten, judge_rows, measure, score
 from plainlora.training.preparation import prepare_texts
 from plainlora.training.run_folder import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
-from plainlora.training.trainers import ClassifierTrainer, args_for_trainer, check_schedule
+from plainlora.training.trainers import ClassifierTrainer, args_for_trainer
 
 
 def main() -> None:
-    recipe, script, training, model_args = StrictParser(
-        (ClassifyArguments, ScriptArguments, ClassifyConfig, ModelConfig)
-    ).parse()
-    say = PartialState().print
-
     # Everything that can be refused is refused before a weight is loaded or a file is touched.
-    check_classify(recipe, script, training, model_args)
-    check_schedule(training)
+    recipe, script, training, model_args = CLASSIFY.parse()
+    say = PartialState().print
     name, revision = str(model_args.model_name_or_path), model_args.model_revision
     check_push(training, name, recipe.hub_base_model)
     inputs = {"base model": name, "dataset": script.dataset_name, "test dataset": recipe.eval_dataset_name}

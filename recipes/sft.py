@@ -14,9 +14,8 @@ from pathlib import Path
 
 from accelerate import PartialState
 from transformers import set_seed
-from trl import ModelConfig, ScriptArguments
 
-from plainlora.backends import BACKENDS, attach_adapter, build_lora_config, check_same_adapter, count_parameters
+from plainlora.backends import BACKENDS, attach_adapter, check_same_adapter, count_parameters
 from plainlora.base.config import check_length, load_config
 from plainlora.base.dropout import check_dropout
 from plainlora.base.loading import describe_quantization, load_base
@@ -39,25 +38,19 @@ from plainlora.provenance.resumption import check_same_rows, check_same_settings
 from plainlora.report import describe_samples, summary, write_json
 from plainlora.resources.checkpointing import needs_checkpointing
 from plainlora.resources.memory import free_memory, peak_memory
-from plainlora.settings.arguments import SFTArguments, SFTRecipeConfig
-from plainlora.settings.checks import check_sft
-from plainlora.settings.parsing import StrictParser
+from plainlora.settings.adapter import build_lora_config
+from plainlora.settings.programs import SFT
 from plainlora.training.checkpoints import resume_path
 from plainlora.training.evaluation import Examiner, before_and_after
 from plainlora.training.preparation import prepare_rows
 from plainlora.training.run_folder import SAMPLES, check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
-from plainlora.training.trainers import AdapterTrainer, check_schedule, hand_over
+from plainlora.training.trainers import AdapterTrainer, hand_over
 
 
 def main() -> None:
-    recipe, script, training, model_args = StrictParser(
-        (SFTArguments, ScriptArguments, SFTRecipeConfig, ModelConfig)
-    ).parse()
-    say = PartialState().print
-
     # Everything that can be refused is refused before a weight is loaded or a file is touched.
-    check_sft(recipe, script, training, model_args)
-    check_schedule(training)
+    recipe, script, training, model_args = SFT.parse()
+    say = PartialState().print
     name, revision = model_args.model_name_or_path, model_args.model_revision
     check_push(training, str(name), recipe.hub_base_model)
     inputs = {"base model": name, "dataset": script.dataset_name, "test dataset": recipe.eval_dataset_name}

@@ -16,6 +16,13 @@ def test_u23_no_letter_of_a_quoted_text_steers_the_terminal(capsys: pytest.Captu
     )
 
 
+def test_u22_faults_that_were_found_together_are_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised, one_line_errors():
+        raise UserError("one\ntwo", UserError("three"))
+    assert raised.value.code == 2
+    assert capsys.readouterr().err == "error: one two\nerror: three\n"
+
+
 def test_a_name_that_is_too_long_for_a_file_is_said_in_one_line_and_another_fault_keeps_its_traceback(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -24,10 +24,9 @@ import pytest
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
-from trl import ModelConfig, ScriptArguments
+from trl import ScriptArguments
 
 from plainlora import inject, save_adapter
-from plainlora.backends import build_lora_config
 from plainlora.base.tokenizer import load_tokenizer
 from plainlora.commands import main
 from plainlora.data.prompts import install_template
@@ -35,8 +34,7 @@ from plainlora.errors import run_program
 from plainlora.hub.publication import collect_publication
 from plainlora.provenance.base_identity import describe_base
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, SFTArguments, SFTRecipeConfig
-from plainlora.settings.checks import check_classify, check_sft
-from plainlora.settings.parsing import StrictParser
+from plainlora.settings.programs import CLASSIFY, SFT
 from plainlora.training.preparation import prepare_rows, prepare_texts
 from tests.conftest import BACKBONES, ROOT, ROWS, TEXTS, make_model
 from tests.mutations import Draw, damage_file, damage_folder, in_values, listing
@@ -187,14 +185,8 @@ def a_recipe(folder: Path, whole: Whole, draw: Draw) -> tuple[str, Callable[[], 
     how = damage_file(path, draw)
 
     def parse() -> None:
-        if "imdb" in str(source) or "spam" in str(source):
-            kinds = (ClassifyArguments, ScriptArguments, ClassifyConfig, ModelConfig)
-            check_classify(*StrictParser(kinds).parse(["--config", str(path), "--use_cpu"]))
-        else:
-            kinds = (SFTArguments, ScriptArguments, SFTRecipeConfig, ModelConfig)
-            recipe, script, training, model = StrictParser(kinds).parse(["--config", str(path), "--use_cpu"])
-            check_sft(recipe, script, training, model)
-            build_lora_config(model, recipe)
+        classifies = "imdb" in str(source) or "spam" in str(source)
+        (CLASSIFY if classifies else SFT).parse(["--config", str(path), "--use_cpu"])
 
     return f"{how} ({source.parent.name})", lambda: run_program(parse)
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import BertConfig, DistilBertConfig, GPT2Config, LlamaConfig, PretrainedConfig, ViTConfig
-from trl import ModelConfig, ScriptArguments
+from trl import ModelConfig
 
 from plainlora.backends import count_parameters
 from plainlora.base.classifier import build_skeleton
@@ -13,18 +13,15 @@ from plainlora.errors import UserError
 from plainlora.kinds import KINDS, find_head, find_kinds
 from plainlora.lora.errors import LoRAError
 from plainlora.methods import build_classifier_lora, find_last_layers, train_adapter, train_weights
-from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig
-from plainlora.settings.checks import check_classify
-from plainlora.settings.parsing import StrictParser
+from plainlora.settings.arguments import ClassifyArguments
+from plainlora.settings.programs import CLASSIFY
 from tests.conftest import BACKBONES, ROOT
 
 DISTILBERT, GPT2 = DistilBertConfig(), GPT2Config(pad_token_id=50256)
 
 
 def parse(recipe: str, *flags: str) -> tuple[ClassifyArguments, ModelConfig]:
-    parser = StrictParser((ClassifyArguments, ScriptArguments, ClassifyConfig, ModelConfig))
-    parsed = parser.parse(["--config", str(ROOT / "recipes" / recipe), *flags])
-    check_classify(*parsed)
+    parsed = CLASSIFY.parse(["--config", str(ROOT / "recipes" / recipe), *flags])
     return parsed[0], parsed[3]
 
 

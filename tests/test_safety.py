@@ -23,7 +23,6 @@ from transformers import (
     LlamaConfig,
     PreTrainedTokenizerFast,
 )
-from trl import ModelConfig, ScriptArguments
 
 import plainlora.data.prompts
 from plainlora import inject, load_adapter, save_adapter
@@ -40,8 +39,8 @@ from plainlora.folders import MANIFEST, write_manifest
 from plainlora.lora.containment import find_escape
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.time_limit import time_limit
-from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig
-from plainlora.settings.parsing import StrictParser, read_yaml
+from plainlora.settings.parsing import read_yaml
+from plainlora.settings.programs import CLASSIFY
 from tests.conftest import ROOT, make_model
 from tests.refusals import the_one_line, without_progress
 
@@ -229,9 +228,8 @@ def test_u23_code_of_another_repository_is_refused(own_code: Path, file: str) ->
 
 
 def test_u23_the_classifier_runs_no_code_of_a_model() -> None:
-    parser = StrictParser((ClassifyArguments, ScriptArguments, ClassifyConfig, ModelConfig))
     with pytest.raises(UserError, match="--trust_remote_code is not an option"):
-        parser.parse(["--trust_remote_code", "true"])
+        CLASSIFY.parse(["--trust_remote_code", "true"])
 
 
 # Names and links that lead elsewhere

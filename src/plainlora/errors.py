@@ -1,4 +1,4 @@
-"""Errors for the person who typed the command: one line on standard error, exit code 2."""
+"""Errors for the person who typed the command: one line each on standard error, exit code 2."""
 
 import errno
 import sys
@@ -14,7 +14,14 @@ INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
 class UserError(Exception):
-    """What is wrong, where, and what to do, in one line."""
+    """What is wrong, where, and what to do, in one line; faults that were found together are one line each.
+
+    Args:
+        *faults: One or several.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 def first_line(error: BaseException) -> str:
@@ -38,7 +45,7 @@ def _shortened(line: str) -> str:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns the errors this package raises on purpose into one line on standard error and exit code 2.
+    """Turns the errors this package raises on purpose into a line each on standard error and exit code 2.
 
     Everything else keeps its traceback: it is a bug here, and the traceback is what a report needs.
     """
@@ -48,7 +55,8 @@ def one_line_errors() -> Iterator[None]:
         if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:  # which only what was typed can be
             raise
         sys.stdout.flush()
-        print("error: " + _shortened(one_line(str(error))), file=sys.stderr)
+        for fault in error.args if isinstance(error, UserError) else [error]:
+            print("error: " + _shortened(one_line(str(fault))), file=sys.stderr)
         raise SystemExit(EXIT_CODE) from error
 
 

@@ -13,13 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl import ModelConfig
 
-from plainlora.backends import BACKENDS, Backend, attach_adapter, build_lora_config
+from plainlora.backends import BACKENDS, Backend, attach_adapter
 from plainlora.base.config import load_config
 from plainlora.errors import UserError
 from plainlora.kinds import KINDS, find_head, find_kinds
 from plainlora.lora.config import check_supported
 from plainlora.lora.targets import check_patterns, find_modules_to_save, find_targets
 from plainlora.provenance.resumption import check_same_labels
+from plainlora.settings.adapter import build_lora_config
 from plainlora.settings.arguments import ClassifyArguments
 from plainlora.training.run_folder import holds_adapter
 
@@ -50,22 +51,12 @@ def build_classifier_lora(model: ModelConfig, recipe: ClassifyArguments, skeleto
         skeleton: The architecture, without weights.
 
     Raises:
-        UserError: No module or none of its kind is named, or both kinds and names are.
+        UserError: The architecture's kinds of layer are not known.
         LoRAError: The names do not fit the model.
     """
     kinds = [kind for kind in KINDS if getattr(recipe, f"lora_{kind}")]
     config = build_lora_config(model, recipe)
     config.task_type = "SEQ_CLS" if recipe.train_head else None
-    if kinds and model.lora_target_modules:
-        raise UserError(
-            f"lora_target_modules and lora_{kinds[0]}: name modules or switch kinds on, not both; "
-            f"--lora_{kinds[0]} false switches one off"
-        )
-    if not kinds and not model.lora_target_modules:
-        raise UserError(
-            "LoRA has no layer to sit on: switch kinds on, as in --lora_query true --lora_value true, or name modules "
-            "with --lora_target_modules"
-        )
     if kinds:
         config.target_modules = find_kinds(skeleton, kinds, recipe.lora_layers_to_transform)
         config.layers_to_transform = None  # the names say it; PEFT would pass a head over, which lies in no layer

@@ -126,6 +126,25 @@ def test_bad_rows(recipe: Run, tmp_path: Path, content: str, said: str) -> None:
     assert re.search(said, recipe(dataset_name=write(tmp_path / "rows.jsonl", content)))
 
 
+@pytest.mark.parametrize("backend", ["fused", "reference", "peft"])
+def test_u22_faults_of_the_settings_are_told_together_before_rows_are_read(
+    base: dict[str, str], backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture
+) -> None:
+    rows = write(tmp_path / "rows.jsonl", "{")  # which no reader takes
+    wrong = {"use_dora": "true", "learning_rate": "-1", "packing_strategy": "wrapped", "packing": "true", "rnk": "4"}
+    changes = wrong | {"dataset_name": rows, "lora_backend": backend}
+    monkeypatch.setattr(sys, "argv", ["recipes/sft.py", *command(base, changes)])
+    with pytest.raises(SystemExit) as raised:
+        runpy.run_path(str(ROOT / "recipes" / "sft.py"), run_name="__main__")
+    lines = capfd.readouterr().err.splitlines()
+    assert raised.value.code == 2
+    assert [line.split()[:2] for line in lines] == [
+        ["error:", "--rnk"], ["error:", "learning_rate"], ["error:", "this"], ["error:", "packing_strategy=wrapped"],
+    ]  # fmt: skip
+    assert not (tmp_path / "out").exists()
+    assert "use_dora=True" in lines[2]
+
+
 def test_conversations_without_generation_markers_on_answers_only(recipe: Run, tmp_path: Path) -> None:
     rows, template = write(tmp_path / "rows.jsonl", CHAT), write(tmp_path / "own.jinja", TEMPLATE)
     said = recipe("--assistant_only_loss", dataset_name=rows, prompt_template=template)

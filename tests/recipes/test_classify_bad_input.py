@@ -113,6 +113,17 @@ def test_a_bad_setting_is_refused_before_a_weight_is_loaded(refused: Refused, fl
     assert re.search(said, refused("distilbert", *flags))
 
 
+@pytest.mark.parametrize("backend", ["fused", "reference", "peft"])
+def test_u22_what_the_settings_alone_rule_out_is_refused_before_rows_are_read(
+    refused: Refused, tmp_path: Path, backend: str
+) -> None:
+    (tmp_path / "rows.csv").write_text("no rows")
+    unread = ["--dataset_name", str(tmp_path / "rows.csv"), "--lora_backend", backend]
+    assert "does not implement use_dora=True" in refused("distilbert", *unread, "--use_dora=true")
+    none = ["--lora_query=false", "--lora_value=false"]
+    assert "LoRA has no layer to sit on" in refused("distilbert", *unread, *none)
+
+
 @pytest.mark.parametrize("targets", ["all-linear", ".*q_lin"])
 def test_layers_are_numbered_for_names_not_for_a_pattern(refused: Refused, targets: str) -> None:
     off = ["--lora_query=false", "--lora_value=false", "--lora_layers_to_transform=1"]

@@ -12,23 +12,13 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, GPT2Config
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
-from trl import ModelConfig, ScriptArguments
 
 from plainlora.errors import UserError
-from plainlora.settings.arguments import (
-    ClassifyArguments,
-    ClassifyConfig,
-    SFTArguments,
-    SFTRecipeConfig,
-    dtype_of,
-    parse_pattern,
-)
-from plainlora.settings.checks import check_sft
-from plainlora.settings.parsing import StrictParser, read_yaml
+from plainlora.settings.arguments import dtype_of, parse_pattern
+from plainlora.settings.parsing import read_yaml
+from plainlora.settings.programs import CLASSIFY, SFT, Program
 from tests.conftest import ROOT
 
-CLASSES = (SFTArguments, ScriptArguments, SFTRecipeConfig, ModelConfig)
-CLASSIFY_CLASSES = (ClassifyArguments, ScriptArguments, ClassifyConfig, ModelConfig)
 BASE = "model_name_or_path: m\ndataset_name: d\noutput_dir: out\n"
 NO_ACCELERATOR = pytest.mark.skipif(torch.accelerator.is_available(), reason="not run: there is an accelerator")
 
@@ -47,8 +37,7 @@ def parse(text: str | bytes | None = None, *typed: str) -> dict[str, Any]:
         content = text if isinstance(text, bytes) else (BASE + text).encode()
         Path("recipe.yaml").write_bytes(content)
         typed = ("--config", "recipe.yaml", *typed)
-    parsed = StrictParser(CLASSES).parse(typed)
-    check_sft(*parsed)
+    parsed = SFT.parse(typed)
     return {name: value for part in parsed for name, value in vars(part).items()}
 
 
@@ -386,7 +375,7 @@ def test_a_setting_of_the_other_program_is_said_to_be_its_own() -> None:
         refusal("text_column: x\n") == "recipe.yaml: text_column is not an option; it belongs to recipes/classify.py"
     )
     with pytest.raises(UserError, match=r"it belongs to recipes/sft\.py"):
-        StrictParser(CLASSIFY_CLASSES).parse(["--packing", "true"])
+        CLASSIFY.parse(["--packing", "true"])
 
 
 def test_a_package_that_is_missing_is_said_in_one_readable_line() -> None:
@@ -432,9 +421,9 @@ RECIPES = sorted(ROOT.glob("recipes/*/*.yaml"))
 ACCELERATE = sorted(ROOT.glob("accelerate_configs/*.yaml"))
 
 
-def classes_of(path: Path) -> tuple[Any, ...]:
-    """The dataclasses of the program that a recipe is for, as its header says."""
-    return CLASSIFY_CLASSES if "recipes/classify.py" in path.read_text(encoding="utf-8") else CLASSES
+def program_of(path: Path) -> Program:
+    """The program that a recipe is for, as its header says."""
+    return CLASSIFY if "recipes/classify.py" in path.read_text(encoding="utf-8") else SFT
 
 
 def defaults(classes: tuple[Any, ...]) -> dict[str, Any]:
@@ -462,10 +451,10 @@ def test_every_yaml_of_the_project_is_covered_here() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_recipe_parses_and_says_only_what_differs_from_the_defaults(path: Path) -> None:
-    parts = StrictParser(classes_of(path)).parse(["--config", str(path)])
+    parts = program_of(path).parse(["--config", str(path)])
     settings = {name: value for part in parts for name, value in vars(part).items()}
     content = read_yaml(path)
-    standard = defaults(classes_of(path))
+    standard = defaults(program_of(path).kinds)
     said = content.keys() - {"env", "report_to", "output_dir"}
     assert sorted(name for name in said if content[name] == standard[name]) == []
     assert settings["output_dir"] == content["output_dir"]

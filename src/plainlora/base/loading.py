@@ -20,8 +20,9 @@ from trl import ModelConfig, get_quantization_config
 from plainlora.base.config import check_storage, load_config
 from plainlora.base.dropout import find_dropouts, save_with_own_dropouts, set_dropouts
 from plainlora.base.failures import explain
-from plainlora.errors import UserError, first_line
+from plainlora.errors import UserError
 from plainlora.settings.arguments import dtype_of
+from plainlora.settings.checks import unusable_attention
 
 
 def keep_4bit_weights_unpacked(model: nn.Module) -> None:
@@ -97,10 +98,7 @@ def load_pretrained(
         if isinstance(error, TypeError) and (unknown := re.search("unexpected keyword argument (.*)", str(error))):
             raise UserError(f"model_init_kwargs: {unknown[1]} is nothing that {name} takes; leave it out") from error
         if attention is not None and re.search("attn|attention", str(error), re.IGNORECASE):
-            raise UserError(
-                f"attn_implementation {attention!r} cannot be used here ({first_line(error)}); leave it out, or "
-                "give eager or sdpa"
-            ) from error
+            raise unusable_attention(attention, error) from error
         raise explain(name, "model", error) from error
     for weight, stored, needed in sorted(report["mismatched_keys"])[:1]:
         raise UserError(
@@ -169,8 +167,6 @@ def load_base(
 ) -> PreTrainedModel:
     """The base model as TRL's `ModelConfig` describes it, with `model_init_kwargs` on top and `base_dropout`."""
     settings = loading_options(args, trust_remote_code) | {"dropout": dropout}
-    if twice := settings.keys() & (options or {}).keys():
-        raise UserError(f"model_init_kwargs: {min(twice)} has a flag of its own; set that")
     return load_causal_lm(str(args.model_name_or_path), **settings, **(options or {}))
 
 

@@ -14,7 +14,6 @@ from plainlora.hub.pushing import check_push
 from plainlora.settings.programs import SFT, find_program
 from plainlora.training.checkpoints import resume_path
 from plainlora.training.run_folder import check_inputs_apart, claim_output_dir, is_run
-from plainlora.training.trainers import check_schedule
 
 
 def examine(config: str, flags: Sequence[str], say: Callable[[str], None]) -> Diagnosis:
@@ -55,7 +54,6 @@ def _examine_folder(parts: tuple[Any, ...], examination: Examination) -> None:
         examination.add("note", "settings", "resuming", said)
     if training.output_dir:
         _examine_earlier_run(Path(training.output_dir), recipe.overwrite, checkpoint, examination)
-    examination.ask("settings", "schedule", check_schedule, training)
     examination.ask(
         "settings", "publishing", check_push, training, str(model.model_name_or_path), recipe.hub_base_model
     )

@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig, ScriptArguments
 
-from plainlora.backends import BACKENDS, build_lora_config
+from plainlora.backends import BACKENDS
 from plainlora.base.loading import load_base
 from plainlora.base.tokenizer import check_vocabulary, load_tokenizer
 from plainlora.data.prompts import install_template
@@ -22,6 +22,7 @@ from plainlora.doctor.sample import split_sample
 from plainlora.doctor.tokens import examine_template
 from plainlora.resources.footprint import Footprint, estimate
 from plainlora.resources.plan import Plan
+from plainlora.settings.adapter import build_lora_config
 from plainlora.settings.arguments import SFTArguments, SFTRecipeConfig
 from plainlora.training.preparation import PreparedRows, prepare_rows, read_rows
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
 
 from peft import LoraConfig
@@ -60,35 +60,17 @@ TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
 }
 
 
-def check_types(config: LoraConfig) -> None:
-    """Raises `LoRAError` for a field whose value PEFT itself would stumble over."""
+def _wrong_types(config: LoraConfig) -> Iterator[tuple[str, str]]:
     for name, (is_right, expected) in TYPES.items():
         value = getattr(config, name)
         if value is not None and not is_right(value):
-            raise LoRAError(f"{name} must be {expected}, not {value!r:.100}")
+            yield name, f"{name} must be {expected}, not {value!r:.100}"
     for name in ("use_rslora", "fan_in_fan_out"):
         if not isinstance(getattr(config, name), bool | None):
-            raise LoRAError(f"{name} must be true or false, not {getattr(config, name)!r:.100}")
-    _check_patterns_compile(config)
+            yield name, f"{name} must be true or false, not {getattr(config, name)!r:.100}"
 
 
-def _check_numbers(config: LoraConfig) -> None:
-    ranks = {"r": config.r} | {f"rank_pattern[{key!r}]": rank for key, rank in (config.rank_pattern or {}).items()}
-    for name, rank in ranks.items():
-        if not _is_whole(rank) or rank < 1:
-            raise LoRAError(f"{name} must be a whole number of at least 1, not {rank!r:.100}")
-        if rank > MOST_RANK:
-            raise LoRAError(f"{name} is {rank:,}, more than any layer is wide; lower it")
-    alphas = {"lora_alpha": config.lora_alpha}
-    alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in (config.alpha_pattern or {}).items()}
-    for name, alpha in alphas.items():
-        if not _is_number(alpha):
-            raise LoRAError(f"{name} must be a finite number, not {alpha!r:.100}")
-    if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
-        raise LoRAError(f"lora_dropout must lie in [0, 1), not {config.lora_dropout!r:.100}")
-
-
-def _check_patterns_compile(config: LoraConfig) -> None:
+def _broken_patterns(config: LoraConfig) -> Iterator[tuple[str, str]]:
     """Every text that is matched as a regular expression must be one."""
     whole = {name: getattr(config, name) for name in ("target_modules", "exclude_modules", "layers_pattern")}
     patterns = [(name, value) for name, value in whole.items() if isinstance(value, str)]
@@ -98,26 +80,65 @@ def _check_patterns_compile(config: LoraConfig) -> None:
         try:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            raise LoRAError(f"{name}: {pattern!r} is not a regular expression ({error})") from error
+            yield name, f"{name}: {pattern!r} is not a regular expression ({error})"
 
 
-def check_supported(config: LoraConfig) -> None:
-    """Raises `LoRAError` naming every field of the config that this package does not implement."""
-    unsupported = []
+def _unreadable(config: LoraConfig) -> Iterator[tuple[str, str]]:
+    wrong = list(_wrong_types(config))
+    yield from wrong or _broken_patterns(config)
+
+
+def check_types(config: LoraConfig) -> None:
+    """Raises `LoRAError` for a field whose value PEFT itself would stumble over."""
+    for _, fault in _unreadable(config):
+        raise LoRAError(fault)
+
+
+def _wrong_numbers(config: LoraConfig) -> Iterator[tuple[str, str]]:
+    ranks = {"r": config.r} | {f"rank_pattern[{key!r}]": rank for key, rank in (config.rank_pattern or {}).items()}
+    for name, rank in ranks.items():
+        if not _is_whole(rank) or rank < 1:
+            yield name.partition("[")[0], f"{name} must be a whole number of at least 1, not {rank!r:.100}"
+        elif rank > MOST_RANK:
+            yield name.partition("[")[0], f"{name} is {rank:,}, more than any layer is wide; lower it"
+    alphas = {"lora_alpha": config.lora_alpha}
+    alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in (config.alpha_pattern or {}).items()}
+    for name, alpha in alphas.items():
+        if not _is_number(alpha):
+            yield name.partition("[")[0], f"{name} must be a finite number, not {alpha!r:.100}"
+    if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
+        yield "lora_dropout", f"lora_dropout must lie in [0, 1), not {config.lora_dropout!r:.100}"
+
+
+def _unsupported(config: LoraConfig) -> dict[str, str]:
+    """The fields that this package does not implement, each as it would be written."""
+    found = {}
     for field in fields(config):
         if field.name in SUPPORTED_FIELDS | BOOKKEEPING_FIELDS:
             continue
         default = field.default_factory() if field.default_factory is not MISSING else field.default
         value = getattr(config, field.name)
         if value != default and value not in (None, False, [], {}):
-            unsupported.append(f"{field.name}={value!r}")
+            found[field.name] = f"{field.name}={value!r}"
     if config.runtime_config.ephemeral_gpu_offload:
-        unsupported.append("runtime_config.ephemeral_gpu_offload=True")
+        found["runtime_config"] = "runtime_config.ephemeral_gpu_offload=True"
     if config.init_lora_weights not in (True, False, "gaussian"):
-        unsupported.append(f"init_lora_weights={config.init_lora_weights!r}")
-    if unsupported:
-        raise LoRAError(f"this LoRA does not implement {', '.join(unsupported)}, with either back end; leave it out")
-    check_types(config)
-    _check_numbers(config)
+        found["init_lora_weights"] = f"init_lora_weights={config.init_lora_weights!r}"
+    return found
+
+
+def find_faults(config: LoraConfig) -> Iterator[tuple[str, str]]:
+    """What no back end of this package takes, whatever the model: the field, and what is wrong with it."""
+    unsupported = _unsupported(config)
+    said = f"this LoRA does not implement {', '.join(unsupported.values())}, with either back end; leave it out"
+    yield from ((name, said) for name in unsupported)
+    unreadable = list(_unreadable(config))
+    yield from unreadable or _wrong_numbers(config)
     if config.bias not in ("none", "all", "lora_only"):
-        raise LoRAError(f"bias must be none, all or lora_only, not {config.bias!r}")
+        yield "bias", f"bias must be none, all or lora_only, not {config.bias!r}"
+
+
+def check_supported(config: LoraConfig) -> None:
+    """Raises `LoRAError` naming every field of the config that this package does not implement."""
+    for _, fault in find_faults(config):
+        raise LoRAError(fault)

@@ -1,6 +1,7 @@
 """Cases of the user's own: a recipe of either program, a trained adapter, or any model."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from transformers import (
 )
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
-from plainlora.backends import build_lora_config
 from plainlora.base.classifier import build_skeleton, classifier_config, load_classifier
 from plainlora.base.config import context_length, load_config
 from plainlora.base.dropout import check_dropout
@@ -38,9 +38,9 @@ from plainlora.provenance.adapter_base import (
     load_tokenizer_of,
     training_quantization,
 )
-from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, SFTArguments
-from plainlora.settings.checks import check_classify, check_sft
-from plainlora.settings.parsing import StrictParser
+from plainlora.settings.adapter import build_lora_config
+from plainlora.settings.arguments import SFTArguments
+from plainlora.settings.programs import CLASSIFY, SFT, Program
 from plainlora.training.preparation import prepare_texts
 from plainlora.training.trainers import ArgumentsT
 
@@ -69,15 +69,14 @@ def _for_comparison(training: ArgumentsT, steps: int) -> ArgumentsT:
     return settings
 
 
-def _parse(kinds: tuple[Any, ...], config: str, flags: list[str], lora_backend: str | None) -> tuple[Any, ...]:
+def _parse(program: Program, config: str, flags: list[str], lora_backend: str | None) -> tuple[Any, ...]:
     """A recipe's settings; its `lora_backend` becomes the form to compare.
 
     Raises:
         UserError: As the recipe's program would; two forms are asked for; or the recipe trains PEFT's LoRA.
     """
-    parser = StrictParser(kinds)
-    parser.set_defaults(lora_backend=None)  # so that what the recipe says can be told from what it leaves open
-    recipe, *others = parser.parse(["--config", config, *flags])
+    # So that what the recipe says can be told from what it leaves open.
+    recipe, *others = program.parse(["--config", config, *flags], lora_backend=None)
     said = recipe.lora_backend
     if said == "peft":
         raise UserError(
@@ -106,9 +105,8 @@ def recipe_case(config: str, flags: list[str], steps: int, lora_backend: str | N
         UserError: As `recipes/sft.py` would, or the recipe says another back end.
     """
     # TRL's own config: it checkpoints where the recipe leaves that open, which changes memory and no number.
-    kinds = (SFTArguments, ScriptArguments, SFTConfig, ModelConfig)
-    recipe, script, training, model = _parse(kinds, config, flags, lora_backend)
-    check_sft(recipe, script, training, model)
+    program = replace(SFT, kinds=(SFTArguments, ScriptArguments, SFTConfig, ModelConfig))
+    recipe, script, training, model = _parse(program, config, flags, lora_backend)
     name, revision = str(model.model_name_or_path), model.model_revision
     check_dropout(recipe.base_dropout, load_config(name, revision, training.trust_remote_code))
     tokenizer = load_tokenizer(name, revision, eos_token=training.eos_token)
@@ -165,9 +163,7 @@ def classifier_case(config: str, flags: list[str], steps: int, lora_backend: str
     Raises:
         UserError: As `recipes/classify.py` would, or the recipe says another back end.
     """
-    kinds = (ClassifyArguments, ScriptArguments, ClassifyConfig, ModelConfig)
-    recipe, script, training, model = _parse(kinds, config, flags, lora_backend)
-    check_classify(recipe, script, training, model)
+    recipe, script, training, model = _parse(CLASSIFY, config, flags, lora_backend)
     if recipe.method != "lora":
         raise UserError(f"method {recipe.method} trains no LoRA, so there is nothing to compare; give a LoRA recipe")
     name, revision = str(model.model_name_or_path), model.model_revision

@@ -6,16 +6,26 @@ import re
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    SchedulerType,
+    Trainer,
+    TrainingArguments,
+    get_scheduler,
+)
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from plainlora.data.datasets import is_local
 from plainlora.errors import UserError, first_line
+from plainlora.kinds import KINDS
+from plainlora.settings.adapter import adapter_faults
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, RecipeArguments, SFTArguments, optim_name
 from plainlora.settings.parsing import trains_on_cpu
 
@@ -43,34 +53,12 @@ BOUNDS: dict[str, tuple[float, float]] = {
 }
 BELOW_1 = ("base_dropout", "adam_beta1", "adam_beta2")  # and at least 0
 
+# What of `from_pretrained` has a flag, and so has no place in model_init_kwargs.
+OWN_FLAGS = {"revision", "dtype", "quantization", "attn_implementation", "trust_remote_code", "dropout"}
+
 # What is measured beside the loss: a classifier's validation, a language model's test rows.
 SCORES = ("accuracy", "f1")
 SFT_SCORES = ("perplexity", "entropy", "mean_token_accuracy")
-
-
-def _raise_first(faults: Iterator[str]) -> None:
-    for fault in faults:
-        raise UserError(fault)
-
-
-def check_sft(recipe: SFTArguments, script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> None:
-    """Refuses settings of `recipes/sft.py` that cannot be honoured.
-
-    Raises:
-        UserError: Naming the first and what to do.
-    """
-    _raise_first(sft_faults(recipe, script, training, model))
-
-
-def check_classify(
-    recipe: ClassifyArguments, script: ScriptArguments, training: ClassifyConfig, model: ModelConfig
-) -> None:
-    """Refuses settings of `recipes/classify.py` that cannot be honoured.
-
-    Raises:
-        UserError: Naming the first and what to do.
-    """
-    _raise_first(classify_faults(recipe, script, training, model))
 
 
 def sft_faults(
@@ -78,6 +66,9 @@ def sft_faults(
 ) -> Iterator[str]:
     """What of the settings of `recipes/sft.py` cannot be honoured, each with what to do."""
     yield from common_faults(recipe, script, training, model)
+    yield from _refused_by_trainer(training)
+    if model.lora_task_type != "CAUSAL_LM":
+        yield f"lora_task_type {model.lora_task_type}: this program trains causal language models; leave it out"
     yield from _unsupported(
         {
             "dataset_kwargs": (training.dataset_kwargs, "rows are prepared by this project, not by TRL"),
@@ -118,12 +109,43 @@ def classify_faults(
         yield f"lora_task_type {model.lora_task_type}: this program classifies sequences; leave it out"
     if recipe.lora_head and recipe.train_head:
         yield "lora_head and train_head: the head carries LoRA or is trained whole, not both; give one"
+    if recipe.method == "lora":
+        yield from _no_or_two_choices_of_layers(recipe, model)
     if recipe.method != "lora" and (model.load_in_4bit or model.load_in_8bit):
         yield f"method {recipe.method} trains the base's own weights, which 4 or 8 bits cannot be; use lora"
     if recipe.method != "lora" and recipe.merge:
         yield f"merge: method {recipe.method} leaves a whole model, there is nothing to merge"
     if recipe.last_layers and recipe.method != "last_layers":
         yield f"last_layers belongs to --method last_layers, not {recipe.method}"
+
+
+def _no_or_two_choices_of_layers(recipe: ClassifyArguments, model: ModelConfig) -> Iterator[str]:
+    kinds = [kind for kind in KINDS if getattr(recipe, f"lora_{kind}")]
+    if kinds and model.lora_target_modules:
+        yield (
+            f"lora_target_modules and lora_{kinds[0]}: name modules or switch kinds on, not both; "
+            f"--lora_{kinds[0]} false switches one off"
+        )
+    if not kinds and not model.lora_target_modules:
+        yield (
+            "LoRA has no layer to sit on: switch kinds on, as in --lora_query true --lora_value true, or name modules "
+            "with --lora_target_modules"
+        )
+
+
+def _refused_by_trainer(training: SFTConfig) -> Iterator[str]:
+    """What SFTTrainer would refuse when the base has been loaded.
+
+    https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py
+    """
+    if training.padding_free and not training.packing and training.max_length is not None:
+        yield "padding_free without packing enforces no max_length: set packing, or max_length to null"
+    kwargs = training.gradient_checkpointing_kwargs or {}
+    if isinstance(kwargs, dict) and kwargs.get("selective"):
+        if not training.gradient_checkpointing:
+            yield "gradient_checkpointing_kwargs: selective needs gradient_checkpointing; set it, or leave this out"
+        if kwargs.get("use_reentrant"):
+            yield "gradient_checkpointing_kwargs: selective needs use_reentrant to be false"
 
 
 def common_faults(
@@ -134,7 +156,10 @@ def common_faults(
         yield "model_name_or_path is missing: give a Hub id or a local folder"
     if not script.dataset_name:
         yield "dataset_name is missing: give a Hub id or a local file"
-    yield from refused_values(recipe, script, training, model).values()
+    refused = refused_values(recipe, script, training, model)
+    yield from dict.fromkeys(fault for _, fault in refused)  # one fault may be that of several settings
+    if not refused:
+        yield from _said_by(check_schedule, training)
     yield from _unsupported(
         {
             "dataset_streaming": (script.dataset_streaming, "rows are checked before training, so all are read first"),
@@ -166,11 +191,17 @@ def _unknown_metric(training: TrainingArguments, scores: tuple[str, ...]) -> Ite
 
 def refused_values(
     recipe: RecipeArguments, script: ScriptArguments, training: TrainingArguments, model: ModelConfig
-) -> dict[str, str]:
-    """What is wrong with the value of one setting whatever the others are, and what to do, by the setting's name."""
-    found = dict(_out_of_range(vars(recipe) | vars(script) | vars(training) | vars(model)))
+) -> list[tuple[str, str]]:
+    """What is wrong with the value of one setting whatever the others are, and what to do, after its name."""
+    found = list(_out_of_range(vars(recipe) | vars(script) | vars(training) | vars(model)))
     if not found:  # a learning rate below 0, for one, is the optimizer's fault in no way
-        found.update(("optim", said) for said in _said_by(check_optimizer, training))
+        found += [("optim", said) for said in _said_by(check_optimizer, training)]
+    if getattr(recipe, "method", "lora") == "lora":
+        found += adapter_faults(model, recipe)
+    found += [("attn_implementation", said) for said in _said_by(check_attention, model.attn_implementation)]
+    options = getattr(training, "model_init_kwargs", None)
+    if isinstance(options, dict) and (twice := options.keys() & OWN_FLAGS):
+        found.append(("model_init_kwargs", f"model_init_kwargs: {min(twice)} has a flag of its own; set that"))
     return found
 
 
@@ -220,6 +251,43 @@ def check_optimizer(training: TrainingArguments) -> None:
             raise UserError(
                 f"optim {optim_name(training)}: it cannot be made here ({reason}); choose another, or mend optim_args"
             ) from error
+
+
+def check_schedule(training: TrainingArguments) -> None:
+    """Raises `UserError` if the learning rate's schedule cannot be made; Trainer would notice when training starts."""
+    try:
+        get_scheduler(
+            training.lr_scheduler_type,
+            optimizer=torch.optim.SGD([torch.zeros(1)], lr=training.learning_rate),
+            num_warmup_steps=training.get_warmup_steps(100),
+            num_training_steps=100,
+            scheduler_specific_kwargs=dict(cast(dict[str, Any], training.lr_scheduler_kwargs or {})),
+        )
+    except (ValueError, TypeError) as error:
+        kind = SchedulerType(training.lr_scheduler_type).value
+        raise UserError(f"lr_scheduler_type {kind}: {error}; see lr_scheduler_kwargs") from error
+
+
+def check_attention(name: str | None) -> None:
+    """Raises `UserError` if no base can take this attention here: a package is missing, or there is none of the name.
+
+    One from the Hub, `owner/name`, is left to loading, which fetches it.
+    """
+    if name is None or "/" in name:
+        return
+    tiny = LlamaConfig(vocab_size=1, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(tiny, attn_implementation=name, dtype=torch.bfloat16)
+    except (ValueError, ImportError) as error:
+        raise unusable_attention(name, error) from error
+
+
+def unusable_attention(name: str, error: Exception) -> UserError:
+    """What to say where an attention implementation is refused."""
+    return UserError(
+        f"attn_implementation {name!r} cannot be used here ({first_line(error)}); leave it out, or give eager or sdpa"
+    )
 
 
 def _misplaced(recipe: RecipeArguments, script: ScriptArguments, model: ModelConfig) -> Iterator[str]:

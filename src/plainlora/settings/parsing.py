@@ -1,4 +1,4 @@
-"""YAML first, command line last, and nothing ignored.
+"""YAML first, command line last, nothing ignored, and every fault told at once.
 
 Both layers go through one argument parser, so a value from the YAML is checked exactly as a typed one.
 """
@@ -8,8 +8,9 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Hashable, Sequence
-from dataclasses import fields
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError
 from types import NoneType
@@ -86,17 +87,40 @@ def set_environment(path: str, variables: object) -> None:
             raise UserError(f"{path}: env: {name!r} cannot be set ({error})") from error
 
 
+@dataclass(frozen=True)
+class Fault:
+    """A setting that is refused.
+
+    Attributes:
+        check: `env`, `name`, `value`, or `contradiction` with what is or with other settings.
+        error: What is wrong, where, and what to do.
+        went_on: What it was read as nevertheless, in one clause; empty where the error says it all.
+    """
+
+    check: str
+    error: UserError
+    went_on: str = ""
+
+
 class StrictParser(TrlParser):
     """`TrlParser` in which nothing is ignored: unknown keys, wrong types and bad choices are errors (trl#1564).
 
+    It reads on past every fault: a stale name is read under today's, and what cannot be read is left out.
+
     Attributes:
         origins: After parsing, where each setting that is not a default came from.
+        faults: After parsing, all of them, in the order in which they were found.
+        left_out: After parsing, the settings that have their defaults because of a fault.
+        standard: The defaults.
     """
 
     def __init__(self, dataclass_types: Sequence[Any], **kwargs: Any) -> None:
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self._types = {name: kind for owner in dataclass_types for name, kind in get_type_hints(owner).items()}
+        self.standard = {action.dest: action.default for action in self._actions}
         self.origins: dict[str, str] = {}
+        self.faults: list[Fault] = []
+        self.left_out: set[str] = set()
 
     def error(self, message: str) -> NoReturn:
         """Argparse would print the usage of some three hundred flags first."""
@@ -190,45 +214,140 @@ class StrictParser(TrlParser):
         """Parses `--config FILE` and the command line into the dataclasses, in their order.
 
         Raises:
-            UserError: Anything that would otherwise be ignored, or that a dataclass refuses.
+            UserError: Anything that would otherwise be ignored, or that a dataclass refuses; all of it.
+        """
+        parts = self.read(args)
+        if self.faults:
+            raise UserError(*(fault.error for fault in self.faults)) from self.faults[0].error
+        return parts
+
+    def read(self, args: Sequence[str] | None = None) -> tuple[Any, ...]:
+        """The same past every fault; `faults` holds them.
+
+        Raises:
+            UserError: There is nothing to read: the file is no YAML mapping, or `--config` stands there twice.
         """
         path, typed = split_config(sys.argv[1:] if args is None else args)
         content: dict[str, Any] = {}
         if path is not None:
             content = read_yaml(path)
-            set_environment(path, content.pop("env", None) or {})
-        from_yaml = [word for name, value in content.items() for word in self.as_words(str(path), name, value)]
-        self.check_typed(typed)
-        return self.build(path, content, from_yaml, typed)
+            try:
+                set_environment(path, content.pop("env", None) or {})
+            except UserError as error:
+                self.faults.append(Fault("env", error))
+        from_yaml, kept = self._read_yaml_lines(str(path), content)
+        return self._build(path, kept, from_yaml, list(self._read_words(typed)))
 
-    def build(
-        self, path: str | None, content: dict[str, Any], from_yaml: list[str], typed: Sequence[str]
+    def _read_yaml_lines(self, path: str, content: dict[str, Any]) -> tuple[list[str], list[str]]:
+        """The lines of a YAML as words, and the settings that they set."""
+        words: list[str] = []
+        kept: list[str] = []
+        for name, value in content.items():
+            try:
+                words += self.as_words(path, name, value)
+                kept.append(name)
+            except UserError as error:
+                today, meant = self._meant(str(name), value, {*content, *kept})
+                if today is not None:
+                    try:
+                        words += self.as_words(path, today, meant)
+                        kept.append(today)
+                    except UserError:
+                        today = None
+                self._add_fault(str(name), error, today, meant)
+        return words, kept
+
+    def _read_words(self, typed: Sequence[str]) -> Iterator[str]:
+        """The words of a command line that can be read, flag by flag, stale ones under today's name."""
+        groups: list[list[str]] = []
+        for word in typed:
+            if word.startswith("--") or not groups:
+                groups.append([])
+            groups[-1].append(word)
+        for group in groups:
+            try:
+                self.check_typed(group)
+                yield from group
+            except UserError as error:
+                flag, _, glued = group[0].partition("=")
+                values = [glued] if glued else group[1:]
+                name = flag.lstrip("-").replace("-", "_")
+                today, meant = self._meant(name, values[0] if values else True, set())
+                renamed = [f"--{today}", str(meant), *values[1:]]
+                if today is not None:
+                    with suppress(UserError):
+                        self.check_typed(renamed)
+                        yield from renamed
+                self._add_fault(name, error, today, meant)
+
+    def _add_fault(self, name: str, error: UserError, today: str | None, meant: object) -> None:
+        if today is None:
+            self.left_out.add(_todays(name))
+        went_on = "left out here" if today is None else f"read here as {today}: {meant}"
+        self.faults.append(Fault("value" if name in self.names else "name", error, went_on))
+
+    def _meant(self, name: str, value: Any, there: Collection[str]) -> tuple[str | None, Any]:
+        """Today's name and value of a stale setting; `None` where only its author knows, or it stands there too."""
+        rename = RENAMES.get(name.replace("-", "_"))
+        if rename is None or rename.today not in self.names or rename.today in there or rename.translate is None:
+            return None, None
+        meant = rename.translate(value)
+        return (None, None) if meant is None else (rename.today, meant)
+
+    def _build(
+        self, path: str | None, kept: Sequence[str], from_yaml: list[str], typed: Sequence[str]
     ) -> tuple[Any, ...]:
         """The dataclasses, in their order.
 
         Args:
             path: Of the YAML.
-            content: Its settings, by name.
+            kept: Names of its settings, in order.
             from_yaml: The same as `as_words` returned them.
             typed: The command line, checked.
-
-        Raises:
-            UserError: What a dataclass refuses.
         """
         explicit = {word[2:].partition("=")[0].replace("-", "_") for word in typed if word.startswith("--")}
         on_cpu = []
         if trains_on_cpu(self.parse_known_args([*from_yaml, *typed])[0].use_cpu):
             on_cpu = full_precision_on_cpu(from_yaml, explicit)
         decided = [word[2:].partition("=")[0] for word in on_cpu]
-        self.origins = dict.fromkeys(content, str(path)) | dict.fromkeys(decided, "no GPU here")
+        self.origins = dict.fromkeys(kept, str(path)) | dict.fromkeys(decided, "no GPU here")
         self.origins |= dict.fromkeys(explicit, "command line")
+        self.left_out -= self.origins.keys()
         settings = vars(self.parse_known_args([*from_yaml, *on_cpu, *typed])[0])
         return tuple(
-            self.make(kind, {field.name: settings[field.name] for field in fields(kind) if field.init})
+            self._make_past_faults(kind, {field.name: settings[field.name] for field in fields(kind) if field.init})
             for kind in self.dataclass_types
         )
 
-    def make(self, kind: Any, settings: dict[str, Any]) -> Any:
+    def _make_past_faults(self, kind: Any, settings: dict[str, Any]) -> Any:
+        """One of the dataclasses, without the settings that it refuses."""
+        standard = {name: self.standard[name] for name in settings}
+        while True:
+            try:
+                return self._make(kind, settings)
+            except UserError as error:
+                if settings == standard:
+                    raise
+                self.faults.append(Fault("contradiction", error))
+                fewer = next(self._with_fewer(kind, settings, str(error)), standard)
+                refused = [name for name in self.origins if name in settings and settings[name] != fewer[name]]
+                self.origins |= dict.fromkeys(refused, "default, because of the error above")
+                settings = fewer
+
+    def _with_fewer(self, kind: Any, settings: dict[str, Any], said: str) -> Iterator[dict[str, Any]]:
+        """The settings without one of those given: first what is accepted, then what is refused for another reason."""
+        refused = []
+        for name in reversed([name for name in self.origins if name in settings]):
+            fewer = settings | {name: self.standard[name]}
+            try:
+                self._make(kind, fewer)
+            except UserError as error:
+                refused += [fewer] if str(error) != said else []
+            else:
+                yield fewer
+        yield from refused
+
+    def _make(self, kind: Any, settings: dict[str, Any]) -> Any:
         """One of the dataclasses.
 
         Raises:
@@ -241,6 +360,13 @@ class StrictParser(TrlParser):
             if isinstance(error, PackageNotFoundError):  # whose text has a preface of its own
                 raise UserError(f"{str(error.name).strip()} Install it, or leave out what asks for it") from error
             raise UserError(str(error)) from error
+
+
+def _todays(name: str) -> str:
+    """Today's name of a setting, as far as there is one."""
+    name = name.replace("-", "_")
+    rename = RENAMES.get(name)
+    return name if rename is None or rename.today is None else rename.today
 
 
 def forget_deepspeed() -> None:

@@ -1,14 +1,30 @@
 """The two programs of `recipes/`: what each is told, and which of them a recipe is for."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from trl import ModelConfig, ScriptArguments
 
+from plainlora.errors import UserError
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, SFTArguments, SFTRecipeConfig
-from plainlora.settings.checks import classify_faults, sft_faults
-from plainlora.settings.parsing import read_yaml
+from plainlora.settings.checks import classify_faults, refused_values, sft_faults
+from plainlora.settings.parsing import Fault, StrictParser, read_yaml
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A recipe's settings, read past every fault.
+
+    Attributes:
+        parts: The program's dataclasses. What was refused has its default, so that the rest can be looked at.
+        origins: Where each setting that is not a default came from.
+        faults: What the program refuses.
+    """
+
+    parts: tuple[Any, ...]
+    origins: dict[str, str]
+    faults: list[Fault]
 
 
 @dataclass(frozen=True)
@@ -24,6 +40,49 @@ class Program:
     name: str
     kinds: tuple[Any, ...]
     faults: Callable[..., Iterator[str]]
+
+    def parse(self, words: Sequence[str] | None = None, **standard: Any) -> tuple[Any, ...]:
+        """The dataclasses of a command line that has nothing wrong.
+
+        Args:
+            words: The command line; this process's if left out.
+            **standard: Other defaults.
+
+        Raises:
+            UserError: Every fault of the settings.
+        """
+        settings = self.read(words, **standard)
+        if settings.faults:
+            raise UserError(*(fault.error for fault in settings.faults)) from settings.faults[0].error
+        return settings.parts
+
+    def read(self, words: Sequence[str] | None = None, **standard: Any) -> Settings:
+        """The same past every fault.
+
+        Raises:
+            UserError: There is nothing to read: the file is no YAML mapping, for one.
+        """
+        parser = StrictParser(self.kinds)
+        parser.set_defaults(**standard)
+        parts = parser.read(words)
+        said = (fault for fault in self.faults(*parts) if _setting_of(fault) not in parser.left_out)
+        faults = [*parser.faults, *(Fault("contradiction", UserError(fault)) for fault in said)]
+        _set_aside({name for name, _ in refused_values(*parts)} | parser.left_out, parts, parser)
+        return Settings(parts, parser.origins, faults)
+
+
+def _setting_of(fault: str) -> str:
+    """A fault begins with the name of the setting."""
+    return fault.split(maxsplit=1)[0].rstrip(":")
+
+
+def _set_aside(names: Collection[str], parts: Sequence[Any], parser: StrictParser) -> None:
+    """Gives refused settings their defaults. No length is one that could be meant: rows are then of any length."""
+    for name in names:
+        for part in (part for part in parts if name in vars(part)):
+            setattr(part, name, None if name == "max_length" else parser.standard[name])
+            said = "open" if name == "max_length" else "default"
+            parser.origins[name] = f"{said}, because of the error above"
 
 
 SFT = Program("sft.py", (SFTArguments, ScriptArguments, SFTRecipeConfig, ModelConfig), sft_faults)

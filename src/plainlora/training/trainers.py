@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArguments, get_scheduler
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
@@ -280,21 +280,6 @@ class ClassifierTrainer(_Seams):
         # A classifier's head takes num_items_in_batch and ignores it. Trainer would believe the loss scaled already,
         # and take it times the processes and the accumulated batches (transformers#47688).
         self.model_accepts_loss_kwargs = False
-
-
-def check_schedule(args: TrainingArguments) -> None:
-    """Raises `UserError` if the learning rate's schedule cannot be made; Trainer would notice when training starts."""
-    try:
-        get_scheduler(
-            args.lr_scheduler_type,
-            optimizer=torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate),
-            num_warmup_steps=args.get_warmup_steps(100),
-            num_training_steps=100,
-            scheduler_specific_kwargs=dict(cast(dict[str, Any], args.lr_scheduler_kwargs or {})),
-        )
-    except (ValueError, TypeError) as error:
-        kind = SchedulerType(args.lr_scheduler_type).value
-        raise UserError(f"lr_scheduler_type {kind}: {error}; see lr_scheduler_kwargs") from error
 
 
 ArgumentsT = TypeVar("ArgumentsT", bound=TrainingArguments)

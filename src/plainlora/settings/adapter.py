@@ -1,0 +1,65 @@
+"""A recipe's settings -> the one `peft.LoraConfig` of its adapter, and what of them no model could take."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from peft import LoraConfig
+from trl import ModelConfig
+
+from plainlora.errors import UserError
+from plainlora.lora.config import find_faults
+from plainlora.settings.arguments import RecipeArguments, parse_pattern
+
+
+def keep_names_a_list(targets: list[str] | str | None) -> list[str] | str | None:
+    """Undoes `ModelConfig`'s turning a list of one name into a string, which PEFT would read as a whole-name pattern.
+
+    https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/model_config.py (`__post_init__`)
+    """
+    if isinstance(targets, str) and targets != "all-linear" and targets.replace(".", "").replace("_", "").isalnum():
+        return [targets]
+    return targets
+
+
+def build_lora_config(model: ModelConfig, recipe: RecipeArguments) -> LoraConfig:
+    """TRL's and this project's flags as one `peft.LoraConfig`.
+
+    Raises:
+        UserError: Layers are numbered for modules that a pattern selects.
+    """
+    if recipe.lora_layers_to_transform and isinstance(keep_names_a_list(model.lora_target_modules), str):
+        raise UserError(
+            f"lora_layers_to_transform needs names of modules, not the pattern {model.lora_target_modules!r}: list "
+            "them in lora_target_modules, or put the layers' numbers into the pattern"
+        )
+    return LoraConfig(
+        task_type=model.lora_task_type,
+        base_model_name_or_path=model.model_name_or_path,
+        revision=model.model_revision,
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules=keep_names_a_list(model.lora_target_modules),
+        target_parameters=model.lora_target_parameters,
+        modules_to_save=model.lora_modules_to_save,
+        use_rslora=model.use_rslora,
+        use_dora=model.use_dora,
+        bias=recipe.lora_bias,
+        init_lora_weights="gaussian" if recipe.lora_init == "gaussian" else recipe.lora_init == "true",
+        exclude_modules=recipe.lora_exclude_modules,
+        layers_to_transform=recipe.lora_layers_to_transform,
+        rank_pattern=parse_pattern("lora_rank_pattern", recipe.lora_rank_pattern),
+        alpha_pattern=parse_pattern("lora_alpha_pattern", recipe.lora_alpha_pattern),
+    )
+
+
+def adapter_faults(model: ModelConfig, recipe: RecipeArguments) -> Iterator[tuple[str, str]]:
+    """What no back end takes, whatever the base: the setting, and what is wrong with it."""
+    try:
+        config = build_lora_config(model, recipe)
+    except UserError as error:
+        yield "lora_layers_to_transform", str(error)
+        return
+    settings: dict[str, Any] = vars(model) | vars(recipe)
+    for field, fault in find_faults(config):
+        yield f"lora_{field}" if f"lora_{field}" in settings else field, fault
