@@ -5,22 +5,11 @@ from collections import Counter
 import torch
 from peft import LoraConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from plainlora.backends import BACKENDS, attach_adapter, count_parameters
-from plainlora.base.remote_code import code_options
 from plainlora.doctor.finding import Examination
 from plainlora.lora.record import lora_layers
-
-
-def build_decoder(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel | None:
-    """The language model that a config describes, without weights (`meta` device); `None` if it cannot be built so."""
-    try:
-        with torch.device("meta"):
-            options = code_options(config, AutoModelForCausalLM, trust_remote_code)
-            return AutoModelForCausalLM.from_config(config, **options)
-    except Exception:  # a model's own code, or an architecture that no Auto class knows: loading says why
-        return None
 
 
 def examine_layers(skeleton: PreTrainedModel | None, lora: LoraConfig, examination: Examination) -> list[str]:

@@ -101,21 +101,26 @@ def _check_patterns_compile(config: LoraConfig) -> None:
             raise LoRAError(f"{name}: {pattern!r} is not a regular expression ({error})") from error
 
 
-def check_supported(config: LoraConfig) -> None:
-    """Raises `LoRAError` naming every field of the config that this package does not implement."""
+def find_unsupported(config: LoraConfig) -> list[str]:
+    """`field=value` for every field of the config that this package does not implement."""
     unsupported = []
     for field in fields(config):
         if field.name in SUPPORTED_FIELDS | BOOKKEEPING_FIELDS:
             continue
         default = field.default_factory() if field.default_factory is not MISSING else field.default
         value = getattr(config, field.name)
-        if value != default and value not in (None, False, [], {}):
+        if value != default and value not in (None, False, [], {}, set()):
             unsupported.append(f"{field.name}={value!r}")
     if config.runtime_config.ephemeral_gpu_offload:
         unsupported.append("runtime_config.ephemeral_gpu_offload=True")
     if config.init_lora_weights not in (True, False, "gaussian"):
         unsupported.append(f"init_lora_weights={config.init_lora_weights!r}")
-    if unsupported:
+    return unsupported
+
+
+def check_supported(config: LoraConfig) -> None:
+    """Raises `LoRAError` naming every field of the config that this package does not implement."""
+    if unsupported := find_unsupported(config):
         raise LoRAError(f"this LoRA does not implement {', '.join(unsupported)}, with either back end; leave it out")
     check_types(config)
     _check_numbers(config)
