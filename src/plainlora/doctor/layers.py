@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from plainlora.backends import BACKENDS, attach_adapter, count_parameters
 from plainlora.doctor.finding import Examination
+from plainlora.lora.errors import some
 from plainlora.lora.record import lora_layers
 
 
@@ -34,6 +35,9 @@ def examine_layers(skeleton: PreTrainedModel | None, lora: LoraConfig, examinati
     if adapted is None:
         return []
     _examine_scale(adapted, lora, examination)
+    if lora.target_modules == "all-linear" and (experts := _stacked_weights(adapted)):
+        said = f"all-linear leaves {some(experts)} frozen, as PEFT does: they are parameters, not linear layers"
+        examination.add("note", "adapter", "experts", said)
     names = Counter(name.rpartition(".")[2] for name, _ in lora_layers(adapted))
     trainable, total = count_parameters(adapted)
     counts = ", ".join(f"{count} {name}" for name, count in names.items())
@@ -42,6 +46,16 @@ def examine_layers(skeleton: PreTrainedModel | None, lora: LoraConfig, examinati
         "ok", "adapter", "layers", said, layers=dict(names), trainable_params=trainable, total_params=total
     )
     return list(names)
+
+
+def _stacked_weights(model: nn.Module) -> list[str]:
+    """Names of the weights of several maps in one parameter: the experts of a mixture, of which no layer is linear."""
+    return [
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(module, nn.Conv1d)
+    ]
 
 
 def _examine_scale(adapted: nn.Module, lora: LoraConfig, examination: Examination) -> None:

@@ -233,18 +233,20 @@ def find_target_modules(model: nn.Module, config: LoraConfig, strict: bool = Tru
             f"there are no default target modules for {_model_type(model) or type(model).__name__}; "
             'set target_modules to a list of names, or to "all-linear"'
         )
-    if strict:
-        _check_names(model, config, linear)
     try:
         found = _Selection(model, config)
     except LoRAError:
         raise
-    except NoMatchingPeftModuleError as error:
-        raise _explain_none(model, config, linear) from error
     except ValueError as error:
+        if strict:
+            _check_names(model, config, linear)
+        if isinstance(error, NoMatchingPeftModuleError):
+            raise _explain_none(model, config, linear) from error
         raise LoRAError(f"target_modules: PEFT refuses this adapter: {error}") from error
     if found.selected_parameters:
         raise _explain_parameters(model, found, strict)
+    if strict:
+        _check_names(model, config, linear)
     for name in found.selected:
         if not is_supported(modules[name]):
             raise LoRAError(
