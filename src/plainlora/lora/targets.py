@@ -36,7 +36,7 @@ class _Matched(Exception):
     """PEFT has matched every target."""
 
 
-class _Selection(LoraModel):
+class Selection(LoraModel):
     """PEFT's resolution of a config on a model, up to where PEFT would begin to change the model.
 
     That is `BaseTuner.inject_adapter` with a `_create_and_replace`, the method that each PEFT tuner defines, which
@@ -186,7 +186,7 @@ def _explain_none(model: nn.Module, config: LoraConfig, linear: list[str]) -> Lo
     )
 
 
-def _explain_parameters(model: nn.Module, found: _Selection, strict: bool) -> LoRAError:
+def _explain_parameters(model: nn.Module, found: Selection, strict: bool) -> LoRAError:
     """What to say where PEFT also adapts parameters that are no linear layer's: experts and their router."""
     parameters = found.selected_parameters
     others = ", ".join(condense(found.selected, model)) if found.selected else "other modules"
@@ -234,7 +234,7 @@ def find_target_modules(model: nn.Module, config: LoraConfig, strict: bool = Tru
             'set target_modules to a list of names, or to "all-linear"'
         )
     try:
-        found = _Selection(model, config)
+        found = Selection(model, config)
     except LoRAError:
         raise
     except ValueError as error:
