@@ -6,6 +6,7 @@ loss must be the model's own, and packed documents must have the loss that each 
 refused, in the words that a user would read.
 """
 
+import difflib
 import gc
 import logging
 import tempfile
@@ -116,6 +117,22 @@ def list_architectures() -> list[Architecture]:
         for task, names in mappings.items()
         for model_type, name in names.items()
     ]
+
+
+def select(model_types: Sequence[str]) -> list[Architecture]:
+    """The architectures of some model types; all of them if none is named.
+
+    Raises:
+        UserError: There is none of that type.
+    """
+    everything = list_architectures()
+    known = sorted({architecture.model_type for architecture in everything})
+    for name in model_types:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "it is the model_type of a config.json"
+            raise UserError(f"--architectures: Transformers has no {name!r} with a program here; {hint}")
+    return [architecture for architecture in everything if not model_types or architecture.model_type in model_types]
 
 
 def _random_documents(lengths: Sequence[int]) -> list[list[int]]:
