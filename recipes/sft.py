@@ -18,11 +18,11 @@ from transformers import set_seed
 from plainlora.backends import BACKENDS, attach_adapter, check_same_adapter, count_parameters
 from plainlora.base.config import check_length, load_config
 from plainlora.base.dropout import check_dropout
-from plainlora.base.loading import describe_quantization, load_base
+from plainlora.base.loading import build_decoder, describe_quantization, load_base
 from plainlora.base.remote_code import describe_remote_code
 from plainlora.base.tokenizer import check_vocabulary, load_tokenizer
 from plainlora.data.prompts import install_template
-from plainlora.doctor.layers import build_decoder, examine_layers
+from plainlora.doctor.layers import examine_layers
 from plainlora.doctor.precision import list_precisions, precision_line
 from plainlora.doctor.rows import examine_rows
 from plainlora.doctor.tokens import examine_template

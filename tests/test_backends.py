@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
 import plainlora.lora.targets
 from plainlora import inject, load_adapter, save_adapter
@@ -224,3 +224,13 @@ def test_u23_a_saved_regular_expression_without_end_is_refused_by_every_backend(
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"exclude_modules": "([a-z._0-9]+)+!"}))
     with pytest.raises(LoRAError, match=r"^exclude_modules: what it says takes more than"):
         BACKENDS[name].load(make_model("llama"), tmp_path)
+
+
+@backends
+def test_experts_are_refused_by_every_backend_before_the_model_is_touched(backend: str) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=64))
+    before = snapshot(model)
+    with pytest.raises(LoRAError, match=r"PEFT adapts 3 parameters that .*\[k_proj, o_proj, q_proj, v_proj\]"):
+        attach_adapter(model, config(target_modules="all-linear"), BACKENDS[backend])
+    assert_equal_tensors(snapshot(model), before)

@@ -20,6 +20,7 @@ from plainlora.lora.layer import LoRALinear
 from plainlora.lora.module_to_save import ModuleToSave
 from plainlora.lora.record import lora_layers
 from plainlora.lora.targets import find_targets
+from tests.conftest import VOCABULARY
 from tests.lora.oracle import (
     Q_LIN,
     assert_equal_tensors,
@@ -327,6 +328,17 @@ def save_ia3(directory: Path) -> None:
     get_peft_model(make("llama"), IA3Config(task_type="CAUSAL_LM")).save_pretrained(directory)
 
 
+def with_embeddings(directory: Path, added: int, **options: object) -> None:
+    """What PEFT itself saves once tokens were added, or with `save_embedding_layers`."""
+    model = make("llama")
+    model.resize_token_embeddings(model.config.vocab_size + added)
+    model.get_input_embeddings().weight.data += 1
+    get_peft_model(model, config(**LM, **options)).save_pretrained(directory, save_embedding_layers=True)
+
+
+NORM = {"base_model.model.model.layers.0.input_layernorm.weight": torch.full((64,), 3.0)}
+
+
 def only_a_pickle(directory: Path) -> None:
     torch.save(load_file(directory / WEIGHTS), directory / "adapter_model.bin")
     (directory / WEIGHTS).unlink()
@@ -362,8 +374,32 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "a number": (lambda path: (path / CONFIG).write_text("3"), "is not a"),
     "no PEFT type": (lambda path: (path / CONFIG).write_text("{}"), "is not a"),
     "no such PEFT type": (lambda path: edit_config(path, peft_type="LOTA"), "is not a PEFT adapter config"),
-    "IA3": (save_ia3, "is not a LoRA config; this package reads LoRA adapters only"),
-    "DoRA": (lambda path: edit_config(path, use_dora=True), "does not implement use_dora=True"),
+    "IA3": (save_ia3, "is not a LoRA config but of PEFT's type IA3; this package reads LoRA adapters only"),
+    "DoRA": (lambda path: edit_config(path, use_dora=True), "trained with use_dora=True, which this LoRA does not"),
+    "single tokens": (
+        lambda path: edit_config(path, trainable_token_indices=[5]),
+        r"trained with trainable_token_indices=\[5\], which this LoRA does not implement; load it with PEFT",
+    ),
+    "parameters": (
+        lambda path: edit_config(path, target_parameters=["experts.down_proj"]),
+        r"trained with target_parameters=\['experts.down_proj'\], which this LoRA does not implement; load it",
+    ),
+    "added tokens": (
+        lambda path: with_embeddings(path, added=3),
+        f"embed_tokens.weight, the embeddings of {VOCABULARY + 3:,} tokens, and the base has {VOCABULARY:,}: tokens",
+    ),
+    "added tokens, trained whole": (
+        lambda path: with_embeddings(path, added=3, modules_to_save=["embed_tokens", "lm_head"]),
+        f"the embeddings of {VOCABULARY + 3:,} tokens, and the base has {VOCABULARY:,}: tokens were added",
+    ),
+    "other embeddings": (
+        lambda path: with_embeddings(path, added=0),
+        "holds base_model.model.model.embed_tokens.weight, a weight of the base with other values than this base's",
+    ),
+    "a trained norm, unsaid": (
+        lambda path: edit_tensors(path, lambda tensors: tensors.update(NORM)),
+        "layers.0.input_layernorm.weight, a weight of the base with other values",
+    ),
     "bad rank": (lambda path: edit_config(path, r="eight"), "r must be a whole number"),
     "bad dropout": (lambda path: edit_config(path, lora_dropout="much"), "lora_dropout must"),
     "a huge rank": (lambda path: edit_config(path, r=10**30), "r is 1,000,000,.*, more than any layer is wide"),
@@ -465,6 +501,14 @@ def test_u09_a_bad_folder_is_one_clear_line_and_no_harm(fault: str, tmp_path: Pa
     assert not any(isinstance(module, (LoRALinear, ModuleToSave)) for module in model.modules())
     assert not hasattr(model, "plainlora")
     inject(model, config())  # nor does it stand in the way of the next
+
+
+def test_embeddings_that_are_the_base_s_own_do_not_stand_in_the_way(tmp_path: Path) -> None:
+    theirs = get_peft_model(make("llama"), config(**LM))
+    move(theirs)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert any("embed_tokens" in name for name in load_file(tmp_path / WEIGHTS))
+    assert torch.equal(logits(load_adapter(make("llama"), tmp_path)), logits(theirs.eval()))
 
 
 def test_u09_a_bad_folder_spares_an_adapter_that_is_in_use(tmp_path: Path) -> None:

@@ -1,23 +1,41 @@
 """Which modules a config names: PEFT's choice where there is one, an error where PEFT would pass over a mistake."""
 
+import copy
+import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from peft import get_peft_model
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import plainlora.lora.targets
 from plainlora import inject
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.record import injection, lora_layers
-from plainlora.lora.targets import condense, default_targets, find_targets
+from plainlora.lora.targets import condense, find_targets
 from tests.lora.oracle import assert_same_as_peft, config, make, requires_grad, snapshot
 
 QV = ["q_proj", "v_proj"]
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0,
+}  # fmt: skip
 SELECTIONS = {
     "list": ("llama", {"target_modules": QV}),
     "longer ends": ("llama", {"target_modules": ["self_attn.q_proj", "model.layers.1.mlp.down_proj"]}),
@@ -161,11 +179,48 @@ def test_an_architecture_without_default_targets_is_an_error() -> None:
         inject(nn.Sequential(nn.Linear(4, 4)), config())
 
 
-def test_default_targets_are_peft_s() -> None:
-    for model_type, expected in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.items():
-        model = make("llama")
-        model.config.model_type = model_type
-        assert default_targets(model) == expected
+MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=16)),
+    "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2)),
+    "gpt_oss": lambda: GptOssForCausalLM(GptOssConfig(**SIZES, head_dim=8, num_local_experts=4)),
+}
+
+
+EXPERTS = [
+    "all-linear",
+    ["q_proj", "v_proj"],
+    r".*(k_proj|down_proj)",
+    ["o_proj", "gate"],
+    ["q_proj", "w1", "w2", "w3"],
+]
+
+
+@pytest.mark.parametrize("targets", EXPERTS)
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_and_routers_are_adapted_as_in_peft_or_refused(kind: str, targets: str | list[str]) -> None:
+    model, lora = MIXTURES[kind](), config(target_modules=targets)
+    peft = get_peft_model(MIXTURES[kind](), copy.deepcopy(lora)).base_model
+    parameters, linear = peft.targeted_parameter_names, list(peft.targeted_module_names)
+    leaves = {name.split(".")[-1] for name, _ in model.named_modules()}
+    unknown = [] if isinstance(targets, str) else sorted(set(targets) - leaves)
+    if parameters:
+        with pytest.raises(LoRAError, match=f"{len(parameters)} parameters that are no.*{parameters[0]}") as caught:
+            inject(model, lora)
+        named = re.search(r"set target_modules to \[(.*)\]", str(caught.value))[1].split(", ")
+        assert (
+            named == ["other modules"] if not linear else linear == find_targets(model, config(target_modules=named))
+        )
+    elif unknown:  # PEFT lets it pass
+        with pytest.raises(LoRAError, match=f"'{unknown[0]}' matches no module"):
+            inject(model, lora)
+    else:
+        assert [name for name, _ in lora_layers(inject(model, lora))] == linear
+
+
+def test_the_names_of_an_older_transformers_are_refused_where_only_half_of_a_fused_one_is_meant() -> None:
+    with pytest.raises(LoRAError, match=r"PEFT refuses this adapter: .*gate_proj without also targeting up_proj"):
+        inject(MIXTURES["qwen3_moe"](), config(target_modules=r".*\.(q_proj|gate_proj)"))
 
 
 def test_condensing_says_no_more_and_no_less() -> None:
@@ -223,7 +278,7 @@ def test_u23_a_regular_expression_without_end_is_refused_by_its_field(
     ("field", "options"),
     [
         ("rank_pattern", {"rank_pattern": {"(?i)q_proj": 3}}),
-        ("layers_pattern", {"layers_pattern": ["(?P<layer>layers)"], "layers_to_transform": [0]}),
+        ("layers_pattern", {"layers_pattern": ["(?P<idx>layers)"], "layers_to_transform": [0]}),
     ],
 )
 def test_a_regular_expression_that_fits_no_larger_one_is_refused(field: str, options: dict[str, Any]) -> None:

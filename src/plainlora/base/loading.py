@@ -20,7 +20,8 @@ from trl import ModelConfig, get_quantization_config
 from plainlora.base.config import check_storage, load_config
 from plainlora.base.dropout import find_dropouts, save_with_own_dropouts, set_dropouts
 from plainlora.base.failures import explain
-from plainlora.errors import UserError
+from plainlora.base.remote_code import code_options
+from plainlora.errors import UserError, first_line
 from plainlora.settings.arguments import dtype_of
 from plainlora.settings.checks import unusable_attention
 
@@ -157,6 +158,16 @@ def load_causal_lm(name: str, **options: Any) -> PreTrainedModel:
     if not all(type(number) is int and -1 <= number < 2**31 for number in numbers):
         raise UserError(f"{name}: eos_token_id of its generation_config.json is no token's number, but {ends!r:.60}")
     return model
+
+
+def build_decoder(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel | None:
+    """The language model that a config describes, without weights (`meta` device); `None` if it cannot be built so."""
+    try:
+        with torch.device("meta"):
+            options = code_options(config, AutoModelForCausalLM, trust_remote_code)
+            return AutoModelForCausalLM.from_config(config, **options)
+    except Exception:  # a model's own code, or an architecture that no Auto class knows: loading says why
+        return None
 
 
 def load_base(

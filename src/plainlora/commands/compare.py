@@ -17,6 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--config", help="a recipe's YAML: its model, adapter and rows; more of its flags after --")
     source.add_argument("--adapter", help="a trained adapter's folder, loaded into both")
     source.add_argument("--model", help="any decoder or encoder: a Hub id or a local folder")
+    source.add_argument(
+        "--architectures",
+        nargs="*",
+        metavar="MODEL_TYPE",
+        help="every causal language model and sequence classifier of Transformers, or these, tiny; about an hour",
+    )
     parser.add_argument("--target_modules", nargs="+", help="with --model: what LoRA adapts (default: all-linear)")
     parser.add_argument(
         "--lora_backend",
@@ -25,7 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", help="with --adapter: what both answer")
     parser.add_argument("--steps", type=int, help="optimizer steps of the trajectory (default: 10)")
-    parser.add_argument("--output", default="outputs/parity", help="folder for parity.json, parity.md and parity.png")
+    parser.add_argument(
+        "--output",
+        default="outputs/parity",
+        help="folder for parity.json, parity.md and parity.png, or architectures.json and architectures.md",
+    )
     parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="with --config: flags of the recipe's program")
 
 
@@ -63,8 +73,34 @@ def _refuse_idle_flags(arguments: argparse.Namespace) -> None:
             raise UserError(f"{flag} is for {name} only; see plainlora compare --help")
     if arguments.steps is not None and arguments.adapter:
         raise UserError("--steps is not for --adapter, which trains nothing; see plainlora compare --help")
+    if arguments.architectures is not None:
+        for flag in ("steps", "lora_backend"):
+            if getattr(arguments, flag) is not None:
+                raise UserError(f"--{flag} is not for --architectures; see plainlora compare --help")
     if arguments.steps is not None and arguments.steps < 1:
         raise UserError(f"--steps must be at least 1, not {arguments.steps}")
+
+
+def _sweep(model_types: list[str], output: Path) -> None:
+    """Every architecture, or those named; exit code 1 if a level neither holds nor is refused."""
+    from plainlora.parity.architecture_table import list_reasons, terminal_line, write
+    from plainlora.parity.architectures import examine_all, select
+    from plainlora.parity.tiny import quiet_models
+    from plainlora.progress import show_progress
+
+    rows = []
+    with quiet_models():
+        for row in examine_all(select(model_types), show_progress):
+            rows.append(row)
+            show_progress("")
+            print(terminal_line(row), flush=True)
+    write(rows, output)
+    different = list_reasons(rows, "differs")
+    built = sum(not row.not_built for row in rows)
+    print("\n".join(["", *different, f"{built} of {len(rows)} were built; {len(different)} levels differ"]))
+    print(f"architectures.json, architectures.md: {output}")
+    if different:
+        raise SystemExit(1)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -79,6 +115,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     _refuse_idle_flags(arguments)
     check_writable(arguments.output, "--output")
+    if arguments.architectures is not None:
+        _sweep(arguments.architectures, Path(arguments.output))
+        return
     results: list[CaseResult] = []
     with quiet_models():
         for case in _cases(arguments, arguments.steps or 10):

@@ -8,13 +8,13 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig, ScriptArguments
 
 from plainlora.backends import BACKENDS
-from plainlora.base.loading import load_base
+from plainlora.base.loading import build_decoder, load_base
 from plainlora.base.tokenizer import check_vocabulary, load_tokenizer
 from plainlora.data.prompts import install_template
 from plainlora.doctor.base import dense, examine_base, examine_weights
 from plainlora.doctor.diagnosis import Diagnosis
 from plainlora.doctor.finding import Examination
-from plainlora.doctor.layers import build_decoder, examine_layers
+from plainlora.doctor.layers import examine_layers
 from plainlora.doctor.precision import list_precisions
 from plainlora.doctor.resources import examine_resources
 from plainlora.doctor.rows import examine_rows

@@ -5,22 +5,12 @@ from collections import Counter
 import torch
 from peft import LoraConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from plainlora.backends import BACKENDS, attach_adapter, count_parameters
-from plainlora.base.remote_code import code_options
 from plainlora.doctor.finding import Examination
+from plainlora.lora.errors import some
 from plainlora.lora.record import lora_layers
-
-
-def build_decoder(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel | None:
-    """The language model that a config describes, without weights (`meta` device); `None` if it cannot be built so."""
-    try:
-        with torch.device("meta"):
-            options = code_options(config, AutoModelForCausalLM, trust_remote_code)
-            return AutoModelForCausalLM.from_config(config, **options)
-    except Exception:  # a model's own code, or an architecture that no Auto class knows: loading says why
-        return None
 
 
 def examine_layers(skeleton: PreTrainedModel | None, lora: LoraConfig, examination: Examination) -> list[str]:
@@ -45,6 +35,9 @@ def examine_layers(skeleton: PreTrainedModel | None, lora: LoraConfig, examinati
     if adapted is None:
         return []
     _examine_scale(adapted, lora, examination)
+    if lora.target_modules == "all-linear" and (experts := _stacked_weights(adapted)):
+        said = f"all-linear leaves {some(experts)} frozen, as PEFT does: they are parameters, not linear layers"
+        examination.add("note", "adapter", "experts", said)
     names = Counter(name.rpartition(".")[2] for name, _ in lora_layers(adapted))
     trainable, total = count_parameters(adapted)
     counts = ", ".join(f"{count} {name}" for name, count in names.items())
@@ -53,6 +46,16 @@ def examine_layers(skeleton: PreTrainedModel | None, lora: LoraConfig, examinati
         "ok", "adapter", "layers", said, layers=dict(names), trainable_params=trainable, total_params=total
     )
     return list(names)
+
+
+def _stacked_weights(model: nn.Module) -> list[str]:
+    """Names of the weights of several maps in one parameter: the experts of a mixture, of which no layer is linear."""
+    return [
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(module, nn.Conv1d)
+    ]
 
 
 def _examine_scale(adapted: nn.Module, lora: LoraConfig, examination: Examination) -> None:

@@ -110,7 +110,7 @@ def _wrong_numbers(config: LoraConfig) -> Iterator[tuple[str, str]]:
         yield "lora_dropout", f"lora_dropout must lie in [0, 1), not {config.lora_dropout!r:.100}"
 
 
-def _unsupported(config: LoraConfig) -> dict[str, str]:
+def find_unsupported(config: LoraConfig) -> dict[str, str]:
     """The fields that this package does not implement, each as it would be written."""
     found = {}
     for field in fields(config):
@@ -118,7 +118,7 @@ def _unsupported(config: LoraConfig) -> dict[str, str]:
             continue
         default = field.default_factory() if field.default_factory is not MISSING else field.default
         value = getattr(config, field.name)
-        if value != default and value not in (None, False, [], {}):
+        if value != default and value not in (None, False, [], {}, set()):
             found[field.name] = f"{field.name}={value!r}"
     if config.runtime_config.ephemeral_gpu_offload:
         found["runtime_config"] = "runtime_config.ephemeral_gpu_offload=True"
@@ -129,7 +129,7 @@ def _unsupported(config: LoraConfig) -> dict[str, str]:
 
 def find_faults(config: LoraConfig) -> Iterator[tuple[str, str]]:
     """What no back end of this package takes, whatever the model: the field, and what is wrong with it."""
-    unsupported = _unsupported(config)
+    unsupported = find_unsupported(config)
     said = f"this LoRA does not implement {', '.join(unsupported.values())}, with either back end; leave it out"
     yield from ((name, said) for name in unsupported)
     unreadable = list(_unreadable(config))

@@ -136,7 +136,10 @@ def read_config(directory: str | os.PathLike[str]) -> LoraConfig:
     except Exception as error:  # of any kind: PEFT hands what the file says to its own classes
         raise LoRAError(f"{path} is not a PEFT adapter config ({error}); save the adapter again") from error
     if not isinstance(content, dict) or not isinstance(config, LoraConfig):
-        raise LoRAError(f"{path} is not a LoRA config; this package reads LoRA adapters only")
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise LoRAError(
+            f"{path} is not a LoRA config but of PEFT's type {kind}; this package reads LoRA adapters only"
+        )
     for name in TEXTS:
         value = getattr(config, name)
         if value is not None and (not isinstance(value, str) or "\0" in value):
@@ -225,6 +228,45 @@ def _drop_repeats(model: nn.Module, read: dict[str, torch.Tensor]) -> dict[str, 
     return {name: tensor for name, tensor in read.items() if not name.startswith(repeats)}
 
 
+def _refuse_other_vocabulary(
+    model: nn.Module, name: str, saved: torch.Tensor, needed: torch.Tensor, path: Path
+) -> None:
+    """Raises `LoRAError` where a saved weight is the embeddings, or the head, of more or fewer tokens.
+
+    PEFT saves them where tokens were added (`save_embedding_layers`), or where they are in `modules_to_save`.
+    """
+    ends = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    embeddings = {key for key, module in model.named_modules(remove_duplicate=False) if module in ends}
+    owner = name.removeprefix(PREFIX).rpartition(".")[0]
+    if owner in embeddings and saved.shape[0] != needed.shape[0]:
+        raise LoRAError(
+            f"{path} holds {name}, the embeddings of {saved.shape[0]:,} tokens, and the base has {needed.shape[0]:,}: "
+            f"tokens were added for this adapter; load it with PEFT after model.resize_token_embeddings"
+            f"({saved.shape[0]}), and use the merged model (merge_and_unload)"
+        )
+
+
+def _drop_copies(
+    model: nn.Module, read: dict[str, torch.Tensor], own: dict[str, torch.Tensor], path: Path
+) -> dict[str, torch.Tensor]:
+    """What was read, without copies of the base's own weights: `save_embedding_layers` has PEFT write such.
+
+    Raises:
+        LoRAError: A weight of the base that the adapter neither wraps nor trains whole was changed.
+    """
+    frozen = {PREFIX + name: value for name, value in model.named_parameters(remove_duplicate=False)}
+    copies = sorted(read.keys() & frozen.keys() - own.keys())
+    for name in copies:
+        saved, there = read[name], frozen[name]
+        _refuse_other_vocabulary(model, name, saved, there, path)
+        if saved.shape != there.shape or not (there.is_meta or torch.equal(saved.to(there), there)):
+            raise LoRAError(
+                f"{path} holds {name}, a weight of the base with other values than this base's, and modules_to_save "
+                "does not name it; load it with PEFT, and use the merged model (merge_and_unload)"
+            )
+    return {name: tensor for name, tensor in read.items() if name not in copies}
+
+
 @torch.no_grad()
 def load_adapter_weights(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Puts a saved adapter into a model that already carries one of the same shape.
@@ -237,6 +279,7 @@ def load_adapter_weights(model: nn.Module, directory: str | os.PathLike[str]) ->
     """
     own, read = adapter_state_dict(model), _drop_repeats(model, _read_tensors(directory))
     path = Path(directory) / SAFETENSORS_WEIGHTS_NAME
+    read = _drop_copies(model, read, own, path)
     if missing := own.keys() - read.keys():
         raise LoRAError(
             f"{path} lacks {some(sorted(missing))}; it belongs to another base model or another target_modules"
@@ -247,6 +290,7 @@ def load_adapter_weights(model: nn.Module, directory: str | os.PathLike[str]) ->
         )
     for name, tensor in read.items():
         if tensor.shape != own[name].shape:
+            _refuse_other_vocabulary(model, name, tensor, own[name], path)
             raise LoRAError(
                 f"{path}: {name} has shape {tuple(tensor.shape)}, the model needs {tuple(own[name].shape)}; "
                 "the adapter was trained on another base model or rank"

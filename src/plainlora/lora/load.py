@@ -2,7 +2,8 @@
 
 import os
 
-from plainlora.lora.errors import LoRAError
+from plainlora.lora.config import find_unsupported
+from plainlora.lora.errors import LoRAError, some
 from plainlora.lora.inject import inject, unwrap
 from plainlora.lora.interchange import load_adapter_weights, read_config, saved_head_weights
 from plainlora.lora.record import ModelT
@@ -23,10 +24,15 @@ def load_adapter(model: ModelT, directory: str | os.PathLike[str], trainable: bo
         The same model.
 
     Raises:
-        LoRAError: See `read_config`, `saved_head_weights`, `inject` and `load_adapter_weights`. Then the model is as
-            it was before.
+        LoRAError: The config says what this package does not implement; or see `read_config`, `saved_head_weights`,
+            `inject` and `load_adapter_weights`. Then the model is as it was before.
     """
     config = read_config(directory)
+    if unsupported := find_unsupported(config):
+        raise LoRAError(
+            f"{directory} was trained with {some(list(unsupported.values()))}, which this LoRA does not implement; load it with PEFT "
+            "(PeftModel.from_pretrained)"
+        )
     inject(
         model,
         config,

@@ -1,16 +1,24 @@
-"""What a `LoraConfig` selects on a model. Every name must match, and every target must be one LoRA can wrap."""
+"""What a `LoraConfig` selects on a model: PEFT's own choice, every name of which must match a linear layer."""
 
 import difflib
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterable
+import warnings
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
+from copy import deepcopy
 from functools import cache
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
-from peft import LoraConfig, TaskType
+from peft import LoraConfig, PeftConfig, TaskType
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from plainlora.lora.errors import LoRAError
+from plainlora.lora.errors import LoRAError, some
 from plainlora.lora.storage import is_quantized, is_supported
 from plainlora.lora.time_limit import time_limit
 
@@ -22,8 +30,54 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
 }
 
 MATCH_SECONDS = 10.0  # a field's patterns on all names of a model take less than a thousandth of it
-BYPASSING_MODELS = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
-BYPASSED = {"out_proj", "conv1d"}
+
+
+class _Matched(Exception):
+    """PEFT has matched every target."""
+
+
+class Selection(LoraModel):
+    """PEFT's resolution of a config on a model, up to where PEFT would begin to change the model.
+
+    That is `BaseTuner.inject_adapter` with a `_create_and_replace`, the method that each PEFT tuner defines, which
+    only notes the target. Conversions of module names between versions of Transformers are included.
+
+    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/tuners_utils.py
+
+    Args:
+        model: The base; it stays as it is.
+        config: The adapter.
+
+    Attributes:
+        selected: Full names of the modules that PEFT adapts, in the model's own order.
+        selected_parameters: Full names of the parameters that it adapts by themselves, in no linear layer.
+
+    Raises:
+        ValueError: PEFT refuses the config.
+    """
+
+    def __init__(self, model: nn.Module, config: LoraConfig) -> None:
+        self.selected: list[str] = []
+        self.selected_parameters: list[str] = []
+        with suppress(_Matched), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's, about what is an error here
+            super().__init__(model, deepcopy(config), "default")
+
+    def _create_and_replace(self, *_: Any, current_key: str, parameter_name: str | None = None, **__: Any) -> None:  # type: ignore[override]
+        (self.selected if parameter_name is None else self.selected_parameters).append(current_key)
+
+    def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
+        try:
+            super()._check_target_module_compatiblity(peft_config, model, target_name)
+        except ValueError as error:
+            raise LoRAError(
+                f"target_modules: {target_name!r} cannot be adapted, because Mamba layers read its weight without "
+                f"calling it; name other modules, or add {target_name!r} to exclude_modules"
+            ) from error
+
+    def set_adapter(self, *_: Any, **__: Any) -> NoReturn:
+        """The first that PEFT does once all targets are matched."""
+        raise _Matched
 
 
 def _leaf(name: str) -> str:
@@ -47,50 +101,39 @@ def _pattern_hint(pattern: str, linear: Iterable[str]) -> str:
     return _near_misses(pattern, linear)
 
 
-def _is_excluded(name: str, config: LoraConfig) -> bool:
-    excluded = config.exclude_modules
-    if isinstance(excluded, str):
-        return re.fullmatch(excluded, name) is not None
-    if excluded and any(_names(entry, name) for entry in excluded):
-        return True
-    return any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in config.modules_to_save or ())
+def _matches(name: str, **fields: Any) -> object:
+    """Whether PEFT matches a module's name by some fields of a config alone."""
+    return check_target_module_exists(
+        SimpleNamespace(**{"target_modules": [], "target_parameters": None} | fields), name
+    )
 
 
-def _layer_of(name: str, config: LoraConfig) -> int | None:
-    """PEFT's rule for the layer that a module lies in: the first number in its name. A head lies in none."""
-    patterns = config.layers_pattern or []
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    for pattern in patterns or [r"[^.]*"]:
-        prefix = r".*?\." if not patterns else r"(?:^|.*?\.)"
-        if match := re.match(rf"{prefix}{pattern}\.(?P<layer>\d+)\.", name):
-            return int(match["layer"])
-    return None
-
-
-def _in_layers(names: list[str], wanted: Collection[str], config: LoraConfig, strict: bool) -> list[str]:
-    """The names that `layers_to_transform` lets through; as in PEFT, also each that is written out in full."""
+def _check_layers(matched: list[str], config: LoraConfig) -> None:
+    """Raises `LoRAError` for a number of `layers_to_transform` in which no target lies."""
     layers = config.layers_to_transform
-    if layers is None or layers == []:
-        return names
-    layers = [layers] if isinstance(layers, int) else layers
-    numbers = {name: _layer_of(name, config) for name in names}
-    unknown = [layer for layer in layers if layer not in numbers.values()]
-    if strict and unknown:
-        there = sorted({number for number in numbers.values() if number is not None})
-        has = f"they lie in the layers {there[0]} to {there[-1]}" if there else "they lie in no layer"
-        raise LoRAError(f"layers_to_transform: there is no target module in layer {unknown[0]}; {has}")
-    return [name for name in names if name in wanted or numbers[name] in layers]
+    ends = set(map(_leaf, matched))
+
+    def has_target(layer: int) -> bool:
+        fields = {"target_modules": ends, "layers_to_transform": layer, "layers_pattern": config.layers_pattern}
+        return any(_matches(name, **fields) for name in matched)
+
+    for layer in [layers] if isinstance(layers, int) else layers or ():
+        if not has_target(layer):
+            numbers = sorted({int(part) for name in matched for part in name.split(".") if part.isdecimal()})
+            there = [number for number in numbers if has_target(number)]
+            has = f"they lie in the layers {there[0]} to {there[-1]}" if there else "they lie in no layer"
+            raise LoRAError(f"layers_to_transform: there is no target module in layer {layer}; {has}")
 
 
 def check_patterns_end(model: nn.Module, config: LoraConfig) -> None:
     """Raises `LoRAError` for a field whose regular expressions fail, or have no end, on a model's names."""
     names = [name for name, _ in model.named_modules()]
-    whole = re.compile(config.target_modules if isinstance(config.target_modules, str) else "")
-    excluding = "exclude_modules" if isinstance(config.exclude_modules, str) else "modules_to_save"
+    layers = {"target_modules": set(map(_leaf, names)), "layers_to_transform": 0}
     checks: list[tuple[str, Callable[[str], object]]] = [
-        ("target_modules", whole.fullmatch),
-        (excluding, lambda name: _is_excluded(name, config)),
-        ("layers_pattern", lambda name: _layer_of(name, config)),
+        ("target_modules", lambda name: _matches(name, target_modules=config.target_modules or ())),
+        ("exclude_modules", lambda name: _matches(name, exclude_modules=config.exclude_modules)),
+        ("modules_to_save", lambda name: _matches(name, modules_to_save=config.modules_to_save)),
+        ("layers_pattern", lambda name: _matches(name, layers_pattern=config.layers_pattern, **layers)),
         ("rank_pattern", lambda name: value_for(config.rank_pattern or {}, name, 0)),
         ("alpha_pattern", lambda name: value_for(config.alpha_pattern or {}, name, 0)),
     ]
@@ -108,37 +151,51 @@ def check_patterns_end(model: nn.Module, config: LoraConfig) -> None:
             ) from error
 
 
-def _check_all_excluded(names: Iterable[str], linear: Iterable[str], config: LoraConfig) -> None:
-    """PEFT lets a name that excludes nothing pass, and then adapts what was to be left out."""
+def _check_names(model: nn.Module, config: LoraConfig, linear: list[str]) -> None:
+    """Raises `LoRAError` for a name or number that changes nothing: PEFT lets it pass (peft#3693)."""
+    names, wanted = [name for name, _ in model.named_modules() if name], config.target_modules
+    if wanted is not None and not isinstance(wanted, str):
+        for entry in sorted(wanted):
+            if not any(_names(entry, name) for name in names):
+                raise LoRAError(f"target_modules: {entry!r} matches no module; {_near_misses(entry, linear)}")
+        _check_layers([name for name in names if any(_names(entry, name) for entry in wanted)], config)
     excluded = config.exclude_modules
     for entry in () if isinstance(excluded, str) else excluded or ():
         if not any(_names(entry, name) for name in names):
             raise LoRAError(f"exclude_modules: {entry!r} matches no module; {_near_misses(entry, linear)}")
 
 
-def _all_linear(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Every linear layer but the output head (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, section 4)."""
-    get_head = getattr(model, "get_output_embeddings", lambda: None)
-    head = get_head()
-    if head is None and config.task_type == TaskType.SEQ_CLS:
-        head = next((getattr(model, name) for name in ("score", "classifier") if hasattr(model, name)), None)
-    return [name for name, module in model.named_modules() if is_supported(module) and module is not head]
+def _model_type(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "model_type", "")
 
 
-def default_targets(model: nn.Module) -> list[str] | str:
-    """PEFT's own choice for the architecture, as of the installed version: names or a regular expression.
-
-    Raises:
-        LoRAError: PEFT has no default for this architecture.
-    """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in DEFAULT_TARGETS:
-        raise LoRAError(
-            f"there are no default target modules for {model_type or type(model).__name__}; "
-            'set target_modules to a list of names, or to "all-linear"'
+def _explain_none(model: nn.Module, config: LoraConfig, linear: list[str]) -> LoRAError:
+    """What to say where PEFT finds no target."""
+    wanted: str | Sequence[str] | None = config.target_modules
+    wanted = DEFAULT_TARGETS[_model_type(model)] if wanted is None else wanted
+    everything = isinstance(wanted, str) and wanted.lower() == "all-linear"
+    if everything or any(_matches(name, target_modules=wanted) for name, _ in model.named_modules() if name):
+        return LoRAError(
+            "target_modules: no module is left to adapt after layers_to_transform, exclude_modules and modules_to_save"
         )
-    targets = DEFAULT_TARGETS[model_type]
-    return targets if isinstance(targets, str) else list(targets)
+    if isinstance(wanted, str):
+        return LoRAError(f"target_modules: the pattern {wanted!r} matches no module; {_pattern_hint(wanted, linear)}")
+    return LoRAError(
+        f"target_modules: none of {', '.join(sorted(wanted))} names a module of this {type(model).__name__}; "
+        "the adapter is for another architecture"
+    )
+
+
+def _explain_parameters(model: nn.Module, found: Selection, strict: bool) -> LoRAError:
+    """What to say where PEFT also adapts parameters that are no linear layer's: experts and their router."""
+    parameters = found.selected_parameters
+    others = ", ".join(condense(found.selected, model)) if found.selected else "other modules"
+    advice = f"to adapt the linear layers alone, set target_modules to [{others}]"
+    return LoRAError(
+        f"target_modules: in this {type(model).__name__} PEFT adapts {len(parameters)} parameters that are no linear "
+        f"layer's ({some(parameters)}), by target_parameters, which this LoRA does not implement; "
+        f"{advice if strict else 'load this adapter with PEFT'}"
+    )
 
 
 def condense(names: list[str], model: nn.Module) -> list[str]:
@@ -157,73 +214,46 @@ def find_targets(model: nn.Module, config: LoraConfig, strict: bool = True) -> l
 
 
 def find_target_modules(model: nn.Module, config: LoraConfig, strict: bool = True) -> dict[str, nn.Module]:
-    """The modules to adapt by full name, in the model's own order.
+    """The modules that PEFT would adapt by full name, in the model's own order.
 
     Args:
-        model: The base model.
+        model: The base model; its skeleton on the meta device will do.
         config: `target_modules` is a list of names, a regular expression, `"all-linear"`, or `None` for the default.
         strict: Whether a single name of a list that matches nothing is an error (PEFT lets it pass, peft#3693).
 
     Raises:
-        LoRAError: Nothing matches, a name matches nothing, or a match is not a linear layer.
+        LoRAError: Nothing matches, a name matches nothing, a match is not a linear layer, or PEFT would also adapt
+            parameters that lie in none.
     """
     check_patterns_end(model, config)
-    wanted = config.target_modules
-    if wanted is None:
-        wanted = default_targets(model)
     modules = dict(model.named_modules())
     linear = [name for name, module in modules.items() if is_supported(module)]
-
-    if isinstance(wanted, str) and wanted.lower() == "all-linear":
-        matched = _all_linear(model, config)
-    elif isinstance(wanted, str):
-        matched = [name for name in modules if name and re.fullmatch(wanted, name)]
-        if not matched:
-            raise LoRAError(
-                f"target_modules: the pattern {wanted!r} matches no module; {_pattern_hint(wanted, linear)}"
-            )
-    else:
-        matched = [name for name in modules if name and any(_names(entry, name) for entry in wanted)]
-        for entry in sorted(wanted):
-            if strict and not any(_names(entry, name) for name in matched):
-                raise LoRAError(f"target_modules: {entry!r} matches no module; {_near_misses(entry, linear)}")
-        if not matched:
-            raise LoRAError(
-                f"target_modules: none of {', '.join(sorted(wanted))} names a module of this {type(model).__name__}; "
-                "the adapter is for another architecture"
-            )
-        matched = _in_layers(matched, wanted, config, strict)
-
-    if strict:
-        _check_all_excluded(modules, linear, config)
-    targets = [name for name in matched if not _is_excluded(name, config)]
-    if not targets:
+    if config.target_modules is None and _model_type(model) not in DEFAULT_TARGETS:
         raise LoRAError(
-            "target_modules: no module is left to adapt after layers_to_transform, exclude_modules and modules_to_save"
+            f"there are no default target modules for {_model_type(model) or type(model).__name__}; "
+            'set target_modules to a list of names, or to "all-linear"'
         )
-    for name in targets:
+    try:
+        found = Selection(model, config)
+    except LoRAError:
+        raise
+    except ValueError as error:
+        if strict:
+            _check_names(model, config, linear)
+        if isinstance(error, NoMatchingPeftModuleError):
+            raise _explain_none(model, config, linear) from error
+        raise LoRAError(f"target_modules: PEFT refuses this adapter: {error}") from error
+    if found.selected_parameters:
+        raise _explain_parameters(model, found, strict)
+    if strict:
+        _check_names(model, config, linear)
+    for name in found.selected:
         if not is_supported(modules[name]):
             raise LoRAError(
                 f"target_modules: {name!r} is a {type(modules[name]).__name__}; LoRA here adapts linear layers "
                 f"({', '.join(sorted({_leaf(item) for item in linear}))})"
             )
-    _refuse_bypassed(model, targets)
-    return {name: modules[name] for name in targets}
-
-
-def _refuse_bypassed(model: nn.Module, targets: list[str]) -> None:
-    """Mamba's fused kernels read these weights without calling the modules, so an adapter there would do nothing.
-
-    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/tuners_utils.py
-    (`_check_lora_target_modules_mamba`)
-    """
-    if getattr(getattr(model, "config", None), "model_type", None) in BYPASSING_MODELS:
-        for name in targets:
-            if _leaf(name) in BYPASSED:
-                raise LoRAError(
-                    f"target_modules: {name!r} cannot be adapted, because Mamba layers read its weight without "
-                    f"calling it; name other modules, or add {_leaf(name)!r} to exclude_modules"
-                )
+    return {name: modules[name] for name in found.selected}
 
 
 def find_modules_to_save(model: nn.Module, config: LoraConfig, targets: Collection[str]) -> list[str]:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PrinterCallback
 from trl import SFTTrainer
 
+from plainlora.lora.errors import LoRAError
 from plainlora.lora.storage import is_quantized
 from plainlora.parity.case import Case, seed_everything
 from plainlora.parity.sides import Side
@@ -317,9 +318,14 @@ def observe(side: Side, case: Case, directory: Path, progress: Callable[[str], N
 
     Returns:
         An observation for each of `LEVELS`; one that could not run carries the reason.
+
+    Raises:
+        LoRAError: The adapter is refused, as training with it would be.
     """
     try:
         model = _attach(side, case)
+    except LoRAError:
+        raise
     except Exception as error:  # whatever a library raises
         return {level: Observation(not_run=_reason(error)) for level in LEVELS}
     found = {"init": _attempt(lambda: observe_init(side, case, model))}

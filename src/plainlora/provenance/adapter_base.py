@@ -1,21 +1,22 @@
 """The base of a saved adapter: which one, how training stored it, and which classes a classifier has."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from plainlora.base.classifier import classifier_config, load_classifier
+from plainlora.base.classifier import build_skeleton, classifier_config, load_classifier
 from plainlora.base.config import load_config
-from plainlora.base.loading import load_causal_lm
+from plainlora.base.loading import build_decoder, load_causal_lm
 from plainlora.base.tokenizer import check_vocabulary, load_tokenizer
 from plainlora.errors import UserError, first_line
 from plainlora.json_files import read_mapping
 from plainlora.lora.interchange import read_config, saved_shapes
+from plainlora.lora.load import load_adapter
 from plainlora.provenance.base_identity import describe_base, find_difference, is_description, name_base
 
 BaseKind = Literal["16bit", "dequantized"]
@@ -56,16 +57,26 @@ def find_base(adapter: str | Path, base_model: str | None = None, allow_other_ba
 
     Raises:
         UserError: The base cannot be had, or it is another one.
-        LoRAError: It is no adapter.
+        LoRAError: It is no adapter, or one that does not fit the base: said before the base's weights are loaded.
     """
     name, revision = base_of(adapter) if base_model is None else (base_model, None)
     read_config(adapter)
     trained = read_run(adapter).get("base")
     base = Base(name, revision, trained)
-    difference = find_difference(trained, base.identity) if trained else None
-    if trained is None or difference is None:
-        return base
-    both = f"{adapter} was trained on {name_base(trained)}, and {name_base(base.identity)}"
+    if trained and (warning := _difference(adapter, base, allow_other_base)):
+        base = replace(base, warning=warning)
+    if (skeleton := _skeleton(adapter, base)) is not None:
+        load_adapter(skeleton, adapter)
+    return base
+
+
+def _difference(adapter: str | Path, base: Base, allow_other_base: bool) -> str | None:
+    """In what a base differs from the one that training saw although it may be used; `None` if in nothing."""
+    assert base.trained_on is not None
+    difference = find_difference(base.trained_on, base.identity)
+    if difference is None:
+        return None
+    both = f"{adapter} was trained on {name_base(base.trained_on)}, and {name_base(base.identity)}"
     other = {
         "architecture": "is another architecture",
         "tensors": "has other tensors or shapes",
@@ -73,7 +84,7 @@ def find_base(adapter: str | Path, base_model: str | None = None, allow_other_ba
         "precision": "is the same in another precision, so that answers differ by rounding",
     }
     if difference == "precision" or (allow_other_base and difference != "architecture"):
-        return Base(name, revision, trained, warning=f"{both} {other[difference]}")
+        return f"{both} {other[difference]}"
     advice = "" if difference == "architecture" else ", or go on with --allow_other_base"
     raise UserError(f"{both} {other[difference]}; give the base it was trained on with --base_model{advice}")
 
@@ -216,9 +227,20 @@ def _load(
     adapter: str | Path, base: Base, dtype: torch.dtype | str, quantization: BitsAndBytesConfig | None
 ) -> PreTrainedModel:
     options: dict[str, Any] = {"revision": base.revision, "dtype": dtype, "quantization": quantization}
+    config = _classifier_config(adapter, base)
+    return load_causal_lm(base.name, **options) if config is None else load_classifier(config, base.name, **options)[0]
+
+
+def _classifier_config(adapter: str | Path, base: Base) -> PretrainedConfig | None:
+    """The config of a classifier's base; `None` for a causal language model."""
     labels = class_labels(adapter)
     if labels is None:
-        return load_causal_lm(base.name, **options)
+        return None
     pad = load_tokenizer_of(adapter, base).pad_token_id
-    model, _ = load_classifier(classifier_config(base.name, labels, pad, base.revision), base.name, **options)
-    return model
+    return classifier_config(base.name, labels, pad, base.revision)
+
+
+def _skeleton(adapter: str | Path, base: Base) -> PreTrainedModel | None:
+    """The base without its weights (`meta` device); `None` if it cannot be laid out so."""
+    config = _classifier_config(adapter, base)
+    return build_decoder(load_config(base.name, base.revision)) if config is None else build_skeleton(config)

@@ -84,6 +84,19 @@ class RowsInOrder(Trainer):
         return sampler
 
 
+class PredictedTokens(SFTTrainer):
+    """SFTTrainer that divides a step's loss by the number of tokens that are predicted, whatever the model's class.
+
+    Trainer leaves the first token of each row out of that number only if it finds a loss for the name of the model's
+    class. For `GPT2LMHeadModel` it finds none: the loss of a row of 12 labelled tokens would be 11/12 of the model's.
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer.py (`_loss_shifts_labels`)
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._loss_shifts_labels = True
+
+
 class _Seams(Watched, WholeSaves, RowsInOrder):
     """What both trainers below share.
 
@@ -175,7 +188,7 @@ def with_unlabelled(rows: Dataset, count: int) -> Dataset:
     return concatenate_datasets([rows, Dataset.from_list(more, features=rows.features)])
 
 
-class AdapterTrainer(_Seams, SFTTrainer):
+class AdapterTrainer(_Seams, PredictedTokens):
     """SFTTrainer for a model that carries an adapter of either back end."""
 
     def __init__(self, model: nn.Module, backend: Backend, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,109 @@
+"""What a sweep over architectures leaves: `architectures.json`, and `architectures.md` with how many ended how."""
+
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from plainlora.parity.architectures import COMPARED, LEVELS, WITHIN, Architecture, Outcome, Row, Task
+from plainlora.report import package_versions, write_json
+
+OUTCOMES = {
+    "=": "every bit the same",
+    "close": f"within {WITHIN:g}",
+    "refused": "refused by name",
+    "differs": "neither",
+}
+TITLES: dict[Task, str] = {"causal": "Causal language models", "classifier": "Sequence classifiers"}
+INTRODUCTION = f"""\
+of Transformers' causal language models and sequence classifiers, each made tiny from its config, with random weights.
+Written by `plainlora compare --architectures`.
+
+`init`, `forward`, `gradients`, `files` and `merge` compare the fused form with PEFT. `loss` compares the loss of a
+training step with the one that the model's own forward gives, `packing` the loss of packed documents with the losses
+of each alone. A number is the largest relative difference; where fp32 rounds too coarsely to be within {WITHIN:g}, it
+is that of fp64. What is refused is refused to a user in the same words."""
+
+
+def _name(architecture: Architecture) -> str:
+    return f"{architecture.class_name} ({architecture.model_type})"
+
+
+def _cell(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return ""
+    if outcome.kind == "close":
+        return f"{outcome.relative:.0e}"
+    return "**differs**" if outcome.kind == "differs" else outcome.kind
+
+
+def _line(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def terminal_line(row: Row) -> str:
+    """One architecture in one line."""
+    ends = [f"{level} {_cell(outcome)}" for level, outcome in row.outcomes.items()]
+    return f"{_name(row.architecture):58}  " + (f"not built: {row.not_built}" if row.not_built else "  ".join(ends))
+
+
+def count(rows: Sequence[Row]) -> dict[str, Counter[str]]:
+    """How often each level ended in each way."""
+    ends = {level: [row.outcomes[level].kind for row in rows if level in row.outcomes] for level in LEVELS}
+    return {level: Counter(kinds) for level, kinds in ends.items()}
+
+
+def list_reasons(rows: Sequence[Row], kind: str) -> list[str]:
+    """Every level that ended in one way, with the reason; once for an adapter that is refused at all of them."""
+    found: dict[str, None] = {}
+    for row in rows:
+        if kind == "refused" and row.refused:
+            found[f"{_name(row.architecture)}, all-linear: {row.refused}"] = None
+        for level, outcome in row.outcomes.items():
+            if outcome.kind == kind and outcome.reason != row.refused:
+                found[f"{_name(row.architecture)}, {level}: {outcome.reason}"] = None
+    return list(found)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The counts, a table for each program's models, every refusal, and what was not built.
+
+    Args:
+        rows: Of the sweep.
+    """
+    built, counts = [row for row in rows if not row.not_built], count(rows)
+    lines = ["# Architectures", "", f"{len(built)} {INTRODUCTION}", ""]
+    lines += [_line("level", *OUTCOMES.values()), "|---|" + "---:|" * len(OUTCOMES)]
+    lines += [_line(level, *(counts[level][kind] for kind in OUTCOMES)) for level in LEVELS]
+    for task, title in TITLES.items():
+        levels = LEVELS if task == "causal" else COMPARED
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            _line("model type", "class", "LoRA on", *levels),
+            "|---" * (3 + len(levels)) + "|",
+        ]
+        for row in built:
+            if row.architecture.task == task:
+                cells = [_cell(row.outcomes.get(level)) for level in levels]
+                lines.append(_line(row.architecture.model_type, row.architecture.class_name, row.targets, *cells))
+    not_built = [f"{_name(row.architecture)}: {row.not_built}" for row in rows if row.not_built]
+    sections = {
+        "What is refused": list_reasons(built, "refused"),
+        "What differs": list_reasons(built, "differs"),
+        "What was not built": not_built,
+    }
+    for title, entries in sections.items():
+        lines += ["", f"## {title}", "", *(f"- {entry}" for entry in entries or ["Nothing."])]
+    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+    return "\n".join([*lines, "", f"Python {platform.python_version()}, {versions}.", ""])
+
+
+def write(rows: Sequence[Row], directory: Path) -> None:
+    """Writes `architectures.json` and `architectures.md`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    content = {"architectures": [asdict(row) for row in rows], "counts": count(rows), "versions": package_versions()}
+    write_json(directory / "architectures.json", content)
+    (directory / "architectures.md").write_text(markdown(rows), encoding="utf-8")

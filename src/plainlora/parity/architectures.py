@@ -1,0 +1,353 @@
+"""Every causal language model and sequence classifier of the installed Transformers, tiny, through every level.
+
+Each architecture is made from its config with random weights and compared with PEFT as a case of one's own is
+(`plainlora.parity.compare`). A language model is then trained for one step by the program's own trainer, twice: the
+loss must be the model's own, and packed documents must have the loss that each has alone. What a level cannot do is
+refused, in the words that a user would read.
+"""
+
+import difflib
+import gc
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PrinterCallback,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+from trl import SFTConfig
+
+from plainlora.backends import BACKENDS, attach_adapter
+from plainlora.base.dropout import set_dropouts
+from plainlora.errors import UserError
+from plainlora.lora.errors import LoRAError
+from plainlora.lora.targets import Selection, condense, find_targets
+from plainlora.lora.time_limit import time_limit
+from plainlora.parity.case import FORMS, Case, seed_everything
+from plainlora.parity.compare import Verdict, compare
+from plainlora.parity.shrink import LARGEST, NOT_BUILT, TOKENS, tiny_config
+from plainlora.parity.suite import training_arguments
+from plainlora.parity.tiny import byte_tokenizer
+from plainlora.training.trainers import AdapterTrainer, hand_over
+
+Task = Literal["causal", "classifier"]
+COMPARED = ("init", "forward", "gradients", "files", "merge")
+TRAINED = ("loss", "packing")  # by language models
+LEVELS = (*COMPARED, *TRAINED)
+WITHIN = 1e-6  # relative
+SECONDS = 300.0  # an architecture
+AUTO: dict[Task, Any] = {"causal": AutoModelForCausalLM, "classifier": AutoModelForSequenceClassification}
+LENGTHS = (9, 13, 6, 17)  # of the documents that are packed, in tokens
+WORDS = 200  # token numbers below; small vocabularies exist
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A class of Transformers that a program of this project may load.
+
+    Attributes:
+        model_type: As in its `config.json`.
+        class_name: Of the model.
+        task: Which program it is for.
+    """
+
+    model_type: str
+    class_name: str
+    task: Task
+
+
+@dataclass
+class Outcome:
+    """How one level of one architecture ended.
+
+    Attributes:
+        kind: `=`: every bit the same; `close`: within `WITHIN`; `refused`: named, before training; `differs`: neither.
+        relative: The largest difference over the largest value of its tensor, or of two losses; dimensionless.
+        reason: Why it was refused, or what differs.
+    """
+
+    kind: Literal["=", "close", "refused", "differs"]
+    relative: float | None = None
+    reason: str = ""
+
+
+@dataclass
+class Row:
+    """One architecture.
+
+    Attributes:
+        architecture: Which.
+        targets: What LoRA adapts: `all-linear`, or the names that the refusal of that asks for.
+        refused: The refusal.
+        outcomes: By level; empty if it was not built.
+        not_built: Why not.
+    """
+
+    architecture: Architecture
+    targets: str = ""
+    refused: str = ""
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    not_built: str = ""
+
+
+def list_architectures() -> list[Architecture]:
+    """All of the Auto classes' mappings; a class with several configs once for each."""
+    mappings: dict[Task, Any] = {
+        "causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "classifier": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    return [
+        Architecture(model_type, name if isinstance(name, str) else name[0], task)
+        for task, names in mappings.items()
+        for model_type, name in names.items()
+    ]
+
+
+def select(model_types: Sequence[str]) -> list[Architecture]:
+    """The architectures of some model types; all of them if none is named.
+
+    Raises:
+        UserError: There is none of that type.
+    """
+    everything = list_architectures()
+    known = sorted({architecture.model_type for architecture in everything})
+    for name in model_types:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "it is the model_type of a config.json"
+            raise UserError(f"--architectures: Transformers has no {name!r} with a program here; {hint}")
+    return [architecture for architecture in everything if not model_types or architecture.model_type in model_types]
+
+
+def _random_documents(lengths: Sequence[int]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(20, WORDS, (length,), generator=generator).tolist() for length in lengths]
+
+
+def build(architecture: Architecture, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The architecture's model, tiny, without dropout, with the same random weights every time.
+
+    Weights are drawn at about the size that keeps the variance of what they multiply, so that every module counts:
+    Transformers' own start makes most contributions small.
+
+    Args:
+        architecture: Which.
+        dtype: Of its weights.
+    """
+    config = tiny_config(architecture.model_type, architecture.task)
+    set_dropouts(config, 0.0)
+    if dtype is torch.float64:
+        config._experts_implementation = "eager"  # grouped products know fp32 and less
+    seed_everything(0)
+    model = AUTO[architecture.task].from_config(config, dtype=dtype).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in sorted(model.named_parameters()):
+            if weight.is_floating_point() and (weight.ndim > 1 or name.endswith("bias")):
+                size = 0.1 if weight.ndim == 1 else 0.7 / weight.shape[-1] ** 0.5
+                weight.copy_(size * torch.randn(weight.shape, generator=generator))
+    return cast(PreTrainedModel, model)
+
+
+def _inputs(architecture: Architecture) -> dict[str, torch.Tensor]:
+    ids = torch.tensor(_random_documents((24, 24)))
+    if architecture.task == "classifier":
+        ids[:, -1] = TOKENS["eos_token_id"]  # where BART and its kin look for the text
+    labels = ids if architecture.task == "causal" else torch.arange(len(ids))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def _lora(model: PreTrainedModel, architecture: Architecture) -> tuple[LoraConfig, str]:
+    """An adapter for all linear layers, or for those that a refusal names; and the refusal.
+
+    Raises:
+        LoRAError: No adapter for them is possible.
+    """
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6}
+    if architecture.task == "classifier":
+        options |= {"task_type": "SEQ_CLS", "exclude_modules": r".*(classifier|score).*"}  # trained whole
+    lora, refused = LoraConfig(**options, target_modules="all-linear"), ""
+    try:
+        find_targets(model, lora)
+    except LoRAError as error:
+        refused = str(error)
+        if "exclude_modules" in refused:  # what Mamba reads without calling
+            linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+            selected = [name for name in linear if not name.endswith(("out_proj", "dt_proj", "lm_head"))]
+        else:
+            selected = Selection(model, lora).selected
+        lora = LoraConfig(**options, target_modules=condense(selected, model))
+        find_targets(model, lora)
+    return lora, refused
+
+
+def _outcome(verdict: Verdict) -> Outcome:
+    if verdict.identical:
+        return Outcome("=")
+    if verdict.status == "pass" and (verdict.max_rel or 0.0) <= WITHIN:
+        return Outcome("close", verdict.max_rel)
+    return Outcome("differs", verdict.max_rel, verdict.reason)
+
+
+def _compare(architecture: Architecture, lora: LoraConfig) -> dict[str, Outcome]:
+    """The levels at which LoRA is compared with PEFT; what fp32 does not tell within `WITHIN` is asked of fp64."""
+    found: dict[str, Outcome] = {}
+    for dtype in (torch.float32, torch.float64):
+        case = Case(
+            name=architecture.class_name,
+            make_base=partial(build, architecture, dtype),
+            config=lora,
+            inputs=_inputs(architecture),
+            lora_backend=FORMS[0],
+        )
+        verdicts = {verdict.level: _outcome(verdict) for verdict in compare(case).verdicts}
+        found |= {level: verdicts[level] for level in COMPARED if level not in found or found[level].kind == "differs"}
+        if all(outcome.kind != "differs" for outcome in found.values()):
+            break
+    return found
+
+
+def _train_a_step(model: nn.Module, documents: list[list[int]], packing: bool) -> float:
+    """The loss of one step over some documents, as the program trains them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        options = {"output_dir": scratch, "per_device_train_batch_size": 1 if packing else len(documents)}
+        args = SFTConfig(**training_arguments(1, **options), max_length=sum(map(len, documents)), packing=packing)
+        rows = Dataset.from_dict({"input_ids": documents, "labels": documents})
+        tokenizer, backend = byte_tokenizer(), BACKENDS[FORMS[0]]
+        trainer = AdapterTrainer(model, backend, args=hand_over(args), train_dataset=rows, processing_class=tokenizer)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        return float(next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry))
+
+
+@torch.no_grad()
+def _own_loss(model: PreTrainedModel, documents: list[list[int]]) -> float:
+    """The loss that the model's own forward gives documents of one length, with what it adds for its router."""
+    ids = torch.tensor(documents)
+    options = {"output_router_logits": True} if _routes(model) else {}
+    return float(model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, **options).loss)
+
+
+def _routes(model: PreTrainedModel) -> bool:
+    config = model.config.get_text_config()
+    return hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", 0.0) != 0.0
+
+
+def _train(architecture: Architecture, lora: LoraConfig, level: str) -> Outcome:
+    """The loss of a step, beside the model's own: of a batch, or of each document alone and then packed."""
+    model, documents = build(architecture), _random_documents((12, 12, 12))
+    if level == "packing":
+        documents = _random_documents(LENGTHS)
+        if _routes(model):
+            model.config.get_text_config().router_aux_loss_coef = 0.0  # it is of a batch, not of a document
+        sums = [_own_loss(model, [document]) * (len(document) - 1) for document in documents]
+        expected = sum(sums) / sum(len(document) - 1 for document in documents)
+    else:
+        expected = _own_loss(model, documents)
+    try:
+        found = _train_a_step(attach_adapter(model, lora, BACKENDS[FORMS[0]]), documents, level == "packing")
+    except (UserError, LoRAError) as error:
+        return Outcome("refused", reason=str(error))
+    relative = abs(found - expected) / abs(expected)
+    reason = "" if relative <= WITHIN else f"a loss of {found:.6f} is trained, the model's own is {expected:.6f}"
+    return Outcome("=" if relative == 0 else "differs" if reason else "close", relative, reason)
+
+
+def examine(architecture: Architecture) -> Row:
+    """One architecture through every level.
+
+    Args:
+        architecture: Which. Whatever it raises is told in its row.
+    """
+    row = Row(architecture)
+    try:
+        with time_limit(SECONDS), _in_silence():
+            _fill(row)
+    except Exception as error:  # whatever a model's own code raises
+        row.not_built = row.not_built or _one_line(error)
+    gc.collect()
+    return row
+
+
+def _fill(row: Row) -> None:
+    architecture = row.architecture
+    row.not_built = NOT_BUILT.get(architecture.model_type, "")
+    if row.not_built:
+        return
+    with torch.device("meta"):
+        config = tiny_config(architecture.model_type, architecture.task)
+        size = sum(value.numel() for value in AUTO[architecture.task].from_config(config).parameters())
+    if size > LARGEST:
+        row.not_built = f"{size:,} parameters are left of it where every size is small"
+        return
+    model = build(architecture)
+    with torch.no_grad():
+        loss = float(model(**_inputs(architecture)).loss)
+    if not torch.tensor(loss).isfinite():
+        row.not_built = "its loss on random weights is not finite"
+        return
+    levels = LEVELS if architecture.task == "causal" else COMPARED
+    try:
+        lora, row.refused = _lora(model, architecture)
+        row.targets = "all-linear" if not row.refused else ", ".join(sorted(lora.target_modules or ()))
+        del model
+        row.outcomes = _compare(architecture, lora)
+    except LoRAError as error:
+        row.refused = str(error)
+        row.outcomes = {level: Outcome("refused", reason=str(error)) for level in levels}
+        return
+    for level in TRAINED if architecture.task == "causal" else ():
+        try:
+            row.outcomes[level] = _train(architecture, lora, level)
+        except TimeoutError:
+            raise
+        except Exception as error:
+            row.outcomes[level] = Outcome("differs", reason=_one_line(error))
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
+@contextmanager
+def _in_silence() -> Iterator[None]:
+    """Warnings of libraries about tiny models would bury the table."""
+    logger = logging.getLogger("accelerate")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def examine_all(
+    architectures: Sequence[Architecture], progress: Callable[[str], None] = lambda _: None
+) -> Iterator[Row]:
+    """All of them, one after the other.
+
+    Args:
+        architectures: Which.
+        progress: Told each as it begins.
+    """
+    for number, architecture in enumerate(architectures, 1):
+        progress(f"{number} of {len(architectures)}: {architecture.class_name} ({architecture.model_type})")
+        yield examine(architecture)
