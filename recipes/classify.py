@@ -22,6 +22,7 @@ from plainlora.base.config import check_length, context_length, load_config
 from plainlora.base.dropout import check_dropout
 from plainlora.base.loading import describe_quantization, loading_options
 from plainlora.base.tokenizer import check_ending, check_vocabulary, load_tokenizer
+from plainlora.doctor.learning_rate import examine_learning_rate
 from plainlora.doctor.precision import list_precisions, precision_line
 from plainlora.doctor.texts import examine_texts
 from plainlora.errors import run_program
@@ -66,7 +67,10 @@ def main() -> None:
     check_vocabulary(tokenizer, base_config)
     check_ending(tokenizer, base_config)
     texts = prepare_texts(recipe, script, training, tokenizer, recipe.max_length or context_length(base_config), say)
-    examine_texts(texts, tokenizer, base_config).stop_or_say(say)
+    examination = examine_texts(texts, tokenizer, base_config)
+    if recipe.method == "lora":
+        examine_learning_rate(training, examination)
+    examination.stop_or_say(say)
     config = classifier_config(name, texts.labels, tokenizer.pad_token_id, revision)
     skeleton = build_skeleton(config)
     lora = build_classifier_lora(model_args, recipe, skeleton) if recipe.method == "lora" else None

@@ -23,6 +23,7 @@ from plainlora.base.remote_code import describe_remote_code
 from plainlora.base.tokenizer import check_vocabulary, load_tokenizer
 from plainlora.data.prompts import install_template
 from plainlora.doctor.layers import examine_layers
+from plainlora.doctor.learning_rate import examine_learning_rate
 from plainlora.doctor.precision import list_precisions, precision_line
 from plainlora.doctor.rows import examine_rows
 from plainlora.doctor.tokens import examine_template
@@ -82,6 +83,7 @@ def main() -> None:
     examination = examine_rows(rows, tokenizer, base_config)
     examine_layers(build_decoder(base_config, training.trust_remote_code), lora, examination)
     examine_template(tokenizer, template, own_template, examination)
+    examine_learning_rate(training, examination)
     examination.stop_or_say(say)
     say(precision_line(list_precisions(training, model_args, base_config, recipe.adapter_dtype)))
     exact_match = None

@@ -119,6 +119,7 @@ def test_the_code_of_the_cards_of_what_came_without_one_runs(
     figures = table(published.decode(), "Figures")
     on = json.loads((merged / "certificate.json").read_text())["measured_on"]
     assert f"perplexity on the text my story.txt ({on['rows']} rows, {on['tokens']} tokens)" in figures
+    assert "largest difference of a logit from the adapter model's on 4 prompts" in figures
     assert str(tmp_path / "my") not in "".join(figures)
     other = plain_card(adapter, "peft", "text-generation", str(model_dirs["llama"]), {})
     names: dict[str, Any] = {}

@@ -48,15 +48,17 @@ def test_ask_gives_the_losses_and_the_continuations_of_transformers_own(kind: st
     assert found["losses"][:, 1].tolist() == [7, 11]
     assert found["losses"][:, 0].tolist() == pytest.approx(nats, rel=1e-5)
     assert mean_loss(found) == pytest.approx(sum(nats) / 18, rel=1e-5)
-    assert perplexity(found) == pytest.approx(math.exp(sum(nats) / 18), rel=1e-5)
+    figures = perplexity(found)
+    assert figures["perplexity"] == pytest.approx(math.exp(sum(nats) / 18), rel=1e-5)
+    assert (figures["perplexity_rows"], figures["perplexity_tokens"]) == (2, 18)
 
 
 def test_the_figures_of_an_agreement() -> None:
     expected = answers(LOGITS, [1, 2, 3], [4, 5, 6])
     same = agreement(expected, answers(LOGITS, [1, 2, 3], [4, 5, 6]))
     assert same == {
-        "max_abs_diff": 0.0, "relative_diff": 0.0, "tokens": 6, "equal_tokens": 6, "equal_share": 1.0,
-        "first_difference": None,
+        "max_abs_diff": 0.0, "relative_diff": 0.0, "prompts": 2, "positions": 2, "tokens": 6,
+        "equal_tokens": 6, "equal_share": 1.0, "first_difference": None,
     }  # fmt: skip
     moved = agreement(expected, answers(LOGITS + torch.tensor([0.0, -0.5]), [1, 2, 3], [4, 0, 6]))
     assert (moved["max_abs_diff"], moved["relative_diff"]) == (0.5, 0.125)
@@ -77,7 +79,7 @@ def test_classes_are_counted() -> None:
     found = expected | {"logits.1": torch.tensor([[0.0, 1.0]])}
     figures = agreement(expected, found)
     assert (figures["classes"], figures["equal_classes"]) == (2, 1)
-    assert perplexity(found) is None
+    assert perplexity(found) == {"perplexity": None, "perplexity_rows": 0, "perplexity_tokens": 0}
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -166,6 +168,7 @@ def test_the_reloading_program_imports_nothing_of_this_package(tmp_path: Path, m
 
 def test_the_table_has_a_line_for_each_model() -> None:
     figures = {"max_abs_diff": 1e-6, "relative_diff": 2e-7, "tokens": 64, "equal_tokens": 63}
+    figures |= {"prompts": 4, "positions": 120}
     arms = {"base": {"perplexity": 9.0}, "adapter": {"perplexity": 2.0}}
     certificate = {
         "base": {"kind": "16bit"},
@@ -177,4 +180,7 @@ def test_the_table_has_a_line_for_each_model() -> None:
     assert (base.split(), adapter.split()) == (["base", "9.000"], ["with", "the", "adapter", "2.000"])
     assert merged.split("  ")[-1] == "1.0e-06, 2.0e-07 of the largest"
     assert "63 of 64" in merged
-    assert last == "measured on a built-in passage (2 rows, 287 tokens)"
+    assert last == (
+        "perplexity on a built-in passage (2 rows, 287 tokens); tokens and logits on 4 prompts with their answers "
+        "(120 tokens)"
+    )

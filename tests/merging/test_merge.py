@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,17 @@ def test_u03_an_nf4_adapter_merges_into_the_checkpoint_or_into_what_training_saw
     assert not torch.allclose(results["16bit"], results["dequantized"], atol=1e-3)
 
 
+def foundations(figures: dict[str, Any]) -> Iterator[tuple[int, int]]:
+    """On how many rows and tokens each figure of a certificate rests: perplexities and drifts, however deep."""
+    if "perplexity" in figures:
+        yield figures["perplexity_rows"], figures["perplexity_tokens"]
+    if "max_abs_diff" in figures:
+        yield figures["prompts"], figures["positions"]
+    for inner in figures.values():
+        if isinstance(inner, dict):
+            yield from foundations(inner)
+
+
 @pytest.mark.parametrize("chosen", ["16bit", "dequantized"])
 def test_u01_u21_the_certificate_says_what_merging_into_nf4_would_have_cost(
     chosen: str, nf4_merges: dict[str, Path]
@@ -124,6 +136,12 @@ def test_u01_u21_the_certificate_says_what_merging_into_nf4_would_have_cost(
     found = {arm: figures["bases"][chosen][arm]["perplexity"] for arm in ("base", "adapter")}
     assert figures["merged"]["perplexity"] == pytest.approx(found["adapter"], rel=1e-6)
     assert len({*found.values(), figures["requantized"]["perplexity"]}) == 3
+    on, rests = certificate["measured_on"], list(foundations(figures))
+    assert rests.count((on["rows"], on["tokens"])) == 6  # two bases, each with and without the adapter, and two merged
+    drifts = [pair for pair in rests if pair != (on["rows"], on["tokens"])]
+    assert len(drifts) == 6
+    assert len({positions for _, positions in drifts}) == 1
+    assert {prompts for prompts, _ in drifts} == {len(on["prompts"])}
 
 
 def test_a_base_that_is_stored_in_4_bits_is_none_to_write_a_merged_model_of(

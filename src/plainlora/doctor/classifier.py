@@ -19,6 +19,7 @@ from plainlora.doctor.base import dense, examine_base, examine_weights
 from plainlora.doctor.diagnosis import Diagnosis
 from plainlora.doctor.finding import Examination
 from plainlora.doctor.layers import examine_layers
+from plainlora.doctor.learning_rate import examine_learning_rate
 from plainlora.doctor.precision import list_precisions
 from plainlora.doctor.resources import examine_resources
 from plainlora.doctor.sample import split_sample
@@ -94,7 +95,9 @@ def _examine_method(
     parts: Parts, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, examination: Examination
 ) -> _Trained | None:
     """What will be trained, found on the architecture alone; `None` where there is an error."""
-    recipe, _, _, model = parts
+    recipe, _, training, model = parts
+    if recipe.method == "lora":
+        examine_learning_rate(training, examination)
     subject = "adapter" if recipe.method == "lora" else "method"
     pad = None if tokenizer is None else tokenizer.pad_token_id
     name = str(model.model_name_or_path)

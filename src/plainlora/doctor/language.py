@@ -15,6 +15,7 @@ from plainlora.doctor.base import dense, examine_base, examine_weights
 from plainlora.doctor.diagnosis import Diagnosis
 from plainlora.doctor.finding import Examination
 from plainlora.doctor.layers import examine_layers
+from plainlora.doctor.learning_rate import examine_learning_rate
 from plainlora.doctor.precision import list_precisions
 from plainlora.doctor.resources import examine_resources
 from plainlora.doctor.rows import examine_rows
@@ -54,6 +55,7 @@ def examine_language_model(found: Diagnosis, parts: Parts, say: Callable[[str], 
         if len(rows.train):
             found.sample = split_sample(rows.train[0]["input_ids"], rows.train[0]["labels"], tokenizer)
     lora = examination.ask("adapter", "config", build_lora_config, model, recipe)
+    examine_learning_rate(training, examination)
     loads = config is not None and _examine_weights(parts, config, examination)
     targets: list[str] = []
     if config is not None and lora is not None:

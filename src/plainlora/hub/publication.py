@@ -229,11 +229,14 @@ def _merge_figures(folder: Path) -> dict[str, Any]:
     certificate = _optional(folder / CERTIFICATE)
     kind, merged = str(_find(certificate, "base", "kind")), _find(certificate, "figures", "merged")
     text, rows, tokens = (_find(certificate, "measured_on", name) for name in ("text", "rows", "tokens"))
+    drift = _find(merged, "against", kind)
+    prompts, texts = _find(drift, "prompts"), _find(drift, "classes")
+    on = f"{prompts} prompts" if prompts else f"{texts} texts" if texts else ""
     figures = {
         "precision": _find(certificate, "merged", "dtype"),
         f"perplexity on {text} ({rows} rows, {tokens} tokens)": _find(merged, "perplexity") if text else None,
-        "largest difference of a logit from the adapter model's": _find(merged, "against", kind, "max_abs_diff"),
-        "the same over the largest logit": _find(merged, "against", kind, "relative_diff"),
+        f"largest difference of a logit from the adapter model's{on and f' on {on}'}": _find(drift, "max_abs_diff"),
+        "the same over the largest logit": _find(drift, "relative_diff"),
     }
     return {LOCAL_PATH.sub(r"\1", name): value for name, value in figures.items() if value is not None}
 

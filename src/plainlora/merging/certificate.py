@@ -17,10 +17,15 @@ CERTIFICATE = "certificate.json"
 Answers = Mapping[str, torch.Tensor]  # see plainlora.merging.reload.ask
 
 
-def perplexity(answers: Answers) -> float | None:
-    """`exp` of the mean cross-entropy over all tokens of the text; `None` for a classifier."""
+def perplexity(answers: Answers) -> dict[str, Any]:
+    """`perplexity`, `exp` of the mean cross-entropy over all tokens of the text, and on how many rows it rests.
+
+    Returns:
+        It, with `perplexity_rows` and `perplexity_tokens`. For a classifier it is `None`, and there are none.
+    """
     nats, tokens = answers["losses"].sum(0).tolist()
-    return math.exp(min(nats / tokens, 700.0)) if tokens else None
+    value = math.exp(min(nats / tokens, 700.0)) if tokens else None
+    return {"perplexity": value, "perplexity_rows": len(answers["losses"]), "perplexity_tokens": int(tokens)}
 
 
 def mean_loss(answers: Answers) -> float:
@@ -46,10 +51,10 @@ def agreement(expected: Answers, found: Answers) -> dict[str, Any]:
     """How far one model's answers are from another's.
 
     Returns:
-        `max_abs_diff` and `relative_diff`: see `drift`. For a language model `tokens`, `equal_tokens` and
-        `equal_share` of the likeliest tokens along the answers, and `first_difference`: prompt and position in its
-        answer, from 0, or `None`. For a classifier `classes` and `equal_classes`, texts and those of them that get
-        the same class.
+        `max_abs_diff` and `relative_diff`: see `drift`. For a language model `prompts` and `positions`, which have a
+        logit for every word each; `tokens`, `equal_tokens` and `equal_share` of the likeliest tokens along the
+        answers, and `first_difference`: prompt and position in its answer, from 0, or `None`. For a classifier
+        `classes` and `equal_classes`, texts and those of them that get the same class.
     """
     difference, relative = drift(expected, found)
     figures: dict[str, Any] = {"max_abs_diff": difference, "relative_diff": relative}
@@ -59,6 +64,8 @@ def agreement(expected: Answers, found: Answers) -> dict[str, Any]:
         differing = [(_number(name), flags.index(False)) for name, flags in equal.items() if not all(flags)]
         tokens, same = sum(map(len, equal.values())), sum(map(sum, equal.values()))
         first = dict(zip(("prompt", "position"), differing[0], strict=True)) if differing else None
+        positions = sum(logits.shape[1] for name, logits in expected.items() if name.startswith("logits."))
+        figures |= {"prompts": len(prompts), "positions": positions}
         figures |= {"tokens": tokens, "equal_tokens": same, "equal_share": same / tokens, "first_difference": first}
     else:
         logits = [name for name in expected if name.startswith("logits.")]
@@ -100,8 +107,12 @@ def table(certificate: dict[str, Any]) -> str:
     unit = "equal classes" if "classes" in figures["merged"]["against"][kind] else "equal tokens"
     lines = [f"{'':<34}{'perplexity':>10}  {unit:>13}  logits differ by at most"]
     lines += [f"{name:<34}{measured:>10}  {equal:>13}  {drift}".rstrip() for name, measured, equal, drift in rows]
-    on = certificate["measured_on"]
-    return "\n".join([*lines, f"measured on {on['text']} ({on['rows']} rows, {on['tokens']:,} tokens)"])
+    on, merged = certificate["measured_on"], figures["merged"]["against"][kind]
+    what = f"{on['text']} ({on['rows']} rows, {on['tokens']:,} tokens)"
+    if "prompts" in merged:
+        asked = f"{merged['prompts']} prompts with their answers ({merged['positions']:,} tokens)"
+        return "\n".join([*lines, f"perplexity on {what}; tokens and logits on {asked}"])
+    return "\n".join([*lines, f"measured on {what}"])
 
 
 def _row(name: str, arm: dict[str, Any], beside: dict[str, Any] | None = None) -> tuple[str, str, str, str]:

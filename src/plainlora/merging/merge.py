@@ -136,8 +136,8 @@ class _Asked:
         """Perplexities, and how far the adapter moves the base."""
         effect = agreement(self.base, self.adapter)
         return {
-            "base": {"perplexity": perplexity(self.base)},
-            "adapter": {"perplexity": perplexity(self.adapter), "against_base": effect},
+            "base": perplexity(self.base),
+            "adapter": perplexity(self.adapter) | {"against_base": effect},
         }
 
 
@@ -150,7 +150,7 @@ def _ask_both(model: PreTrainedModel, probes: Probes) -> _Asked:
 def _beside(answers: Answers, asked: dict[BaseKind, _Asked]) -> dict[str, Any]:
     """A whole model's figures: its perplexity, and how far it is from the adapter model on every base."""
     against = {kind: agreement(each.adapter, answers) for kind, each in asked.items()}
-    return {"perplexity": perplexity(answers), "against": against}
+    return perplexity(answers) | {"against": against}
 
 
 def _merge_into(
