@@ -42,6 +42,8 @@ RANKS = [
         "data.labels",
         "base.failures",
     },
+    {"data.layouts", "data.beginnings"},
+    {"data.coverage"},
     {"settings.checks", "fusing", "kinds", "loss", "report", "data.encoding", "data.classification"},
     {"training.checkpoints"},
     {"base.config", "base.remote_code"},
