@@ -1,15 +1,20 @@
 """Greedy answers: what a base's own generation settings may not change, and where a context ends."""
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from plainlora.backends import BACKENDS
 from plainlora.base.loading import load_causal_lm
+from plainlora.data.encoding import Encoder
+from plainlora.data.layouts import find_schema
 from plainlora.errors import UserError
-from plainlora.generation import generate
+from plainlora.generation import ExactMatch, generate
 
 
 @pytest.mark.parametrize("backend", ["reference", "peft"])
@@ -43,3 +48,41 @@ def test_an_answer_ends_with_the_context(
     assert len(answer) <= 8 * (context - used)
     with pytest.raises(UserError, match=rf"a prompt has \d+ tokens, and the model's context is {context}; shorten it"):
         generate(model, tokenizer, [prompt + prompt], 1)
+
+
+CALL = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "Oslo"}}}
+CHATML = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ '<' + m.role + '>' + (m.content or '') }}"
+    "{% for call in m.tool_calls %}{{ call.function | tojson }}{% endfor %}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+USER, RED, BLUE = (
+    {"role": role, "content": said} for role, said in (("user", "A?"), ("assistant", "Red "), ("assistant", "Blue"))
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": [USER], "completion": [RED, USER, BLUE]}, "Red"),
+        ({"messages": [USER, RED, USER, BLUE, USER]}, "Blue"),
+        ({"conversations": [{"from": "user", "value": "A?"}, {"from": "assistant", "value": "Red"}]}, "Red"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}], "tools": [CALL]},
+            '{"name": "clock", "arguments": {"zone": "Oslo"}}',
+        ),
+    ],
+)
+def test_a_row_is_asked_and_expected_to_answer_as_it_trains(
+    tokenizer: PreTrainedTokenizerFast, row: dict[str, Any], expected: str
+) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = CHATML
+    rows = Dataset.from_list([row], on_mixed_types="use_json")
+    asked = ExactMatch(rows, 1, own, 4)
+    assert (asked.questions, asked.expected) == (["A?"], [expected])
+    encoded = Encoder(own, find_schema(rows, "text", "rows"), "text", answers_only=False)(rows[0])
+    trained = own.decode(encoded["input_ids"])
+    assert trained.startswith(asked.prompts[0])
+    assert trained.removeprefix(asked.prompts[0]).startswith(expected)

@@ -42,6 +42,8 @@ RANKS = [
         "data.labels",
         "base.failures",
     },
+    {"data.layouts", "data.beginnings"},
+    {"data.coverage"},
     {"fusing", "kinds", "loss", "report", "data.encoding", "data.classification"},
     {"settings.checks", "training.checkpoints"},
     {"base.config", "base.remote_code"},

@@ -361,7 +361,7 @@ def test_u23_a_chat_template_is_held_in_its_sandbox_and_ends(
 ) -> None:
     monkeypatch.setattr(plainlora.data.prompts, "RENDER_SECONDS", 0.3)
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    with pytest.raises(UserError, match=f"the chat template cannot render 'user' first: .*{said}"):
+    with pytest.raises(UserError, match=f"the chat template cannot render a conversation of user: .*{said}"):
         render_prompt("hi", tokenizer)
 
 

@@ -4,15 +4,17 @@ import csv
 import gzip
 import io
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pyarrow.parquet
 import pytest
 from datasets import Dataset
 
 from plainlora.data.datasets import check_text_columns, hub_name, is_local, load_split, load_train_and_test
-from plainlora.data.encoding import find_schema, split_row
+from plainlora.data.layouts import find_schema, split_row, template_options
 from plainlora.errors import UserError
 
 ROWS = [
@@ -361,3 +363,46 @@ def test_a_path_is_told_from_a_hub_id(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_path_may_hold_characters_that_mean_something_to_a_shell_or_a_url(tmp_path: Path) -> None:
     for name in ("a [1]*.jsonl", "a::b.jsonl", "a?.jsonl"):
         assert len(load(write(tmp_path / name, ROW))[0]) == 1
+
+
+def test_nulls_that_parquet_puts_in_place_of_missing_fields_are_not_read(tmp_path: Path) -> None:
+    call = {"function": {"name": "weather", "arguments": {"city": "Ghent"}}}
+    other = {"function": {"name": "clock", "arguments": {"zone": "Oslo"}}}
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [one]}], "tools": tools}
+        for one, tools in ((call, [{"name": "weather", "city": "text"}]), (other, [{"name": "clock"}]), (call, None))
+    ]
+    table = pyarrow.Table.from_pylist(rows)
+    assert table.to_pylist()[1]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {
+        "city": None,
+        "zone": "Oslo",
+    }
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    read, test = load_train_and_test(
+        str(tmp_path), config=None, train_split="train", test_split="test", test_name=None, test_split_size=1,
+        max_train_rows=None, seed=0,
+    )  # fmt: skip
+    assert test is not None
+    found = [[*chain(*split_row(row, "messages")), template_options(row)] for row in [*read, *test]]
+    expected = [[*row["messages"], {"tools": row["tools"]}] for row in rows]
+    assert sorted(found, key=str) == sorted(expected, key=str)
+
+
+def test_nulls_that_a_json_file_holds_are_kept(tmp_path: Path) -> None:
+    call = {"function": {"name": "weather", "arguments": {"city": None}}}
+    row = {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    read = load_split(str(tmp_path / "rows.jsonl"), "train")
+    assert read is not None
+    assert read[0] == row
+
+
+def test_rows_are_checked_before_any_are_held_out(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"question": "a"}\n')
+    with pytest.raises(UserError, match="has the columns question; needed are"):
+        load_train_and_test(
+            str(tmp_path / "rows.jsonl"), config=None, train_split="train", test_split="test", test_name=None,
+            test_split_size=5, max_train_rows=None, seed=0, check=lambda rows, where: find_schema(rows, "text", where),
+        )  # fmt: skip

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import transformers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl import ScriptArguments
 
-from plainlora.data.prompts import install_template
+from plainlora.data.prompts import install_template, render, render_prompt
 from plainlora.doctor import tokens
 from plainlora.doctor.finding import Examination, Finding
 from plainlora.doctor.rows import examine_rows
@@ -209,6 +209,117 @@ def test_a_token_that_the_base_does_not_know_is_an_error(own: PreTrainedTokenize
     finding = found(examine(prepare(tmp_path, own, ROWS), own), "token ids")
     assert finding.level == "error"
     assert "token 320 is none of the base's 320" in finding.message
+
+
+def chat(*said: tuple[str, Any], **fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in said], **fields}
+
+
+USER = {"role": "user", "content": "a"}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Ghent"}}}
+TURN = (("user", "Name a colour."), ("assistant", "Red."))
+CHATML = (
+    "{% for m in messages %}{{ m.role + ':' + (m.content or '') }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% elif m.role == 'assistant' %}"
+    "{{ m.content + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "check", "level", "said"),
+    [
+        (chat(("system", "Be brief."), *TURN), NO_SYSTEM, "message", "warning", "leaves out the system message"),
+        (chat(("human", "a"), ("gpt", "b")), CHATML, "roles", "warning", "no message is the assistant's"),
+        (chat(*TURN, tools=[{"function": {"name": "weather"}}]), CHATML, "tools", "warning", "leaves out the tools"),
+        (chat(*TURN, chat_template_kwargs={"mood": 1}), CHATML, "template options", "warning", "not read 'mood'"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": "b", "tool_calls": [CALL]}]},
+            CHATML, "tool call", "warning", "leaves out the assistant's tool call",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": "b", "thinking": "c"}]},
+            CHATML, "message", "warning", "leaves out the assistant's thinking",
+        ),
+        (
+            {"messages": [USER | {"weight": 0}, {"role": "assistant", "content": "b"}]},
+            CHATML, "fields", "note", "does not read the messages' field 'weight'",
+        ),
+        (
+            chat(("user", "a"), ("assistant", "<think>c</think>b")),
+            CHATML.replace("(m.content or '')", "m.content.split('</think>')[-1]"),
+            "thinking", "note", "strips the assistant's thinking",
+        ),
+    ],
+)  # fmt: skip
+def test_what_the_template_leaves_out_is_named_with_its_row(
+    own: PreTrainedTokenizerFast, tmp_path: Path, row: dict[str, Any], template: str, check: str, level: str, said: str
+) -> None:
+    own.chat_template = template
+    examination = examine(prepare(tmp_path, own, [chat(*TURN), row, row]), own)
+    finding = found(examination, check)
+    assert (finding.level, finding.figures) == (level, {"rows": 2, "first": 2})
+    assert said in finding.message
+    assert "in 2 of 3" in finding.message
+    assert "(first in row 2)" in finding.message
+    whole = examine(prepare(tmp_path, own, [chat(*TURN), chat(*TURN)]), own)
+    assert {one.level for one in whole.findings if one.check != "repeated"} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "content": "", "reasoning_content": "It is warm."},
+        {"role": "gpt", "content": "Red."},
+    ],
+)
+def test_an_answer_that_vanishes_is_an_error_with_its_row(
+    own: PreTrainedTokenizerFast, tmp_path: Path, answer: dict[str, Any]
+) -> None:
+    own.chat_template = NO_SYSTEM.replace("m.content +", "(m.content or '') +")
+    rows = prepare(tmp_path, own, [chat(*TURN), {"messages": [{"role": "user", "content": "Call."}, answer]}])
+    finding = found(examine(rows, own), "answer")
+    assert finding.level == "error"
+    assert f"(train) row 2: the chat template leaves out the {answer['role']}'s" in finding.message
+    assert "so an empty answer would be trained (1 of 2 rows)" in finding.message
+
+
+def test_columns_that_nothing_reads_are_one_note(own: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    rows = prepare(tmp_path, own, [{"id": 1, **row, "source": "here"} for row in ROWS])
+    finding = found(examine(rows, own), "columns")
+    assert (finding.level, finding.figures) == ("note", {"unread": ["id", "source"]})
+    texts = prepare(tmp_path, own, [{"text": "a", "tools": []}])
+    assert found(examine(texts, own), "columns").figures == {"unread": ["tools"]}
+
+
+def test_u06_prompts_begin_as_the_rows_of_text_did(own: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    install_template(own, "llama2")
+    texts = [{"text": f"<s>[INST] Say {number}. [/INST] {number} </s>"} for number in range(4)]
+    rows = prepare(tmp_path, own, texts)
+    examination = examine(rows, own)
+    finding = found(examination, "foreign token")
+    assert (finding.level, finding.figures["rows"]) == ("warning", 4)
+    assert "begin with <s> (first in row 1), which is no token of this tokenizer" in finding.message
+    own.save_pretrained(tmp_path / "saved")
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for number, row in enumerate(rows.train):
+        prompt = again(render_prompt(f"Say {number}.", again), add_special_tokens=False).input_ids
+        assert row["input_ids"][: len(prompt)] == prompt
+    assert "beginning" not in {one.check for one in examination.findings}
+
+
+def test_u06_rows_of_text_that_begin_otherwise_than_prompts_are_a_warning(
+    own: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    written = render(chat(*TURN)["messages"], own)
+    assert "beginning" not in {one.check for one in examine(prepare(tmp_path, own, [{"text": written}]), own).findings}
+    examination = examine(prepare(tmp_path, own, [{"text": written}, {"text": "### Human: a"}]), own)
+    finding = found(examination, "beginning")
+    assert (finding.level, finding.figures["others"]) == ("warning", 1)
+    assert "(first in row 2)" in finding.message
 
 
 def test_the_programs_line_counts_further_errors_and_says_warnings() -> None:

@@ -49,8 +49,8 @@ def compare_beginnings(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase)
     """
     texts = [without_bos(text, tokenizer) for text in texts]
     prompt = _beginning(tokenizer)
-    lead = texts[0].partition(prompt)[0]
-    if prompt and lead and all(text.startswith(lead + prompt) for text in texts):
+    lead = texts[0][: max(texts[0].find(prompt), 0)]
+    if lead and all(text.startswith(lead + prompt) for text in texts):
         source, spelled = str(tokenizer.chat_template), ""
         if source.startswith(BOS):
             source, spelled = source.removeprefix(BOS), BOS

@@ -154,21 +154,24 @@ class Coverage:
 
 
 def _lost(outline: list[Message], marks: _Marks, text: str, words: set[str]) -> Iterator[tuple[Kind, str]]:
-    last = max((at for at, message in enumerate(outline) if message["role"] == "assistant"), default=-1)
+    answers = [at for at, message in enumerate(outline) if message["role"] == "assistant"]
+    last = answers[-1] if answers else len(outline) - 1  # as in `split_row`
     thinks = bool({*THINKING, "think"} & words)  # then it strips earlier thoughts on purpose
     for at, message in enumerate(outline):
         role = message["role"]
         content, call, thought = (marks.reached(text, at, kind) for kind in ("content", "tool call", "thinking"))
         turn = content + call or thought * (at == last)
-        if role == "assistant" and turn and not any(turn):
+        if (role == "assistant" or at == last) and turn and not any(turn):
             what = "tool call" if call else "content" if content else "thinking"
-            yield "answer", f"the chat template leaves out the assistant's {what}"
+            yield "answer", f"the chat template leaves out the {role}'s {what}"
             continue
         if not all(content):
             yield "message", f"the chat template leaves out the {role} message"
         if not all(call):
             yield "tool call", f"the chat template leaves out the {role}'s tool call"
-        if not all(thought) and (at == last or not thinks):
+        if not all(thought) and not thinks:
+            yield "message", f"the chat template leaves out the {role}'s thinking"
+        elif not all(thought) and at == last:
             yield "thinking", f"the chat template strips the {role}'s thinking"
         if isinstance(message.get("content"), list):
             kinds = {str(part.get("type")) for part in message["content"] if isinstance(part, dict)} - {"text"}

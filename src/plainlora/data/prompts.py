@@ -98,9 +98,12 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if tokenizer.chat_template is None:
         raise UserError(NO_TEMPLATE)
     try:
+        _compile_jinja_template(tokenizer.get_chat_template())
         if has_generation_markers(tokenizer.chat_template):
             return None
         return get_training_chat_template(tokenizer)
+    except TemplateSyntaxError as error:
+        raise _no_template(tokenizer, error) from error
     except Exception as error:  # of any kind, as in `apply_template`
         raise BrokenTemplate(
             "training on the assistant's turns only needs a chat template that marks them with {% generation %} and "
@@ -131,10 +134,14 @@ def apply_template(
         with time_limit(RENDER_SECONDS), limit:
             return tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
     except TemplateSyntaxError as error:
-        raise BrokenTemplate(f"the chat template of {tokenizer.name_or_path} is none: {_fault(error)}") from error
+        raise _no_template(tokenizer, error) from error
     except Exception as error:  # Jinja's own errors and whatever the template raises
         roles = ", ".join(dict.fromkeys(str(message.get("role")) for message in messages)) or "nothing"
         raise UserError(f"the chat template cannot render a conversation of {roles}: {error}") from error
+
+
+def _no_template(tokenizer: PreTrainedTokenizerBase, error: TemplateSyntaxError) -> BrokenTemplate:
+    return BrokenTemplate(f"the chat template of {tokenizer.name_or_path} is none: {_fault(error)}")
 
 
 def _fault(error: Exception) -> str:
@@ -142,7 +149,7 @@ def _fault(error: Exception) -> str:
 
 
 def _letters(messages: list[Message], options: dict[str, Any]) -> int:
-    return len(str(messages)) + len(str(options))
+    return len(str(messages)) + sum(len(str(value)) for value in options.values())
 
 
 def render(
@@ -166,7 +173,7 @@ def render(
         raise UserError(NO_TEMPLATE)
     given = (options or {}) | ({"add_generation_prompt": True} if for_generation else {})
     text = str(apply_template(messages, tokenizer, **given))
-    letters = _letters(messages, given)
+    letters = _letters(messages, options or {})
     if len(text) > MOST_LETTERS + MOST_COPIES * letters:
         raise UserError(f"the chat template makes {len(text):,} letters of {letters:,}; give another")
     return text

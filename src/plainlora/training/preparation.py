@@ -113,6 +113,9 @@ def prepare_rows(
         return encoded
 
     encoded = encode(train, "train"), None if test is None else encode(test, "test")
+    unread = unread_columns(train, schema, column)
+    if unread:
+        say(f"train rows: nothing reads the column{'s' * (len(unread) > 1)} {', '.join(unread)}")
     rendered = is_rendered(train[0], schema)
     asked = prompts_of(train, schema, column)
     trained = set(asked)
@@ -125,8 +128,8 @@ def prepare_rows(
         reports=reports,
         answers_only=answers_only or training.assistant_only_loss,
         rendered=rendered,
-        beginnings=None if rendered else compare_beginnings(asked, tokenizer),
-        unread=unread_columns(train, schema, column),
+        beginnings=None if rendered else compare_beginnings(train[column] if schema == "text" else asked, tokenizer),
+        unread=unread,
         repeated=len(asked) - len(trained),
         leaked=sum(prompt in trained for prompt in tested),
         missing=missing,
