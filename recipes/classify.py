@@ -18,7 +18,7 @@ from transformers import DataCollatorWithPadding, set_seed
 
 from plainlora.backends import check_same_adapter, count_parameters
 from plainlora.base.classifier import build_skeleton, classifier_config, load_classifier
-from plainlora.base.config import check_length, context_length, load_config
+from plainlora.base.config import check_length, check_mergeable, context_length, load_config
 from plainlora.base.dropout import check_dropout
 from plainlora.base.loading import describe_quantization, loading_options
 from plainlora.base.tokenizer import check_ending, check_vocabulary, load_tokenizer
@@ -41,12 +41,14 @@ from plainlora.provenance.base_identity import describe_base
 from plainlora.provenance.record import complete_run, write_run
 from plainlora.provenance.resumption import check_same_rows, check_same_settings
 from plainlora.report import classifier_summary, write_json
+from plainlora.resources.disk import merged_bytes
 from plainlora.resources.memory import peak_memory
 from plainlora.settings.programs import CLASSIFY
 from plainlora.training.checkpoints import resume_path
 from plainlora.training.metrics import flatten, judge_rows, measure, score
 from plainlora.training.preparation import prepare_texts
 from plainlora.training.run_folder import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
+from plainlora.training.saving import check_room
 from plainlora.training.trainers import ClassifierTrainer, args_for_trainer
 
 
@@ -63,6 +65,8 @@ def main() -> None:
     base_config = load_config(name, revision)
     check_length(recipe.max_length, base_config)
     check_dropout(recipe.base_dropout, base_config)
+    if recipe.merge:
+        check_mergeable(name, base_config)
     tokenizer = load_tokenizer(name, revision)
     check_vocabulary(tokenizer, base_config)
     check_ending(tokenizer, base_config)
@@ -94,6 +98,8 @@ def main() -> None:
     trainable, total = count_parameters(trainee.model)
     say(f"{recipe.method}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
 
+    merged = merged_bytes(total - trainable, base_config, tokenizer) if recipe.merge else 0
+    check_room(training, trainee.model, trainee.backend is None, merged)
     trainer = ClassifierTrainer(
         trainee.model,
         trainee.backend,
@@ -107,7 +113,6 @@ def main() -> None:
     )
 
     output, run = Path(training.output_dir), {}
-    trainer.check_room()
     if trainer.accelerator.is_main_process:
         identity = describe_base(name, revision)
         if not (checkpoint and lies_in(checkpoint, training.output_dir)):

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from plainlora.backends import BACKENDS, attach_adapter, check_same_adapter, count_parameters
-from plainlora.base.config import check_length, load_config
+from plainlora.base.config import check_length, check_mergeable, load_config
 from plainlora.base.dropout import check_dropout
 from plainlora.base.loading import build_decoder, describe_quantization, load_base
 from plainlora.base.remote_code import describe_remote_code
@@ -38,6 +38,7 @@ from plainlora.provenance.record import complete_run, write_run
 from plainlora.provenance.resumption import check_same_rows, check_same_settings
 from plainlora.report import describe_samples, summary, write_json
 from plainlora.resources.checkpointing import needs_checkpointing
+from plainlora.resources.disk import merged_bytes
 from plainlora.resources.memory import free_memory, peak_memory
 from plainlora.settings.adapter import build_lora_config
 from plainlora.settings.programs import SFT
@@ -45,6 +46,7 @@ from plainlora.training.checkpoints import resume_path
 from plainlora.training.evaluation import Examiner, before_and_after
 from plainlora.training.preparation import prepare_rows
 from plainlora.training.run_folder import SAMPLES, check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
+from plainlora.training.saving import check_room
 from plainlora.training.trainers import AdapterTrainer, hand_over
 
 
@@ -67,6 +69,8 @@ def main() -> None:
     base_config = load_config(name, revision, training.trust_remote_code)
     check_length(training.max_length, base_config)
     check_dropout(recipe.base_dropout, base_config)
+    if recipe.merge:
+        check_mergeable(name, base_config)
     tokenizer = load_tokenizer(
         name,
         revision,
@@ -108,6 +112,8 @@ def main() -> None:
         )
         training.gradient_checkpointing = training.activation_checkpointing = needed
 
+    merged = merged_bytes(total - trainable, base_config, tokenizer) if recipe.merge else 0
+    check_room(training, model, False, merged)
     trainer = AdapterTrainer(
         model,
         backend,
@@ -119,7 +125,6 @@ def main() -> None:
     examine = Examiner(trainer, tokenizer, exact_match, recipe.sample_prompts, recipe.max_new_tokens)
 
     output, run = Path(training.output_dir), {}
-    trainer.check_room()
     if trainer.accelerator.is_main_process:
         identity = describe_base(str(name), revision, training.trust_remote_code)
         if not (checkpoint and lies_in(checkpoint, training.output_dir)):

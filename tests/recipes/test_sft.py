@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from plainlora.data.prompts import render_prompt
 from plainlora.folders import find_damage, write_manifest
 from plainlora.merging import merge
 from plainlora.training.checkpoints import find_problem
-from tests.conftest import CONFIGS, ROOT, ROWS, random_ids
+from tests.conftest import CONFIGS, ROOT, ROWS, load_quantized, random_ids
 from tests.recipes.conftest import RunSFT
 
 
@@ -429,6 +430,46 @@ def test_rows_of_prompt_and_completion_train_the_answers_unless_told_otherwise(
     for name, flags in (("told", ["--dataset_name", str(rows), "--completion_only_loss", "false"]), ("others", [])):
         tokens, everything = trained(name, *flags)
         assert everything == tokens
+
+
+def bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_room_for_the_merged_model_is_asked_for_before_training(
+    run_sft: RunSFT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """On a disk that has room for all but the merged model, which is dense whatever the base is in training."""
+    merged = bytes_of(run_sft("llama", "fits", "--merge") / "merged")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=merged))
+    saved = 4 * bytes_of(run_sft("llama", "unmerged"))  # more than adapter and optimizer take
+    for name, flags in (("full", []), ("quantized", ["--load_in_4bit"])):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run_sft("llama", name, "--merge", *flags)
+        assert stopped.value.code == 2
+        said = capfd.readouterr().err.strip().splitlines()[-1]
+        found = re.fullmatch(
+            rf"error: a checkpoint, the result and the merged model in .*{name} needs ([\d.]+) MB, .*; make room, .*",
+            said,
+        )
+        assert found, said
+        assert 0.95 * merged < 1e6 * float(found[1]) < merged + saved
+        assert not (tmp_path / name).exists()
+
+
+def test_a_merge_that_cannot_be_written_is_refused_before_training(
+    run_sft: RunSFT, model_dirs: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base = shutil.copytree(model_dirs["llama"], tmp_path / "base")
+    load_quantized(base, load_in_4bit=True).save_pretrained(base)
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        run_sft("llama", "run", "--merge", "--load_in_4bit", "--model_name_or_path", str(base))
+    printed, said = capfd.readouterr()
+    assert "base is stored in 4 or 8 bits; merge into the base in 16 bits" in said
+    assert "rows" not in printed
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_merge_that_is_refused_leaves_the_report(

@@ -65,6 +65,12 @@ def check_storage(name: str, config: PretrainedConfig, quantized: bool) -> None:
         )
 
 
+def check_mergeable(name: str, config: PretrainedConfig) -> None:
+    """Raises `UserError` where a merged model could not be written: Transformers writes no dense one of few bits."""
+    if quantization_method(config):
+        raise UserError(f"{name} is stored in 4 or 8 bits; merge into the base in 16 bits, with --base_model")
+
+
 def _find_kernel(config: PretrainedConfig) -> str | None:
     """The first attention in a config, or in one inside it, that is a repository's name."""
     inner = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]

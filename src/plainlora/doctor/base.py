@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 from transformers.utils import logging
 from trl import ModelConfig
 
-from plainlora.base.config import check_length, check_storage, context_length, load_config
+from plainlora.base.config import check_length, check_mergeable, check_storage, context_length, load_config
 from plainlora.base.dropout import check_dropout
 from plainlora.base.files import is_on_disk
 from plainlora.base.remote_code import describe_remote_code
@@ -38,6 +38,8 @@ def examine_base(
         before = len(examination.findings)
         examination.ask("base", "length", check_length, longest, config)
         examination.ask("base", "dropout", check_dropout, recipe.base_dropout, config)
+        if recipe.merge:
+            examination.ask("base", "merge", check_mergeable, name, config)
         if len(examination.findings) == before:
             examination.add("ok", "base", "config", f"{name}: {config.model_type}, {positions} positions")
     return config

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plainlora.base.config import context_length, load_config, quantization_method
+from plainlora.base.config import check_mergeable, context_length, load_config
 from plainlora.errors import UserError
 from plainlora.folders import check_disk, staged
 from plainlora.generation import generate
@@ -246,8 +246,7 @@ def merge_adapter(
     found = find_base(adapter, base_model, allow_other_base)
     _check_output(output, {"adapter": adapter, "base model": Path(found.name).expanduser()}, overwrite)
     config = load_config(found.name, found.revision)
-    if quantization_method(config):  # Transformers cannot write what is made of it in 16 or 32 bits
-        raise UserError(f"{found.name} is stored in 4 or 8 bits; merge into the base in 16 bits, with --base_model")
+    check_mergeable(found.name, config)
     tokenizer = load_tokenizer_of(adapter, found)
     is_classifier = class_labels(adapter) is not None
     make_probes = classifier_probes if is_classifier else language_probes

@@ -6,11 +6,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from plainlora.base.classifier import is_classifier
 from plainlora.resources.plan import Plan
-from plainlora.resources.weights import count_bytes
+from plainlora.resources.weights import count_bytes, stored_dtype
 
 # What a checkpoint holds beside weights, optimizer and tokenizer: random generators, schedule, arguments, configs,
 # card, manifest; then what a tensor costs in a file beside its values, and an entry of the log.
@@ -87,6 +87,17 @@ def _free_on_disk(folder: str | Path) -> int:
     return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
 
 
+def merged_bytes(parameters: int, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """Bytes of a merged model's folder: every weight dense, in the dtype of the base's checkpoint, and the tokenizer.
+
+    Args:
+        parameters: Of the base.
+        config: Of the base.
+        tokenizer: Saved beside it.
+    """
+    return parameters * stored_dtype(config).itemsize + _tokenizer_bytes(tokenizer)
+
+
 def count_disk(plan: Plan, base: PreTrainedModel, model: PreTrainedModel, optimizer: int) -> DiskNeed:
     """Adds up the files that lie there at the same time.
 
@@ -105,7 +116,8 @@ def count_disk(plan: Plan, base: PreTrainedModel, model: PreTrainedModel, optimi
         checkpoint += optimizer + 3 * TENSOR_ENTRY * trained
     merged = 0
     if plan.merge:
-        merged = sum(parameter.numel() for parameter in base.parameters()) * plan.stored_dtype.itemsize + files
+        parameters = sum(parameter.numel() for parameter in base.parameters())
+        merged = merged_bytes(parameters, plan.config, plan.tokenizer)
     checkpoints = count_saves(training, steps)
     needed, free = checkpoints * checkpoint + result + merged, _free_on_disk(str(training.output_dir))
     return DiskNeed(checkpoint, checkpoints, result, merged, needed, free, needed <= free)

@@ -19,6 +19,7 @@ from trl import ModelConfig, get_quantization_config
 from plainlora.backends import Backend, attach_adapter
 from plainlora.base.dropout import set_dropouts
 from plainlora.resources.activations import Step, largest_batch, precision
+from plainlora.resources.weights import stored_dtype
 from plainlora.settings.arguments import dtype_of
 
 
@@ -70,9 +71,7 @@ class Plan:
     @property
     def stored_dtype(self) -> torch.dtype:
         """The dtype that the checkpoint says it has."""
-        own = getattr(self.config, "dtype", None)
-        own = getattr(torch, own, None) if isinstance(own, str) else own
-        return own if isinstance(own, torch.dtype) else torch.float32
+        return stored_dtype(self.config)
 
     @property
     def dtype(self) -> torch.dtype:

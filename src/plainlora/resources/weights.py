@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
@@ -20,6 +20,13 @@ TABLE, TABLE_OF_SCALES = 16 * 4, 256 * 4 + 4
 def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of some tensors' values."""
     return sum(tensor.nbytes for tensor in tensors)
+
+
+def stored_dtype(config: PretrainedConfig) -> torch.dtype:
+    """The dtype that a checkpoint's config says it has; fp32 where it says none."""
+    own = getattr(config, "dtype", None)
+    own = getattr(torch, own, None) if isinstance(own, str) else own
+    return own if isinstance(own, torch.dtype) else torch.float32
 
 
 def nf4_bytes(values: int, nested: bool) -> int:

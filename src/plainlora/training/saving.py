@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from plainlora.errors import UserError, first_line
 from plainlora.folders import check_disk, move_in, put_in_place
@@ -24,6 +24,39 @@ OPTIMIZER_COPIES = 2  # Adam's two moments of every trained weight
 def _is_full(error: Exception) -> bool:
     """Whether it was for want of space. PyTorch and safetensors hand the system's error on as text."""
     return getattr(error, "errno", None) in FULL or any(text in str(error) for text in FULL_TEXTS)
+
+
+def saved_bytes(model: nn.Module, whole: bool) -> int:
+    """Bytes of the weights that are saved.
+
+    Args:
+        model: What is trained.
+        whole: Whether all of them are, or the trained ones alone.
+    """
+    return sum(each.nbytes for each in model.parameters() if each.requires_grad or whole)
+
+
+def checkpoint_bytes(model: nn.Module, whole: bool) -> int:
+    """The same with the optimizer's state."""
+    return saved_bytes(model, whole) + OPTIMIZER_COPIES * saved_bytes(model, whole=False)
+
+
+def check_room(training: TrainingArguments, model: nn.Module, whole: bool, merged: int) -> None:
+    """Checks before the first step, and before the run's folder is made, that what the run writes would fit.
+
+    Args:
+        training: Where it writes, and whether checkpoints too.
+        model: What is trained.
+        whole: Whether all of its weights are saved, or the trained ones alone.
+        merged: Bytes of the merged model; 0 if there will be none.
+
+    Raises:
+        UserError: A checkpoint, the final save and the merged model would not.
+    """
+    checkpoint = 0 if training.save_strategy == "no" else checkpoint_bytes(model, whole)
+    what = "a checkpoint, the result and the merged model" if merged else "a checkpoint and the result"
+    folder = str(training.output_dir)
+    check_disk(folder, checkpoint + saved_bytes(model, whole) + merged, f"{what} in {folder}")
 
 
 class WholeSaves(Trainer):
@@ -74,23 +107,6 @@ class WholeSaves(Trainer):
             "room, and go on with --resume_from_checkpoint true"
         )
 
-    def saved_bytes(self) -> int:
-        """Bytes of the weights that are saved."""
-        return sum(each.nbytes for each in self.adapted.parameters() if each.requires_grad or self.saves_all)
-
-    def _trained_bytes(self) -> int:
-        return sum(each.nbytes for each in self.adapted.parameters() if each.requires_grad)
-
-    def _checkpoint_bytes(self) -> int:
-        return self.saved_bytes() + OPTIMIZER_COPIES * self._trained_bytes()
-
-    def check_room(self) -> None:
-        """Raises `UserError` if a checkpoint and the final save would not fit: better before the first step."""
-        checkpoint = 0 if self.args.save_strategy == "no" else self._checkpoint_bytes()
-        check_disk(
-            self._run_dir(), checkpoint + self.saved_bytes(), f"a checkpoint and the result in {self._run_dir()}"
-        )
-
     def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
 
@@ -101,7 +117,7 @@ class WholeSaves(Trainer):
             UserError: There is too little room, before or in the middle of it. What was there is untouched.
         """
         run, name = self._run_dir(), f"checkpoint-{self.state.global_step}"
-        scratch = self._begin(f"{run / name}", self._checkpoint_bytes())
+        scratch = self._begin(f"{run / name}", checkpoint_bytes(self.adapted, self.saves_all))
         self._preparing = True
         try:
             self._write_checkpoint(model, trial)
@@ -145,7 +161,7 @@ class WholeSaves(Trainer):
         if output_dir is not None:
             super().save_model(output_dir, _internal_call)
             return
-        scratch = self._begin(f"the final save in {self._run_dir()}", self.saved_bytes())
+        scratch = self._begin(f"the final save in {self._run_dir()}", saved_bytes(self.adapted, self.saves_all))
         try:
             super().save_model(str(scratch), _internal_call=True)
             self.accelerator.wait_for_everyone()
