@@ -205,7 +205,7 @@ def test_experts_and_routers_are_adapted_as_in_peft_or_refused(kind: str, target
     leaves = {name.split(".")[-1] for name, _ in model.named_modules()}
     unknown = [] if isinstance(targets, str) else sorted(set(targets) - leaves)
     if parameters:
-        with pytest.raises(LoRAError, match=f"{len(parameters)} parameters that are no.*{parameters[0]}") as caught:
+        with pytest.raises(LoRAError, match=f"PEFT adapts parameters that are no.*{parameters[0]}") as caught:
             inject(model, lora)
         named = re.search(r"set target_modules to \[(.*)\]", str(caught.value))[1].split(", ")
         assert (
@@ -216,6 +216,15 @@ def test_experts_and_routers_are_adapted_as_in_peft_or_refused(kind: str, target
             inject(model, lora)
     else:
         assert [name for name, _ in lora_layers(inject(model, lora))] == linear
+
+
+def test_projections_that_peft_passes_over_for_experts_that_are_not_there_are_refused() -> None:
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, mlp_only_layers=[0, 1]))
+    peft = get_peft_model(copy.deepcopy(model), config(target_modules="all-linear")).base_model
+    assert not peft.targeted_parameter_names
+    assert not any("mlp" in name for name in peft.targeted_module_names)
+    with pytest.raises(LoRAError, match=r"\(down_proj, gate.weight, gate_up_proj\), by target_parameters"):
+        inject(model, config(target_modules="all-linear"))
 
 
 def test_the_names_of_an_older_transformers_are_refused_where_only_half_of_a_fused_one_is_meant() -> None:

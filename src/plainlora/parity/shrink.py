@@ -28,6 +28,7 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("linear_num_key_heads",), 2),
     **dict.fromkeys(("linear_num_value_heads",), 4),
     **dict.fromkeys(("n_group", "topk_group"), 1),
+    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers"), 1),  # before the mixtures of experts
     "rotary_dim": 8,
     "word_embed_proj_dim": 64,
 }
@@ -36,6 +37,8 @@ TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
 
 # What an architecture needs besides, by model type, or `model type.part`.
 SPECIAL: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"layer_group_size": 2},
+    "bamba": {"attn_layer_indices": [1]},
     "dots3_note": {"num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
     "esm": {"vocab_size": VOCABULARY, "mask_token_id": 5},
@@ -70,6 +73,8 @@ def _fields(default: PretrainedConfig) -> dict[str, Any]:
     numbers = [name for name in given if name.endswith(("_token_id", "_token_index")) and name not in TOKENS]
     fields |= {name: 2 + number for number, name in enumerate(numbers) if isinstance(given[name], int)}
     fields |= {name: 0.0 for name in given if name.endswith("layerdrop")}
+    if "kv_lora_rank" in given and "num_key_value_heads" in given:
+        fields["num_key_value_heads"] = SIZES["num_attention_heads"]  # latent attention has as many keys as queries
     fields |= SPECIAL.get(default.model_type, {})
     for name in default.sub_configs or {}:
         part = getattr(default, name, None)
