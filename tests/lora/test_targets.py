@@ -11,6 +11,8 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     MambaConfig,
@@ -19,6 +21,8 @@ from transformers import (
     MixtralForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     PreTrainedModel,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
@@ -134,6 +138,16 @@ def test_a_number_or_name_that_changes_nothing_is_an_error(options: dict[str, ob
 def test_a_module_that_is_not_linear_is_an_error(kind: str, target: str, type_name: str) -> None:
     linear = "c_attn" if kind == "gpt2" else "q_proj"
     refused(kind, rf"{target}' is a {type_name}; LoRA here adapts linear", target_modules=[linear, target])
+
+
+def test_a_subclass_of_linear_is_a_target_only_if_it_is_a_linear_map() -> None:
+    falcon = FalconForCausalLM(FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64))
+    names = [name for name, _ in lora_layers(inject(falcon, config(target_modules="all-linear")))]
+    assert len(names) == 4
+    router = PhimoeForCausalLM(PhimoeConfig(**SIZES, num_local_experts=4))
+    with pytest.raises(LoRAError, match=r"router' is a PhimoeTopKRouter; .*add 'router' to exclude_modules"):
+        inject(router, config(target_modules="all-linear"))
+    inject(router, config(target_modules="all-linear", exclude_modules=["router"]))
 
 
 @pytest.mark.parametrize(("kind", "twin"), [("qwen2", "model.embed_tokens"), ("gpt2", "transformer.wte")])

@@ -255,7 +255,8 @@ def find_target_modules(model: nn.Module, config: LoraConfig, strict: bool = Tru
         if not is_supported(modules[name]):
             raise LoRAError(
                 f"target_modules: {name!r} is a {type(modules[name]).__name__}; LoRA here adapts linear layers "
-                f"({', '.join(sorted({_leaf(item) for item in linear}))})"
+                f"({', '.join(sorted({_leaf(item) for item in linear}))}); name others, or add {_leaf(name)!r} to "
+                "exclude_modules"
             )
     return {name: modules[name] for name in found.selected}
 

@@ -29,6 +29,9 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("linear_num_value_heads",), 4),
     **dict.fromkeys(("n_group", "topk_group"), 1),
     **dict.fromkeys(("first_k_dense_replace", "num_dense_layers"), 1),  # before the mixtures of experts
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 16),
+    **dict.fromkeys(("mamba_d_state", "mamba_chunk_size", "chunk_size"), 16),
     "rotary_dim": 8,
     "word_embed_proj_dim": 64,
 }
