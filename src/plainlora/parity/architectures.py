@@ -197,12 +197,11 @@ def _lora(model: PreTrainedModel, architecture: Architecture) -> tuple[LoraConfi
 def _remaining(model: PreTrainedModel, refused: str, lora: LoraConfig) -> list[str]:
     """The linear layers that are left when those that a refusal names are left out."""
     if named := re.search(r"add '(\w+)' to exclude_modules", refused):
-        heads = r"classifier|score" if lora.task_type == "SEQ_CLS" else r"lm_head"
-        linear = [
-            name for name, module in model.named_modules() if is_supported(module) and not re.search(heads, name)
-        ]
-        left_out = (named[1], "dt_proj")  # Mamba reads dt_proj's weight too, without calling it
-        return [name for name in linear if not name.endswith(left_out)]
+        heads = "classifier|score" if lora.task_type == "SEQ_CLS" else "lm_head"
+        out = re.compile(
+            rf"{heads}|(^|\.)({named[1]}|dt_proj)$"
+        )  # Mamba reads dt_proj's weight too, without calling it
+        return [name for name, module in model.named_modules() if is_supported(module) and not out.search(name)]
     return Selection(model, lora).selected
 
 
