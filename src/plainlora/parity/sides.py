@@ -20,7 +20,13 @@ from plainlora.fusing import fuse
 from plainlora.lora import interchange, load, merge
 from plainlora.lora.record import lora_layers
 from plainlora.parity.case import Case
-from plainlora.training.trainers import AdapterTrainer, RowsInOrder, adapter_precision_kept, hand_over
+from plainlora.training.trainers import (
+    AdapterTrainer,
+    PredictedTokensCounted,
+    RowsInOrder,
+    adapter_precision_kept,
+    hand_over,
+)
 
 
 class Side(ABC):
@@ -204,8 +210,8 @@ class Peft(Side):
             )
 
 
-class _SFTTrainer(RowsInOrder, SFTTrainer):
-    """SFTTrainer itself; only the order of rows grouped by length, which is no part of LoRA, is made the same."""
+class _SFTTrainer(RowsInOrder, PredictedTokensCounted, SFTTrainer):
+    """SFTTrainer itself; only what is no part of LoRA is made the same: order of rows by length, count of tokens."""
 
 
 def _as_trl_expects(rows: Dataset, tokenizer: PreTrainedTokenizerBase, settings: SFTConfig) -> Dataset:
