@@ -5,11 +5,12 @@ CHECKED := src recipes tests
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test compare bench style quality clean
+.PHONY: help install quickstart test test-slow compare bench style quality clean
 
 help:
 	@echo "make quickstart  install, train the embedded default on the CPU, merge it, show the result"
 	@echo "make test        install, run the tests (no model hub, no GPU needed)"
+	@echo "make test-slow   the tests that make test leaves out: every architecture of Transformers; most of an hour"
 	@echo "make compare     the proof: the hand-written LoRA beside PEFT, level by level"
 	@echo "make bench       time and memory beside PEFT with TRL; about an hour on two cores"
 	@echo "make quality     lint, formatting and types"
@@ -31,6 +32,9 @@ quickstart: install
 
 test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2
+
+test-slow: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
 compare: install
 	HF_HUB_OFFLINE=1 $(BIN)/plainlora compare

@@ -231,6 +231,6 @@ def test_experts_are_refused_by_every_backend_before_the_model_is_touched(backen
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=64))
     before = snapshot(model)
-    with pytest.raises(LoRAError, match=r"PEFT adapts 3 parameters that .*\[k_proj, o_proj, q_proj, v_proj\]"):
+    with pytest.raises(LoRAError, match=r"PEFT adapts parameters that .*\[k_proj, o_proj, q_proj, v_proj\]"):
         attach_adapter(model, config(target_modules="all-linear"), BACKENDS[backend])
     assert_equal_tensors(snapshot(model), before)

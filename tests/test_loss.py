@@ -1,18 +1,17 @@
 """The one-pass head beside TRL's own, and beside the equation in fp64."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from plainlora.fusing import fuse
-from plainlora.loss import CHUNK, OnePassHead, TokenLogProbs, is_covered, use_one_pass_head
-from tests.conftest import CONFIGS, SPECIAL, VOCABULARY, make_model, make_peft_trainer, random_ids
+from plainlora.loss import CHUNK, TokenLogProbs
+from plainlora.loss_head import LossHead
+from tests.conftest import CONFIGS, make_model, random_ids
 
 FIELDS = ("log_probs", "entropy", "is_top1")
 
@@ -21,7 +20,7 @@ def make(kind: str, one_pass: bool, dtype: torch.dtype = torch.float32) -> PreTr
     model = make_model(kind, dtype).requires_grad_(False)
     add_fused_lm_head(model, outputs=FIELDS)
     if one_pass:
-        OnePassHead(model)
+        LossHead(model)
     return model
 
 
@@ -103,30 +102,12 @@ def test_a_batch_without_a_label_is_a_finite_zero() -> None:
 def test_without_statistics_the_loss_is_the_same_and_they_are_zero() -> None:
     model = make_model("llama").requires_grad_(False)
     add_fused_lm_head(model, outputs=FIELDS)
-    head = OnePassHead(model)
+    head = LossHead(model)
     first, _ = run(model, **batch())
     head.with_statistics = False
     second, _ = run(model, **batch())
     assert torch.equal(first.log_probs, second.log_probs)
     assert first.entropy.abs().sum() > 0 == second.entropy.abs().sum()
-
-
-def test_what_is_not_covered_goes_through_trls_head() -> None:
-    trained = make("llama", True)
-    trained.get_output_embeddings().weight.requires_grad_(True)
-    assert not is_covered(trained)
-    output, _ = run(trained, **batch())
-    assert trained.get_output_embeddings().weight.grad is not None
-    expected, _ = run(make("llama", False), **batch())
-    assert output.loss.item() == expected.loss.item()
-    capped = Gemma2ForCausalLM(
-        Gemma2Config(
-            hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-            head_dim=16, vocab_size=VOCABULARY, **SPECIAL,
-        )
-    ).requires_grad_(False)  # fmt: skip
-    assert not is_covered(capped)
-    assert is_covered(make("gpt2", False))
 
 
 def test_without_the_fused_call_the_model_gives_its_logits() -> None:
@@ -137,24 +118,3 @@ def test_without_the_fused_call_the_model_gives_its_logits() -> None:
     assert torch.equal(
         model.generate(ids, max_new_tokens=3, do_sample=False), plain.generate(ids, max_new_tokens=3, do_sample=False)
     )
-
-
-def train(two_lines: bool, folder: Path) -> list[dict[str, float]]:
-    """What an existing script with TRL and PEFT logs, with or without our two lines."""
-    trainer = make_peft_trainer(folder)
-    if two_lines:
-        fuse(trainer.model)
-        use_one_pass_head(trainer)
-    trainer.train()
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
-
-
-def test_two_lines_more_in_an_existing_script_change_nothing_but_its_speed(tmp_path: Path) -> None:
-    ours, theirs = train(True, tmp_path), train(False, tmp_path)
-    assert [entry["step"] for entry in ours] == [2, 4]
-    for found, expected in zip(ours, theirs, strict=True):
-        assert found.keys() == expected.keys()
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
-        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
-    # Of the logged step alone here; TRL's are means over the two steps since the last log.
-    assert all(0 < entry["entropy"] < 10 for entry in ours)

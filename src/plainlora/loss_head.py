@@ -214,7 +214,7 @@ class LossChoice:
                 own = own_loss(model, row, **options)
             except Exception as error:  # whatever a model's code raises
                 name = type(self.model).__name__
-                raise UserError(f"{name} computes no loss from tokens and labels: {first_line(error)}") from error
+                raise UserError(f"{name} fails on tokens and labels with this adapter: {first_line(error)}") from error
             for form in self._tried:
                 head.form = form
                 try:
@@ -223,7 +223,7 @@ class LossChoice:
                     differs, fault = True, f"a fused head fails ({first_line(error)})"
                 else:
                     differs, fault = own.differs(found) > 1, f"a fused head gives {found.loss:.6f}"
-                if not trainer.accelerator.gather(torch.tensor([int(differs)], device=row.device)).any():  # type: ignore[union-attr]
+                if not trainer.accelerator.gather(torch.tensor([int(differs)], device=row.device)).any():
                     return
         head.form, head.router = "own", bool(options)
         head.extra = abs(own.extra) > own.extra_rounding

@@ -19,13 +19,14 @@ from transformers import (
     GPTNeoConfig,
     LlamaConfig,
     MambaConfig,
+    MptConfig,
     PretrainedConfig,
 )
 from trl import ModelConfig
 
 from plainlora.backends import BACKENDS, attach_adapter
 from plainlora.base.classifier import classifier_config, load_classifier
-from plainlora.base.dropout import check_dropout, find_dropouts
+from plainlora.base.dropout import check_dropout, find_dropouts, set_dropouts
 from plainlora.base.loading import load_base
 from plainlora.errors import UserError
 from plainlora.lora.inject import inject, unwrap
@@ -145,3 +146,11 @@ def test_a_merged_and_an_unwrapped_model_and_a_copy_are_saved_with_their_own_dro
         model.save_pretrained(tmp_path / str(number))
         assert json.loads((tmp_path / str(number) / "config.json").read_text())["attn_pdrop"] == 0.1
         assert dropouts_of(model) == {0.0}
+
+
+def test_a_config_that_takes_whole_numbers_only_takes_none_and_all_and_says_what_it_does_not_take() -> None:
+    config = MptConfig()
+    set_dropouts(config, 0.0)
+    assert {getattr(*place) for place in find_dropouts(config)} == {0}
+    with pytest.raises(UserError, match=r"base_dropout 0\.1: .* takes no such attn_pdrop .*leave it out"):
+        set_dropouts(config, 0.1)

@@ -36,5 +36,5 @@ def test_a_convolution_is_no_expert() -> None:
 
 def test_experts_that_peft_adapts_are_an_error_that_says_what_to_do() -> None:
     (error,) = examine(MixtralConfig(**SIZES), "all-linear").at("error")
-    assert "PEFT adapts 6 parameters that are no linear layer's (model.layers.0.mlp.gate.weight, " in error.message
+    assert "PEFT adapts parameters that are no linear layer's (model.layers.0.mlp.gate.weight, " in error.message
     assert "set target_modules to [k_proj, o_proj, q_proj, v_proj]" in error.message

@@ -11,6 +11,8 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     MambaConfig,
@@ -19,6 +21,8 @@ from transformers import (
     MixtralForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     PreTrainedModel,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
@@ -136,6 +140,16 @@ def test_a_module_that_is_not_linear_is_an_error(kind: str, target: str, type_na
     refused(kind, rf"{target}' is a {type_name}; LoRA here adapts linear", target_modules=[linear, target])
 
 
+def test_a_subclass_of_linear_is_a_target_only_if_it_is_a_linear_map() -> None:
+    falcon = FalconForCausalLM(FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64))
+    names = [name for name, _ in lora_layers(inject(falcon, config(target_modules="all-linear")))]
+    assert len(names) == 4
+    router = PhimoeForCausalLM(PhimoeConfig(**SIZES, num_local_experts=4))
+    with pytest.raises(LoRAError, match=r"router' is a PhimoeTopKRouter; .*add 'router' to exclude_modules"):
+        inject(router, config(target_modules="all-linear"))
+    inject(router, config(target_modules="all-linear", exclude_modules=["router"]))
+
+
 @pytest.mark.parametrize(("kind", "twin"), [("qwen2", "model.embed_tokens"), ("gpt2", "transformer.wte")])
 def test_u08_a_tied_head_is_no_target(kind: str, twin: str) -> None:
     refused(kind, f"'lm_head' shares its weight with '{twin}'.*modules_to_save", target_modules=["lm_head"])
@@ -205,7 +219,7 @@ def test_experts_and_routers_are_adapted_as_in_peft_or_refused(kind: str, target
     leaves = {name.split(".")[-1] for name, _ in model.named_modules()}
     unknown = [] if isinstance(targets, str) else sorted(set(targets) - leaves)
     if parameters:
-        with pytest.raises(LoRAError, match=f"{len(parameters)} parameters that are no.*{parameters[0]}") as caught:
+        with pytest.raises(LoRAError, match=f"PEFT adapts parameters that are no.*{parameters[0]}") as caught:
             inject(model, lora)
         named = re.search(r"set target_modules to \[(.*)\]", str(caught.value))[1].split(", ")
         assert (
@@ -216,6 +230,15 @@ def test_experts_and_routers_are_adapted_as_in_peft_or_refused(kind: str, target
             inject(model, lora)
     else:
         assert [name for name, _ in lora_layers(inject(model, lora))] == linear
+
+
+def test_projections_that_peft_passes_over_for_experts_that_are_not_there_are_refused() -> None:
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, mlp_only_layers=[0, 1]))
+    peft = get_peft_model(copy.deepcopy(model), config(target_modules="all-linear")).base_model
+    assert not peft.targeted_parameter_names
+    assert not any("mlp" in name for name in peft.targeted_module_names)
+    with pytest.raises(LoRAError, match=r"\(down_proj, gate.weight, gate_up_proj\), by target_parameters"):
+        inject(model, config(target_modules="all-linear"))
 
 
 def test_the_names_of_an_older_transformers_are_refused_where_only_half_of_a_fused_one_is_meant() -> None:

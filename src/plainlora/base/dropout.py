@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from plainlora.errors import UserError
+from plainlora.errors import UserError, first_line
 
 
 def find_dropouts(config: PretrainedConfig) -> list[tuple[PretrainedConfig, str]]:
@@ -31,9 +31,18 @@ def check_dropout(p: float | None, config: PretrainedConfig) -> None:
 
 
 def set_dropouts(config: PretrainedConfig, p: float) -> None:
-    """Gives every dropout of a config the probability `p`."""
-    for place in find_dropouts(config):
-        setattr(*place, p)
+    """Gives every dropout of a config the probability `p`.
+
+    Raises:
+        UserError: A config's own code takes no such value: MPT's `attn_pdrop` is a whole number.
+    """
+    for inner, name in find_dropouts(config):
+        try:
+            setattr(inner, name, int(p) if isinstance(getattr(inner, name), int) and p in (0, 1) else p)
+        except Exception as error:  # of any kind: it is the config's own validation
+            raise UserError(
+                f"base_dropout {p}: {inner.model_type} takes no such {name} ({first_line(error)}); leave it out"
+            ) from error
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from plainlora.base.config import check_storage, load_config
 from plainlora.base.dropout import find_dropouts, save_with_own_dropouts, set_dropouts
 from plainlora.base.failures import explain
 from plainlora.base.remote_code import code_options
-from plainlora.errors import UserError, first_line
+from plainlora.errors import UserError
 from plainlora.settings.arguments import dtype_of
 from plainlora.settings.checks import unusable_attention
 

@@ -30,8 +30,8 @@ def load_adapter(model: ModelT, directory: str | os.PathLike[str], trainable: bo
     config = read_config(directory)
     if unsupported := find_unsupported(config):
         raise LoRAError(
-            f"{directory} was trained with {some(list(unsupported.values()))}, which this LoRA does not implement; load it with PEFT "
-            "(PeftModel.from_pretrained)"
+            f"{directory} was trained with {some(list(unsupported.values()))}, which this LoRA does not implement; "
+            "load it with PEFT (PeftModel.from_pretrained)"
         )
     inject(
         model,

@@ -25,17 +25,34 @@ def is_quantized(module: nn.Module) -> bool:
     return bitsandbytes is not None and isinstance(module, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt))
 
 
-def is_supported(module: nn.Module) -> bool:
-    """Whether LoRA can wrap the module."""
-    return isinstance(module, (nn.Linear, Conv1D))  # bitsandbytes' layers are subclasses of nn.Linear
-
-
 def features(module: nn.Module) -> tuple[int, int]:
     """`(d_in, d_out)` of a supported module."""
     if isinstance(module, Conv1D):
         return module.nx, module.nf
     assert isinstance(module, nn.Linear)
     return module.in_features, module.out_features
+
+
+def is_supported(module: nn.Module) -> bool:
+    """Whether LoRA can wrap the module: a linear map, whatever its class.
+
+    Some routers and grouped projections are subclasses of `nn.Linear` that return something else; a subclass is asked.
+    """
+    if type(module) in (nn.Linear, Conv1D) or is_quantized(module):
+        return True
+    return isinstance(module, (nn.Linear, Conv1D)) and _maps_linearly(module)
+
+
+@torch.no_grad()
+def _maps_linearly(module: nn.Module) -> bool:
+    """Whether `(2, d_in)` becomes `(2, d_out)`; nothing is computed on the meta device."""
+    d_in, d_out = features(module)
+    weight = cast(torch.Tensor, module.weight)
+    try:
+        output = module(torch.zeros(2, d_in, dtype=weight.dtype, device=weight.device))
+    except Exception:  # whatever a model's own code raises
+        return False
+    return isinstance(output, torch.Tensor) and output.shape == (2, d_out)
 
 
 def is_fusable(module: nn.Module) -> bool:

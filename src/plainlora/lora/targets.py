@@ -51,6 +51,8 @@ class Selection(LoraModel):
     Attributes:
         selected: Full names of the modules that PEFT adapts, in the model's own order.
         selected_parameters: Full names of the parameters that it adapts by themselves, in no linear layer.
+        target_parameters: What selects those: of some mixtures of experts PEFT makes such of the names of projections,
+            also where a model has no experts, and passes over the projections.
 
     Raises:
         ValueError: PEFT refuses the config.
@@ -59,9 +61,11 @@ class Selection(LoraModel):
     def __init__(self, model: nn.Module, config: LoraConfig) -> None:
         self.selected: list[str] = []
         self.selected_parameters: list[str] = []
+        resolved = deepcopy(config)  # PEFT writes into it
         with suppress(_Matched), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's, about what is an error here
-            super().__init__(model, deepcopy(config), "default")
+            super().__init__(model, resolved, "default")
+        self.target_parameters = set(resolved.target_parameters or ())
 
     def _create_and_replace(self, *_: Any, current_key: str, parameter_name: str | None = None, **__: Any) -> None:  # type: ignore[override]
         (self.selected if parameter_name is None else self.selected_parameters).append(current_key)
@@ -188,12 +192,12 @@ def _explain_none(model: nn.Module, config: LoraConfig, linear: list[str]) -> Lo
 
 def _explain_parameters(model: nn.Module, found: Selection, strict: bool) -> LoRAError:
     """What to say where PEFT also adapts parameters that are no linear layer's: experts and their router."""
-    parameters = found.selected_parameters
+    parameters = found.selected_parameters or sorted(found.target_parameters)
     others = ", ".join(condense(found.selected, model)) if found.selected else "other modules"
     advice = f"to adapt the linear layers alone, set target_modules to [{others}]"
     return LoRAError(
-        f"target_modules: in this {type(model).__name__} PEFT adapts {len(parameters)} parameters that are no linear "
-        f"layer's ({some(parameters)}), by target_parameters, which this LoRA does not implement; "
+        f"target_modules: in this {type(model).__name__} PEFT adapts parameters that are no linear layer's "
+        f"({some(parameters)}), by target_parameters, which this LoRA does not implement; "
         f"{advice if strict else 'load this adapter with PEFT'}"
     )
 
@@ -243,7 +247,7 @@ def find_target_modules(model: nn.Module, config: LoraConfig, strict: bool = Tru
         if isinstance(error, NoMatchingPeftModuleError):
             raise _explain_none(model, config, linear) from error
         raise LoRAError(f"target_modules: PEFT refuses this adapter: {error}") from error
-    if found.selected_parameters:
+    if found.target_parameters:
         raise _explain_parameters(model, found, strict)
     if strict:
         _check_names(model, config, linear)
@@ -251,7 +255,8 @@ def find_target_modules(model: nn.Module, config: LoraConfig, strict: bool = Tru
         if not is_supported(modules[name]):
             raise LoRAError(
                 f"target_modules: {name!r} is a {type(modules[name]).__name__}; LoRA here adapts linear layers "
-                f"({', '.join(sorted({_leaf(item) for item in linear}))})"
+                f"({', '.join(sorted({_leaf(item) for item in linear}))}); name others, or add {_leaf(name)!r} to "
+                "exclude_modules"
             )
     return {name: modules[name] for name in found.selected}
 

@@ -9,6 +9,7 @@ refused, in the words that a user would read.
 import difflib
 import gc
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,7 @@ from plainlora.backends import BACKENDS, attach_adapter
 from plainlora.base.dropout import set_dropouts
 from plainlora.errors import UserError
 from plainlora.lora.errors import LoRAError
+from plainlora.lora.storage import is_supported
 from plainlora.lora.targets import Selection, condense, find_targets
 from plainlora.lora.time_limit import time_limit
 from plainlora.parity.case import FORMS, Case, seed_everything
@@ -187,14 +189,20 @@ def _lora(model: PreTrainedModel, architecture: Architecture) -> tuple[LoraConfi
         find_targets(model, lora)
     except LoRAError as error:
         refused = str(error)
-        if "exclude_modules" in refused:  # what Mamba reads without calling
-            linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-            selected = [name for name in linear if not name.endswith(("out_proj", "dt_proj", "lm_head"))]
-        else:
-            selected = Selection(model, lora).selected
-        lora = LoraConfig(**options, target_modules=condense(selected, model))
+        lora = LoraConfig(**options, target_modules=condense(_remaining(model, refused, lora), model))
         find_targets(model, lora)
     return lora, refused
+
+
+def _remaining(model: PreTrainedModel, refused: str, lora: LoraConfig) -> list[str]:
+    """The linear layers that are left when those that a refusal names are left out."""
+    if named := re.search(r"add '(\w+)' to exclude_modules", refused):
+        heads = "classifier|score" if lora.task_type == "SEQ_CLS" else "lm_head"
+        out = re.compile(
+            rf"{heads}|(^|\.)({named[1]}|dt_proj)$"
+        )  # Mamba reads dt_proj's weight too, without calling it
+        return [name for name, module in model.named_modules() if is_supported(module) and not out.search(name)]
+    return Selection(model, lora).selected
 
 
 def _outcome(verdict: Verdict) -> Outcome:

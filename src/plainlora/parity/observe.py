@@ -109,7 +109,7 @@ def _embedding_output_watched(model: nn.Module) -> Iterator[dict[str, torch.Tens
         output = output if output.requires_grad else output.requires_grad_(True)
         output.retain_grad()
         seen["input embeddings"] = output
-        return output
+        return output.clone()  # CTRL and others scale it in place
 
     handle = model.get_input_embeddings().register_forward_hook(watch)  # type: ignore[operator]
     try:

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 from plainlora import backends
 from plainlora.data.encoding import encode_rows
@@ -20,7 +20,13 @@ from plainlora.fusing import fuse
 from plainlora.lora import interchange, load, merge
 from plainlora.lora.record import lora_layers
 from plainlora.parity.case import Case
-from plainlora.training.trainers import AdapterTrainer, PredictedTokens, RowsInOrder, adapter_precision_kept, hand_over
+from plainlora.training.trainers import (
+    AdapterTrainer,
+    PredictedTokensCounted,
+    RowsInOrder,
+    adapter_precision_kept,
+    hand_over,
+)
 
 
 class Side(ABC):
@@ -204,11 +210,8 @@ class Peft(Side):
             )
 
 
-class _SFTTrainer(RowsInOrder, PredictedTokens):
-    """SFTTrainer itself; only two things that are no part of LoRA are made the same.
-
-    They are the order of rows grouped by length, and the number of tokens that a loss is divided by.
-    """
+class _SFTTrainer(RowsInOrder, PredictedTokensCounted, SFTTrainer):
+    """SFTTrainer itself; only what is no part of LoRA is made the same: order of rows by length, count of tokens."""
 
 
 def _as_trl_expects(rows: Dataset, tokenizer: PreTrainedTokenizerBase, settings: SFTConfig) -> Dataset:

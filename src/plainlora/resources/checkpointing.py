@@ -11,6 +11,7 @@ from trl import SFTConfig
 
 from plainlora.backends import Backend, attach_adapter
 from plainlora.errors import first_line
+from plainlora.loss_head import base_of
 from plainlora.resources.activations import Step, count_peak_bytes, largest_batch, precision
 from plainlora.resources.weights import count_bytes
 
@@ -44,6 +45,9 @@ def needs_checkpointing(
         free: Bytes that were free before the base was loaded; `None` if that is unknown.
         say: Told the decision in one line.
     """
+    if not base_of(base).supports_gradient_checkpointing:
+        say(f"{type(base_of(base)).__name__} does not support gradient checkpointing")
+        return False
     frees = gather_object([free])
     if any(each is None for each in frees):
         say(f"free memory of {args.device} is unknown: gradient checkpointing")

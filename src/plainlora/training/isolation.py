@@ -9,10 +9,10 @@ not even by rounding.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -77,7 +77,9 @@ class Isolation:
         behind = self._text(self.documents)[1:]
         self._effect = self._largest(self._text([self.others[0], *self.documents[1:]])[1:], behind)
         size = float(torch.cat(behind).float().square().mean().sqrt())
-        self._rounded = max(self._effect, 4 * unit * size)  # fresh weights in bf16: less than can be told from rounding
+        self._rounded = max(
+            self._effect, 4 * unit * size
+        )  # fresh weights in bf16: less than can be told from rounding
 
     @staticmethod
     def _cut(values: Any) -> list[Any]:
@@ -95,7 +97,7 @@ class Isolation:
 
     def _text(self, documents: list[list[int]]) -> list[torch.Tensor]:
         """As one text, in which the later tokens are to see the earlier ones."""
-        return self._each(self._run([sum(documents, [])], packed=False)[0])
+        return self._each(self._run([list(chain(*documents))], packed=False)[0])
 
     def _largest(self, found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
         return max(_difference(one, other) for one, other in zip(found, expected, strict=True))
@@ -146,8 +148,8 @@ def check_isolation(isolation: Isolation, name: str, packing: str | None, batche
     """
     if not isolation.is_none(found := isolation.later()):
         raise UserError(
-            f"{name} reads the tokens that it is to predict ({found.neighbours:.0%} of what those before them change): "
-            "it is no causal language model; give another base"
+            f"{name} reads the tokens that it is to predict (they change {found.neighbours:.0%} of what those before "
+            "them do): it is no causal language model; give another base"
         )
     if packing:
         question, setting, advice = isolation.packed, packing, f"set {packing} to false"
@@ -170,8 +172,7 @@ def text_tokens(model: PreTrainedModel) -> list[int]:
     """Ids of a model's vocabulary, without those that its config gives a meaning."""
     config = model.config.get_text_config()
     named = [value for part in (model.config, config) for name, value in vars(part).items() if name.endswith("_id")]
-    size = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
-    return [token for token in range(min(size, int(config.vocab_size))) if token not in named]
+    return [token for token in range(int(config.vocab_size)) if token not in named]
 
 
 def examine_isolation(model: PreTrainedModel) -> Isolation:
@@ -185,7 +186,7 @@ def examine_isolation(model: PreTrainedModel) -> Isolation:
     return Isolation(logits, tokens, tokens[0], model.device, rounding_unit(model))
 
 
-def documents_are_isolated(model: nn.Module) -> float:
+def documents_are_isolated(model: PreTrainedModel) -> float:
     """By how much a packed document's logits depend on those before it or differ from those that it gets alone.
 
     Args:
@@ -197,5 +198,5 @@ def documents_are_isolated(model: nn.Module) -> float:
     Raises:
         Exception: Of any kind, where the model does not take what packed rows come with.
     """
-    found = examine_isolation(model).packed()  # type: ignore[arg-type]
+    found = examine_isolation(model).packed()
     return max(found.neighbours, found.company)

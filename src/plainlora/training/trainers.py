@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
-from accelerate.utils import gather_object
-from datasets import Dataset, concatenate_datasets
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -20,6 +18,7 @@ from plainlora.backends import Backend
 from plainlora.errors import UserError
 from plainlora.loss_head import base_of, evaluating, rounding_unit, use_own_loss
 from plainlora.training.checkpoints import past_the_end
+from plainlora.training.evaluation_loss import TokenEvaluation
 from plainlora.training.isolation import Isolation, check_isolation
 from plainlora.training.saving import WholeSaves
 from plainlora.training.watching import Watched, check_effect, check_values
@@ -84,11 +83,11 @@ class RowsInOrder(Trainer):
         return sampler
 
 
-class PredictedTokens(SFTTrainer):
-    """SFTTrainer that divides a step's loss by the number of tokens that are predicted, whatever the model's class.
+class PredictedTokensCounted(Trainer):
+    """Trainer that divides a language model's loss by the number of tokens that it predicts.
 
-    Trainer leaves the first token of each row out of that number only if it finds a loss for the name of the model's
-    class. For `GPT2LMHeadModel` it finds none: the loss of a row of 12 labelled tokens would be 11/12 of the model's.
+    Transformers leaves out the first label of a row, which nothing predicts, only if a class is named
+    `...ForCausalLM`. GPT-2's is not: the loss of rows of 16 tokens was 6 % too small (transformers#46204).
     https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer.py (`_loss_shifts_labels`)
     """
 
@@ -179,21 +178,11 @@ class _Seams(Watched, WholeSaves, RowsInOrder):
         super().save_model(output_dir, _internal_call)
 
 
-def with_unlabelled(rows: Dataset, count: int) -> Dataset:
-    """Rows, and so many more copies of the shortest of the first ones without a label, which add nothing to a loss."""
-    if not count:
-        return rows
-    row = min(rows.select(range(min(64, len(rows)))), key=lambda row: len(row["input_ids"]))
-    more = [row | {"labels": [-100] * len(row["labels"])}] * count
-    return concatenate_datasets([rows, Dataset.from_list(more, features=rows.features)])
-
-
-class AdapterTrainer(_Seams, PredictedTokens):
+class AdapterTrainer(_Seams, PredictedTokensCounted, TokenEvaluation):
     """SFTTrainer for a model that carries an adapter of either back end."""
 
     def __init__(self, model: nn.Module, backend: Backend, *args: Any, **kwargs: Any) -> None:
         self._rows, self._examined = kwargs["train_dataset"], False
-        self._losses: list[tuple[float, int]] = []  # of an evaluation: a batch's sum over tokens, and their number
         super().__init__(model, backend, *args, **kwargs)
         self._choice = use_own_loss(self, one_pass=backend.one_pass_head)
         if not self._is_sharded():  # a sharded one computes nothing before Trainer has wrapped it
@@ -208,7 +197,9 @@ class AdapterTrainer(_Seams, PredictedTokens):
         Raises:
             UserError: The model cannot be trained on these rows in this form.
         """
-        self._examined = True
+        self._examined, base = True, base_of(model)
+        if self.args.gradient_checkpointing and not base.supports_gradient_checkpointing:
+            raise UserError(f"gradient_checkpointing: {type(base).__name__} does not support it; set it to false")
         rows = self._rows[:64]["input_ids"]
         self._choice.make(model, max(rows, key=len))
         options = {"output_router_logits": True} if self.aux_loss_enabled else {}
@@ -222,52 +213,17 @@ class AdapterTrainer(_Seams, PredictedTokens):
         if self.eval_dataset is not None:
             sizes["eval"] = self.args.per_device_eval_batch_size
         batches = [f"per_device_{name}_batch_size" for name, size in sizes.items() if size > 1]
-        packing = ("packing" if self.args.packing else "padding_free") if self.padding_free else None
+        packed = "packing" if cast(SFTConfig, self.args).packing else "padding_free"
         with evaluating(model), self.compute_loss_context_manager():
             pad, device = cast(int, self._tokenizer.pad_token_id), self.args.device
             isolation = Isolation(log_probs, tokens, pad, device, rounding_unit(model))
-            check_isolation(isolation, type(base_of(model)).__name__, packing, batches)
+            check_isolation(isolation, type(base).__name__, packed if self.padding_free else None, batches)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As above, after the base has been looked at."""
         if not self._examined:
             self._examine_base(model)
         return super().training_step(model, *args, **kwargs)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As Trainer's, over rows that make whole batches: it fills the last with first rows again, or drops it.
-
-        https://github.com/huggingface/accelerate/blob/v1.12.0/src/accelerate/data_loader.py (`even_batches`)
-        """
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
-        whole = self.args.eval_batch_size * self.accelerator.num_processes
-        missing = -len(rows) % whole if self.accelerator.num_processes > 1 or self.args.dataloader_drop_last else 0
-        return super().get_eval_dataloader(with_unlabelled(rows, missing))
-
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As SFTTrainer's; the loss is cross entropy alone, and is kept with the number of its tokens."""
-        enabled, self.aux_loss_enabled = self.aux_loss_enabled, False
-        try:
-            loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
-        finally:
-            self.aux_loss_enabled = enabled
-        tokens = int((inputs["labels"][:, 1:] != -100).sum())
-        self._losses.append((float(loss) * tokens, tokens))
-        return loss, *rest
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """As Trainer's, with the sum of all tokens' losses by their number in the place of the mean of batch means.
-
-        That mean depends on which rows share a batch, and so on batch size and number of processes.
-
-        https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer.py (`evaluation_loop`)
-        """
-        self._losses = []
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total, tokens = (math.fsum(column) for column in zip(*gather_object(self._losses), strict=True))
-        output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
-        return output
 
     def training_rows(self) -> list[list[int]]:
         """The rows before SFTTrainer packed them."""
