@@ -36,7 +36,7 @@ from plainlora.plots import plot_loss
 from plainlora.provenance.base_identity import describe_base
 from plainlora.provenance.record import complete_run, write_run
 from plainlora.provenance.resumption import check_same_rows, check_same_settings
-from plainlora.report import describe_samples, summary, write_json
+from plainlora.report import summary, write_json, write_samples
 from plainlora.resources.checkpointing import needs_checkpointing
 from plainlora.resources.disk import merged_bytes
 from plainlora.resources.memory import free_memory, peak_memory
@@ -156,8 +156,7 @@ def main() -> None:
         results |= {"exact_match_rows": len(exact_match.questions)} if exact_match else {}
         plot_loss(trainer.state.log_history, before.loss, output / "loss.png")
         samples = list(zip(examine.prompts, before.answers, after.answers, strict=True))
-        if samples:
-            (output / SAMPLES).write_text(describe_samples(samples), encoding="utf-8")
+        write_samples(output / SAMPLES, samples)
         # Written before the merge, which may be refused, and again with its figure.
         write_json(output / "all_results.json", results)
         write_sft_card(output, recipe, script, training, model_args, results, samples)

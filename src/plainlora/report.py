@@ -52,6 +52,12 @@ def describe_samples(samples: Sequence[Sample]) -> str:
     )
 
 
+def write_samples(path: Path, samples: Sequence[Sample]) -> None:
+    """Writes `describe_samples` to a file, if there are any."""
+    if samples:
+        path.write_text(describe_samples(samples), encoding="utf-8")
+
+
 def _fenced(text: str) -> str:
     """A text between fences that are longer than any within it, as an answer that is cut may leave one open."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
