@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 from plainlora.bench import report
 from plainlora.bench.case import Case, Target
 from plainlora.bench.race import Outcome
+from plainlora.bench.suites import SUITES, list_cases
 
 TARGETS = (Target("time", "peft", 0.5), Target("peak", "peft", 0.8), Target("peak", "", 2e9))
 
@@ -51,3 +53,22 @@ def test_json_markdown_and_picture_hold_everything(tmp_path: Path) -> None:
     notes = written[1].read_text()
     assert "| head: one (matched) | time, fused / peft | 0.40 (0.40 to 0.50) | 0.5 | met |" in notes
     assert "- not run: llama2: two: no GPU" in notes
+
+
+def test_size_tiny_says_so_in_every_table_and_picture_and_judges_no_target(tmp_path: Path) -> None:
+    full, tiny = (
+        [case for suite in SUITES for _, case in list_cases(suite, size, "cpu")] for size in ("full", "tiny")
+    )
+    assert len(full) == len(tiny) > 20
+    assert any(case.targets for case in full)
+    assert not any(case.targets for case in tiny)
+    assert [case.name for case in tiny] == [f"tiny, in place of {case.name}" for case in full]
+    for case in {case.suite: case for case in tiny}.values():
+        facts = {arm: {"peak": 1e9, "saved bytes": 1e6} for arm in case.arms}
+        outcome = Outcome(case, {arm: [1.0, 2.0] for arm in case.arms}, facts)
+        picture = tmp_path / "picture.svg"
+        with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
+            report.plot([outcome], picture)
+        for shown in (report.terminal(outcome), report.markdown([outcome]), picture.read_text()):
+            assert "tiny, in place of " in shown, case.name
+            assert "target" not in shown, case.name

@@ -108,12 +108,12 @@ def _aligned(columns: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:
-    """A table of the targets, and one of all figures for each case."""
+    """A table of the targets, if there are any, and one of all figures for each case."""
     ran = [outcome for outcome in outcomes if not outcome.case.not_run]
-    lines = ["| case | what | measured | target, at most | |", "|---|---|---:|---:|---|"]
-    for outcome in ran:
-        for target in outcome.case.targets:
-            lines.append("| " + " | ".join([_title(outcome.case), *target_line(outcome, target)]) + " |")
+    held = [(outcome, target) for outcome in ran for target in outcome.case.targets]
+    lines = ["| case | what | measured | target, at most | |", "|---|---|---:|---:|---|"] if held else []
+    for outcome, target in held:
+        lines.append("| " + " | ".join([_title(outcome.case), *target_line(outcome, target)]) + " |")
     lines += ["", *(f"- not run: {_title(o.case)}: {o.case.not_run}" for o in outcomes if o.case.not_run)]
     for outcome in ran:
         columns, rows = figures(outcome)

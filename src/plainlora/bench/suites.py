@@ -1,6 +1,7 @@
-"""The suites by name."""
+"""The suites by name, and their cases."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from plainlora.bench import classify, head, language, layer, lifecycle
@@ -16,3 +17,15 @@ SUITES: dict[str, tuple[str, Callable[[str, str], list[Case]]]] = {
     "classify": ("classify", classify.cases),
     "lifecycle": ("lifecycle", lifecycle.cases),
 }
+
+
+def list_cases(suite: str, size: str, device: str) -> list[tuple[str, Case]]:
+    """A suite's cases, each with the module that takes part.
+
+    At size `tiny` a case says so wherever it is named, and is held to no target: its figures mean nothing.
+    """
+    module, cases = SUITES[suite]
+    found = cases(size, device)
+    if size == "tiny":
+        found = [replace(case, name=f"tiny, in place of {case.name}", targets=()) for case in found]
+    return [(module, case) for case in found]

@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from plainlora.bench import report
     from plainlora.bench.race import Outcome, race
-    from plainlora.bench.suites import SUITES as suites
+    from plainlora.bench.suites import list_cases
     from plainlora.settings.checks import check_writable
     from plainlora.errors import UserError
     from plainlora.progress import show_progress
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     if path.suffix != ".json":
         raise UserError(f"--json {path}: give a file whose name ends in .json")
     check_writable(str(path.parent), "--json")
-    chosen = [(suites[name][0], case) for name in arguments.suite for case in suites[name][1](arguments.size, device)]
+    chosen = [each for suite in arguments.suite for each in list_cases(suite, arguments.size, device)]
     if arguments.case:
         wanted = arguments.case
         chosen = [(m, case) for m, case in chosen if any(part in f"{case.name} {case.table}" for part in wanted)]
@@ -64,4 +64,5 @@ def run(arguments: argparse.Namespace) -> None:
     asked = [(outcome, target) for outcome in outcomes if not outcome.case.not_run for target in outcome.case.targets]
     met = sum(report.is_met(outcome, target) for outcome, target in asked)
     not_run = sum(bool(outcome.case.not_run) for outcome in outcomes)
-    print(f"\n{met} of {len(asked)} targets met; {not_run} cases not run\n{', '.join(map(str, written))}")
+    judged = "tiny: no target is judged" if arguments.size == "tiny" else f"{met} of {len(asked)} targets met"
+    print(f"\n{judged}; {not_run} cases not run\n{', '.join(map(str, written))}")
