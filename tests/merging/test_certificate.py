@@ -121,7 +121,7 @@ def run_of(rows: Path, **changed: Any) -> dict[str, Any]:
     arguments = {
         "dataset_name": str(rows), "dataset_config": None, "dataset_train_split": "train", "seed": 3,
         "dataset_test_split": "test", "eval_dataset_name": None, "test_split_size": 8, "dataset_text_field": "text",
-        "completion_only_loss": True,
+        "completion_only_loss": True, "assistant_only_loss": False,
     }  # fmt: skip
     return {"arguments": arguments | changed}
 

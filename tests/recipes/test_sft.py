@@ -185,15 +185,21 @@ def test_every_checkpoint_holds_the_adapter_alone(run_sft: RunSFT) -> None:
 
 
 def test_load_best_model_at_end_saves_the_best_checkpoint(run_sft: RunSFT) -> None:
-    # At this rate the first steps are the best and the last one is not.
-    flags = ["--load_best_model_at_end", "true", "--learning_rate", "0.5", "--save_total_limit", "9"]
-    output = run_sft("llama", "best", *flags, "--save_steps", "1", "--eval_steps", "1")
+    # The worst is taken for the best, so that it is not the last.
+    flags = ["--metric_for_best_model", "mean_token_accuracy", "--greater_is_better", "false"]
+    flags += ["--load_best_model_at_end", "true", "--learning_rate", "0.05", "--save_total_limit", "9"]
+    output = run_sft("llama", "best", *flags, "--save_steps", "3", "--eval_steps", "3")
     state = json.loads((output / "trainer_state.json").read_text())
     best = Path(state["best_model_checkpoint"])
     assert best.name != "checkpoint-6"
     assert adapter_bytes(output) == adapter_bytes(best)
     results = json.loads((output / "all_results.json").read_text())
-    assert results["eval_loss_adapter"] == pytest.approx(state["best_metric"], rel=1e-6)
+    (loss,) = [
+        entry["eval_loss"]
+        for entry in state["log_history"]
+        if entry["step"] == state["best_global_step"] and "eval_loss" in entry
+    ]
+    assert results["eval_loss_adapter"] == pytest.approx(loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
