@@ -116,7 +116,7 @@ def test_an_adapter_that_does_not_fit_is_refused_before_a_weight_is_loaded(
     (adapter / "run.json").unlink()  # as an adapter of elsewhere
     (base / "model.safetensors").unlink()
     assert find_base(adapter).name == str(base)
-    with pytest.raises(LoRAError, match="has shape .* the model needs|names a module of this"):
+    with pytest.raises(LoRAError, match=r"has shape .* the model needs|names a module of this"):
         find_base(adapter, str(model_dirs["gpt2"]))
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
