@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from plainlora.errors import UserError
+from plainlora.lora.errors import LoRAError
 from plainlora.provenance.adapter_base import Base, find_base
 from plainlora.provenance.base_identity import describe_base, name_base
 from plainlora.report import write_json
@@ -106,4 +107,18 @@ def test_a_damaged_commit_of_the_base(adapter: Path) -> None:
 def test_a_damaged_record_of_the_base(adapter: Path, damaged: object) -> None:
     (adapter / "run.json").write_text(json.dumps({"quantization_config": None, "base": damaged}))
     with pytest.raises(UserError, match=r"run.json is damaged \(its base is no description of one\)"):
+        find_base(adapter)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_before_a_weight_is_loaded(
+    adapter: Path, base: Path, model_dirs: dict[str, Path]
+) -> None:
+    (adapter / "run.json").unlink()  # as an adapter of elsewhere
+    (base / "model.safetensors").unlink()
+    assert find_base(adapter).name == str(base)
+    with pytest.raises(LoRAError, match=r"has shape .* the model needs|names a module of this"):
+        find_base(adapter, str(model_dirs["gpt2"]))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    with pytest.raises(LoRAError, match="was trained with use_dora=True"):
         find_base(adapter)

@@ -259,19 +259,19 @@ def _routes(model: PreTrainedModel) -> bool:
 
 def _train(architecture: Architecture, lora: LoraConfig, level: str) -> Outcome:
     """The loss of a step, beside the model's own: of a batch, or of each document alone and then packed."""
-    model, documents = build(architecture), _random_documents((12, 12, 12))
-    if level == "packing":
-        documents = _random_documents(LENGTHS)
-        if _routes(model):
-            model.config.get_text_config().router_aux_loss_coef = 0.0  # it is of a batch, not of a document
-        sums = [_own_loss(model, [document]) * (len(document) - 1) for document in documents]
-        expected = sum(sums) / sum(len(document) - 1 for document in documents)
-    else:
-        expected = _own_loss(model, documents)
+    packing = level == "packing"
+    base, model = build(architecture), build(architecture)
+    documents = _random_documents(LENGTHS if packing else (12, 12, 12))
+    if packing and _routes(base):  # what a router adds is of a batch, not of a document
+        for each in (base, model):
+            each.config.get_text_config().router_aux_loss_coef = 0.0
     try:
-        found = _train_a_step(attach_adapter(model, lora, BACKENDS[FORMS[0]]), documents, level == "packing")
+        found = _train_a_step(attach_adapter(model, lora, BACKENDS[FORMS[0]]), documents, packing)
     except (UserError, LoRAError) as error:
         return Outcome("refused", reason=str(error))
+    apart = [[document] for document in documents] if packing else [documents]
+    sums = [_own_loss(base, batch) * sum(len(document) - 1 for document in batch) for batch in apart]
+    expected = sum(sums) / sum(len(document) - 1 for document in documents)
     relative = abs(found - expected) / abs(expected)
     reason = "" if relative <= WITHIN else f"a loss of {found:.6f} is trained, the model's own is {expected:.6f}"
     return Outcome("=" if relative == 0 else "differs" if reason else "close", relative, reason)

@@ -88,7 +88,7 @@ def _fields(default: PretrainedConfig) -> dict[str, Any]:
     fields |= {name: value for name, value in TOKENS.items() if name in given}
     numbers = [name for name in given if name.endswith(("_token_id", "_token_index")) and name not in TOKENS]
     fields |= {name: 2 + number for number, name in enumerate(numbers) if isinstance(given[name], int)}
-    fields |= {name: 0.0 for name in given if name.endswith("layerdrop")}
+    fields |= {name: 0.0 for name in given if name.endswith(("layerdrop", "jitter_noise"))}  # drawn in training
     kinds = dict.fromkeys(given.get("layer_types") or ())
     if len(kinds) > 1:  # one of each: what keeps a state, or a window, before what sees everything
         others = [kind for kind in kinds if kind != "full_attention"]
