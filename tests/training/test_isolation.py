@@ -128,7 +128,7 @@ def test_what_lets_documents_see_each_other_is_found_to(kind: str, std: float | 
 
 
 @pytest.mark.parametrize("backend", ["fused", "reference", "peft"])
-def test_packing_of_a_base_that_ignores_positions_is_refused_and_padding_is_not(
+def test_u07_packing_of_a_base_that_ignores_positions_is_refused_and_padding_is_not(
     backend: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     with pytest.raises(UserError, match=r"packing: in OPTForCausalLM a row depends on .*; set packing to false"):
