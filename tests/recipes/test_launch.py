@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -24,8 +25,9 @@ def launch(processes: int, batch_size: int, output: Path, model: Path, rows: Pat
         *("--config_file", "accelerate_configs/cpu.yaml", "--num_processes", str(processes)),
         *("--main_process_port", "0", "recipes/sft.py", "--config", "recipes/gpt2-alpaca-gpt4/lora.yaml"),
         *("--model_name_or_path", str(model), "--dataset_name", str(rows), "--output_dir", str(output)),
-        *("--packing", "false", "--max_length", "256", "--test_split_size", "8", "--max_steps", "4"),
+        *("--packing", "false", "--max_length", "256", "--test_split_size", "7", "--max_steps", "4"),
         *("--per_device_train_batch_size", str(batch_size), "--gradient_accumulation_steps", "1"),
+        *("--per_device_eval_batch_size", str(batch_size)),
         *("--learning_rate", "5e-3", "--report_to", "none", "--logging_steps", "1", "--exact_match_rows", "2"),
         *("--max_new_tokens", "2", "--merge"),
     ]
@@ -114,5 +116,8 @@ def test_two_processes_train_what_one_process_trains_with_twice_the_batch(
     alone, together = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
     for name, tensor in alone.items():
         torch.testing.assert_close(together[name], tensor, rtol=1e-4, atol=1e-5)
-    results = json.loads((two / "all_results.json").read_text())
-    assert results["eval_loss_adapter"] < results["eval_loss_base"]
+    results = [json.loads((folder / "all_results.json").read_text()) for folder in (one, two)]
+    assert results[1]["eval_loss_adapter"] < results[1]["eval_loss_base"]
+    # Of 7 test rows, two processes with batches of 2 would measure one twice.
+    for name, rel in (("eval_loss_base", 1e-6), ("eval_loss_adapter", 1e-4)):
+        assert results[1][name] == pytest.approx(results[0][name], rel=rel)

@@ -7,7 +7,7 @@ the same length: an isolated row is computed by the same operations on the same 
 not even by rounding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -70,16 +70,16 @@ class Isolation:
 
     def __init__(self, outputs: Outputs, tokens: Sequence[int], pad: int, device: torch.device, unit: float) -> None:
         generator = torch.Generator().manual_seed(0)
-        self._outputs, self._pad, self._device, self._unit = outputs, pad, device, unit
+        self._outputs, self._pad, self._device = outputs, pad, device
         drawn = torch.randint(len(tokens), (2, sum(LENGTHS)), generator=generator)
         first, second = ([tokens[at] for at in row] for row in drawn.tolist())
         self.documents, self.others = self._cut(first), self._cut(second)
         behind = self._text(self.documents)[1:]
         self._effect = self._largest(self._text([self.others[0], *self.documents[1:]])[1:], behind)
         size = float(torch.cat(behind).float().square().mean().sqrt())
-        self._rounded = max(
-            self._effect, 4 * unit * size
-        )  # fresh weights in bf16: less than can be told from rounding
+        # Text hardly matters to fresh weights, and in bf16 less than rounding does.
+        self._coarse = unit > 1e-6
+        self._rounded = max(self._effect, (2 if self._coarse else 64) * unit * size / COMPANY[self._coarse])
 
     @staticmethod
     def _cut(values: Any) -> list[Any]:
@@ -108,8 +108,7 @@ class Isolation:
 
     def is_none(self, found: Dependence) -> bool:
         """Whether a dependence is none."""
-        coarse = self._unit > 1e-6
-        return found.neighbours < NEIGHBOURS[coarse] and found.company < COMPANY[coarse]
+        return found.neighbours < NEIGHBOURS[self._coarse] and found.company < COMPANY[self._coarse]
 
     def later(self) -> Dependence:
         """On the tokens that come after, which are to be predicted."""
@@ -168,11 +167,12 @@ def check_isolation(isolation: Isolation, name: str, packing: str | None, batche
         )
 
 
-def text_tokens(model: PreTrainedModel) -> list[int]:
-    """Ids of a model's vocabulary, without those that its config gives a meaning."""
+def text_tokens(model: PreTrainedModel, special: Collection[int] = ()) -> list[int]:
+    """Ids of a model's vocabulary, without special ones and those that its config gives a meaning."""
     config = model.config.get_text_config()
-    named = [value for part in (model.config, config) for name, value in vars(part).items() if name.endswith("_id")]
-    return [token for token in range(int(config.vocab_size)) if token not in named]
+    settings = vars(model.config) | vars(config)
+    named = {value for name, value in settings.items() if name.endswith(("_id", "_index")) and isinstance(value, int)}
+    return [token for token in range(int(config.vocab_size)) if token not in named and token not in special]
 
 
 def examine_isolation(model: PreTrainedModel) -> Isolation:

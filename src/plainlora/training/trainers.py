@@ -19,7 +19,7 @@ from plainlora.errors import UserError
 from plainlora.loss_head import base_of, evaluating, rounding_unit, use_own_loss
 from plainlora.training.checkpoints import past_the_end
 from plainlora.training.evaluation_loss import TokenEvaluation
-from plainlora.training.isolation import Isolation, check_isolation
+from plainlora.training.isolation import Isolation, check_isolation, text_tokens
 from plainlora.training.saving import WholeSaves
 from plainlora.training.watching import Watched, check_effect, check_values
 
@@ -197,14 +197,12 @@ class AdapterTrainer(_Seams, PredictedTokensCounted, TokenEvaluation):
         Raises:
             UserError: The model cannot be trained on these rows in this form.
         """
-        self._examined, base = True, base_of(model)
+        self._examined, base = True, base_of(self.adapted)
         if self.args.gradient_checkpointing and not base.supports_gradient_checkpointing:
             raise UserError(f"gradient_checkpointing: {type(base).__name__} does not support it; set it to false")
-        rows = self._rows[:64]["input_ids"]
-        self._choice.make(model, max(rows, key=len))
+        self._choice.make(model, max(self._rows[:64]["input_ids"], key=len))
         options = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        special = set(self._tokenizer.all_special_ids)
-        tokens = [token for row in rows for token in row if token not in special]
+        tokens = text_tokens(base, {*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder})
 
         def log_probs(batch: dict[str, Any]) -> torch.Tensor:
             return model(**batch, fused_lm_head=True, **options).log_probs[..., None]
