@@ -44,7 +44,7 @@ RANKS = [
         "base.failures",
     },
     {"data.layouts", "data.beginnings"},
-    {"data.coverage"},
+    {"data.coverage", "data.spans"},
     {"fusing", "kinds", "loss", "report", "data.encoding", "data.classification"},
     {"loss_head"},
     {"settings.checks", "training.checkpoints", "training.isolation"},

@@ -219,6 +219,9 @@ def test_every_template_and_layout_gives_trls_tokens_and_labels_or_is_refused_by
                 except Exception:  # whatever a template or TRL raises
                     counts[mode, "refused"] += 1
             for group in groups.values():
+                if isinstance(trainers[mode], ValueError):  # the tokens of the assistant are derived; see test_spans
+                    counts[mode, "not in TRL"] += len(group)
+                    continue
                 theirs = by_trl(trainers[mode], [LAYOUTS[layout] for layout, _ in group], own)
                 for (layout, mine), expected in zip(group, theirs, strict=True):
                     counts[mode, "equal"] += mine == expected
@@ -231,7 +234,7 @@ def test_every_template_and_layout_gives_trls_tokens_and_labels_or_is_refused_by
     assert counts == {
         **{("all", "equal"): 2356, ("all", "refused"): 269},
         **{("completion", "equal"): 569, ("completion", "refused"): 31},
-        **{("assistant", "equal"): 1636, ("assistant", "refused"): 689},
+        **{("assistant", "equal"): 1636, ("assistant", "refused"): 484, ("assistant", "not in TRL"): 205},
     }
 
 

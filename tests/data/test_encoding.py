@@ -330,12 +330,6 @@ def test_a_tokenizer_without_eos_is_refused(alpaca: PreTrainedTokenizerFast) -> 
         encode(ROWS, alpaca)
 
 
-def test_conversations_with_answers_only_need_generation_markers(alpaca: PreTrainedTokenizerFast) -> None:
-    alpaca.chat_template = WITHOUT_MARKERS
-    with pytest.raises(UserError, match=r"^training on .* --prompt_template FILE\.jinja$"):
-        encode([{"messages": CHAT}], alpaca, answers_only=True)
-
-
 def test_plain_text_has_no_answers_to_train_alone(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match="completion_only_loss needs rows that tell the answer from the prompt"):
         encode([{"text": "a"}], tokenizer, answers_only=True)

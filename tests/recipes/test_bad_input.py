@@ -20,7 +20,7 @@ from tests.refusals import Run, snapshot, the_one_line, without_progress
 Capture = pytest.CaptureFixture[str]
 
 CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
-TEMPLATE = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+TEMPLATE = "{{ messages | length }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
 ROW = '{"instruction": "a", "output": "b"}\n'
 
 
@@ -148,7 +148,8 @@ def test_u22_faults_of_the_settings_are_told_together_before_rows_are_read(
 def test_conversations_without_generation_markers_on_answers_only(recipe: Run, tmp_path: Path) -> None:
     rows, template = write(tmp_path / "rows.jsonl", CHAT), write(tmp_path / "own.jinja", TEMPLATE)
     said = recipe("--assistant_only_loss", dataset_name=rows, prompt_template=template)
-    assert "needs a template with {% generation %} markers" in said
+    assert "cannot be derived" in said
+    assert "give one with {% generation %} markers: --prompt_template FILE.jinja" in said
 
 
 def test_another_runs_folder_is_left_as_it_was(recipe: Run, tmp_path: Path) -> None:

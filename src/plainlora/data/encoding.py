@@ -26,7 +26,8 @@ from plainlora.data.layouts import (
     text_pair,
 )
 from plainlora.data.lengths import percentile_95
-from plainlora.data.prompts import BrokenTemplate, Message, apply_template, render, training_template, without_bos
+from plainlora.data.prompts import BrokenTemplate, Message, render, training_template, without_bos
+from plainlora.data.spans import assistant_mask
 from plainlora.errors import UserError
 
 IGNORED = -100
@@ -160,7 +161,7 @@ class Encoder:
         assistant_only: Whether, of what is trained, the assistant's tokens alone are (TRL's `assistant_only_loss`).
 
     Raises:
-        UserError: The rows do not tell the answer from the prompt, or the template does not mark the assistant's part.
+        UserError: The rows do not tell the answer from the prompt.
     """
 
     def __init__(
@@ -209,7 +210,8 @@ class Encoder:
             shared = begun if self.template is None else common_prefix_length(self._asked(prompt, options), ids)
             labels = [IGNORED] * shared + ids[shared:]
         if self.masks_others:
-            labels = self._mask_all_but_assistant([*prompt, *answer], options, labels)
+            mask = assistant_mask([*prompt, *answer], ids, self.tokenizer, options)
+            labels = [label if trained else IGNORED for label, trained in zip(labels, mask, strict=True)]
         trains_eos = self.tokenizer.eos_token_id in labels[begun:]
         return {"input_ids": ids, "labels": labels, "prompt_is_prefix": prefix, "trains_eos": trains_eos}
 
@@ -251,17 +253,6 @@ class Encoder:
 
     def _tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-
-    def _mask_all_but_assistant(
-        self, messages: list[Message], options: dict[str, Any], labels: list[int]
-    ) -> list[int]:
-        marked = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-        mask = apply_template(messages, self.tokenizer, **options, **marked)["assistant_masks"]
-        if not any(mask):
-            raise UserError(
-                "no message is the assistant's (its role must be 'assistant'), so nothing would be trained"
-            )
-        return [label if trained else IGNORED for label, trained in zip(labels, mask, strict=True)]
 
 
 def trains_answers_only(schema: Schema, completion_only_loss: bool | None) -> bool:

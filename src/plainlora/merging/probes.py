@@ -189,7 +189,7 @@ def _test_rows(
         schema = find_schema(test, told["dataset_text_field"], name)
         answers_only = trains_answers_only(schema, told["completion_only_loss"])
         encode = Encoder(
-            tokenizer, schema, told["dataset_text_field"], answers_only, bool(told["assistant_only_loss"])
+            tokenizer, schema, told["dataset_text_field"], answers_only, bool(bool(told.get("assistant_only_loss")))
         )
         return f"test rows of {told['eval_dataset_name'] or name}", [encode(row) for row in _spread(test)]
     except (UserError, KeyError, TypeError):

@@ -1,0 +1,68 @@
+"""Which tokens of a rendered conversation are the assistant's: the template marks them, or they are derived."""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from trl.chat_template_utils import has_generation_markers
+
+from plainlora.data.prompts import Message, apply_template, render
+from plainlora.errors import UserError
+
+
+def assistant_mask(
+    messages: list[Message], ids: list[int], tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+) -> list[int]:
+    """1 for each token of the assistant, 0 for the others.
+
+    Args:
+        messages: The whole conversation.
+        ids: Its tokens.
+        tokenizer: Carries the template.
+        options: What the template is given, and another `chat_template` in place of the tokenizer's.
+
+    Raises:
+        UserError: No token is the assistant's, or it cannot be told which are.
+    """
+    source = tokenizer.get_chat_template(options.get("chat_template"), options.get("tools"))
+    if has_generation_markers(source):
+        marked = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        mask: list[int] = apply_template(messages, tokenizer, **options, **marked)["assistant_masks"]
+    else:
+        mask = derive_mask(messages, ids, tokenizer, options)
+    if not any(mask):
+        raise UserError("no message is the assistant's (role 'assistant'), so nothing would be trained")
+    return mask
+
+
+def derive_mask(
+    messages: list[Message], ids: list[int], tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+) -> list[int]:
+    """The mask of a template without markers: what each answer adds to the tokens that ask for it.
+
+    For the message `i` of the assistant, that is from the end of `messages[:i]` with the generation prompt to the end
+    of `messages[:i + 1]`. Both must be the first tokens of the whole conversation. Arguments are those of
+    `assistant_mask`.
+
+    Raises:
+        UserError: They are not, so the tokens of an answer cannot be told from the others.
+    """
+
+    def tokens(prefix: list[Message], for_generation: bool) -> int:
+        text = render(prefix, tokenizer, for_generation, options)
+        found = list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        if ids[: len(found)] != found:
+            raise UserError("the template renders the messages before it otherwise, or a token merges with it")
+        return len(found)
+
+    mask = [0] * len(ids)
+    for at, message in enumerate(messages):
+        if message["role"] == "assistant":
+            try:
+                start, end = tokens(messages[:at], True), tokens(messages[: at + 1], False)
+            except UserError as error:
+                raise UserError(
+                    f"the chat template does not mark the assistant's tokens, and those of message {at + 1} cannot be "
+                    f"derived: {error}; give one with {{% generation %}} markers: --prompt_template FILE.jinja"
+                ) from error
+            mask[start:end] = [1] * (end - start)
+    return mask
