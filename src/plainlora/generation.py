@@ -138,7 +138,7 @@ class ExactMatch:
             raise UserError("exact_match_rows needs rows that ask for their answer; one begins with it")
         options = template_options(row)
         prompt = render(messages, self.tokenizer, for_generation=True, options=options)
-        answered = self._ids(render([*messages, *answers[:1]], self.tokenizer, options=options))
+        answered = self._ids(render([*messages, *answers], self.tokenizer, options=options))
         ids = answered[common_prefix_length(self._ids(prompt), answered) :]
         if self.tokenizer.eos_token_id in ids:  # what the template writes after it is not the model's to say
             ids = ids[: ids.index(self.tokenizer.eos_token_id)]

@@ -116,10 +116,10 @@ def _examine_losses(subject: str, report: EncodingReport, examination: Examinati
 
 def _examine_beginnings(found: Beginnings, tokenizer: PreTrainedTokenizerBase, examination: Examination) -> None:
     if found.foreign:
+        advice = f"write its own, {tokenizer.bos_token}, or take it out" if tokenizer.bos_token else "take it out"
         said = (
             f"{found.foreign_rows:,} begin with {found.foreign} (first in row {found.first_foreign:,}), which is no "
-            f"token of this tokenizer, so its characters are trained; its own BOS is {tokenizer.bos_token or 'none'}: "
-            "write that, or take it out"
+            f"token of this tokenizer, so its characters are trained; {advice}"
         )
         examination.add("warning", "train rows", "foreign token", said, rows=found.foreign_rows)
     if found.others:
