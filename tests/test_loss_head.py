@@ -183,6 +183,30 @@ def test_two_accumulated_batches_are_one_of_twice_the_size(
     assert losses[0]["grad_norm"] == pytest.approx(losses[1]["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["fused", "peft"])
+def test_a_class_that_is_not_named_for_causal_lm_divides_by_the_tokens_it_predicts_too(
+    backend: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The first token of a row is predicted by nothing."""
+    model = make("gpt2")
+    ids = random_ids(4, 6).tolist()
+    trainer = AdapterTrainer(
+        attach_adapter(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"]), BACKENDS[backend]),
+        BACKENDS[backend], processing_class=tokenizer,
+        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
+        args=hand_over(
+            SFTConfig(
+                output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=1, logging_steps=1,
+                per_device_train_batch_size=4, gradient_checkpointing=False, save_strategy="no", disable_tqdm=True,
+                warmup_steps=0,
+            )
+        ),
+    )  # fmt: skip
+    own = make("gpt2")(input_ids=torch.tensor(ids), labels=torch.tensor(ids)).loss.item()
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(own, rel=1e-5)
+
+
 @pytest.mark.parametrize(("kind", "form"), [("llama", "one pass"), ("gpt2", "one pass"), ("halved", "own")])
 @pytest.mark.parametrize("how", ["bf16 weights", "bf16 autocast", "fp16 weights"])
 def test_in_half_precision_rounding_is_told_from_another_loss(
