@@ -180,12 +180,15 @@ def round_trips(case: Case, folders: dict[str, Path], scratch: Path) -> list[str
     return problems
 
 
-def compare(case: Case, progress: Callable[[str], None] = lambda _: None) -> CaseResult:
+def compare(
+    case: Case, progress: Callable[[str], None] = lambda _: None, tolerance: Tolerance | None = None
+) -> CaseResult:
     """Observes both sides and judges every level.
 
     Args:
         case: What to compare.
         progress: Told the side and the level as each begins.
+        tolerance: What every level is held to, instead of the table's.
 
     Returns:
         A verdict for each of `LEVELS`, in their order.
@@ -209,7 +212,7 @@ def compare(case: Case, progress: Callable[[str], None] = lambda _: None) -> Cas
     last_bits = cache(lambda: last_bits_of(case, theirs))
     verdicts = []
     for level in LEVELS:
-        allowed = tolerance_for(level, case, environment, quantised)
+        allowed = tolerance or tolerance_for(level, case, environment, quantised)
         verdict = judge(case.name, level, ours[level], theirs[level], allowed)
         if allowed in BLURRED and allowed.relative < (verdict.max_rel or 0.0) < math.inf:
             progress(f"{case.name}, PEFT with last bits moved")
