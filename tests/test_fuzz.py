@@ -318,9 +318,9 @@ def limited(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def outcome(run: Callable[[], object], seconds: int, folder: Path, capfd: pytest.CaptureFixture[str]) -> str:
+def outcome(door: Door, run: Callable[[], object], folder: Path, capfd: pytest.CaptureFixture[str]) -> str:
     """`well`, `refused`, or what is wrong with how it ended."""
-    before = listing(folder)
+    before, seconds = listing(folder), SECONDS.get(door.__name__, 20)
     capfd.readouterr()
     code: object = None
     try:
@@ -335,10 +335,11 @@ def outcome(run: Callable[[], object], seconds: int, folder: Path, capfd: pytest
     if code is None:
         return "well"
     lines = without_progress(capfd.readouterr().err)
-    if code != 2 or len(lines) != 1 or not lines[0].startswith("error: "):
+    several = len(lines) > 1 and door in (a_recipe, a_run, a_comparison)  # faults of a recipe are told at once
+    if code != 2 or not (len(lines) == 1 or several) or not all(line.startswith("error: ") for line in lines):
         return f"exit code {code} with {lines}"
-    if len(lines[0]) > 1600:
-        return f"a line of {len(lines[0])} letters: {lines[0][:300]}"
+    if len(longest := max(lines, key=len)) > 1600:
+        return f"a line of {len(longest)} letters: {longest[:300]}"
     after = listing(folder)
     if "training stopped" in lines[0]:  # it had begun
         after = {name: content for name, content in after.items() if not name.startswith("out")}
@@ -366,7 +367,7 @@ def test_u23_damaged_input_ends_well_or_in_one_line_and_leaves_nothing_half_writ
         monkeypatch.chdir(folder)
         how, run = door(folder, whole, draw)
         started = time.monotonic()
-        ended = outcome(run, SECONDS.get(door.__name__, 20), folder, capfd)
+        ended = outcome(door, run, folder, capfd)
         seconds[door.__name__] += time.monotonic() - started
         kind = ended.partition(":")[0]
         counts[door.__name__, kind if kind in ("well", "refused") else "badly"] += 1

@@ -1,6 +1,7 @@
 """`plainlora compare` as typed."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,27 @@ def test_a_trained_adapter_is_loaded_into_both(
     assert "0 fail" in printed
     assert "trajectory" in printed
     assert "not run  no rows to train on" in printed
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_says_which_case_side_and_level_of_how_many(
+    terminal: bool,
+    tmp_path: Path,
+    model_dirs: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    adapter = with_template(trained_adapter("llama", model_dirs, tmp_path / "adapter"))
+    capsys.readouterr()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    main(["compare", "--adapter", str(adapter), "--output", str(tmp_path / "out")])
+    lines = capsys.readouterr().err.split("\r\033[K")[1:]
+    levels = [f"level {number} of {len(LEVELS)}: " for number in range(1, len(LEVELS) + 1)]
+    for side in ("plainlora", "PEFT"):
+        told = [line for line in lines if f", {side}, level " in line]
+        assert [level in line for level, line in zip(levels, told, strict=terminal)] == [True] * len(told)
+        assert all(line.startswith("1 of 1: ") for line in told)
+    assert bool(lines) is terminal
 
 
 @pytest.mark.parametrize(

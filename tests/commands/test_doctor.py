@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,28 @@ def test_the_quickstart_is_healthy_as_it_is(doctor: Doctor, tmp_path: Path) -> N
     ):
         assert part in said, part
     assert "\033" not in said
+
+
+@pytest.mark.parametrize(("terminal", "json_too"), [(True, False), (True, True), (False, False)])
+def test_progress_is_for_a_terminal_alone(
+    terminal: bool,
+    json_too: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    main(["doctor", "--config", "recipes/quickstart/lora.yaml", *(["--json"] if json_too else [])])
+    said = capsys.readouterr().err
+    told = re.findall(r"\r\033\[K(\d) of (\d): (\w+)", said)
+    if terminal and not json_too:
+        assert [number for number, _, _ in told] == list("123456")
+        assert {of for _, of, _ in told} == {"6"}
+        assert [verb for _, _, verb in told] == ["reading", "looking", "reading", "looking", "laying", "counting"]
+    else:
+        assert said == ""
 
 
 BAD = """

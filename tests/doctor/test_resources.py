@@ -47,6 +47,7 @@ def test_what_fits_is_said_to_fit_and_what_does_not_is_an_error(footprint: Footp
         assert levels(with_free(footprint, free))["memory"] == level
     unknown = replace(footprint.memory, needed=None, peak=None, fits=None)
     assert levels(replace(footprint, memory=unknown))["memory"] == "note"
+    assert levels(replace(footprint, memory=replace(unknown, at_least=2, free=1, fits=False)))["memory"] == "error"
     assert levels(replace(footprint, disk=replace(footprint.disk, fits=False)))["disk"] == "error"
 
 

@@ -22,13 +22,16 @@ from trl.trainer.utils import add_fused_lm_head
 
 from plainlora.backends import BACKENDS, attach_adapter
 from plainlora.loss_head import LossHead
+from plainlora.resources import activations
 from plainlora.resources.activations import (
     Batch,
+    Held,
     Step,
     count_evaluation_bytes,
     count_head_bytes,
     count_peak_bytes,
     largest_batch,
+    least_bytes,
 )
 from plainlora.training.trainers import AdapterTrainer, hand_over
 from tests.conftest import BACKBONES, CONFIGS, make_model
@@ -132,6 +135,57 @@ def test_the_head_of_trl_is_counted_as_it_runs(backend: str) -> None:
     assert head > (LENGTH - 1) * 32768 * 4  # a tile of as many words, however few there are
     assert count(config, 1, backend) == pytest.approx(allocate(config, 1, backend), rel=0.05)
     assert count_head_bytes(a_step(config, 1)).alive < head / 10
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize(("backend", "batch"), [("fused", (1, 5000)), ("fused", (3, 1700)), ("peft", (3, 4400))])
+def test_a_batch_of_many_tokens_is_counted_from_few_tiles_of_the_head_as_from_all(
+    backend: str, batch: tuple[int, int], autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, length = batch
+    step = a_step(make_config("llama"), rows, backend, length=length, autocast=autocast)
+    counts: list[Callable[[], Held]] = [
+        lambda: count_peak_bytes(step),
+        lambda: count_peak_bytes(step, checkpointing=True),
+        lambda: count_evaluation_bytes(step),
+        lambda: count_head_bytes(step),
+    ]
+    few = [each() for each in counts]
+    monkeypatch.setattr(activations, "MANY_TOKENS", rows * length)
+    for counted, whole in zip(few, (each() for each in counts), strict=True):
+        assert counted.alive == pytest.approx(whole.alive, rel=1e-4)
+        assert len(counted.events) < len(whole.events)
+
+
+def test_the_time_of_a_count_does_not_grow_with_the_batch() -> None:
+    """Sixty-four rows of 8,192 tokens, as many operations as one row of 4,096 takes, and linear in the rows."""
+    config = make_config("llama")
+    one, small, large = (
+        count_peak_bytes(a_step(config, rows, length=length)) for rows, length in ((1, 4097), (32, 8192), (64, 8192))
+    )
+    assert len(large.events) == len(small.events) < len(one.events)
+    assert large.alive == pytest.approx(2 * small.alive, rel=1e-3)
+
+
+def test_a_count_that_goes_through_the_tokens_one_by_one_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "SECONDS", 0.05)
+    with pytest.raises(TimeoutError, match=r"it takes more than 0\.05 seconds"):
+        count_peak_bytes(a_step(make_config("llama"), 3))
+
+
+@pytest.mark.parametrize("layers", [None, [1]])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_no_step_holds_less_than_is_said_without_running_it(kind: str, layers: list[int] | None) -> None:
+    config, lora = make_config(kind), copy.deepcopy(LORA)
+    if layers:
+        lora.target_modules, lora.layers_to_transform = {"gpt2": ["c_fc"]}.get(kind, ["up_proj"]), layers
+    for autocast in (None, torch.bfloat16):
+        batch = Batch(3, LENGTH, masked=True)
+        step = Step(config, lambda base: attach_adapter(base, lora, BACKENDS["fused"]), batch, CPU, autocast=autocast)
+        least = least_bytes(step, step.build())
+        assert 0 < least < min(count_peak_bytes(step, checkpointing=again).alive for again in (True, False))
+        hidden = 3 * LENGTH * 64 * (2 if autocast else 4)
+        assert least == hidden * (1 if layers else 2)  # layers
 
 
 @pytest.mark.parametrize("kind", BACKBONES)

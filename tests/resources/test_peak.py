@@ -49,6 +49,7 @@ def test_peak_and_verdict_are_the_sum_of_the_parts(tmp_path: Path) -> None:
     assert memory.holes is not None
     parts = memory.weights + memory.adapters + memory.optimizer + memory.activations + memory.holes
     assert memory.peak == memory.libraries + parts
+    assert memory.weights < memory.at_least < parts
     assert memory.activations_checkpointed < memory.activations
     assert memory.fits
     assert found.disk.merged == pytest.approx(found.memory.weights, rel=0.01)
@@ -91,6 +92,12 @@ def test_a_step_that_cannot_be_counted_is_unknown_and_nothing_else_is(tmp_path: 
     assert found.memory.checkpointing
     assert found.memory.weights == weight_bytes(AutoModelForCausalLM.from_config(sparse), None, torch.float32)
     assert "unknown" in "\n".join(found.lines())
+    # What no such run does without is a verdict all the same, where that alone is too much.
+    long = ask(sparse, settings(tmp_path), lora, longest=2**50)
+    assert long.memory.needed is None
+    assert long.memory.fits is False
+    assert long.memory.at_least - found.memory.at_least == 2 * (2**50 - 64) * 64 * 4  # rows, tokens, width, fp32
+    assert any("at least" in line and "DOES NOT FIT" in line for line in long.lines())
 
 
 def test_training_arguments_of_trl_are_taken_too(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
     from plainlora.parity.compare import compare
     from plainlora.parity.report import terminal_header, terminal_rows, write
     from plainlora.parity.tiny import quiet_models
-    from plainlora.progress import show_progress
+    from plainlora.progress import numbered, show_progress
     from plainlora.settings.checks import check_writable
 
     _refuse_idle_flags(arguments)
@@ -120,10 +120,11 @@ def run(arguments: argparse.Namespace) -> None:
         return
     results: list[CaseResult] = []
     with quiet_models():
-        for case in _cases(arguments, arguments.steps or 10):
+        cases = list(_cases(arguments, arguments.steps or 10))
+        for number, case in enumerate(cases, start=1):
             if not results:
                 print(terminal_header(case.lora_backend))
-            results.append(compare(case, show_progress))
+            results.append(compare(case, numbered(show_progress, number, len(cases))))
             show_progress("")
             print("\n".join(terminal_rows(results[-1].verdicts)), flush=True)
     verdicts = [verdict for result in results for verdict in result.verdicts]

@@ -3,6 +3,8 @@
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -11,6 +13,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="write JSON, for a program to read")
     parser.add_argument("--color", action="store_true", help="colours even where the output is no terminal")
     parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="as for the recipe's program")
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the progress bars of `datasets`."""
+    import datasets
+
+    were_off = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_off:
+            datasets.enable_progress_bars()
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -22,8 +38,12 @@ def run(arguments: argparse.Namespace) -> None:
     from plainlora.doctor.report import to_dict, to_text
     from plainlora.progress import show_progress
 
-    diagnosis = examine(arguments.config, arguments.flags, show_progress)
-    show_progress("")
+    if arguments.json or not sys.stderr.isatty():
+        with _without_bars():
+            diagnosis = examine(arguments.config, arguments.flags, lambda _: None)
+    else:
+        diagnosis = examine(arguments.config, arguments.flags, show_progress)
+        show_progress("")
     if arguments.json:
         print(json.dumps(to_dict(diagnosis), indent=2, default=str, ensure_ascii=False))
     else:

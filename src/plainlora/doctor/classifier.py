@@ -39,10 +39,11 @@ def examine_classifier(found: Diagnosis, parts: Parts, say: Callable[[str], None
     Args:
         found: With the settings examined.
         parts: The program's dataclasses.
-        say: Told what is being done.
+        say: Told which stage begins.
     """
     recipe, script, training, model = parts
     examination, name = found.examination, model.model_name_or_path
+    say("looking at the base")
     config = examine_base(recipe, model, recipe.max_length, examination, trust=False)
     adapter_dtype = recipe.adapter_dtype if recipe.method == "lora" else None
     found.precisions = list_precisions(training, model, config, adapter_dtype)
@@ -64,6 +65,7 @@ def examine_classifier(found: Diagnosis, parts: Parts, say: Callable[[str], None
                 "rows", "there", prepare_texts, recipe, script, training, tokenizer, longest, lambda _: None
             )
     if texts is not None and tokenizer is not None:
+        say("looking at rows")
         found.reports = texts.reports
         examination.findings += examine_texts(texts, tokenizer, config).findings
         first = texts.train[0]
@@ -71,6 +73,7 @@ def examine_classifier(found: Diagnosis, parts: Parts, say: Callable[[str], None
         found.sample_label = texts.labels[first["labels"]]
     labels = texts.labels if texts is not None else recipe.labels or ["0", "1"]
     if config is not None:
+        say("laying out the model")
         trained = _examine_method(parts, labels, tokenizer, examination)
         if trained is not None and texts is not None and tokenizer is not None:
             say("counting memory")

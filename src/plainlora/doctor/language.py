@@ -36,10 +36,11 @@ def examine_language_model(found: Diagnosis, parts: Parts, say: Callable[[str], 
     Args:
         found: With the settings examined.
         parts: The program's dataclasses.
-        say: Told what is being done.
+        say: Told which stage begins.
     """
     recipe, script, training, model = parts
     examination, trust = found.examination, training.trust_remote_code
+    say("looking at the base")
     config = examine_base(recipe, model, training.max_length, examination, trust)
     found.precisions = list_precisions(training, model, config, recipe.adapter_dtype)
     tokenizer, rows = _examine_tokenizer(parts, config, examination), None
@@ -50,16 +51,17 @@ def examine_language_model(found: Diagnosis, parts: Parts, say: Callable[[str], 
         else:
             rows = examination.ask("rows", "there", prepare_rows, recipe, script, training, tokenizer, lambda _: None)
     if rows is not None and tokenizer is not None:
+        say("looking at rows")
         found.reports = rows.reports
         examination.findings += examine_rows(rows, tokenizer, config).findings
         if len(rows.train):
             found.sample = split_sample(rows.train[0]["input_ids"], rows.train[0]["labels"], tokenizer)
+    say("laying out the model")
     lora = examination.ask("adapter", "config", build_lora_config, model, recipe)
     examine_learning_rate(training, examination)
     loads = config is not None and _examine_weights(parts, config, examination)
     targets: list[str] = []
     if config is not None and lora is not None:
-        say("laying out the model")
         targets = examine_layers(build_decoder(config, trust), lora, examination)
     if config is not None and loads and lora is not None and targets and rows is not None and len(rows.train):
         say("counting memory")

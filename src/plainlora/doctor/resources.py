@@ -15,16 +15,18 @@ def examine_resources(footprint: Footprint, examination: Examination) -> None:
 
 
 def _examine_memory(memory: MemoryNeed, device: str, examination: Examination) -> None:
-    if memory.needed is None or memory.free is None:
-        examination.add("note", "resources", "memory", f"what a step needs on {device} could not be counted")
+    if memory.fits is None or memory.free is None:
+        said = f"what a step needs on {device} could not be counted; it is {memory.at_least / 1e9:.1f} GB at least"
+        examination.add("note", "resources", "memory", said)
         return
-    said = f"{memory.needed / 1e9:.1f} GB needed and {memory.free / 1e9:.1f} GB free on {device}"
+    needed, least = (memory.at_least, "at least ") if memory.needed is None else (memory.needed, "")
+    said = f"{least}{needed / 1e9:.1f} GB needed and {memory.free / 1e9:.1f} GB free on {device}"
     if memory.fits:
         examination.add("ok", "resources", "memory", said)
         return
     said += "; lower per_device_train_batch_size or max_length"
     said += "" if memory.checkpointing else ", or set gradient_checkpointing"
-    if memory.needed > LEEWAY * memory.free:
+    if least or needed > LEEWAY * memory.free:
         examination.add("error", "resources", "memory", said)
     else:
         examination.add("warning", "resources", "memory", said)

@@ -322,6 +322,11 @@ def observe(side: Side, case: Case, directory: Path, progress: Callable[[str], N
     Raises:
         LoRAError: The adapter is refused, as training with it would be.
     """
+
+    def begin(level: str, number: int) -> None:
+        progress(f"{side.name}, level {number} of {len(LEVELS)}: {level}")
+
+    begin("init", 1)
     try:
         model = _attach(side, case)
     except LoRAError:
@@ -340,8 +345,8 @@ def observe(side: Side, case: Case, directory: Path, progress: Callable[[str], N
         "merge": lambda: observe_merge(side, case, model, directory),  # uses the model up
         "trajectory": lambda: observe_trajectory(side, case),
     }
-    for level, step in steps.items():
-        progress(f"{side.name}: {level}")
+    for number, (level, step) in enumerate(steps.items(), start=2):
+        begin(level, number)
         found[level] = _attempt(step)
     if SAVED in found["trajectory"].facts:  # a question of files, whoever writes them
         found["files"].facts[SAVED] = found["trajectory"].facts.pop(SAVED)

@@ -5,6 +5,7 @@ take the kernels that real ones take, attention's included, but no memory and li
 """
 
 import copy
+import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,7 +28,8 @@ from transformers import (
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from plainlora.base.remote_code import code_options
-from plainlora.loss import TokenLogProbs, is_covered
+from plainlora.lora.time_limit import time_limit
+from plainlora.loss import CHUNK, TokenLogProbs, is_covered
 from plainlora.resources.heap import count_resident_bytes
 
 HOLES = 0.55  # of those that a CPU's heap would have if no tensor ever took the place of one of its size: 0.3 to 0.9
@@ -35,6 +37,8 @@ HOLES = 0.55  # of those that a CPU's heap would have if no tensor ever took the
 # TRL's own head works on tiles of at most so many tokens and words, in fp32 at the most.
 # https://github.com/huggingface/trl/blob/v1.16.0/trl/kernels/chunked_logprob.py
 TRL_TILE = (4096, 32768)
+SECONDS = 30.0  # after which a count is given up; a 7B model's takes five, whatever the batch
+MANY_TOKENS = 4096  # up to here a loss head is run as it is, which takes a second; beyond from a few of its tiles
 
 
 @dataclass(frozen=True)
@@ -70,40 +74,53 @@ def largest_batch(args: TrainingArguments, longest: int, rows: int | None = None
 class LiveBytes(TorchDispatchMode):
     """Adds up the storages that are made inside and still alive, each once.
 
+    Of two, one inside the other, the inner one counts alone.
+
     Args:
         others: Tensors whose storages are not counted: the weights, which come back as views of themselves.
 
     Attributes:
+        now: Bytes alive.
         peak: Bytes alive at most.
         events: `(number of a storage, its bytes)` where it is made, `(number, -bytes)` where it goes.
     """
 
+    _innermost: "LiveBytes | None" = None
+
     def __init__(self, others: Iterable[torch.Tensor]) -> None:
         super().__init__()
         self._known = {tensor.untyped_storage()._cdata for tensor in others}
-        self._now = self.peak = self._made = 0
+        self.now = self.peak = self._made = 0
         self.events: list[tuple[int, int]] = []
+
+    def __enter__(self) -> "LiveBytes":
+        self._outer, LiveBytes._innermost = LiveBytes._innermost, self
+        return cast(LiveBytes, super().__enter__())
+
+    def __exit__(self, *error: Any) -> None:
+        LiveBytes._innermost = self._outer
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
-        for result in tree_leaves(results):
+        for result in tree_leaves(results) if LiveBytes._innermost is self else ():
             if isinstance(result, torch.Tensor):
                 self._count(result.untyped_storage())
-        self.peak = max(self.peak, self._now)
+        self.peak = max(self.peak, self.now)
         return results
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         address, size = storage._cdata, storage.nbytes()
         if address not in self._known:
             self._known.add(address)
-            self._now += size
+            self.now += size
             self._made += 1
             self.events.append((self._made, size))
             weakref.finalize(storage, self._forget, address, size, self._made)
 
     def _forget(self, address: int, size: int, number: int) -> None:
         self._known.discard(address)
-        self._now -= size
+        self.now -= size
         self.events.append((number, -size))
 
 
@@ -178,8 +195,93 @@ class Step:
         return base
 
 
+class _ManyTiles(torch.autograd.Function):
+    """`(rows, length, d) -> ()`: holds what a loss head holds that works through its tokens tile by tile.
+
+    A tile more adds to what is held for every token and repeats the rest. So two counts of few tiles give all others,
+    and the time that a count takes does not grow with the batch.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, head: "_HeadBytes") -> torch.Tensor:
+        """Holds `head.kept` for the backward pass, and as much more as the forward pass takes at most."""
+        kept = hidden.new_empty(head.kept, dtype=torch.uint8)
+        hidden.new_empty(head.forward, dtype=torch.uint8)
+        ctx.save_for_backward(kept, *([hidden] if head.keeps_hidden else []))
+        ctx.head, ctx.like = head, (hidden.shape, hidden.dtype, hidden.device)
+        return hidden.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The gradient of the hidden states, beside as much as the backward pass takes at most."""
+        shape, dtype, device = ctx.like
+        beside = torch.empty(ctx.head.backward, dtype=torch.uint8, device=device)
+        gradient = torch.empty(shape, dtype=dtype, device=device)
+        del beside
+        return gradient, None
+
+
+@dataclass(frozen=True)
+class _HeadBytes:
+    """What a loss head holds beside the hidden states and, in the backward pass, their gradient.
+
+    Attributes:
+        kept: For the backward pass.
+        forward: At most in the forward pass, beside that.
+        backward: At most in the backward pass, beside that.
+        keeps_hidden: Whether the hidden states themselves are kept for the backward pass.
+    """
+
+    kept: int
+    forward: int
+    backward: int
+    keeps_hidden: bool
+
+    def at(self, tokens: int, few: int, other: "_HeadBytes", more: int) -> "_HeadBytes":
+        """Of as many tokens, on the line through this, of `few` tokens, and `other`, of `more`."""
+
+        def line(low: int, high: int) -> int:
+            return max(0, low + (tokens - few) * (high - low) // (more - few))
+
+        return _HeadBytes(
+            line(self.kept, other.kept),
+            line(self.forward, other.forward),
+            line(self.backward, other.backward),
+            self.keeps_hidden,
+        )
+
+
+def _count_head(step: Step, base: PreTrainedModel, like: torch.Tensor, tokens: int) -> _HeadBytes:
+    """Counts a head of so many tokens, of hidden states like these."""
+    rows = min(2, len(like))  # beside each other, the last token of each is left out
+    source = like.new_zeros(rows, tokens // rows + 1, like.shape[-1]).requires_grad_(like.requires_grad)
+    size, weights = source.nbytes, base.get_output_embeddings().parameters()
+    with LiveBytes((source, *weights)) as alive:
+        hidden = source.clone()
+        loss = _loss_of_tiles(step, base, hidden)
+        del hidden
+        total, forward = alive.now, alive.peak
+        keeps_hidden = (1, -size) not in alive.events
+        if not loss.requires_grad:
+            return _HeadBytes(0, forward - size, 0, keeps_hidden=False)
+        alive.peak = 0
+        torch.autograd.grad(loss, source)
+    kept = total - size * keeps_hidden
+    return _HeadBytes(kept, forward - size - kept, max(0, alive.peak - total - size), keeps_hidden)
+
+
 def _token_loss(step: Step, base: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """The loss of `(rows, length, d)`, every token with a label, by the one-pass head or by TRL's own."""
+    """The loss of `(rows, length, d)`, every token with a label."""
+    tokens = hidden.shape[0] * (hidden.shape[1] - 1)
+    tile = CHUNK if step.one_pass_head and is_covered(base) else TRL_TILE[0]
+    if tokens <= max(MANY_TOKENS, 3 * tile):
+        return _loss_of_tiles(step, base, hidden)
+    few, more = (_count_head(step, base, hidden, number * tile) for number in (2, 3))
+    return cast(torch.Tensor, _ManyTiles.apply(hidden, few.at(tokens, 2 * tile, more, 3 * tile)))
+
+
+def _loss_of_tiles(step: Step, base: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """The same by the one-pass head or by TRL's own, whose time grows with the number of tokens."""
     head = cast(nn.Linear, base.get_output_embeddings())
     tokens = hidden.shape[0] * (hidden.shape[1] - 1)
     labels = torch.zeros(tokens, dtype=torch.long, device=hidden.device)
@@ -249,11 +351,15 @@ class Held:
 
 
 def _run(step: Step, base: PreTrainedModel, forward: Callable[[], torch.Tensor]) -> Held:
-    """What `forward`, and `backward` where gradients are asked for, hold."""
+    """What `forward`, and `backward` where gradients are asked for, hold.
+
+    Raises:
+        TimeoutError: It takes more than `SECONDS`: the model's code goes through the tokens one by one.
+    """
     mixed: AbstractContextManager[Any] = (
         torch.autocast(step.device.type, step.autocast) if step.autocast else nullcontext()
     )
-    with LiveBytes((*base.parameters(), *base.buffers())) as alive:
+    with LiveBytes((*base.parameters(), *base.buffers())) as alive, time_limit(SECONDS):
         with mixed, _one_row_not_taken_for_packed_ones():
             loss = forward()
         pinned_until = len(alive.events) if loss.requires_grad else 0
@@ -290,6 +396,23 @@ def count_evaluation_bytes(step: Step) -> Held:
         return _run(step, base, lambda: _forward(step, base, inputs))
 
 
+def least_bytes(step: Step, model: nn.Module) -> int:
+    """Bytes that no training step does without: of every layer from the first that is trained on, the hidden states.
+
+    Gradient checkpointing keeps them too. It takes no time, and holds where the model's code cannot be run.
+
+    Args:
+        step: What is counted.
+        model: What it trains, on any device.
+    """
+    layers = {name: int(found[1]) for name, _ in model.named_parameters() if (found := re.search(r"\.(\d+)\.", name))}
+    trained = [layers[name] for name, each in model.named_parameters() if each.requires_grad and name in layers]
+    kept = 1 + max(layers.values()) - min(trained) if trained else 0
+    width = getattr(step.config.get_text_config(), "hidden_size", 0)
+    itemsize = min(step.dtype.itemsize, (step.autocast or step.dtype).itemsize)
+    return kept * step.batch.rows * step.batch.length * width * itemsize
+
+
 def count_head_bytes(step: Step) -> Held:
     """What the loss of a language model's largest batch holds at most, from the last hidden state on."""
     base = step.build()
@@ -298,7 +421,7 @@ def count_head_bytes(step: Step) -> Held:
         width = cast(nn.Linear, base.get_output_embeddings()).weight.shape[1]
         hidden = torch.zeros(step.batch.rows, step.batch.length, width, dtype=step.dtype, device=step.device)
         hidden.requires_grad_()
-        return _run(step, base, lambda: _token_loss(step, base, hidden))
+        return _run(step, base, lambda: _token_loss(step, base, hidden.clone()))
 
 
 def precision(args: TrainingArguments) -> torch.dtype | None:

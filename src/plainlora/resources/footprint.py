@@ -101,7 +101,8 @@ class Footprint:
         how = "with" if memory.checkpointing else "without"
         verdict = {True: "fits", False: "DOES NOT FIT", None: "unknown whether it fits"}[memory.fits]
         free = "an unknown amount" if memory.free is None else _size(memory.free)
-        text = f"{_size(memory.peak)} {how} gradient checkpointing, {free} free on {self.device}: {verdict}"
+        peak = f"at least {_size(memory.at_least)}" if memory.peak is None else _size(memory.peak)
+        text = f"{peak} {how} gradient checkpointing, {free} free on {self.device}: {verdict}"
         return [*rows, ("peak", text)]
 
     def _disk(self) -> str:

@@ -14,6 +14,7 @@ from plainlora.resources.activations import (
     count_evaluation_bytes,
     count_head_bytes,
     count_peak_bytes,
+    least_bytes,
 )
 from plainlora.resources.checkpointing import SHARE
 from plainlora.resources.memory import free_memory, resident_memory
@@ -41,10 +42,11 @@ class MemoryNeed:
         libraries: What this process holds already on a CPU: libraries and rows.
         mapped: Of a checkpoint on disk, pages that stay resident on a CPU beside the layers quantised from them.
         checkpointing: Whether the run computes activations again: as it was told to, or where they do not fit.
+        at_least: What no such run does without, of `needed`, known without running the model's code.
         needed: What the run will hold beside what it holds already and beside pages that can go.
         peak: The most that the device's memory holds; on a CPU all that is resident.
         free: What is free of it, for each process.
-        fits: Whether what is needed is not more than that.
+        fits: Whether what is needed is not more than that; also known where what is needed at least is more.
     """
 
     weights: int
@@ -61,6 +63,7 @@ class MemoryNeed:
     libraries: int
     mapped: int
     checkpointing: bool
+    at_least: int
     needed: int | None
     peak: int | None
     free: int | None
@@ -164,6 +167,7 @@ def count_memory(plan: Plan, base: PreTrainedModel, model: PreTrainedModel) -> M
     # quantised, that is beside what they became. Such pages are resident, but go when others need them.
     mapped = weight_bytes(base, None, plan.dtype) if on_cpu and quantized and plan.stored_dtype == plan.dtype else 0
     libraries = resident_memory() if on_cpu else 0
+    at_least = parts + least_bytes(plan.step(), model)
     needed = holes = None
     if held is not None and counted.evaluation is not None:
         steps_held = max(held.resident_with(counted.evaluation.events), counted.evaluation.resident)
@@ -184,8 +188,17 @@ def count_memory(plan: Plan, base: PreTrainedModel, model: PreTrainedModel) -> M
         libraries=libraries,
         mapped=mapped,
         checkpointing=bool(checkpointing),
+        at_least=at_least,
         needed=needed,
         peak=None if needed is None else libraries + mapped + needed,
         free=free,
-        fits=None if needed is None or free is None else needed <= free,
+        fits=_fits(at_least, needed, free),
     )
+
+
+def _fits(at_least: int, needed: int | None, free: int | None) -> bool | None:
+    if free is None:
+        return None
+    if needed is None:
+        return False if at_least > free else None
+    return needed <= free
