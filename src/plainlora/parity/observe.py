@@ -111,7 +111,12 @@ def _embedding_output_watched(model: nn.Module) -> Iterator[dict[str, torch.Tens
         seen["input embeddings"] = output
         return output.clone()  # CTRL and others scale it in place
 
-    handle = model.get_input_embeddings().register_forward_hook(watch)  # type: ignore[operator]
+    try:
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:  # CANINE hashes its characters
+        yield seen
+        return
+    handle = embeddings.register_forward_hook(watch)
     try:
         yield seen
     finally:

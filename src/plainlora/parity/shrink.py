@@ -71,6 +71,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 LARGEST = 20_000_000  # parameters; beyond it an architecture is not made
 NOT_BUILT: dict[str, str] = {
+    "canine": "fp32 rounds its gradients by 2.5e-6, and in fp64 its attention mask is not finite",
     "musicgen": "it generates audio codes, of several codebooks at a time",
     "musicgen_melody": "it generates audio codes, of several codebooks at a time",
     "perceiver": "it reads no input_ids",
