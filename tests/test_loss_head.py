@@ -220,6 +220,14 @@ def test_in_half_precision_rounding_is_told_from_another_loss(
         assert trainer.compute_loss(trainer.model, batch()).item() == pytest.approx(own.item(), rel=2e-2)
 
 
+@pytest.mark.parametrize("backend", ["fused", "peft"])
+def test_in_fp64_the_fp32_of_trls_head_is_rounding(
+    backend: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    trainer = make_trainer(make("llama", torch.float64), backend, tmp_path, tokenizer)
+    assert trainer._choice.head.form == FORMS["llama"][0 if backend == "fused" else 1]
+
+
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
 def test_a_quantised_base_keeps_the_one_pass_head(
     bits: str, model_dirs: dict[str, Path], tmp_path: Path, tokenizer: PreTrainedTokenizerFast

@@ -146,10 +146,10 @@ class OwnLoss(HeadLoss):
 def rounding_unit(model: nn.Module) -> float:
     """The distance from 1 to the next number, in the coarsest type that a model computes in.
 
-    LLM.int8() rounds each row of activations to 8 bits.
+    TRL's head computes in fp32 at the most. LLM.int8() rounds each row of activations to 8 bits.
     """
     parameters = list(model.parameters())
-    types = {parameter.dtype for parameter in parameters if parameter.is_floating_point()}
+    types = {torch.float32} | {parameter.dtype for parameter in parameters if parameter.is_floating_point()}
     device = parameters[0].device.type
     if torch.is_autocast_enabled(device):
         types.add(torch.get_autocast_dtype(device))
@@ -162,8 +162,8 @@ def own_loss(model: nn.Module, ids: torch.Tensor, **options: Any) -> OwnLoss:
     """The loss that a model's own forward gives with labels.
 
     A logit in half precision is rounded once in each computation, by half a unit at most; a log-probability is the
-    difference of two of their size, so two of them differ by 2 units of the largest logit at most. In fp32 and fp64
-    the order of d sums counts instead: 64 units, the square root of 4096.
+    difference of two of their size, so two of them differ by 2 units of the largest logit at most. In fp32 the order
+    of d sums counts instead: 64 units, the square root of 4096.
 
     Args:
         model: With or without a `LossHead`, an adapter, and what a trainer wraps around it.
@@ -175,12 +175,12 @@ def own_loss(model: nn.Module, ids: torch.Tensor, **options: Any) -> OwnLoss:
     log_probs = _log_softmax(logits).gather(1, ids[0, 1:, None])[:, 0]
     unit = rounding_unit(model)
     units = 2 if unit > 1e-6 else 64
-    extra = float(output.loss) + float(log_probs.mean())
+    loss, loss_unit = float(output.loss), max(torch.finfo(each).eps for each in (torch.float32, output.loss.dtype))
     return OwnLoss(
         log_probs,
-        extra,
+        loss + float(log_probs.mean()),
         rounding=units * unit * max(1.0, float(logits.abs().max())),
-        extra_rounding=16 * torch.finfo(output.loss.dtype).eps * max(1.0, abs(float(output.loss))),
+        extra_rounding=16 * loss_unit * max(1.0, abs(loss)),
     )
 
 
