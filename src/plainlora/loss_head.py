@@ -23,7 +23,7 @@ from plainlora.errors import UserError, first_line
 from plainlora.loss import fused_output, is_covered, one_pass_output
 
 Form = Literal["one pass", "TRL", "own"]
-TOKENS = 64  # on which heads are compared
+TOKENS = 32  # on which heads are compared
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
@@ -202,7 +202,7 @@ class LossChoice:
 
         Args:
             model: What the trainer calls: the model, or what it has wrapped around it.
-            ids: Tokens of the run, at least two; the first 64 are used.
+            ids: Tokens of the run, at least two; the first 32 are used.
         """
         trainer, head = self.trainer, self.head
         self.made = True

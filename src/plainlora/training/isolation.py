@@ -20,7 +20,7 @@ from plainlora.errors import UserError, first_line
 from plainlora.loss_head import rounding_unit
 
 # Tokens of three documents: several, and longer than the convolutions of state space models, which reach 4 back.
-LENGTHS = (21, 9, 14)
+LENGTHS = (13, 9, 10)
 
 # Differences that count, in parts of what the text before a document changes in it, in fp32 and in less. A leak is
 # about 1; in freshly drawn state space models, whose states hardly reach the output, it was 0.015. Of isolated rows
@@ -70,16 +70,16 @@ class Isolation:
 
     def __init__(self, outputs: Outputs, tokens: Sequence[int], pad: int, device: torch.device, unit: float) -> None:
         generator = torch.Generator().manual_seed(0)
-        self._outputs, self._pad, self._device = outputs, pad, device
+        self._outputs, self._pad, self._device, self._coarse = outputs, pad, device, unit > 1e-6
         drawn = torch.randint(len(tokens), (2, sum(LENGTHS)), generator=generator)
-        first, second = ([tokens[at] for at in row] for row in drawn.tolist())
-        self.documents, self.others = self._cut(first), self._cut(second)
-        behind = self._text(self.documents)[1:]
-        self._effect = self._largest(self._text([self.others[0], *self.documents[1:]])[1:], behind)
-        size = float(torch.cat(behind).float().square().mean().sqrt())
+        first, second = (self._cut([tokens[at] for at in row]) for row in drawn.tolist())
+        self.documents, self.swapped = first, [first[0], second[1], first[2]]
+        before, _, behind = self._text(self.documents)
+        before_swapped, _, behind_swapped = self._text(self.swapped)
+        self._effect, self._ahead = _difference(behind_swapped, behind), _difference(before_swapped, before)
         # Text hardly matters to fresh weights, and in bf16 less than rounding does.
-        self._coarse = unit > 1e-6
-        self._rounded = max(self._effect, (2 if self._coarse else 64) * unit * size / COMPANY[self._coarse])
+        rounding = (2 if self._coarse else 64) * unit * float(behind.float().square().mean().sqrt())
+        self._rounded = max(self._effect, rounding / COMPANY[self._coarse])
 
     @staticmethod
     def _cut(values: Any) -> list[Any]:
@@ -99,9 +99,6 @@ class Isolation:
         """As one text, in which the later tokens are to see the earlier ones."""
         return self._each(self._run([list(chain(*documents))], packed=False)[0])
 
-    def _largest(self, found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-        return max(_difference(one, other) for one, other in zip(found, expected, strict=True))
-
     def _relative(self, neighbours: float, company: float) -> Dependence:
         tiny = torch.finfo(torch.float32).tiny
         return Dependence(neighbours / max(self._effect, tiny), company / max(self._rounded, tiny))
@@ -112,25 +109,23 @@ class Isolation:
 
     def later(self) -> Dependence:
         """On the tokens that come after, which are to be predicted."""
-        *before, _ = self._text(self.documents)
-        *swapped, _ = self._text([*self.documents[:-1], self.others[-1]])
-        return self._relative(self._largest(swapped, before), 0.0)
+        return self._relative(self._ahead, 0.0)
 
     def packed(self) -> Dependence:
         """On documents that are packed into the same row."""
-        first, *behind = self.documents
-        found = self._each(self._run([first, *behind], packed=True)[0])
-        swapped = self._each(self._run([self.others[0], *behind], packed=True)[0])
-        alone = [self._run([document], packed=False)[0][: len(document) - 1] for document in self.documents]
-        return self._relative(self._largest(swapped[1:], found[1:]), self._largest(found, alone))
+        found, swapped = (self._each(self._run(rows, packed=True)[0]) for rows in (self.documents, self.swapped))
+        alone = [self._run([document], packed=False)[0][: len(document) - 1] for document in self.documents[1:]]
+        return self._relative(
+            max(_difference(swapped[at], found[at]) for at in (0, 2)), max(map(_difference, found[1:], alone))
+        )
 
     def padded(self) -> Dependence:
         """On longer rows of the same batch, and on the padding that they bring."""
         longer, row, _ = self.documents
         found, swapped, alone = (
-            self._run(rows, packed=False)[0][: len(row) - 1] for rows in ([row, longer], [row, self.others[0]], [row])
+            self._run(rows, packed=False)[0][: len(row) - 1] for rows in ([row, longer], [row, longer[::-1]], [row])
         )
-        return self._relative(self._largest([swapped], [found]), self._largest([found], [alone]))
+        return self._relative(_difference(swapped, found), _difference(found, alone))
 
 
 def check_isolation(isolation: Isolation, name: str, packing: str | None, batches: Sequence[str]) -> None:
