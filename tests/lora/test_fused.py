@@ -63,6 +63,19 @@ def test_output_and_gradients_are_those_of_the_reference_form(base: str, p: floa
         assert_close(both(layer, torch.randn(shape, dtype=dtype)), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_the_output_may_be_changed_in_place_as_longformer_does(base: str) -> None:
+    layer = make_layer(BASES[base](), torch.float64)
+    x = torch.randn(4, 33, D_IN, dtype=torch.float64)
+    a, b = layer.lora_A.weight, layer.lora_B.weight
+    gradients = []
+    for h in (layer(x), fused_forward(layer.base_layer, x, a, b, layer.scaling)):
+        h /= 3.0
+        gradients.append(torch.autograd.grad(h.sin().sum(), (a, b)))
+    for expected, found in zip(*gradients, strict=True):
+        assert float((found - expected).abs().max() / expected.abs().max()) < 1e-12
+
+
 def test_a_trained_bias_gets_its_gradient() -> None:
     layer = make_layer(nn.Linear(D_IN, D_OUT), torch.float64)
     layer.base_layer.bias.requires_grad_(True)

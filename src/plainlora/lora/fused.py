@@ -55,7 +55,7 @@ class _LowRankSum(torch.autograd.Function):
         h.view(-1, h.shape[-1]).addmm_(down.to(h.dtype), lora_b.to(h.dtype).T, alpha=scaling)
         ctx.save_for_backward(x, down, lora_a, lora_b, mask)
         ctx.base, ctx.scaling = base, scaling
-        return h
+        return h.detach()  # a linear layer returns a view, which no model's code could then change in place
 
     @staticmethod
     @once_differentiable
