@@ -70,7 +70,7 @@ def test_the_output_may_be_changed_in_place_as_longformer_does(base: str) -> Non
     a, b = layer.lora_A.weight, layer.lora_B.weight
     gradients = []
     for h in (layer(x), fused_forward(layer.base_layer, x, a, b, layer.scaling)):
-        h /= 3.0
+        h.div_(3.0)
         gradients.append(torch.autograd.grad(h.sin().sum(), (a, b)))
     for expected, found in zip(*gradients, strict=True):
         assert float((found - expected).abs().max() / expected.abs().max()) < 1e-12

@@ -4,17 +4,20 @@ import copy
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     FalconConfig,
     FalconForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    LagunaConfig,
+    LagunaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MixtralConfig,
@@ -244,6 +247,19 @@ def test_projections_that_peft_passes_over_for_experts_that_are_not_there_are_re
 def test_the_names_of_an_older_transformers_are_refused_where_only_half_of_a_fused_one_is_meant() -> None:
     with pytest.raises(LoRAError, match=r"PEFT refuses this adapter: .*gate_proj without also targeting up_proj"):
         inject(MIXTURES["qwen3_moe"](), config(target_modules=r".*\.(q_proj|gate_proj)"))
+
+
+def test_a_layer_that_peft_would_not_find_again_in_a_saved_adapter_is_refused(tmp_path: Path) -> None:
+    sizes = SIZES | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    model = LagunaForCausalLM(LagunaConfig(**sizes, num_attention_heads_per_layer=[4, 4]))
+    lost = [name for name, _ in model.named_modules() if "shared_experts." in name and name.endswith("_proj")]
+    assert lost
+    peft = get_peft_model(copy.deepcopy(model), config(target_modules=["up_proj"]))
+    peft.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"missing adapter keys.*shared_experts"):
+        PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    with pytest.raises(LoRAError, match=r"again in a saved adapter.*add 'shared_experts\.down_proj', "):
+        inject(model, config(target_modules="all-linear"))
 
 
 def test_condensing_says_no_more_and_no_less() -> None:

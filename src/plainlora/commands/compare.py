@@ -97,7 +97,7 @@ def _sweep(model_types: list[str], output: Path) -> None:
     write(rows, output)
     different = list_reasons(rows, "differs")
     built = sum(not row.not_built for row in rows)
-    print("\n".join(["", *different, f"{built} of {len(rows)} were built; {len(different)} levels differ"]))
+    print("\n".join(["", *different, f"{built} of {len(rows)} were compared; {len(different)} levels differ"]))
     print(f"architectures.json, architectures.md: {output}")
     if different:
         raise SystemExit(1)

@@ -11,11 +11,13 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
+import torch
 from peft import LoraConfig, PeftConfig, TaskType
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import nn
 
 from plainlora.lora.errors import LoRAError, some
@@ -202,6 +204,19 @@ def _explain_parameters(model: nn.Module, found: Selection, strict: bool) -> LoR
     )
 
 
+def _lost_by_peft(model: nn.Module, config: LoraConfig, selected: Sequence[str]) -> list[str]:
+    """Modules whose A and B PEFT's loading would take for other weights of an older checkpoint's.
+
+    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/utils/transformers_weight_conversion.py
+    """
+    keys = {f"base_model.model.{name}.lora_A.weight": name for name in selected}
+    saved: dict[str, torch.Tensor] = {key: torch.empty(1, 1) for key in keys}
+    found = convert_peft_adapter_state_dict_for_transformers(
+        model=model, peft_config=config, adapter_state_dict=saved, adapter_name="default"
+    )
+    return [name for key, name in keys.items() if key not in found]
+
+
 def condense(names: list[str], model: nn.Module) -> list[str]:
     """The shortest ends of names that select exactly these modules: what a config file should say."""
     for parts in (1, 2):  # `c_proj`, or `mlp.c_proj`
@@ -258,6 +273,12 @@ def find_target_modules(model: nn.Module, config: LoraConfig, strict: bool = Tru
                 f"({', '.join(sorted({_leaf(item) for item in linear}))}); name others, or add {_leaf(name)!r} to "
                 "exclude_modules"
             )
+    if lost := _lost_by_peft(model, config, found.selected):
+        ends = ", ".join(map(repr, condense(lost, model)))
+        raise LoRAError(
+            f"target_modules: PEFT would not find {some(lost)} again in a saved adapter, because it renames weights "
+            f"on loading, as Transformers does; name others, or add {ends} to exclude_modules"
+        )
     return {name: modules[name] for name in found.selected}
 
 

@@ -45,7 +45,7 @@ def _line(*cells: object) -> str:
 def terminal_line(row: Row) -> str:
     """One architecture in one line."""
     ends = [f"{level} {_cell(outcome)}" for level, outcome in row.outcomes.items()]
-    return f"{_name(row.architecture):58}  " + (f"not built: {row.not_built}" if row.not_built else "  ".join(ends))
+    return f"{_name(row.architecture):58}  " + (f"not compared: {row.not_built}" if row.not_built else "  ".join(ends))
 
 
 def count(rows: Sequence[Row]) -> dict[str, Counter[str]]:
@@ -93,7 +93,7 @@ def markdown(rows: Sequence[Row]) -> str:
     sections = {
         "What is refused": list_reasons(built, "refused"),
         "What differs": list_reasons(built, "differs"),
-        "What was not built": not_built,
+        "What was not compared": not_built,
     }
     for title, entries in sections.items():
         lines += ["", f"## {title}", "", *(f"- {entry}" for entry in entries or ["Nothing."])]

@@ -13,8 +13,8 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -38,7 +38,6 @@ from plainlora.backends import BACKENDS, attach_adapter
 from plainlora.base.dropout import set_dropouts
 from plainlora.errors import UserError
 from plainlora.lora.errors import LoRAError
-from plainlora.lora.storage import is_supported
 from plainlora.lora.targets import Selection, condense, find_targets
 from plainlora.lora.time_limit import time_limit
 from plainlora.parity.case import FORMS, Case, seed_everything
@@ -55,10 +54,15 @@ TRAINED = ("loss", "packing")  # by language models
 LEVELS = (*COMPARED, *TRAINED)
 WITHIN = 1e-6  # relative
 HELD = Tolerance(WITHIN, "the same sum in another order")
+COARSE = 1e-3  # a difference that may be the rounding of fp32; a larger one is not asked again
 SECONDS = 300.0  # an architecture
 AUTO: dict[Task, Any] = {"causal": AutoModelForCausalLM, "classifier": AutoModelForSequenceClassification}
 LENGTHS = (9, 13, 6, 17)  # of the documents that are packed, in tokens
 WORDS = 200  # token numbers below; small vocabularies exist
+
+
+class NotComparable(Exception):
+    """An architecture that no precision tells apart from PEFT's rounding."""
 
 
 @dataclass(frozen=True)
@@ -177,34 +181,47 @@ def _inputs(architecture: Architecture) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def _lora(model: PreTrainedModel, architecture: Architecture) -> tuple[LoraConfig, str]:
-    """An adapter for all linear layers, or for those that a refusal names; and the refusal.
+def _lora(model: PreTrainedModel, architecture: Architecture) -> tuple[LoraConfig, str, str]:
+    """An adapter for all linear layers, or for those that the refusals of that leave.
+
+    Args:
+        model: The base.
+        architecture: What it is.
+
+    Returns:
+        The adapter; in words what it adapts; the first refusal.
 
     Raises:
-        LoRAError: No adapter for them is possible.
+        LoRAError: No adapter is possible.
     """
-    options: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6}
-    if architecture.task == "classifier":
-        options |= {"task_type": "SEQ_CLS", "exclude_modules": r".*(classifier|score).*"}  # trained whole
-    lora, refused = LoraConfig(**options, target_modules="all-linear"), ""
-    try:
-        find_targets(model, lora)
-    except LoRAError as error:
-        refused = str(error)
-        lora = LoraConfig(**options, target_modules=condense(_remaining(model, refused, lora), model))
-        find_targets(model, lora)
-    return lora, refused
+    is_classifier = architecture.task == "classifier"
+    options: dict[str, Any] = {"task_type": "SEQ_CLS" if is_classifier else "CAUSAL_LM", "r": 4, "lora_alpha": 6}
+    heads = [".*(classifier|score).*"] if is_classifier else []  # trained whole
+    left_out: list[str] = []
+    refused = ""
+    while True:
+        patterns = heads + [rf"(.*\.)?{re.escape(name)}" for name in left_out]
+        lora = LoraConfig(**options, target_modules="all-linear", exclude_modules="|".join(patterns) or None)
+        try:
+            find_targets(model, lora)
+        except LoRAError as error:
+            refused = refused or str(error)
+            advice = re.search("add (.*) to exclude_modules", str(error))
+            if advice is None:
+                return _listed(model, lora, error), "", refused
+            left_out += re.findall(r"'([\w.]+)'", advice[1]) + ["dt_proj"] * ("Mamba" in refused)  # read uncalled too
+        else:
+            return lora, f"all-linear{''.join(f', not {name}' for name in left_out)}", refused
 
 
-def _remaining(model: PreTrainedModel, refused: str, lora: LoraConfig) -> list[str]:
-    """The linear layers that are left when those that a refusal names are left out."""
-    if named := re.search(r"add '(\w+)' to exclude_modules", refused):
-        heads = "classifier|score" if lora.task_type == "SEQ_CLS" else "lm_head"
-        out = re.compile(
-            rf"{heads}|(^|\.)({named[1]}|dt_proj)$"
-        )  # Mamba reads dt_proj's weight too, without calling it
-        return [name for name, module in model.named_modules() if is_supported(module) and not out.search(name)]
-    return Selection(model, lora).selected
+def _listed(model: PreTrainedModel, lora: LoraConfig, error: LoRAError) -> LoraConfig:
+    """The modules that PEFT selects beside what was refused, by name."""
+    with suppress(ValueError):
+        selected = Selection(model, lora).selected
+        listed = replace(lora, target_modules=condense(selected, model))
+        find_targets(model, listed)
+        return listed
+    raise error
 
 
 def _outcome(verdict: Verdict) -> Outcome:
@@ -228,9 +245,23 @@ def _compare(architecture: Architecture, lora: LoraConfig) -> dict[str, Outcome]
         )
         verdicts = {verdict.level: _outcome(verdict) for verdict in compare(case, tolerance=HELD).verdicts}
         found |= {level: verdicts[level] for level in COMPARED if level not in found or found[level].kind == "differs"}
-        if all(outcome.kind != "differs" for outcome in found.values()):
+        differing = {level: outcome.relative or 1.0 for level, outcome in found.items() if outcome.kind == "differs"}
+        if max(differing.values(), default=1.0) > COARSE or dtype is torch.float64:
             break
+        if fault := _fault_in_fp64(architecture):
+            rounded = ", ".join(f"{level} by {relative:.1e}" for level, relative in differing.items())
+            raise NotComparable(f"fp32 rounds {rounded}, and its code does not compute in fp64: {fault}")
     return found
+
+
+def _fault_in_fp64(architecture: Architecture) -> str:
+    """Why a model has no gradients in fp64; empty if it has."""
+    try:
+        loss = build(architecture, torch.float64)(**_inputs(architecture)).loss
+        loss.backward()
+    except Exception as error:  # whatever a model's own code raises
+        return _one_line(error)
+    return "" if loss.isfinite() else "its loss is not finite"
 
 
 def _train_a_step(model: nn.Module, documents: list[list[int]], packing: bool) -> float:
@@ -290,7 +321,7 @@ def examine(architecture: Architecture) -> Row:
         with time_limit(SECONDS), _in_silence():
             _fill(row)
     except Exception as error:  # whatever a model's own code raises
-        row.not_built = row.not_built or _one_line(error)
+        row.not_built = str(error) if isinstance(error, NotComparable) else _one_line(error)
     gc.collect()
     return row
 
@@ -314,8 +345,8 @@ def _fill(row: Row) -> None:
         return
     levels = LEVELS if architecture.task == "causal" else COMPARED
     try:
-        lora, row.refused = _lora(model, architecture)
-        row.targets = "all-linear" if not row.refused else ", ".join(sorted(lora.target_modules or ()))
+        lora, what, row.refused = _lora(model, architecture)
+        row.targets = what or ", ".join(sorted(lora.target_modules or ()))
         del model
         row.outcomes = _compare(architecture, lora)
     except LoRAError as error:

@@ -60,7 +60,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mistral4": {"num_key_value_heads": 4},
     "nemotron": {"num_key_value_heads": 2},
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "squeezebert": {"embedding_size": 64},
     "t5": {"decoder_start_token_id": 1},
     "xlstm": {"qk_dim_factor": 1.0},
@@ -71,10 +70,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 LARGEST = 20_000_000  # parameters; beyond it an architecture is not made
 NOT_BUILT: dict[str, str] = {
-    "canine": "fp32 rounds its gradients by 2.5e-6, and in fp64 its attention mask is not finite",
     "musicgen": "it generates audio codes, of several codebooks at a time",
     "musicgen_melody": "it generates audio codes, of several codebooks at a time",
     "perceiver": "it reads no input_ids",
+    "reformer": "it has gradients in training mode only, where it draws its hashes",
 }
 
 
