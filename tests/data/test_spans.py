@@ -91,3 +91,10 @@ def test_answers_that_cannot_be_derived_are_refused_by_name(
     own.chat_template = template
     with pytest.raises(UserError, match=r"of message \d cannot be derived: .*: --prompt_template FILE\.jinja$"):
         Encoder(own, "messages", "text", answers_only=True)({"messages": messages})
+
+
+def test_a_conversation_without_the_assistant_names_its_roles(own: PreTrainedTokenizerFast) -> None:
+    own.chat_template = SMOLLM2
+    rows = [{"from": "human", "value": "A?"}, {"from": "gpt", "value": "Red."}]
+    with pytest.raises(UserError, match=r"the roles are human, gpt\), .*; name the roles user and assistant"):
+        Encoder(own, "messages", "text", answers_only=True)({"conversations": rows})

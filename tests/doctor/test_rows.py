@@ -40,9 +40,8 @@ def prepare(
         if rows is not None:
             content = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / f"{name}.jsonl").write_text(content, encoding="utf-8")
-    recipe = {
-        key: settings.pop(key) for key in ("on_overflow", "max_truncated", "exact_match_rows") if key in settings
-    }
+    names = ("on_overflow", "max_truncated", "exact_match_rows", "eval_dataset_name")
+    recipe = {key: settings.pop(key) for key in names if key in settings}
     training = SFTRecipeConfig(output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to="none", **settings)
     script = ScriptArguments(dataset_name=str(folder))
     return prepare_rows(SFTArguments(**recipe), script, training, tokenizer, lambda _: None)
@@ -204,6 +203,20 @@ def test_rows_that_an_evaluation_needs_and_are_not_there(own: PreTrainedTokenize
     assert "need test rows: set test_split_size or eval_dataset_name" in finding.message
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [({"question": "a"}, "has the columns question"), ({"text": "a"}, "assistant_only_loss needs rows")],
+)
+def test_what_is_wrong_with_test_rows_names_their_own_file(
+    own: PreTrainedTokenizerFast, tmp_path: Path, row: dict[str, Any], said: str
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps(row), encoding="utf-8")
+    with pytest.raises(UserError, match=said) as caught:
+        prepare(tmp_path, own, ROWS, eval_dataset_name=str(other), assistant_only_loss=True)
+    assert str(caught.value).startswith(f"{other} (test)")
+
+
 def test_a_token_that_the_base_does_not_know_is_an_error(own: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     own.add_tokens(["instruct"])
     finding = found(examine(prepare(tmp_path, own, ROWS), own), "token ids")
@@ -273,6 +286,7 @@ def test_what_the_template_leaves_out_is_named_with_its_row(
     [
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
         {"role": "assistant", "content": "", "reasoning_content": "It is warm."},
+        {"role": "assistant", "content": None, "function_call": CALL["function"]},
         {"role": "gpt", "content": "Red."},
     ],
 )
@@ -285,6 +299,27 @@ def test_an_answer_that_vanishes_is_an_error_with_its_row(
     assert finding.level == "error"
     assert f"(train) row 2: the chat template leaves out the {answer['role']}'s" in finding.message
     assert "so an empty answer would be trained (1 of 2 rows)" in finding.message
+    assert ("name the roles user and assistant" in finding.message) == (answer["role"] == "gpt")
+    with pytest.raises(UserError, match="leaves out"):  # before what follows from it: here, that it has no EOS
+        rows.reports["train"].check()
+
+
+def test_arguments_that_the_template_quotes_once_more_are_a_warning(
+    own: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    own.chat_template = (
+        "{% for m in messages %}{{ m.content or '' }}{% for call in m.tool_calls or [] %}"
+        "{{ {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}{% endfor %}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    rows: list[dict[str, Any]] = []
+    for arguments in ({"city": "Ghent"}, '{"city": "Ghent"}'):
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        rows.append({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]})
+    prepared = prepare(tmp_path, own, rows)
+    assert r'"{\"city\": \"Ghent\"}"' in own.decode(prepared.train[1]["input_ids"])
+    finding = found(examine(prepared, own), "quoted")
+    assert (finding.level, finding.figures) == ("warning", {"rows": 1, "first": 2})
 
 
 def test_columns_that_nothing_reads_are_one_note(own: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -13,13 +13,14 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from plainlora.data.layouts import THINKING
+from plainlora.data.layouts import CALLS, THINKING
 from plainlora.data.prompts import Message, render
 from plainlora.errors import UserError
 
-Kind = Literal["answer", "message", "tool call", "tools", "template options", "roles", "thinking", "fields"]
+Kind = Literal["answer", "message", "tool call", "tools", "template options", "roles", "thinking", "fields", "quoted"]
+QUOTED = json.dumps(json.dumps({"key": ""}))[1:-4]  # how arguments begin that are text and are made JSON once more
 THOUGHT = "</think>"  # ends the thinking of DeepSeek-R1, Qwen3 and others where it stands in the content
-KNOWN = {"role", "content", "tool_calls", *THINKING}  # a message's fields that are marked
+KNOWN = {"role", "content", *CALLS, *THINKING}  # a message's fields that are marked
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ def _outline(message: Message, at: int, marks: _Marks) -> Message:
         outline["tool_call_id"] = marks.id(message["tool_call_id"])
     if isinstance(message.get("tool_calls"), list):
         outline["tool_calls"] = [_outline_call(call, at, marks) for call in message["tool_calls"]]
+    if isinstance(message.get("function_call"), dict):
+        outline["function_call"] = _outline_call(message["function_call"], at, marks)
     return outline
 
 
@@ -179,5 +182,7 @@ def _lost(outline: list[Message], marks: _Marks, text: str, words: set[str]) -> 
                 yield "message", f"the {role} message holds {kind}, which a model of text is not shown"
             if str(message["content"]) in text:
                 yield "message", f"the chat template prints the parts of the {role} message as a list"
+    if QUOTED in text:
+        yield "quoted", "the chat template writes the arguments of a tool call, which are JSON text, as a quoted text"
     if not all(marks.reached(text, -1, "tools")):
         yield "tools", "the chat template leaves out the tools"

@@ -111,6 +111,14 @@ class EncodingReport:
     def faults(self) -> dict[str, str]:
         """Why these rows must not be trained on, by the name of the check, each with what to do."""
         found = {}
+        named = "name the roles user and assistant, " * any(loss.kind == "roles" for loss in self.losses)
+        for loss in self.losses:
+            if loss.kind == "answer":
+                found["answer"] = (
+                    f"{self.where} row {loss.first}: {loss.what}, so an empty answer would be trained "
+                    f"({loss.rows:,} of {self.rows:,} rows); {named}set prompt_template to one that renders it, or "
+                    "remove such rows"
+                )
         if self.without_eos:
             found["eos"] = (
                 f"{self.where} row {self.first_without_eos}: the chat template does not end answers with the "
@@ -121,13 +129,6 @@ class EncodingReport:
             found["empty"] = (
                 f"{self.where}: no row has an answer, so the model would learn to say nothing; look at the rows"
             )
-        for loss in self.losses:
-            if loss.kind == "answer":
-                found["answer"] = (
-                    f"{self.where} row {loss.first}: {loss.what}, so an empty answer would be trained "
-                    f" ({loss.rows:,} of {self.rows:,} rows); set prompt_template to one that renders "
-                    "it, or remove such rows"
-                )
         if self.too_long > self.max_truncated * self.rows + ROUNDING:
             percent = -(-100 * self.too_long // self.rows)  # rounded up
             accept = f", or accept that they are lost with --max_truncated {percent / 100:.2f}" if self.kept else ""
@@ -318,7 +319,11 @@ def encode_rows(
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token, so the model would never learn to stop; set eos_token")
     eos = tokenizer.eos_token_id
-    encoder = Encoder(tokenizer, find_schema(rows, text_column, where), text_column, answers_only, assistant_only)
+    schema = find_schema(rows, text_column, where)
+    try:
+        encoder = Encoder(tokenizer, schema, text_column, answers_only, assistant_only)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     coverage = Coverage(tokenizer)
 
     def encode(row: dict[str, Any], number: int) -> dict[str, Any]:

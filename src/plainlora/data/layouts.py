@@ -17,6 +17,9 @@ Schema = Literal["messages", "prompt", "instruction", "text"]
 # Names of a message's thinking: https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/utils/chat_template_utils.py
 THINKING = ("reasoning_content", "thinking", "reasoning")
 
+# Names of a message's calls; the second is OpenAI's before tools.
+CALLS = ("tool_calls", "function_call")
+
 # What a row's chat_template_kwargs may set: a template's variables, not how the tokenizer is called.
 CALL = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
     *("tools", "documents", "chat_template", "kwargs")
@@ -103,7 +106,8 @@ def split_row(row: dict[str, Any], schema: Schema) -> tuple[list[Message], list[
     name = "messages" if "messages" in row else "conversations"
     if not isinstance(row[name], list) or not row[name]:
         what = "empty" if row[name] == [] else _kind(row[name])
-        raise UserError(f"{name!r} must be a list of messages, not {what}")
+        advice = "; give a json, jsonl or parquet file, which hold lists" if isinstance(row[name], str) else ""
+        raise UserError(f"{name!r} must be a list of messages, not {what}{advice}")
     messages = _as_messages(row[name])
     last = max(
         (at for at, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages) - 1
@@ -122,6 +126,9 @@ def _as_messages(said: list[Any]) -> list[Message]:
             or not isinstance(message.get("content"), str | list | dict | None)
         ):
             raise UserError(f"a message needs a role and a content, both text (or parts of text), not {message!r}")
+        calls = message.get("tool_calls") or []
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise UserError(f"'tool_calls' must be a list of calls, each an object, not {calls!r}")
         if all(value is None for key, value in message.items() if key != "role"):
             raise UserError(f"a message needs a content or tool_calls beside its role, not {message!r}")
     return messages
@@ -165,7 +172,7 @@ def has_answer(row: dict[str, Any], schema: Schema) -> bool:
     if texts is not None:
         return bool(texts[1].strip())
     answer = split_row(row, schema)[1]
-    return any(text_of(message.get(key)).strip() for message in answer for key in ("content", "tool_calls", *THINKING))
+    return any(text_of(message.get(key)).strip() for message in answer for key in ("content", *CALLS, *THINKING))
 
 
 def prompts_of(rows: Dataset, schema: Schema, text_column: str) -> list[str]:

@@ -132,7 +132,9 @@ def apply_template(
         raise _no_template(tokenizer, error) from error
     except Exception as error:  # Jinja's own errors and whatever the template raises
         roles = ", ".join(dict.fromkeys(str(message.get("role")) for message in messages)) or "nothing"
-        raise UserError(f"the chat template cannot render a conversation of {roles}: {error}") from error
+        raise UserError(
+            f"the chat template cannot render a conversation of {roles}: {error}; change the messages or the template"
+        ) from error
 
 
 def _no_template(tokenizer: PreTrainedTokenizerBase, error: TemplateSyntaxError) -> BrokenTemplate:

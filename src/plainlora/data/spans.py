@@ -30,7 +30,13 @@ def assistant_mask(
     else:
         mask = derive_mask(messages, ids, tokenizer, options)
     if not any(mask):
-        raise UserError("no message is the assistant's (role 'assistant'), so nothing would be trained")
+        if any(message["role"] == "assistant" for message in messages):
+            raise UserError("the chat template writes no token of the assistant's, so nothing would be trained")
+        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+        raise UserError(
+            f"no message is the assistant's (the roles are {roles}), so nothing would be trained; name the roles user "
+            "and assistant"
+        )
     return mask
 
 

@@ -18,6 +18,7 @@ LOSSES: dict[Kind, tuple[Level, str]] = {
     "roles": ("warning", "inference asks for the assistant, so name the roles user and assistant"),
     "thinking": ("note", "it is not trained"),
     "fields": ("note", "it changes nothing"),
+    "quoted": ("warning", "give them as an object, as templates that expect one do not unpack text"),
 }
 
 

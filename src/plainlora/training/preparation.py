@@ -92,14 +92,18 @@ def prepare_rows(
     if test is None and (recipe.exact_match_rows or training.eval_strategy != "no"):
         missing = "eval_strategy and exact_match_rows need test rows: set test_split_size or eval_dataset_name"
     column, reports = training.dataset_text_field, {}
-    schema = find_schema(train, column, f"{script.dataset_name} (train)")
+    names = {
+        "train": f"{script.dataset_name} (train)",
+        "test": f"{recipe.eval_dataset_name or script.dataset_name} (test)",
+    }
+    schema = find_schema(train, column, names["train"])
     answers_only = trains_answers_only(schema, training.completion_only_loss)
 
     def encode(rows: Dataset, split: str) -> Dataset:
         encoded, reports[split] = encode_rows(
             rows,
             tokenizer,
-            where=f"{script.dataset_name} ({split})",
+            where=names[split],
             text_column=column,
             answers_only=answers_only,
             max_length=training.max_length,
@@ -121,7 +125,7 @@ def prepare_rows(
     trained = set(asked)
     tested = []
     if test is not None:
-        tested = prompts_of(test, find_schema(test, column, f"{script.dataset_name} (test)"), column)
+        tested = prompts_of(test, find_schema(test, column, names["test"]), column)
     return PreparedRows(
         *encoded,
         raw_test=test,
