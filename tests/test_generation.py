@@ -50,6 +50,17 @@ def test_an_answer_ends_with_the_context(
         generate(model, tokenizer, [prompt + prompt], 1)
 
 
+def test_a_token_without_an_embedding_is_refused(
+    model_dirs: dict[str, Path], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model, longer = load_causal_lm(str(model_dirs["llama"])), copy.deepcopy(tokenizer)
+    longer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in range(300)]})
+    with pytest.raises(
+        UserError, match=r"the prompt holds '<\|299\|>', token \d+ of the tokenizer, and the model has"
+    ):
+        generate(model, longer, ["Repeat", "Repeat <|299|>"], 1)
+
+
 CALL = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "Oslo"}}}
 CHATML = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ '<' + m.role + '>' + (m.content or '') }}"

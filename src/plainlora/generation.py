@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from trl.data_utils import common_prefix_length
 
 from plainlora.base.config import context_length
+from plainlora.base.tokenizer import check_known
 from plainlora.data.layouts import Schema, find_schema, split_row, template_options, text_of, text_pair
 from plainlora.data.prompts import plain_prompt, render
 from plainlora.errors import UserError
@@ -67,7 +68,7 @@ def generate(
         The continuations without special tokens, stripped, in the order of the prompts.
 
     Raises:
-        UserError: A prompt fills the model's context.
+        UserError: A prompt fills the model's context, or holds a token that the model does not know.
     """
     settings = GenerationConfig(
         do_sample=False,
@@ -89,6 +90,7 @@ def generate(
             batch = tokenizer(
                 [prompts[number] for number in chosen], add_special_tokens=False, padding=True, return_tensors="pt"
             ).to(device)
+            check_known(batch["input_ids"].flatten().tolist(), tokenizer, cast(PreTrainedModel, model).config)
             longest = batch["input_ids"].shape[1]
             if context is not None:
                 if longest >= context:

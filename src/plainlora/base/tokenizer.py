@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -72,6 +73,17 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
         raise UserError(
             f"{tokenizer.name_or_path}: its tokenizer numbers {word!r:.40} {number}, but the model has embeddings for "
             f"{rows} tokens; use the tokenizer that belongs to the model"
+        )
+
+
+def check_known(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Raises `UserError` for a token without an embedding: `check_vocabulary` lets special ones pass."""
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    largest = max(ids, default=0)
+    if isinstance(rows, int) and largest >= rows:
+        raise UserError(
+            f"the prompt holds {tokenizer.convert_ids_to_tokens(largest)!r:.40}, token {largest} of the tokenizer, "
+            f"and the model has embeddings for {rows} tokens; take it out of the prompt"
         )
 
 

@@ -20,7 +20,7 @@ from plainlora.base.classifier import build_skeleton, classifier_config, load_cl
 from plainlora.base.config import context_length, load_config
 from plainlora.base.dropout import check_dropout
 from plainlora.base.loading import load_base, load_pretrained, loading_options
-from plainlora.base.tokenizer import load_tokenizer
+from plainlora.base.tokenizer import check_known, load_tokenizer
 from plainlora.data.datasets import load_train_and_test
 from plainlora.data.encoding import Encoder
 from plainlora.data.layouts import find_schema
@@ -208,6 +208,7 @@ def adapter_case(adapter: str, prompt: str | None) -> Case:
     tokenizer = load_tokenizer_of(adapter, base)
     classifies = class_labels(adapter) is not None
     ids = _prompt_ids(prompt or "Name three primary colours.", tokenizer)
+    check_known(ids.flatten().tolist(), tokenizer, load_config(base.name, base.revision))
     batch = _as_batch(ids) | ({"labels": torch.zeros(1, dtype=torch.long)} if classifies else {})
     stored = "" if quantization is None else f", base in {'4' if quantization.get('load_in_4bit') else '8'} bits"
 
