@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -324,8 +324,8 @@ def first(tensors: dict[str, torch.Tensor]) -> str:
     return min(tensors)
 
 
-def save_ia3(directory: Path) -> None:
-    get_peft_model(make("llama"), IA3Config(task_type="CAUSAL_LM")).save_pretrained(directory)
+def save_by_peft(peft_config: PeftConfig) -> Callable[[Path], None]:
+    return lambda directory: get_peft_model(make("llama"), peft_config).save_pretrained(directory)
 
 
 def with_embeddings(directory: Path, added: int, **options: object) -> None:
@@ -374,7 +374,18 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "a number": (lambda path: (path / CONFIG).write_text("3"), "is not a"),
     "no PEFT type": (lambda path: (path / CONFIG).write_text("{}"), "is not a"),
     "no such PEFT type": (lambda path: edit_config(path, peft_type="LOTA"), "is not a PEFT adapter config"),
-    "IA3": (save_ia3, "is not a LoRA config but of PEFT's type IA3; this package reads LoRA adapters only"),
+    "IA3": (
+        save_by_peft(IA3Config(task_type="CAUSAL_LM")),
+        "is not a LoRA config but of PEFT's type IA3; this package reads LoRA adapters only; load it with PEFT",
+    ),
+    "AdaLoRA": (
+        save_by_peft(AdaLoraConfig(task_type="CAUSAL_LM", total_step=10)),
+        "is not a LoRA config but of PEFT's type ADALORA; this package reads LoRA adapters only; load it with PEFT",
+    ),
+    "LoRA on embeddings": (
+        save_by_peft(config(**LM | {"target_modules": ["q_proj", "embed_tokens"]})),
+        r"'model.embed_tokens' is a Embedding; LoRA here adapts linear layers \(.*\); load it with PEFT",
+    ),
     "DoRA": (lambda path: edit_config(path, use_dora=True), "trained with use_dora=True, which this LoRA does not"),
     "single tokens": (
         lambda path: edit_config(path, trainable_token_indices=[5]),
@@ -475,7 +486,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 # Said in the words of the config's fields, whether they come from a file or from a program.
 OF_THE_CONFIG = (
     *("DoRA", "bad rank", "a huge rank", "a true rank", "a huge alpha", "bad dropout", "no targets"),
-    *("numbered targets", "nested modules", "a text of ranks", "layers by name"),
+    *("numbered targets", "nested modules", "a text of ranks", "layers by name", "LoRA on embeddings"),
 )
 
 

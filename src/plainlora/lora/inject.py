@@ -28,7 +28,7 @@ from plainlora.lora.targets import (
 )
 
 
-def _refuse_tied(parameters: dict[str, nn.Parameter], targets: Iterable[str]) -> None:
+def _refuse_tied(parameters: dict[str, nn.Parameter], targets: Iterable[str], strict: bool) -> None:
     """A weight used under two names cannot carry a delta under one of them (peft#2018)."""
     owners: dict[nn.Parameter, list[str]] = {}
     for name, parameter in parameters.items():
@@ -37,9 +37,10 @@ def _refuse_tied(parameters: dict[str, nn.Parameter], targets: Iterable[str]) ->
         shared = owners[parameters[f"{target}.weight"]]
         if len(shared) > 1:
             other = next(name for name in shared if name != target)
+            advice = f"leave {target!r} out, or train it whole with modules_to_save" if strict else "load it with PEFT"
             raise LoRAError(
                 f"target_modules: {target!r} shares its weight with {other!r}, so a delta on one would be lost or "
-                f"doubled when merged; leave {target!r} out, or train it whole with modules_to_save"
+                f"doubled when merged; {advice}"
             )
 
 
@@ -135,7 +136,7 @@ def inject(
     to_save = find_modules_to_save(model, resolved, targets)
     new = find_new_weights(model, resolved, new_weights)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    _refuse_tied(parameters, targets)
+    _refuse_tied(parameters, targets, strict)
     trainable = {name for name, parameter in parameters.items() if parameter.requires_grad}
     for parameter in parameters.values():
         parameter.requires_grad_(False)

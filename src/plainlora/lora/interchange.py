@@ -135,10 +135,11 @@ def read_config(directory: str | os.PathLike[str]) -> LoraConfig:
             config = PeftConfig.from_pretrained(str(directory))
     except Exception as error:  # of any kind: PEFT hands what the file says to its own classes
         raise LoRAError(f"{path} is not a PEFT adapter config ({error}); save the adapter again") from error
-    if not isinstance(content, dict) or not isinstance(config, LoraConfig):
+    if not isinstance(content, dict) or type(config) is not LoraConfig:  # AdaLoRA's is a subclass
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise LoRAError(
-            f"{path} is not a LoRA config but of PEFT's type {kind}; this package reads LoRA adapters only"
+            f"{path} is not a LoRA config but of PEFT's type {kind}; this package reads LoRA adapters only; "
+            "load it with PEFT"
         )
     for name in TEXTS:
         value = getattr(config, name)

@@ -195,8 +195,10 @@ def _explain_none(model: nn.Module, config: LoraConfig, linear: list[str]) -> Lo
 def _explain_parameters(model: nn.Module, found: Selection, strict: bool) -> LoRAError:
     """What to say where PEFT also adapts parameters that are no linear layer's: experts and their router."""
     parameters = found.selected_parameters or sorted(found.target_parameters)
-    others = ", ".join(condense(found.selected, model)) if found.selected else "other modules"
-    advice = f"to adapt the linear layers alone, set target_modules to [{others}]"
+    linear = [name for name in found.selected if is_supported(model.get_submodule(name))]
+    advice = "name other modules"
+    if linear:
+        advice = f"to adapt the linear layers alone, set target_modules to [{', '.join(condense(linear, model))}]"
     return LoRAError(
         f"target_modules: in this {type(model).__name__} PEFT adapts parameters that are no linear layer's "
         f"({some(parameters)}), by target_parameters, which this LoRA does not implement; "
@@ -268,10 +270,11 @@ def find_target_modules(model: nn.Module, config: LoraConfig, strict: bool = Tru
         _check_names(model, config, linear)
     for name in found.selected:
         if not is_supported(modules[name]):
+            layers = ", ".join(sorted({_leaf(item) for item in linear}))
+            advice = f"name others, or add {_leaf(name)!r} to exclude_modules" if strict else "load it with PEFT"
             raise LoRAError(
-                f"target_modules: {name!r} is a {type(modules[name]).__name__}; LoRA here adapts linear layers "
-                f"({', '.join(sorted({_leaf(item) for item in linear}))}); name others, or add {_leaf(name)!r} to "
-                "exclude_modules"
+                f"target_modules: {name!r} is a {type(modules[name]).__name__}; LoRA here adapts linear "
+                f"layers ({layers}); {advice}"
             )
     if lost := _lost_by_peft(model, config, found.selected):
         ends = ", ".join(map(repr, condense(lost, model)))
