@@ -5,6 +5,7 @@ take the kernels that real ones take, attention's included, but no memory and li
 """
 
 import copy
+import logging
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -368,6 +369,21 @@ def _run(step: Step, base: PreTrainedModel, forward: Callable[[], torch.Tensor])
     return Held(alive.peak, list(alive.events), pinned_until, step.device.type == "cpu")
 
 
+@contextmanager
+def _without_values() -> Iterator[None]:
+    """Within, tensors have no values. Torch would print the traceback of what fails on them, besides raising it.
+
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_subclasses/fake_tensor.py (`log.exception`)
+    """
+    logger = logging.getLogger(FakeTensorMode.__module__)
+    before, logger.disabled = logger.disabled, True
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        logger.disabled = before
+
+
 def count_peak_bytes(step: Step, *, checkpointing: bool = False) -> Held:
     """What a training step holds at most.
 
@@ -381,7 +397,7 @@ def count_peak_bytes(step: Step, *, checkpointing: bool = False) -> Held:
     base = step.build().train()
     if checkpointing:
         base.activation_checkpointing_enable()
-    with FakeTensorMode():
+    with _without_values():
         _to_device(base, step.device)
         inputs = _inputs(step)
         return _run(step, base, lambda: _forward(step, base, inputs))
@@ -390,7 +406,7 @@ def count_peak_bytes(step: Step, *, checkpointing: bool = False) -> Held:
 def count_evaluation_bytes(step: Step) -> Held:
     """What an evaluation step holds at most; errors are those above."""
     base = step.build().eval()
-    with FakeTensorMode(), torch.no_grad():
+    with _without_values(), torch.no_grad():
         _to_device(base, step.device)
         inputs = _inputs(step)
         return _run(step, base, lambda: _forward(step, base, inputs))
@@ -416,7 +432,7 @@ def least_bytes(step: Step, model: nn.Module) -> int:
 def count_head_bytes(step: Step) -> Held:
     """What the loss of a language model's largest batch holds at most, from the last hidden state on."""
     base = step.build()
-    with FakeTensorMode():
+    with _without_values():
         _to_device(base, step.device)
         width = cast(nn.Linear, base.get_output_embeddings()).weight.shape[1]
         hidden = torch.zeros(step.batch.rows, step.batch.length, width, dtype=step.dtype, device=step.device)
