@@ -19,10 +19,10 @@ def examine(config: PretrainedConfig, targets: str | list[str]) -> Examination:
 
 def test_experts_that_all_linear_leaves_frozen_are_told() -> None:
     config = GptOssConfig(**SIZES, num_key_value_heads=2, num_local_experts=4)
-    (note,) = examine(config, "all-linear").at("note")
-    assert "all-linear leaves model.layers.0.mlp.experts.gate_up_proj, " in note.message
-    assert "1 more frozen, as PEFT does" in note.message
-    assert not examine(config, ["q_proj"]).at("note")
+    (warning,) = examine(config, "all-linear").at("warning")
+    assert "all-linear leaves model.layers.0.mlp.experts.gate_up_proj, " in warning.message
+    assert "1 more frozen, as PEFT does" in warning.message
+    assert not examine(config, ["q_proj"]).at("warning")
 
 
 def test_a_convolution_is_no_expert() -> None:

@@ -37,7 +37,7 @@ def examine_layers(skeleton: PreTrainedModel | None, lora: LoraConfig, examinati
     _examine_scale(adapted, lora, examination)
     if lora.target_modules == "all-linear" and (experts := _stacked_weights(adapted)):
         said = f"all-linear leaves {some(experts)} frozen, as PEFT does: they are parameters, not linear layers"
-        examination.add("note", "adapter", "experts", said)
+        examination.add("warning", "adapter", "experts", said)
     names = Counter(name.rpartition(".")[2] for name, _ in lora_layers(adapted))
     trainable, total = count_parameters(adapted)
     counts = ", ".join(f"{count} {name}" for name, count in names.items())
