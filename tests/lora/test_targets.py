@@ -156,7 +156,7 @@ def test_a_subclass_of_linear_is_a_target_only_if_it_is_a_linear_map() -> None:
 @pytest.mark.parametrize(("kind", "twin"), [("qwen2", "model.embed_tokens"), ("gpt2", "transformer.wte")])
 def test_u08_a_tied_head_is_no_target(kind: str, twin: str) -> None:
     refused(kind, f"'lm_head' shares its weight with '{twin}'.*modules_to_save", target_modules=["lm_head"])
-    with pytest.raises(LoRAError, match="'lm_head' shares its weight with .*; load it with PEFT"):  # a saved adapter
+    with pytest.raises(LoRAError, match=r"'lm_head' shares its weight with .*; load it with PEFT"):  # a saved adapter
         inject(make(kind), config(target_modules=["lm_head"]), strict=False)
 
 
