@@ -6,24 +6,24 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from plainlora.parity.architectures import COMPARED, LEVELS, WITHIN, Architecture, Outcome, Row, Task
+from plainlora.parity.architectures import COMPARED, LEVELS, Architecture, Outcome, Row, Task
 from plainlora.report import package_versions, write_json
 
 OUTCOMES = {
     "=": "every bit the same",
-    "close": f"within {WITHIN:g}",
+    "close": "within 1e-6",
     "refused": "refused by name",
     "differs": "neither",
 }
 TITLES: dict[Task, str] = {"causal": "Causal language models", "classifier": "Sequence classifiers"}
-INTRODUCTION = f"""\
-of Transformers' causal language models and sequence classifiers, each made tiny from its config, with random weights.
+INTRODUCTION = """\
+causal language models and sequence classifiers of Transformers, each made tiny from its config, with random weights.
 Written by `plainlora compare --architectures`.
 
 `init`, `forward`, `gradients`, `files` and `merge` compare the fused form with PEFT. `loss` compares the loss of a
 training step with the one that the model's own forward gives, `packing` the loss of packed documents with the losses
-of each alone. A number is the largest relative difference; where fp32 rounds too coarsely to be within {WITHIN:g}, it
-is that of fp64. What is refused is refused to a user in the same words."""
+of each alone. A number is the largest relative difference; where fp32 rounds too coarsely to be within 1e-6, it is that
+of fp64. What is refused is refused to a user in the same words."""
 
 
 def _name(architecture: Architecture) -> str:
@@ -55,15 +55,15 @@ def count(rows: Sequence[Row]) -> dict[str, Counter[str]]:
 
 
 def list_reasons(rows: Sequence[Row], kind: str) -> list[str]:
-    """Every level that ended in one way, with the reason; once for an adapter that is refused at all of them."""
-    found: dict[str, None] = {}
+    """Why levels ended in one way: a line for each reason, with the levels that it is the reason of."""
+    found = []
     for row in rows:
-        if kind == "refused" and row.refused:
-            found[f"{_name(row.architecture)}, all-linear: {row.refused}"] = None
+        levels: dict[str, list[str]] = {row.refused: ["all-linear"]} if row.refused and kind == "refused" else {}
         for level, outcome in row.outcomes.items():
-            if outcome.kind == kind and outcome.reason != row.refused:
-                found[f"{_name(row.architecture)}, {level}: {outcome.reason}"] = None
-    return list(found)
+            if outcome.kind == kind:
+                levels.setdefault(outcome.reason, []).append(level)
+        found += [f"{_name(row.architecture)}, {', '.join(names)}: {reason}" for reason, names in levels.items()]
+    return found
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -73,7 +73,7 @@ def markdown(rows: Sequence[Row]) -> str:
         rows: Of the sweep.
     """
     built, counts = [row for row in rows if not row.not_built], count(rows)
-    lines = ["# Architectures", "", f"{len(built)} {INTRODUCTION}", ""]
+    lines = ["# Architectures", "", f"{len(built)} of the {len(rows)} {INTRODUCTION}", ""]
     lines += [_line("level", *OUTCOMES.values()), "|---|" + "---:|" * len(OUTCOMES)]
     lines += [_line(level, *(counts[level][kind] for kind in OUTCOMES)) for level in LEVELS]
     for task, title in TITLES.items():
