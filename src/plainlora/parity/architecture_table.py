@@ -22,8 +22,8 @@ Written by `plainlora compare --architectures`.
 
 `init`, `forward`, `gradients`, `files` and `merge` compare the fused form with PEFT. `loss` compares the loss of a
 training step with the one that the model's own forward gives, `packing` the loss of packed documents with the losses
-of each alone. A number is the largest relative difference; where fp32 rounds too coarsely to be within 1e-6, it is that
-of fp64. What is refused is refused to a user in the same words."""
+of each alone. A number is the largest relative difference; where fp32 rounds too coarsely to be within 1e-6, it is
+that of fp64. What is refused is refused to a user in the same words."""
 
 
 def _name(architecture: Architecture) -> str:
