@@ -22,15 +22,6 @@ def test_a_base_in_four_bits_is_loaded_as_one_or_not_at_all(model_dirs: dict[str
     assert load_base(args).is_loaded_in_4bit
 
 
-def test_a_setting_that_has_a_flag_is_not_given_twice(model_dirs: dict[str, Path]) -> None:
-    args = ModelConfig(model_name_or_path=str(model_dirs["llama"]))
-    for name in ("revision", "dtype", "trust_remote_code"):
-        with pytest.raises(UserError, match=f"model_init_kwargs: {name} has a flag of its own"):
-            load_base(args, options={name: "x"})
-    with pytest.raises(UserError, match="use_safetensors"):
-        load_base(args, options={"use_safetensors": False})
-
-
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not run: another C library than glibc")
 def test_quantising_leaves_no_freed_memory_behind(model_dirs: dict[str, Path]) -> None:
     quantization = BitsAndBytesConfig(load_in_4bit=True)

@@ -281,7 +281,7 @@ def test_a_backbone_alone_has_no_head(backbones: dict[str, Path], tmp_path: Path
     model = AutoModel.from_pretrained(backbones["distilbert"]).eval()
     before = model(random_ids())[0]
     with pytest.raises(
-        LoRAError, match=r"holds base_model.model.word_embeddings.weight, a weight of the base with other"
+        LoRAError, match=r"holds base_model.model.embeddings.word_embeddings.weight, a weight of the base with other"
     ):
         load_adapter(model, tmp_path)
     assert torch.equal(model(random_ids())[0], before)

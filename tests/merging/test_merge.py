@@ -288,6 +288,6 @@ def test_u08_an_adapter_that_brings_its_own_vocabulary_is_refused(tmp_path: Path
     base.resize_token_embeddings(VOCABULARY + 7, mean_resizing=False)
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
     get_peft_model(base, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
-    with pytest.raises(LoRAError, match=r"embed_tokens.weight.*, which this model has no place for|has shape"):
+    with pytest.raises(LoRAError, match=r"the embeddings of 327 tokens, and the base has 320"):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PhiConfig, PreTrainedModel
 
-from plainlora import fusing, loss
+from plainlora import fusing, loss, loss_head
 from plainlora.data import encoding
 from plainlora.lora import inject, interchange, load, merge
 from plainlora.lora.record import lora_layers
@@ -354,14 +354,14 @@ def no_gradient_of_the_bias(patch: Patch) -> None:
 
 def spoiled_head(patch: Patch, change: Callable[..., Any]) -> None:
     """`change(forward, arguments)` takes the place of the forward pass of a model with the one-pass head."""
+    original = loss_head.LossHead._forward
 
-    class Spoiled(loss.OnePassHead):
-        def __init__(self, model: Any) -> None:
-            super().__init__(model)
-            forward = model.forward
-            model.forward = lambda *args, **given: change(lambda **options: forward(*args, **options), given)
+    def spoiled(head: Any, model: Any, *args: Any, **given: Any) -> Any:
+        if head.form != "one pass":
+            return original(head, model, *args, **given)
+        return change(lambda **options: original(head, model, *args, **options), given)
 
-    patch.setattr(loss, "OnePassHead", Spoiled)
+    patch.setattr(loss_head.LossHead, "_forward", spoiled)
 
 
 def head_counts_masked_tokens(patch: Patch) -> None:
@@ -445,8 +445,9 @@ def phi() -> PreTrainedModel:
     return model
 
 
-def test_a_head_that_forgets_its_bias_is_caught(monkeypatch: Patch) -> None:
+def test_a_head_that_forgets_its_bias_is_not_used(monkeypatch: Patch) -> None:
     with_bias = replace(case("fused", "Qwen2, PEFT's targets"), make_base=phi)
-    assert failed_levels(with_bias) == []
     head_without_its_bias(monkeypatch)
+    assert failed_levels(with_bias) == []  # the run compares it with the model's own loss, and takes TRL's
+    monkeypatch.setattr(loss_head.OwnLoss, "differs", lambda *_: 0.0)
     assert failed_levels(with_bias) == ["trajectory"]

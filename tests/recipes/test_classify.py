@@ -1,6 +1,7 @@
 """The classification program: every method and back end, what it leaves, and that a reload predicts the same."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -325,7 +326,8 @@ def test_a_classifiers_recipe_and_its_adapter_are_compared(
     flags += ["--lora_backend", "reference"]
     start = ["compare", "--config", "recipes/distilbert-imdb/lora.yaml", "--steps", "4"]
     main([*start, "--output", str(tmp_path / "out"), "--", *flags])
-    assert "7 levels hold, 7 of them to the last bit; 0 fail; 1 did not run" in capfd.readouterr().out
+    # A merge sums W + s B A in one product, and may round otherwise than PEFT's two.
+    assert re.search(r"7 levels hold, [67] of them to the last bit; 0 fail; 1 did not run", capfd.readouterr().out)
     output = run_classify("distilbert", "trained", *head)
     capfd.readouterr()
     main(["compare", "--adapter", str(output), "--output", str(tmp_path / "adapter")])

@@ -33,7 +33,7 @@ def launch(processes: int, batch_size: int, output: Path, model: Path, rows: Pat
     ]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("adapter, model card, loss.png") == 1, "every process printed the summary"
+    assert done.stdout.count("adapter, model card, ") == 1, "every process printed the summary"
     assert done.stdout.count(" GB free: no gradient checkpointing") == 1, "the processes decide together"
 
 

@@ -85,6 +85,7 @@ def test_no_back_end_begins_with_what_its_adapter_cannot_be(
             "selective needs use_reentrant to be false",
         ),
         ("model_init_kwargs: {dtype: float16}\n", "model_init_kwargs: dtype has a flag of its own; set that"),
+        ("model_init_kwargs: {use_safetensors: false}\n", "model_init_kwargs: use_safetensors is always true"),
         (
             "lora_layers_to_transform: [1]\nlora_target_modules: all-linear\n",
             "lora_layers_to_transform needs names of modules, not the pattern",

@@ -202,6 +202,9 @@ def refused_values(
     options = getattr(training, "model_init_kwargs", None)
     if isinstance(options, dict) and (twice := options.keys() & OWN_FLAGS):
         found.append(("model_init_kwargs", f"model_init_kwargs: {min(twice)} has a flag of its own; set that"))
+    if isinstance(options, dict) and "use_safetensors" in options:
+        said = "model_init_kwargs: use_safetensors is always true, as no pickle is ever read; leave it out"
+        found.append(("model_init_kwargs", said))
     return found
 
 
