@@ -1,7 +1,7 @@
 """Rows -> token ids and labels, with a count of everything that was left out.
 
 A label of -100 is not trained (PyTorch's `ignore_index`). Every row that is kept trains at least one EOS, so the model
-learns to stop; labels come from the row's own length, so a pad token equal to EOS cannot swallow it (trl#1623).
+learns to stop; labels come from the row's own length, so a pad token equal to EOS does not mask it (trl#1623).
 """
 
 import math
