@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.utils import release_memory
 from transformers import DataCollatorWithPadding, set_seed
 
 from plainlora.backends import check_same_adapter, count_parameters
@@ -92,7 +93,8 @@ def main() -> None:
 
     # Seed first, then base with its new head, then adapter: the same command gives the same weights.
     set_seed(training.seed)
-    base, new_weights = load_classifier(config, name, dropout=recipe.base_dropout, **loading_options(model_args))
+    options = loading_options(model_args) | {"dropout": recipe.base_dropout, "device": training.device}
+    base, new_weights = load_classifier(config, name, **options)
     quantization = describe_quantization(base)
     trainee = train_weights(base, last_layers) if lora is None else train_adapter(base, lora, recipe, new_weights)
     trainable, total = count_parameters(trainee.model)
@@ -140,7 +142,9 @@ def main() -> None:
         before = {split: measure(trainer, rows, len(texts.labels), trained=False) for split, rows in splits.items()}
     after = {split: measure(trainer, rows, len(texts.labels), trained=True) for split, rows in splits.items()}
 
-    if trainer.accelerator.is_main_process:
+    history, is_main = trainer.state.log_history, trainer.accelerator.is_main_process
+    trainer.end()  # a merge may take longer than the other processes would wait
+    if is_main:
         results = outcome.metrics | flatten(before, "_base") | flatten(after)
         results |= {f"{split}_rows": len(rows) for split, rows in splits.items()}
         results |= {"method": recipe.method, "labels": texts.labels, "peak_memory_bytes": memory}
@@ -149,20 +153,20 @@ def main() -> None:
         tables = {f"{shown} rows before": before[shown].confusion, "after": after[shown].confusion}
         plot_confusion(texts.labels, tables, output / "confusion.png")
         base_loss = before["validation"].loss if "validation" in before else None
-        plot_loss(trainer.state.log_history, base_loss, output / "loss.png", unit="text", rows="validation")
+        plot_loss(history, base_loss, output / "loss.png", unit="text", rows="validation")
         card = partial(write_classifier_card, output, recipe, script, training, model_args, config, lora)
         # Written before the merge, which may be refused, and again with its figure.
         write_json(output / "all_results.json", results)
         card(results)
         if recipe.merge:
+            del base, trainee, trainer
+            release_memory()
             results["merge_max_abs_diff"] = merge_adapter(output, output / "merged", overwrite=True).max_abs_diff
             write_json(output / "all_results.json", results)
             card(results)
         print(classifier_summary(results, training.output_dir))
     if repository is not None:
         print(push_run(output, repository, recipe.hub_base_model))
-    trainer.accelerator.wait_for_everyone()
-    trainer.end()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import plainlora.quiet  # noqa: F401, I001  # before the libraries that it quiet
 from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.utils import release_memory
 from transformers import set_seed
 
 from plainlora.backends import BACKENDS, attach_adapter, check_same_adapter, count_parameters
@@ -92,14 +93,15 @@ def main() -> None:
     say(precision_line(list_precisions(training, model_args, base_config, recipe.adapter_dtype)))
     exact_match = None
     if recipe.exact_match_rows and rows.raw_test is not None:
-        exact_match = ExactMatch(rows.raw_test, recipe.exact_match_rows, tokenizer, recipe.max_new_tokens)
+        exact_match = ExactMatch(rows.raw_test, recipe.exact_match_rows, tokenizer)
 
     repository = open_run_repository(training, say) if PartialState().is_main_process else None
 
     # Seed first, then base, then adapter: the same command gives the same adapter.
     set_seed(training.seed)
     free = free_memory(training.device)
-    base = load_base(model_args, training.trust_remote_code, training.model_init_kwargs, recipe.base_dropout)
+    init_kwargs, device = training.model_init_kwargs, training.device
+    base = load_base(model_args, training.trust_remote_code, init_kwargs, recipe.base_dropout, device)
     quantization = describe_quantization(base)
     backend = BACKENDS[recipe.lora_backend]
     model = attach_adapter(base, lora, backend, recipe.adapter_dtype)
@@ -149,26 +151,28 @@ def main() -> None:
         before = examine(model, "base")
     after = examine(model, "adapter")
 
-    if trainer.accelerator.is_main_process:
+    history, is_main = trainer.state.log_history, trainer.accelerator.is_main_process
+    trainer.end()  # a merge may take longer than the other processes would wait
+    if is_main:
         results = outcome.metrics | before_and_after(before, after)
         results |= {"trainable_params": trainable, "total_params": total, "peak_memory_bytes": peak_memory()}
         results |= {"rows_trained": rows.reports["train"].kept, "rows_read": rows.reports["train"].rows}
         results |= {"exact_match_rows": len(exact_match.questions)} if exact_match else {}
-        plot_loss(trainer.state.log_history, before.loss, output / "loss.png")
+        plot_loss(history, before.loss, output / "loss.png")
         samples = list(zip(examine.prompts, before.answers, after.answers, strict=True))
         write_samples(output / SAMPLES, samples)
         # Written before the merge, which may be refused, and again with its figure.
         write_json(output / "all_results.json", results)
         write_sft_card(output, recipe, script, training, model_args, results, samples)
         if recipe.merge:
+            del base, model, trainer, examine
+            release_memory()
             results["merge_max_abs_diff"] = merge_adapter(output, output / "merged", overwrite=True).max_abs_diff
             write_json(output / "all_results.json", results)
             write_sft_card(output, recipe, script, training, model_args, results, samples)
         print(summary(results, training.output_dir, samples))
     if repository is not None:
         print(push_run(output, repository, recipe.hub_base_model))
-    trainer.accelerator.wait_for_everyone()
-    trainer.end()
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def test_a_row_is_asked_and_expected_to_answer_as_it_trains(
     own = copy.deepcopy(tokenizer)
     own.chat_template = CHATML
     rows = Dataset.from_list([row], on_mixed_types="use_json")
-    asked = ExactMatch(rows, 1, own, 4)
+    asked = ExactMatch(rows, 1, own)
     assert (asked.questions, asked.expected) == (["A?"], [expected])
     encoded = Encoder(own, find_schema(rows, "text", "rows"), "text", answers_only=False)(rows[0])
     trained = own.decode(encoded["input_ids"])

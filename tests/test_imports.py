@@ -21,6 +21,7 @@ RANKS = [
         "quiet",
         "merging.reload",
         "training.evaluation_loss",
+        "settings.device",
         "settings.renames",
         "swiglu",
     },

@@ -117,14 +117,18 @@ class ExactMatch:
         rows: Test rows with an answer of their own (not plain text).
         count: How many of the first rows to ask.
         tokenizer: Carries the template.
-        max_new_tokens: Longest answer.
+
+    Attributes:
+        questions: Theirs, as text.
+        prompts: The same, rendered.
+        expected: Their answers.
     """
 
-    def __init__(self, rows: Dataset, count: int, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
+    def __init__(self, rows: Dataset, count: int, tokenizer: PreTrainedTokenizerBase) -> None:
         schema = find_schema(rows, "text", "exact_match_rows")
         if schema == "text":
             raise UserError("exact_match_rows needs rows with an answer of their own, not plain text")
-        self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
+        self.tokenizer = tokenizer
         asked = [self._ask(row, schema) for row in rows.select(range(min(count, len(rows))))]
         self.questions, self.prompts, self.expected = map(list, zip(*asked, strict=True))
 
@@ -150,8 +154,6 @@ class ExactMatch:
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
-    def __call__(self, model: nn.Module, description: str) -> tuple[float, list[str]]:
-        """The share of answers that are right to the letter, and the answers."""
-        answers = generate(model, self.tokenizer, self.prompts, self.max_new_tokens, description=description)
-        right = sum(answer == expected for answer, expected in zip(answers, self.expected, strict=True))
-        return right / len(answers), answers
+    def score(self, answers: Sequence[str]) -> float:
+        """The share of answers that are right to the letter."""
+        return sum(answer == expected for answer, expected in zip(answers, self.expected, strict=True)) / len(answers)

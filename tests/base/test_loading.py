@@ -8,9 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import ModelConfig
 
-from plainlora.base.loading import load_base, load_causal_lm, load_pretrained
+from plainlora.base.loading import load_base, load_causal_lm, load_pretrained, placement
 from plainlora.errors import UserError
 from plainlora.resources.memory import resident_memory
+from tests.gpu_host import gpu_host
 
 
 def test_a_base_in_four_bits_is_loaded_as_one_or_not_at_all(model_dirs: dict[str, Path], tmp_path: Path) -> None:
@@ -34,3 +35,29 @@ def test_quantising_leaves_no_freed_memory_behind(model_dirs: dict[str, Path]) -
     load_pretrained(AutoModelForCausalLM, str(model_dirs["llama"]), quantization=quantization)
     assert whole - with_holes < 2**20
     assert with_holes - resident_memory() > 100 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("device", "quantized", "expected"),
+    [
+        ("cuda:1", False, "cuda:1"),
+        ("cuda:1", True, "cuda:1"),
+        ("cpu", True, "cpu"),  # bitsandbytes' quantiser would take the GPU under use_cpu
+        ("cpu", False, None),
+    ],
+)
+def test_a_base_is_put_where_training_runs(
+    device: str, quantized: bool, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placed = {} if expected is None else {"device_map": {"": expected}}
+    assert placement(torch.device(device), quantized) == placed
+    assert placement(None, quantized) == {}
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert placement(torch.device(device), quantized) == {}
+
+
+def test_a_base_in_four_bits_stays_on_the_cpu_of_a_host_with_a_gpu(model_dirs: dict[str, Path]) -> None:
+    args = ModelConfig(model_name_or_path=str(model_dirs["llama"]), dtype="float32", load_in_4bit=True)
+    with gpu_host():
+        model = load_base(args, device=torch.device("cpu"))
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}

@@ -169,7 +169,7 @@ def test_rows_of_two_texts_are_asked_with_the_very_text_that_trained(
     rows = Dataset.from_list(
         [{"prompt": "2 + 2 =", "completion": " 4"}, {"prompt": " Name:\n", "completion": "Ann <|endoftext|>"}]
     )
-    asked = ExactMatch(rows, 2, own, 4)
+    asked = ExactMatch(rows, 2, own)
     assert asked.questions == ["2 + 2 =", " Name:\n"]
     assert asked.expected == ["4", "Ann"]
     encoded, _ = encode_rows(

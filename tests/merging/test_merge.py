@@ -16,11 +16,12 @@ from plainlora.base.loading import describe_quantization
 from plainlora.errors import UserError
 from plainlora.lora import storage
 from plainlora.lora.errors import LoRAError
-from plainlora.merging.merge import TOLERANCES, merge_adapter
+from plainlora.merging.merge import TOLERANCES, merge_adapter, merging_device
 from plainlora.provenance.adapter_base import training_quantization
 from plainlora.provenance.base_identity import describe_base
 from plainlora.report import write_json
-from tests.conftest import VOCABULARY, load_quantized, make_model, random_ids
+from tests.conftest import CONFIGS, VOCABULARY, load_quantized, make_model, random_ids
+from tests.gpu_host import gpu_host
 
 
 def trained_adapter(kind: str, model_dirs: dict[str, Path], folder: Path, scale: float = 0.05) -> Path:
@@ -291,3 +292,15 @@ def test_u08_an_adapter_that_brings_its_own_vocabulary_is_refused(tmp_path: Path
     with pytest.raises(LoRAError, match=r"the embeddings of 327 tokens, and the base has 320"):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
+
+
+def test_a_merge_is_made_on_a_gpu_that_it_fits_on() -> None:
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(CONFIGS["llama"](), dtype=torch.bfloat16)
+    size = 2 * sum(parameter.numel() for parameter in skeleton.parameters())
+    with gpu_host(free=2 * size):
+        assert merging_device(skeleton, "auto") == torch.device("cuda:0")
+        assert merging_device(skeleton, torch.float32) == torch.device("cpu")  # twice as large
+        assert merging_device(None, "auto") == torch.device("cpu")
+    with gpu_host(free=size):
+        assert merging_device(skeleton, "auto") == torch.device("cpu")  # and its answers need room too

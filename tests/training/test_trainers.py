@@ -1,14 +1,17 @@
-"""The order in which a classifier's rows are drawn."""
+"""The order in which a classifier's rows are drawn, and what a trainer does with the devices of its host."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerFast
 
 from plainlora.settings.arguments import ClassifyConfig
-from plainlora.training.trainers import ClassifierTrainer
+from plainlora.training.trainers import ClassifierTrainer, args_for_trainer
 from tests.conftest import BACKBONES
+from tests.gpu_host import gpu_host
 
 
 def make_trainer(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> ClassifierTrainer:
@@ -45,3 +48,38 @@ def test_every_process_and_every_resumed_run_draws_the_same_order(
         assert order(other, epoch + 0.5, stream=3) == expected  # resumed in the middle
     assert order(one, 0.0, 1) != order(one, 1.0, 1)
     assert order(one, 0.0, 1) != order(make_trainer(tmp_path, word_tokenizer, seed=1), 0.0, 1)
+
+
+def test_one_process_trains_on_one_gpu_whatever_the_host_has(tmp_path: Path) -> None:
+    with gpu_host(count=4):
+        told = ClassifyConfig(output_dir=str(tmp_path), per_device_train_batch_size=4)
+        assert (told.n_gpu, told.train_batch_size) == (4, 16)  # what Trainer would do with it
+        handed = args_for_trainer(told)
+    assert (handed.n_gpu, handed.train_batch_size, handed.eval_batch_size) == (1, 4, 8)
+    assert handed.device == torch.device("cuda:0")
+
+
+def test_what_is_trained_under_loss_scaling_is_float32(
+    tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """GradScaler refuses gradients in fp16, which a head that is trained whole would have."""
+    args = ClassifyConfig(output_dir=str(tmp_path), use_cpu=True)
+    args.fp16 = True  # as on a GPU; Accelerate refuses it on a CPU
+    model = AutoModelForSequenceClassification.from_config(BACKBONES["bert"](), dtype=torch.float16)
+    model.base_model.requires_grad_(False)
+    scaled_on_cpu(args, model, word_tokenizer)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if name.startswith("classifier") else torch.float16), name
+
+
+def scaled_on_cpu(args: ClassifyConfig, model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Makes a trainer as far as a CPU lets it."""
+    with pytest.raises(ValueError, match="fp16 mixed precision requires a GPU"):
+        ClassifierTrainer(
+            model,
+            None,
+            args=args,
+            train_dataset=Dataset.from_dict({"input_ids": [[5]], "labels": [0]}),
+            processing_class=tokenizer,
+            data_collator=DataCollatorWithPadding(tokenizer),
+        )

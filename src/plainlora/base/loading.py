@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from trl import ModelConfig, get_quantization_config
 
@@ -48,6 +50,22 @@ def give_back_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
+def placement(device: torch.device | None, quantized: bool) -> dict[str, Any]:
+    """Where `from_pretrained` puts the weights, as an argument of it.
+
+    bitsandbytes' quantiser would take the current GPU wherever training runs, and a dense base would be read into this
+    process's memory first. A sharded engine places weights itself.
+
+    Args:
+        device: Where training runs; `None` to leave it to the libraries.
+        quantized: Whether the base is quantised while it is loaded.
+    """
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if device is None or fsdp or is_deepspeed_zero3_enabled():
+        return {}
+    return {"device_map": {"": str(device)}} if quantized or device.type != "cpu" else {}
+
+
 def load_pretrained(
     auto: type[_BaseAutoModelClass],
     name: str,
@@ -56,6 +74,7 @@ def load_pretrained(
     dtype: torch.dtype | str = "auto",
     quantization: BitsAndBytesConfig | None = None,
     dropout: float | None = None,
+    device: torch.device | None = None,
     **options: Any,
 ) -> tuple[PreTrainedModel, list[str]]:
     """A model with weights from safetensors only, and the names of the weights that the checkpoint lacks.
@@ -67,6 +86,7 @@ def load_pretrained(
         dtype: Of the weights that are not quantised; `"auto"` for the checkpoint's own.
         quantization: How to quantise while loading.
         dropout: Probability of all its dropouts while it is in memory; it is saved with its own. `None` to leave them.
+        device: Where training runs; `None` to leave the weights where the libraries put them.
         **options: For `from_pretrained`.
 
     Raises:
@@ -74,6 +94,7 @@ def load_pretrained(
     """
     # Unless told, Transformers asks on the terminal whether to run a model's own code, and waits.
     options.setdefault("trust_remote_code", False)
+    options = placement(device, quantization is not None) | options
     config = load_config(name, revision, options["trust_remote_code"])
     check_storage(name, config, quantization is not None)
     attention = options.get("attn_implementation")
@@ -175,9 +196,13 @@ def load_base(
     trust_remote_code: bool = False,
     options: dict[str, Any] | None = None,
     dropout: float | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """The base model as TRL's `ModelConfig` describes it, with `model_init_kwargs` on top and `base_dropout`."""
-    settings = loading_options(args, trust_remote_code) | {"dropout": dropout}
+    """The base model as TRL's `ModelConfig` describes it, with `model_init_kwargs` on top and `base_dropout`.
+
+    See `load_pretrained` for the device.
+    """
+    settings = loading_options(args, trust_remote_code) | {"dropout": dropout, "device": device}
     return load_causal_lm(str(args.model_name_or_path), **settings, **(options or {}))
 
 

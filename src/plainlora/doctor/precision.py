@@ -4,6 +4,7 @@ from transformers import PretrainedConfig, TrainingArguments
 from trl import ModelConfig
 
 from plainlora.settings.arguments import optim_name
+from plainlora.settings.device import this_device
 
 
 def list_precisions(
@@ -31,8 +32,13 @@ def list_precisions(
     if training.bf16:
         compute = "bfloat16, by autocast"
     elif training.fp16:
-        compute = "float16, by autocast with loss scaling"
-    trained = adapter_dtype or str(stored)
+        no_bf16 = "" if this_device(bool(training.use_cpu)).bf16 else " (this GPU has no bfloat16)"
+        compute = f"float16, by autocast with loss scaling{no_bf16}"
+    elif training.tf32:
+        compute += ", its products in TF32"
+    if model.load_in_4bit and not compute.startswith(str(stored)):
+        compute += f"; 4-bit layers in {stored}"
+    trained = adapter_dtype or ("float32" if training.fp16 else str(stored))
     name = optim_name(training)
     state = "8-bit" if "8bit" in name else "float32" if "32bit" in name else f"{trained}, as what is trained"
     return {

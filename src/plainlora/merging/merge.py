@@ -4,7 +4,6 @@ A merge that nobody looked at is a guess (peft#2321, unsloth#2142): the model is
 that knows nothing of adapters, and its logits are compared with those of the adapter model.
 """
 
-import gc
 import json
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import release_memory
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -36,15 +36,19 @@ from plainlora.provenance.adapter_base import (
     load_base_of,
     load_tokenizer_of,
     read_run,
+    skeleton_of,
     training_quantization,
 )
 from plainlora.report import package_versions, write_json
+from plainlora.resources.memory import free_memory
 from plainlora.settings.checks import check_writable
 from plainlora.training.run_folder import is_merged_model
 
 # Largest |difference| of a logit over the largest |logit|. fp32: the sum of products is merely reordered. Half
 # precision rounds each merged weight once, a relative error of 2^-11 (fp16) or 2^-8 (bf16) that adds up over layers.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+SPARE = 0.25  # of the model's size, for the logits and caches of its answers
 
 # What only sampling reads. Published configs set some of it beside do_sample=false, and cannot be saved once changed.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -73,13 +77,31 @@ class MergeResult:
     warnings: list[str]
 
 
+def merging_device(skeleton: PreTrainedModel | None, dtype: torch.dtype | str) -> torch.device:
+    """The GPU, if the model and what it computes fit into its free memory; else the CPU.
+
+    Args:
+        skeleton: The base on the `meta` device, in the type that its config says; `None` if it is unknown.
+        dtype: Of the merged weights; `"auto"` for the config's.
+    """
+    cpu = torch.device("cpu")
+    if skeleton is None or not torch.cuda.is_available():
+        return cpu
+    size = sum(
+        each.numel() * (each.dtype if isinstance(dtype, str) else dtype).itemsize for each in skeleton.parameters()
+    )
+    gpu = torch.device("cuda", torch.cuda.current_device())
+    return gpu if (1 + SPARE) * size <= (free_memory(gpu) or 0) else cpu
+
+
 def _ask_reloaded(
-    directory: Path, probes: Probes, quantization: dict[str, Any] | None = None
+    directory: Path, probes: Probes, device: torch.device, quantization: dict[str, Any] | None = None
 ) -> dict[str, torch.Tensor]:
     """The answers of a saved model, from a process in which plain Transformers loads it, quantised if so asked."""
     with tempfile.TemporaryDirectory() as scratch:
         questions, answers = Path(scratch) / "questions.json", Path(scratch) / "answers.safetensors"
-        questions.write_text(json.dumps(probes.questions | {"quantization_config": quantization}), encoding="utf-8")
+        asked = probes.questions | {"device": str(device), "quantization_config": quantization}
+        questions.write_text(json.dumps(asked), encoding="utf-8")
         program = Path(__file__).with_name("reload.py")
         command = [sys.executable, str(program), str(directory), str(questions), str(answers)]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -154,14 +176,21 @@ def _beside(answers: Answers, asked: dict[BaseKind, _Asked]) -> dict[str, Any]:
 
 
 def _merge_into(
-    directory: Path, adapter: Path, base: Base, kind: BaseKind, dtype: torch.dtype | str, probes: Probes, output: Path
+    directory: Path,
+    adapter: Path,
+    base: Base,
+    kind: BaseKind,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    probes: Probes,
+    output: Path,
 ) -> tuple[torch.dtype, Probes, _Asked]:
     """Loads, asks, merges and writes. When it returns, this process holds no model.
 
     Returns:
         The model's precision, the probes with the adapter model's answers, and what base and adapter made of them.
     """
-    model = load_adapter(load_base_of(adapter, base, kind, dtype), adapter)
+    model = load_adapter(load_base_of(adapter, base, kind, dtype, device), adapter)
     check_disk(output.parent, sum(parameter.nbytes for parameter in model.parameters()), f"the merged model {output}")
     merged_dtype, tokenizer = next(model.parameters()).dtype, load_tokenizer_of(adapter, base)
     if probes.prompts:
@@ -169,7 +198,7 @@ def _merge_into(
     asked = _ask_both(model, probes)
     _write_merged(merge(model), tokenizer, directory)
     del model
-    gc.collect()  # the base is gone before the merged model is loaded elsewhere
+    release_memory()  # the base is gone before the merged model is loaded elsewhere
     return merged_dtype, probes, asked
 
 
@@ -190,7 +219,13 @@ def _check_drift(relative_diff: float, dtype: torch.dtype) -> float:
 
 
 def _ask_quantized_run(
-    adapter: Path, base: Base, other: BaseKind, dtype: torch.dtype | str, probes: Probes, directory: Path
+    adapter: Path,
+    base: Base,
+    other: BaseKind,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    probes: Probes,
+    directory: Path,
 ) -> tuple[_Asked, Answers]:
     """For an adapter trained through 4 or 8 bits: what else there is to compare with.
 
@@ -198,11 +233,11 @@ def _ask_quantized_run(
         The answers on the base that was not merged into, and those of the merged weights rounded to training's own
         few bits, which is what merging into quantised weights would give.
     """
-    model = load_adapter(load_base_of(adapter, base, other, dtype), adapter)
+    model = load_adapter(load_base_of(adapter, base, other, dtype, device), adapter)
     asked = _ask_both(model, probes)
     del model
-    gc.collect()
-    return asked, _ask_reloaded(directory, probes, training_quantization(adapter))
+    release_memory()
+    return asked, _ask_reloaded(directory, probes, device, training_quantization(adapter))
 
 
 def _without_values(identity: dict[str, Any]) -> dict[str, Any]:
@@ -251,9 +286,10 @@ def merge_adapter(
     is_classifier = class_labels(adapter) is not None
     make_probes = classifier_probes if is_classifier else language_probes
     probes = make_probes(tokenizer, context_length(config), text, read_run(adapter))
+    device = merging_device(skeleton_of(adapter, found), dtype)
     with staged(output) as scratch:
-        merged_dtype, probes, chosen = _merge_into(scratch, adapter, found, base, dtype, probes, output)
-        merged = _ask_reloaded(scratch, probes)
+        merged_dtype, probes, chosen = _merge_into(scratch, adapter, found, base, dtype, device, probes, output)
+        merged = _ask_reloaded(scratch, probes, device)
         drift = agreement(chosen.adapter, merged)
         tolerance = _check_drift(drift["relative_diff"], merged_dtype)
         asked = {base: chosen}
@@ -262,7 +298,7 @@ def merge_adapter(
         if quantization is not None:
             other: BaseKind = "dequantized" if base == "16bit" else "16bit"
             try:
-                asked[other], rounded = _ask_quantized_run(adapter, found, other, dtype, probes, scratch)
+                asked[other], rounded = _ask_quantized_run(adapter, found, other, dtype, device, probes, scratch)
                 figures["requantized"] = _beside(rounded, asked)
             except (UserError, LoRAError, RuntimeError) as error:  # this machine may lack what quantising needs
                 figures["not_measured"] = " ".join(str(error).split())

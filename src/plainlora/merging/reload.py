@@ -50,12 +50,15 @@ def _loss(model: nn.Module, text: dict[str, list[int]], device: torch.device) ->
 
 
 def main(directory: str, questions: str, answers: str) -> None:
-    """Reads the questions (JSON, with an optional `quantization_config`), writes the answers (safetensors)."""
+    """Reads the questions (JSON, with `device` and `quantization_config`), writes the answers (safetensors)."""
     asked = json.loads(Path(questions).read_text(encoding="utf-8"))
-    quantization = asked.get("quantization_config")
+    quantization = asked["quantization_config"]
     architecture = AutoConfig.from_pretrained(directory).architectures[0]
     model = getattr(transformers, architecture).from_pretrained(
-        directory, dtype="auto", quantization_config=quantization and BitsAndBytesConfig(**quantization)
+        directory,
+        dtype="auto",
+        device_map=asked["device"],
+        quantization_config=quantization and BitsAndBytesConfig(**quantization),
     )
     save_file(ask(model, asked), answers)
 

@@ -65,7 +65,7 @@ def find_base(adapter: str | Path, base_model: str | None = None, allow_other_ba
     base = Base(name, revision, trained)
     if trained and (warning := _difference(adapter, base, allow_other_base)):
         base = replace(base, warning=warning)
-    if (skeleton := _skeleton(adapter, base)) is not None:
+    if (skeleton := skeleton_of(adapter, base)) is not None:
         load_adapter(skeleton, adapter)
     return base
 
@@ -199,21 +199,32 @@ def class_labels(adapter: str | Path) -> list[str] | None:
 
 
 def load_base_of(
-    adapter: str | Path, base: Base, kind: BaseKind = "16bit", dtype: torch.dtype | str = "auto"
+    adapter: str | Path,
+    base: Base,
+    kind: BaseKind = "16bit",
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """The base of an adapter: the checkpoint as it is, or what training saw of it through 4 or 8 bits.
+
+    Args:
+        adapter: Its folder.
+        base: From `find_base`.
+        kind: Which of the two.
+        dtype: Of the weights; `"auto"` for the checkpoint's.
+        device: Where they are put; left to the libraries if left out.
 
     Raises:
         UserError: `dequantized` was asked for, but the adapter was not trained on a quantised base.
     """
     if kind == "16bit":
-        return _load(adapter, base, dtype, None)
+        return _load(adapter, base, dtype, None, device)
     quantization = training_quantization(adapter)
     if quantization is None:
         raise UserError(
             f"{adapter} was not trained on a quantised base (says its run.json, or it has none): use --base 16bit"
         )
-    model = _load(adapter, base, dtype, BitsAndBytesConfig(**quantization))
+    model = _load(adapter, base, dtype, BitsAndBytesConfig(**quantization), device)
     return model.dequantize().to(model.dtype)
 
 
@@ -224,9 +235,14 @@ def load_quantized_base_of(adapter: str | Path, base: Base) -> PreTrainedModel:
 
 
 def _load(
-    adapter: str | Path, base: Base, dtype: torch.dtype | str, quantization: BitsAndBytesConfig | None
+    adapter: str | Path,
+    base: Base,
+    dtype: torch.dtype | str,
+    quantization: BitsAndBytesConfig | None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     options: dict[str, Any] = {"revision": base.revision, "dtype": dtype, "quantization": quantization}
+    options["device"] = device
     config = _classifier_config(adapter, base)
     return load_causal_lm(base.name, **options) if config is None else load_classifier(config, base.name, **options)[0]
 
@@ -240,7 +256,7 @@ def _classifier_config(adapter: str | Path, base: Base) -> PretrainedConfig | No
     return classifier_config(base.name, labels, pad, base.revision)
 
 
-def _skeleton(adapter: str | Path, base: Base) -> PreTrainedModel | None:
+def skeleton_of(adapter: str | Path, base: Base) -> PreTrainedModel | None:
     """The base without its weights (`meta` device); `None` if it cannot be laid out so."""
     config = _classifier_config(adapter, base)
     return build_decoder(load_config(base.name, base.revision)) if config is None else build_skeleton(config)

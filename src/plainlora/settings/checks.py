@@ -27,7 +27,7 @@ from plainlora.errors import UserError, first_line
 from plainlora.kinds import KINDS
 from plainlora.settings.adapter import adapter_faults
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, RecipeArguments, SFTArguments, optim_name
-from plainlora.settings.parsing import trains_on_cpu
+from plainlora.settings.device import trains_on_cpu
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -320,6 +320,11 @@ def _clashing_precisions(recipe: RecipeArguments, training: TrainingArguments, m
         yield (
             f"adapter_dtype {recipe.adapter_dtype}: biases, heads and other modules that are trained whole would not "
             f"fit a base in {model.dtype}; leave it out, or give --bf16 or --dtype bfloat16"
+        )
+    if recipe.adapter_dtype != "float32" and training.fp16:
+        yield (
+            f"adapter_dtype {recipe.adapter_dtype}: fp16 scales the loss, and the scale can be taken out of float32 "
+            "gradients alone; leave it out, or give --bf16 true --fp16 false"
         )
     if training.fp16 and trains_on_cpu(training.use_cpu):
         yield "fp16 needs a GPU: leave --fp16 out, and a CPU trains in float32"

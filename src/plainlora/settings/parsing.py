@@ -16,13 +16,13 @@ from importlib.metadata import PackageNotFoundError
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_type_hints
 
-import torch
 import yaml
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig, TrlParser
 
 from plainlora.errors import UserError
 from plainlora.settings.arguments import ClassifyArguments, SFTArguments
+from plainlora.settings.device import fit_formats, this_device
 from plainlora.settings.renames import RENAMES
 
 # Settings that only one of the programs has.
@@ -306,14 +306,13 @@ class StrictParser(TrlParser):
             typed: The command line, checked.
         """
         explicit = {word[2:].partition("=")[0].replace("-", "_") for word in typed if word.startswith("--")}
-        on_cpu = []
-        if trains_on_cpu(self.parse_known_args([*from_yaml, *typed])[0].use_cpu):
-            on_cpu = full_precision_on_cpu(from_yaml, explicit)
-        decided = [word[2:].partition("=")[0] for word in on_cpu]
-        self.origins = dict.fromkeys(kept, str(path)) | dict.fromkeys(decided, "no GPU here")
+        told = self.parse_known_args([*from_yaml, *typed])[0]
+        fitted = fit_formats(told, {*kept, *explicit}, explicit, this_device(told.use_cpu))
+        words = [f"--{name}={str(value).lower()}" for name, (value, _) in fitted.items()]
+        self.origins = dict.fromkeys(kept, str(path)) | {name: why for name, (_, why) in fitted.items()}
         self.origins |= dict.fromkeys(explicit, "command line")
         self.left_out -= self.origins.keys()
-        settings = vars(self.parse_known_args([*from_yaml, *on_cpu, *typed])[0])
+        settings = vars(self.parse_known_args([*from_yaml, *words, *typed])[0])
         return tuple(
             self._make_past_faults(kind, {field.name: settings[field.name] for field in fields(kind) if field.init})
             for kind in self.dataclass_types
@@ -395,20 +394,3 @@ def split_config(words: Sequence[str]) -> tuple[str | None, list[str]]:
     if "--config" in typed[at + 1 :]:
         raise UserError("--config stands there twice; keep one of them")
     return typed[at + 1], typed[:at] + typed[at + 2 :]
-
-
-def trains_on_cpu(use_cpu: bool) -> bool:
-    """Whether there is no accelerator, or `use_cpu` or the Accelerate config turns it down."""
-    chosen = use_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
-    return chosen or not torch.accelerator.is_available()
-
-
-def full_precision_on_cpu(from_yaml: Sequence[str], explicit: set[str]) -> list[str]:
-    """What to change in a recipe written for a GPU so that it trains in fp32 on a CPU.
-
-    Accelerate refuses fp16 on a CPU, and bf16 (TRL's default) is slower than fp32 on most. What was typed on the
-    command line stays. Without `use_cpu`, processes launched on a CPU would not find each other.
-    """
-    changes = ["--use_cpu=true", *(f"--{name}=false" for name in ("bf16", "fp16") if name not in explicit)]
-    half = any(word in ("--dtype=float16", "--dtype=bfloat16") for word in from_yaml)
-    return changes + (["--dtype=float32"] if half and "dtype" not in explicit else [])

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -60,22 +61,27 @@ class Examiner:
         return self.sample_prompts
 
     def __call__(self, model: nn.Module, arm: str) -> Measurement:
-        """Measures the arm `base` or `adapter`. Every process computes the loss; the first one writes answers."""
+        """Measures the arm `base` or `adapter`. Every process takes part."""
         found = Measurement()
         if self.trainer.eval_dataset is not None:
             prefix = "eval" if arm == "adapter" else arm  # the base's loss is no point of the training curve
             known = self.trainer.last_evaluation() if arm == "adapter" else None
             metrics = known.metrics if known is not None else self.trainer.evaluate(metric_key_prefix=prefix)
             found.loss = float((metrics or {})[f"{prefix}_loss"])
-        if self.trainer.accelerator.is_main_process:
-            if self.exact_match:
-                found.exact_match, answers = self.exact_match(model, f"Answering test rows ({arm})")
-                found.answers = [answers[row] for row in self.sampled_rows]
-            if self.sample_prompts:
-                rendered = [render_prompt(prompt, self.tokenizer) for prompt in self.sample_prompts]
-                found.answers = generate(model, self.tokenizer, rendered, self.max_new_tokens)
-        self.trainer.accelerator.wait_for_everyone()
+        if self.exact_match:
+            answers = self._answer(model, self.exact_match.prompts, f"Answering test rows ({arm})")
+            found.exact_match = self.exact_match.score(answers)
+            found.answers = [answers[row] for row in self.sampled_rows]
+        if self.sample_prompts:
+            found.answers = self._answer(model, [render_prompt(each, self.tokenizer) for each in self.sample_prompts])
         return found
+
+    def _answer(self, model: nn.Module, prompts: list[str], description: str | None = None) -> list[str]:
+        """Each process answers its share, so that none waits for another until its collectives time out."""
+        accelerator = self.trainer.accelerator
+        shown = description if accelerator.is_main_process else None
+        with accelerator.split_between_processes(prompts) as mine:
+            return list(gather_object(generate(model, self.tokenizer, mine, self.max_new_tokens, description=shown)))
 
 
 def before_and_after(before: Measurement, after: Measurement) -> dict[str, Any]:

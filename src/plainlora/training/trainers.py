@@ -109,6 +109,8 @@ class _Seams(Watched, WholeSaves, RowsInOrder):
     def __init__(self, model: nn.Module, backend: Backend | None, *args: Any, **kwargs: Any) -> None:
         self.backend, self.adapted, self.saves_all = backend, model, backend is None
         self._evaluated: tuple[int | None, EvalLoopOutput | None] = None, None  # at which step, and what was found
+        if kwargs["args"].fp16:
+            trained_in_float32(model)
         with accepted_as_adapter_model(model), adapter_precision_kept(model):
             super().__init__(cast(PreTrainedModel, model), *args, **kwargs)
 
@@ -252,14 +254,39 @@ class ClassifierTrainer(_Seams):
 ArgumentsT = TypeVar("ArgumentsT", bound=TrainingArguments)
 
 
+def on_one_device(args: ArgumentsT) -> ArgumentsT:
+    """Has a process train on its own device alone, whatever the host has.
+
+    One that is not distributed would multiply its batches by the number of visible GPUs and wrap the model in
+    `nn.DataParallel`, whose copies call the first one's weights wherever a module's `forward` was replaced.
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/training_args.py (`_setup_devices`)
+    """
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
+
+
+def trained_in_float32(model: nn.Module) -> None:
+    """Makes every trained weight float32, as loss scaling needs it: `GradScaler` refuses half-precision gradients.
+
+    Adapters are in float32 already; heads, biases and whole models are trained in the type that the base has.
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/amp/grad_scaler.py (`_unscale_grads_`)
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 def args_for_trainer(args: ArgumentsT) -> ArgumentsT:
     """A copy of the arguments, without what Trainer is not to do.
 
     Pinning memory needs a GPU, and Torch warns where there is none. Trainer's push would publish pickles and the
-    optimizer's state, and the token is for the push alone: see `plainlora.hub.pushing`.
+    optimizer's state, and the token is for the push alone: see `plainlora.hub.pushing`. DistributedDataParallel need
+    not look for unused weights at every step, as the first step's gradients are checked.
     """
-    handed = copy.copy(args)
+    handed = on_one_device(copy.copy(args))
     handed.push_to_hub, handed.hub_token = False, None
+    if handed.ddp_find_unused_parameters is None:
+        handed.ddp_find_unused_parameters = False
     if handed.device.type == "cpu":
         handed.dataloader_pin_memory = False
     return handed
