@@ -27,15 +27,15 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from trl import ScriptArguments
 
 from plainlora import inject, save_adapter
+from plainlora.base.identity import describe_base
 from plainlora.base.tokenizer import load_tokenizer
 from plainlora.commands import main
 from plainlora.data.prompts import install_template
 from plainlora.errors import run_program
 from plainlora.hub.publication import collect_publication
-from plainlora.provenance.base_identity import describe_base
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, SFTArguments, SFTRecipeConfig
 from plainlora.settings.programs import CLASSIFY, SFT
-from plainlora.training.preparation import prepare_rows, prepare_texts
+from plainlora.tasks.rows import prepare_rows, prepare_texts
 from tests.conftest import BACKBONES, ROOT, ROWS, TEXTS, make_model
 from tests.mutations import Draw, damage_file, damage_folder, in_values, listing
 from tests.refusals import without_progress

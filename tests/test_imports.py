@@ -70,7 +70,7 @@ RANKS = [
         "merging.merge",
         "methods",
         "prediction",
-        "training.preparation",
+        "tasks.rows",
     },
     {"resources.weights", "training.evaluation", "training.metrics"},
     {"resources.checkpointing", "resources.plan"},
@@ -80,7 +80,7 @@ RANKS = [
     {
         "doctor.layers",
         "doctor.learning_rate",
-        "doctor.precision",
+        "settings.precision",
         "doctor.resources",
         "doctor.sample",
         "doctor.settings",

@@ -14,7 +14,7 @@ from plainlora.backends import BACKENDS
 from plainlora.base.classifier import classifier_config, load_classifier
 from plainlora.commands import main
 from plainlora.prediction import classify, load_trained_classifier
-from plainlora.provenance.adapter_base import class_labels
+from plainlora.run.adapter_base import class_labels
 from tests.conftest import make_model
 from tests.refusals import Run
 

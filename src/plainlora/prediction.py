@@ -17,7 +17,7 @@ from plainlora.base.loading import load_pretrained, to_accelerator
 from plainlora.base.tokenizer import check_vocabulary, load_tokenizer
 from plainlora.data.classification import tokenize_texts
 from plainlora.errors import UserError
-from plainlora.provenance.adapter_base import (
+from plainlora.run.adapter_base import (
     class_labels,
     find_base,
     load_base_of,
@@ -26,7 +26,7 @@ from plainlora.provenance.adapter_base import (
     read_run,
     training_quantization,
 )
-from plainlora.training.run_folder import holds_adapter
+from plainlora.run.folder import holds_adapter
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def load_trained_classifier(
     Args:
         folder: An adapter's or a whole model's.
         backend: Loads the adapter, if it is one.
-        base_model: See `plainlora.provenance.adapter_base.find_base`.
+        base_model: See `plainlora.run.adapter_base.find_base`.
         allow_other_base: Likewise.
         as_trained: Whether an adapter's base is stored as it was in training, quantised if it was then.
 

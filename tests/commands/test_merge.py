@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
+from plainlora.base.identity import describe_base
 from plainlora.commands import main
 from plainlora.folders import sha256_of
-from plainlora.provenance.base_identity import describe_base
 from plainlora.report import write_json
 from tests.conftest import CONFIGS
 from tests.merging.test_merge import trained_adapter

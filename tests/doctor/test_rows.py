@@ -16,7 +16,7 @@ from plainlora.doctor.finding import Examination, Finding
 from plainlora.doctor.rows import examine_rows
 from plainlora.errors import UserError
 from plainlora.settings.arguments import SFTArguments, SFTRecipeConfig
-from plainlora.training.preparation import PreparedRows, prepare_rows
+from plainlora.tasks.rows import PreparedRows, prepare_rows
 from tests.conftest import CONFIGS, ROWS
 
 WITHOUT_EOS = "{% for m in messages %}{{ m.content }}{% endfor %}"

@@ -11,7 +11,7 @@ from trl import ScriptArguments
 from plainlora.doctor.finding import Examination, Finding
 from plainlora.doctor.texts import examine_texts
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig
-from plainlora.training.preparation import prepare_texts
+from plainlora.tasks.rows import prepare_texts
 from tests.conftest import BACKBONES, TEXTS
 
 

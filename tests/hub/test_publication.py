@@ -13,13 +13,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
+from plainlora.base.identity import describe_base
 from plainlora.commands import build_parser
 from plainlora.errors import UserError
 from plainlora.folders import write_manifest
 from plainlora.hub.model_card import HERE
 from plainlora.hub.publication import collect_publication
 from plainlora.lora.errors import LoRAError
-from plainlora.provenance.base_identity import describe_base
 from tests.conftest import CONFIGS, make_model
 from tests.refusals import Run
 

@@ -12,14 +12,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from plainlora import inject, save_adapter
+from plainlora.base.identity import describe_base
 from plainlora.base.loading import describe_quantization
 from plainlora.errors import UserError
 from plainlora.lora import storage
 from plainlora.lora.errors import LoRAError
 from plainlora.merging.merge import TOLERANCES, merge_adapter, merging_device
-from plainlora.provenance.adapter_base import training_quantization
-from plainlora.provenance.base_identity import describe_base
 from plainlora.report import write_json
+from plainlora.run.adapter_base import training_quantization
 from tests.conftest import CONFIGS, VOCABULARY, load_quantized, make_model, random_ids
 from tests.gpu_host import gpu_host
 

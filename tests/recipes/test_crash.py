@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from plainlora.folders import find_damage
-from plainlora.training.checkpoints import find_problem, newest_checkpoint
-from plainlora.training.run_folder import UNFINISHED, list_checkpoints
+from plainlora.run.checkpoints import find_problem, newest_checkpoint
+from plainlora.run.folder import UNFINISHED, list_checkpoints
 from tests.conftest import ROOT
 from tests.recipes.forked import Order, finish, start
 from tests.refusals import without_progress

@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from plainlora.training.checkpoints import find_problem
-from plainlora.training.run_folder import UNFINISHED, list_checkpoints
+from plainlora.run.checkpoints import find_problem
+from plainlora.run.folder import UNFINISHED, list_checkpoints
 from tests.conftest import ROOT
 
 

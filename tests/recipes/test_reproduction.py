@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from plainlora.errors import UserError
-from plainlora.provenance.reproduction import compare_runs, remaining_flags, reproduce
+from plainlora.run.reproduction import compare_runs, remaining_flags, reproduce
 from tests.conftest import run_program
 from tests.recipes.conftest import RunSFT
 from tests.refusals import Run

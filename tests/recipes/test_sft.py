@@ -19,7 +19,7 @@ from plainlora.backends import BACKENDS
 from plainlora.data.prompts import render_prompt
 from plainlora.folders import find_damage, write_manifest
 from plainlora.merging import merge
-from plainlora.training.checkpoints import find_problem
+from plainlora.run.checkpoints import find_problem
 from tests.conftest import CONFIGS, ROOT, ROWS, load_quantized, random_ids
 from tests.recipes.conftest import RunSFT
 

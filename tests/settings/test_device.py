@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from plainlora.doctor.precision import list_precisions
+from plainlora.settings.precision import list_precisions
 from plainlora.errors import UserError
 from plainlora.settings.programs import CLASSIFY, SFT, Program
 from tests.gpu_host import gpu_host

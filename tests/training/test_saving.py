@@ -11,9 +11,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from plainlora.errors import UserError
 from plainlora.folders import find_damage
+from plainlora.run.checkpoints import find_problem
+from plainlora.run.folder import UNFINISHED, list_checkpoints
 from plainlora.settings.arguments import ClassifyConfig
-from plainlora.training.checkpoints import find_problem
-from plainlora.training.run_folder import UNFINISHED, list_checkpoints
 from plainlora.training.trainers import ClassifierTrainer
 from tests.conftest import BACKBONES
 

@@ -21,9 +21,9 @@ from trl import SFTConfig
 
 from plainlora.backends import BACKENDS, attach_adapter
 from plainlora.errors import UserError
+from plainlora.run.checkpoints import newest_checkpoint
+from plainlora.run.folder import list_checkpoints
 from plainlora.settings.arguments import ClassifyConfig
-from plainlora.training.checkpoints import newest_checkpoint
-from plainlora.training.run_folder import list_checkpoints
 from plainlora.training.trainers import AdapterTrainer, ClassifierTrainer, hand_over
 from plainlora.training.watching import RowsSeen, documents, lora_matrices
 from tests.conftest import BACKBONES, make_model

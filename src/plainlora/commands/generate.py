@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from plainlora.errors import UserError
 
 if TYPE_CHECKING:
-    from plainlora.provenance.adapter_base import Base
+    from plainlora.run.adapter_base import Base
 
 
 def _count(text: str) -> int:
@@ -59,7 +59,7 @@ def _loss_in_training(adapter: str, base: "Base", questions: dict[str, Any]) -> 
     from plainlora.lora.load import load_adapter
     from plainlora.merging.certificate import mean_loss
     from plainlora.merging.reload import ask
-    from plainlora.provenance.adapter_base import load_quantized_base_of
+    from plainlora.run.adapter_base import load_quantized_base_of
 
     return mean_loss(ask(load_adapter(to_accelerator(load_quantized_base_of(adapter, base)), adapter), questions))
 
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     from plainlora.merging.certificate import drift, mean_loss
     from plainlora.merging.probes import answered
     from plainlora.merging.reload import ask
-    from plainlora.provenance.adapter_base import (
+    from plainlora.run.adapter_base import (
         class_labels,
         find_base,
         load_base_of,

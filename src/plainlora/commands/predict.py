@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
     import plainlora.quiet  # noqa: F401
     from plainlora.backends import BACKENDS
     from plainlora.prediction import beside_training_base, classify, load_trained_classifier
-    from plainlora.training.run_folder import holds_adapter
+    from plainlora.run.folder import holds_adapter
 
     if arguments.with_peft and Path(arguments.model).is_dir() and not holds_adapter(arguments.model):
         raise UserError(f"with_peft: {arguments.model} holds no adapter, so PEFT has no part in it")

@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output and Path(arguments.output).exists():
         raise UserError(f"--output {arguments.output} already exists; give another folder")
 
-    from plainlora.provenance.reproduction import reproduce
+    from plainlora.run.reproduction import reproduce
 
     with tempfile.TemporaryDirectory() as scratch:
         stages = reproduce(

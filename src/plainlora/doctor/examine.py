@@ -1,25 +1,38 @@
 """A whole recipe, examined past every error. No weight is loaded."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from plainlora.doctor.classifier import examine_classifier
+from datasets import Dataset
+
+from plainlora.base.remote_code import describe_remote_code
+from plainlora.data.encoding import IGNORED
+from plainlora.doctor.base import examine_weights
 from plainlora.doctor.diagnosis import Diagnosis
 from plainlora.doctor.finding import Examination
-from plainlora.doctor.language import examine_language_model
+from plainlora.doctor.resources import examine_resources
+from plainlora.doctor.sample import split_sample
 from plainlora.doctor.settings import list_settings, read_settings
+from plainlora.doctor.stages import Stages, examine_classifier, examine_sft
 from plainlora.errors import UserError
 from plainlora.hub.pushing import check_push
 from plainlora.progress import numbered
-from plainlora.settings.programs import SFT, find_program
-from plainlora.training.checkpoints import resume_path
-from plainlora.training.run_folder import check_inputs_apart, claim_output_dir, is_run
+from plainlora.resources.footprint import estimate
+from plainlora.resources.plan import Plan
+from plainlora.run.checkpoints import resume_path
+from plainlora.run.folder import check_inputs_apart, claim_output_dir, is_run
+from plainlora.settings.precision import list_precisions
+from plainlora.settings.programs import SFT, ClassifySettings, Settings, SFTSettings, find_program
+from plainlora.tasks import classify, sft
+from plainlora.tasks.rows import PreparedRows
 
 STAGES = (
-    *("reading the settings", "looking at the base", "reading rows", "looking at rows", "laying out the model"),
+    *("reading the settings", "looking at the base", "reading rows", "looking at rows and layers"),
     "counting memory",
 )
+Decided = dict[str, tuple[Any, str]]  # what a setting that was left open will be, and why
 
 
 def examine(config: str, flags: Sequence[str], say: Callable[[str], None]) -> Diagnosis:
@@ -40,42 +53,161 @@ def examine(config: str, flags: Sequence[str], say: Callable[[str], None]) -> Di
     begin("reading the settings")
     program = find_program(config, flags)
     found = Diagnosis(config, program.name)
-    parts, origins = read_settings(program, config, flags, found.examination)
-    _examine_folder(parts, found.examination)
-    examine_parts = examine_language_model if program is SFT else examine_classifier
-    decided = found.examination.ask("doctor", "went through", examine_parts, found, cast(Any, parts), begin)
-    found.settings = list_settings(parts, origins, decided or {})
+    settings = read_settings(program, config, flags, found.examination)
+    _examine_folder(settings, found.examination)
+    examine_task: Callable[..., Decided] = _examine_sft if program is SFT else _examine_classifier
+    decided = found.examination.ask("doctor", "went through", examine_task, found, settings, begin)
+    found.settings = list_settings(settings, decided or {})
     return found
 
 
-def _examine_folder(parts: tuple[Any, ...], examination: Examination) -> None:
+def _examine_folder(settings: Settings[Any, Any], found: Examination) -> None:
     """Whether the run may start there, with this schedule, from this checkpoint."""
-    recipe, script, training, model = parts
-    inputs = {
-        "base model": model.model_name_or_path,
-        "dataset": script.dataset_name,
-        "test dataset": recipe.eval_dataset_name,
-        "validation dataset": getattr(recipe, "validation_dataset_name", None),
-    }
+    training = settings.training
     if training.output_dir:  # else it has been said that it is empty
-        examination.ask("settings", "output folder", check_inputs_apart, training.output_dir, inputs)
+        found.ask("settings", "output folder", check_inputs_apart, training.output_dir, settings.inputs)
     passed_over: list[str] = []
-    checkpoint = examination.ask("settings", "resuming", resume_path, training, passed_over.append)
+    checkpoint = found.ask("settings", "resuming", resume_path, training, passed_over.append)
     for said in passed_over:
-        examination.add("note", "settings", "resuming", said)
+        found.add("note", "settings", "resuming", said)
     if training.output_dir:
-        _examine_earlier_run(Path(training.output_dir), recipe.overwrite, checkpoint, examination)
-    examination.ask(
-        "settings", "publishing", check_push, training, str(model.model_name_or_path), recipe.hub_base_model
-    )
+        _examine_earlier_run(Path(training.output_dir), settings.recipe.overwrite, checkpoint, found)
+    base = str(settings.model.model_name_or_path)
+    found.ask("settings", "publishing", check_push, training, base, settings.recipe.hub_base_model)
 
 
-def _examine_earlier_run(folder: Path, overwrite: bool, checkpoint: str | None, examination: Examination) -> None:
+def _examine_earlier_run(folder: Path, overwrite: bool, checkpoint: str | None, found: Examination) -> None:
     """What lies in the run's folder. Of a recipe that has been run its own results do, which is no error."""
     try:
         claim_output_dir(folder, overwrite, resume=checkpoint)
     except UserError as error:
         if is_run(folder) and not overwrite:
-            examination.add("warning", "settings", "output folder", f"a new run needs --overwrite: {error}")
+            found.add("warning", "settings", "output folder", f"a new run needs --overwrite: {error}")
         else:
-            examination.add("error", "settings", "output folder", str(error))
+            found.add("error", "settings", "output folder", str(error))
+
+
+def _examine_sft(found: Diagnosis, settings: SFTSettings, begin: Callable[[str], None]) -> Decided:
+    """Fills the diagnosis of a language model's recipe."""
+    recipe, script, training, model = settings.parts
+    ask, stages, rows = found.examination.ask, Stages(), None
+    begin("looking at the base")
+    if model.model_name_or_path:
+        if training.trust_remote_code and (
+            said := ask("base", "code", describe_remote_code, settings.base, model.model_revision)
+        ):
+            found.examination.add("warning", "base", "code", said)
+        stages.config = ask("base", "config", sft.read_config, settings)
+        stages.tokenizer = ask("tokenizer", "there", sft.read_tokenizer, settings)
+    if stages.tokenizer is not None:
+        stages.own_template = stages.tokenizer.chat_template
+        if not found.examination.passes("tokenizer", "template", sft.install_template, settings, stages.tokenizer):
+            stages.tokenizer = None
+    if script.dataset_name:
+        begin("reading rows")
+        if stages.tokenizer is None:
+            _say_read(ask("rows", "there", sft.read_rows, settings), found.examination)
+        else:
+            rows = ask("rows", "there", sft.prepare_rows, settings, stages.tokenizer, _silent)
+    begin("looking at rows and layers")
+    if stages.config is not None:
+        stages.adapter = ask("adapter", "config", sft.plan_adapter, settings, stages.config)
+    examine_sft(settings, stages, rows, found.examination)
+    found.precisions = list_precisions(training, model, stages.config, recipe.adapter_dtype)
+    if rows is not None and stages.tokenizer is not None:
+        found.reports = rows.reports
+        if len(rows.train):
+            first = rows.train[0]
+            found.sample = split_sample(first["input_ids"], first["labels"], stages.tokenizer)
+    loads = stages.config is not None and examine_weights(settings, stages.config, sft.load_weights, found.examination)
+    if loads and stages.adapter is not None and stages.tokenizer is not None and rows is not None and len(rows.train):
+        begin("counting memory")
+        _count(found, partial(sft.plan_run, settings, stages.adapter, stages.tokenizer, rows))
+    found.examination.add("ok", "evaluation", "memory", "an evaluation keeps the loss alone, no logits are gathered")
+    return _decided(settings, found, rows)
+
+
+def _examine_classifier(found: Diagnosis, settings: ClassifySettings, begin: Callable[[str], None]) -> Decided:
+    """Fills the diagnosis of a classifier's recipe."""
+    recipe, script, training, model = settings.parts
+    ask, stages, texts = found.examination.ask, Stages(), None
+    begin("looking at the base")
+    if model.model_name_or_path:
+        stages.config = ask("base", "config", classify.read_config, settings)
+        stages.tokenizer = ask("tokenizer", "there", classify.read_tokenizer, settings)
+    if script.dataset_name:
+        begin("reading rows")
+        if stages.tokenizer is None:
+            read = ask("rows", "there", classify.read_rows, settings)
+            if read is not None:
+                said = f"{read.line()}, but not tokenised: there is no tokenizer"
+                found.examination.add("note", "rows", "there", said)
+        else:
+            texts = ask("rows", "there", classify.prepare_rows, settings, stages.tokenizer, stages.config, _silent)
+    begin("looking at rows and layers")
+    labels = texts.labels if texts is not None else recipe.labels or ["0", "1"]
+    if stages.config is not None:
+        subject = "adapter" if recipe.method == "lora" else "method"
+        pad = None if stages.tokenizer is None else stages.tokenizer.pad_token_id
+        stages.adapter = ask(subject, "layers", classify.plan_adapter, settings, labels, pad)
+    examine_classifier(settings, stages, texts, found.examination)
+    adapter_dtype = recipe.adapter_dtype if recipe.method == "lora" else None
+    found.precisions = list_precisions(training, model, stages.config, adapter_dtype)
+    if texts is not None and stages.tokenizer is not None:
+        found.reports = texts.reports
+        first = texts.train[0]
+        found.sample = split_sample(first["input_ids"], [IGNORED] * len(first["input_ids"]), stages.tokenizer)
+        found.sample_label = texts.labels[first["labels"]]
+    if stages.adapter is not None:
+        config = stages.adapter.config
+        load = partial(classify.load_weights, config=config)
+        loads = examine_weights(settings, config, load, found.examination)
+        if loads and texts is not None and stages.tokenizer is not None:
+            begin("counting memory")
+            _count(found, partial(classify.plan_run, settings, stages.adapter, stages.tokenizer, texts))
+    said = "of each row the predicted class and the loss are kept, no logits are gathered"
+    found.examination.add("ok", "evaluation", "memory", said)
+    longest = classify.longest_text(settings, stages.config)
+    return {"max_length": (longest, "the base's positions")} if recipe.max_length is None else {}
+
+
+def _silent(line: str) -> None:
+    """What a program prints of its rows stands in the diagnosis."""
+
+
+def _count(found: Diagnosis, make_plan: Callable[[], Plan]) -> None:
+    """Counts memory, disk and time, unless the layers are known not to fit."""
+    if any(finding.subject in ("adapter", "method") for finding in found.examination.at("error")):
+        return
+    found.footprint = found.examination.ask("resources", "estimate", lambda: estimate(make_plan()))
+    if found.footprint is not None:
+        examine_resources(found.footprint, found.examination)
+
+
+def _say_read(read: tuple[Dataset, Dataset | None] | None, found: Examination) -> None:
+    """What can be said of rows that no tokenizer is there for."""
+    if read is not None:
+        train, test = read
+        said = f"{len(train):,} to train on and {len(test) if test is not None else 0:,} to test on were read"
+        found.add("note", "rows", "there", f"{said}, but not tokenised: there is no tokenizer, or no template")
+
+
+def _decided(settings: SFTSettings, found: Diagnosis, rows: PreparedRows | None) -> Decided:
+    """What each setting that was left open will be, and why."""
+    recipe, _, training, model = settings.parts
+    decided: Decided = {}
+    if recipe.prompt_template is None:
+        template = training.chat_template_path or "the tokenizer's own"
+        unused = rows is not None and not rows.rendered
+        decided["prompt_template"] = ("none" if unused else template, "plain texts" if unused else "left open")
+    if training.gradient_checkpointing is None:
+        decided["gradient_checkpointing"] = ("only if a step would not fit", "counted at the start")
+        if found.footprint is not None:
+            checkpointing = found.footprint.memory.checkpointing
+            decided["gradient_checkpointing"] = (checkpointing, "by what fits; counted again at the start")
+    if training.completion_only_loss is None and rows is not None:
+        decided["completion_only_loss"] = (rows.answers_only, "by the rows' columns")
+    layers = [finding.figures["layers"] for finding in found.examination.findings if "layers" in finding.figures]
+    if model.lora_target_modules is None and layers:
+        decided["lora_target_modules"] = (list(layers[0]), "PEFT's choice for this architecture")
+    return decided

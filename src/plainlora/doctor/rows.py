@@ -7,7 +7,7 @@ from plainlora.data.coverage import Kind
 from plainlora.data.encoding import EncodingReport
 from plainlora.doctor.finding import Examination, Level
 from plainlora.doctor.tokens import examine_ids, examine_padding, examine_saving
-from plainlora.training.preparation import PreparedRows
+from plainlora.tasks.rows import PreparedRows
 
 # What to do about what the chat template leaves out. An answer that it leaves out is a fault of the report's.
 LOSSES: dict[Kind, tuple[Level, str]] = {

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from plainlora.doctor.finding import Examination
-from plainlora.settings.programs import Program
+from plainlora.settings.programs import Program, Settings, SettingsT
 
 # What decides how a run ends, in the order of the recipes' blocks. Others are shown where a recipe sets them.
 SHOWN = (
@@ -31,9 +31,9 @@ class Setting:
 
 
 def read_settings(
-    program: Program, config: str, flags: Sequence[str], examination: Examination
-) -> tuple[tuple[Any, ...], dict[str, str]]:
-    """The program's dataclasses, and where each setting that is not a default came from.
+    program: Program[SettingsT], config: str, flags: Sequence[str], examination: Examination
+) -> SettingsT:
+    """The program's settings, read past every fault.
 
     Args:
         program: Which program the recipe is for.
@@ -51,18 +51,18 @@ def read_settings(
     if not settings.faults:
         said = f"{len(settings.origins)} from {config} and the command line, none stale"
         examination.add("ok", "settings", "names", said + ", none that contradict each other")
-    return settings.parts, settings.origins
+    return settings
 
 
-def list_settings(parts: Sequence[Any], origins: dict[str, str], decided: dict[str, tuple[Any, str]]) -> list[Setting]:
+def list_settings(settings: Settings[Any, Any], decided: dict[str, tuple[Any, str]]) -> list[Setting]:
     """The settings that matter: those of `SHOWN`, and any other that the recipe sets.
 
     Args:
-        parts: The program's dataclasses.
-        origins: From `read_settings`.
+        settings: Of either program.
         decided: What a setting that was left open will be, and why.
     """
-    values = {name: value for part in parts for name, value in vars(part).items()}
+    origins = settings.origins
+    values = {name: value for part in settings.parts for name, value in vars(part).items()}
     names = [name for name in SHOWN if name in values]
     names += [name for name in origins if name in values and name not in (*names, *HIDDEN)]
     return [

@@ -5,7 +5,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from plainlora.data.labels import listed
 from plainlora.doctor.finding import Examination
 from plainlora.doctor.tokens import examine_ids, examine_saving
-from plainlora.training.preparation import PreparedTexts
+from plainlora.tasks.rows import PreparedTexts
 
 MOSTLY_CUT = 0.5  # share of the texts above which their endings are what is missed
 MANY = 10  # classes; from here on they may be texts, or numbers to be predicted

@@ -10,7 +10,7 @@ from plainlora.data.encoding import IGNORED
 from plainlora.data.prompts import apply_template, assistant_message, render, user_message
 from plainlora.doctor.finding import Examination
 from plainlora.errors import UserError
-from plainlora.training.preparation import PreparedRows
+from plainlora.tasks.rows import PreparedRows
 
 ASKED = [user_message("Name a colour.", "It is warm."), assistant_message("Red.")]
 TEXT = "Name a colour: red."

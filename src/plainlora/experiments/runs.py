@@ -20,10 +20,10 @@ from plainlora.errors import INTERRUPTED, UserError
 from plainlora.interruption import end_with_parent
 from plainlora.json_files import read_mapping
 from plainlora.report import write_json
+from plainlora.run.folder import list_checkpoints
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig
 from plainlora.settings.checks import check_writable
 from plainlora.settings.parsing import StrictParser, read_yaml
-from plainlora.training.run_folder import list_checkpoints
 
 PROGRAM = Path(__file__).parents[3] / "recipes" / "classify.py"
 METHODS = ("last_layers", "lora", "full")

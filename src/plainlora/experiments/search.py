@@ -11,7 +11,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from plainlora.base.config import load_config
 from plainlora.errors import UserError
 from plainlora.experiments.runs import OWN_FLAGS, recipe_parser
-from plainlora.kinds import ARCHITECTURES, KINDS
+from plainlora.settings.arguments import PROJECTIONS
+from plainlora.tasks.projections import ARCHITECTURES
 
 # What a sweep tries unless it is told. A name with + in it is several flags that take the same value.
 LORA = {"learning_rate": "1e-5..5e-3", "lora_r": "2|4|8|16|32", "lora_alpha": "8|16|32|64|128"}
@@ -69,7 +70,7 @@ def _kinds(settings: dict[str, Any]) -> dict[str, str]:
     name = settings["model_name_or_path"]
     table = ARCHITECTURES.get(load_config(str(name), settings["model_revision"]).model_type, {}) if name else {}
     groups: dict[str, list[str]] = {}
-    for kind in KINDS:
+    for kind in PROJECTIONS:
         if not (kind == "head" and settings["train_head"]):
             groups.setdefault(table.get(kind, kind), []).append(f"lora_{kind}")
     return {"+".join(flags): "true|false" for flags in groups.values()}
@@ -143,7 +144,7 @@ def to_flags(parameters: dict[str, Any]) -> list[str]:
 
 def no_kind(parameters: dict[str, Any], settings: dict[str, Any]) -> bool:
     """Whether a trial switches off every kind of layer that is on, which leaves LoRA nothing to adapt."""
-    flags = [f"lora_{kind}" for kind in KINDS]
+    flags = [f"lora_{kind}" for kind in PROJECTIONS]
     values = {flag: value for name, value in parameters.items() for flag in name.split("+")}
     return not values.keys().isdisjoint(flags) and all(
         str(values.get(flag, settings[flag])).lower() == "false" for flag in flags

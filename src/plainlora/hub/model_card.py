@@ -12,8 +12,8 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 from plainlora.base.classifier import is_classifier
 from plainlora.data.datasets import hub_name, is_local
 from plainlora.report import Sample, describe_samples
+from plainlora.run.folder import PICTURES
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, SFTArguments
-from plainlora.training.run_folder import PICTURES
 
 HERE = "PATH OR HUB ID OF THIS MODEL"  # what loading examples say until the model is published
 

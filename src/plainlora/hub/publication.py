@@ -24,9 +24,9 @@ from plainlora.json_files import read_mapping
 from plainlora.lora.containment import find_escape
 from plainlora.lora.interchange import LORA_WEIGHTS, PREFIX, read_config, saved_shapes
 from plainlora.lora.storage import is_finite
-from plainlora.provenance.adapter_base import class_labels
+from plainlora.run.adapter_base import class_labels
+from plainlora.run.folder import ADAPTER, PICTURES, WHOLE_MODEL, holds_adapter
 from plainlora.settings.parsing import StrictLoader
-from plainlora.training.run_folder import ADAPTER, PICTURES, WHOLE_MODEL, holds_adapter
 
 INDEX = "model.safetensors.index.json"
 CARD = "README.md"

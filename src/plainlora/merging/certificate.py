@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from plainlora.folders import sha256_of
-from plainlora.training.run_folder import ADAPTER
+from plainlora.run.folder import ADAPTER
 
 CERTIFICATE = "certificate.json"
 Answers = Mapping[str, torch.Tensor]  # see plainlora.merging.reload.ask

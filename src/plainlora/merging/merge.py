@@ -28,7 +28,9 @@ from plainlora.lora.merge import merge
 from plainlora.merging.certificate import CERTIFICATE, Answers, agreement, hash_adapter, hash_files, perplexity
 from plainlora.merging.probes import NEW_TOKENS, PROMPTS, Probes, classifier_probes, language_probes
 from plainlora.merging.reload import ask
-from plainlora.provenance.adapter_base import (
+from plainlora.report import package_versions, write_json
+from plainlora.resources.memory import free_memory
+from plainlora.run.adapter_base import (
     Base,
     BaseKind,
     class_labels,
@@ -39,10 +41,8 @@ from plainlora.provenance.adapter_base import (
     skeleton_of,
     training_quantization,
 )
-from plainlora.report import package_versions, write_json
-from plainlora.resources.memory import free_memory
+from plainlora.run.folder import is_merged_model
 from plainlora.settings.checks import check_writable
-from plainlora.training.run_folder import is_merged_model
 
 # Largest |difference| of a logit over the largest |logit|. fp32: the sum of products is merely reordered. Half
 # precision rounds each merged weight once, a relative error of 2^-11 (fp16) or 2^-8 (bf16) that adds up over layers.
@@ -267,7 +267,7 @@ def merge_adapter(
         dtype: Precision of the merged weights; `"auto"` for the base checkpoint's.
         overwrite: Whether an earlier merged model there is replaced. Anything else there is left alone.
         text: A text file to take perplexity on; see `plainlora.merging.probes`.
-        base_model: See `plainlora.provenance.adapter_base.find_base`.
+        base_model: See `plainlora.run.adapter_base.find_base`.
         allow_other_base: Likewise.
 
     Raises:

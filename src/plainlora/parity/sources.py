@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import replace
-from typing import Any
+from typing import cast
 
 import torch
 from datasets import Dataset
@@ -16,32 +16,28 @@ from transformers import (
 )
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
-from plainlora.base.classifier import build_skeleton, classifier_config, load_classifier
-from plainlora.base.config import context_length, load_config
+from plainlora.base.config import load_config
 from plainlora.base.dropout import check_dropout
-from plainlora.base.loading import load_base, load_pretrained, loading_options
-from plainlora.base.tokenizer import check_known, load_tokenizer
-from plainlora.data.datasets import load_train_and_test
+from plainlora.base.loading import load_pretrained
+from plainlora.base.tokenizer import check_known
 from plainlora.data.encoding import Encoder
 from plainlora.data.layouts import find_schema
-from plainlora.data.prompts import install_template, render_prompt
+from plainlora.data.prompts import render_prompt
 from plainlora.errors import UserError
 from plainlora.lora.interchange import read_config, saved_shapes
-from plainlora.methods import build_classifier_lora
 from plainlora.parity.case import FORMS, Case, seed_everything
 from plainlora.parity.suite import training_arguments
 from plainlora.parity.tiny import byte_tokenizer, model_class, random_batch
-from plainlora.provenance.adapter_base import (
+from plainlora.run.adapter_base import (
     class_labels,
     find_base,
     load_quantized_base_of,
     load_tokenizer_of,
     training_quantization,
 )
-from plainlora.settings.adapter import build_lora_config
 from plainlora.settings.arguments import SFTArguments
-from plainlora.settings.programs import CLASSIFY, SFT, Program
-from plainlora.training.preparation import prepare_texts
+from plainlora.settings.programs import CLASSIFY, SFT, Program, SettingsT
+from plainlora.tasks import classify, sft
 from plainlora.training.trainers import ArgumentsT
 
 MOST_TEXTS = 32  # in the batch that a classifier is compared on
@@ -69,15 +65,15 @@ def _for_comparison(training: ArgumentsT, steps: int) -> ArgumentsT:
     return settings
 
 
-def _parse(program: Program, config: str, flags: list[str], lora_backend: str | None) -> tuple[Any, ...]:
+def _parse(program: Program[SettingsT], config: str, flags: list[str], lora_backend: str | None) -> SettingsT:
     """A recipe's settings; its `lora_backend` becomes the form to compare.
 
     Raises:
         UserError: As the recipe's program would; two forms are asked for; or the recipe trains PEFT's LoRA.
     """
     # So that what the recipe says can be told from what it leaves open.
-    recipe, *others = program.parse(["--config", config, *flags], lora_backend=None)
-    said = recipe.lora_backend
+    settings = program.parse(["--config", config, *flags], lora_backend=None)
+    said = settings.recipe.lora_backend
     if said == "peft":
         raise UserError(
             f"{config}: with lora_backend peft, PEFT would be compared with itself; end the command with -- "
@@ -88,8 +84,8 @@ def _parse(program: Program, config: str, flags: list[str], lora_backend: str | 
             f"--lora_backend {lora_backend} contradicts the recipe's lora_backend {said}; leave the first out, or end "
             f"the command with -- --lora_backend {lora_backend}"
         )
-    recipe.lora_backend = said or lora_backend or FORMS[0]
-    return recipe, *others
+    settings.recipe.lora_backend = said or lora_backend or FORMS[0]  # type: ignore[assignment]
+    return settings
 
 
 def recipe_case(config: str, flags: list[str], steps: int, lora_backend: str | None = None) -> Case:
@@ -106,29 +102,18 @@ def recipe_case(config: str, flags: list[str], steps: int, lora_backend: str | N
     """
     # TRL's own config: it checkpoints where the recipe leaves that open, which changes memory and no number.
     program = replace(SFT, kinds=(SFTArguments, ScriptArguments, SFTConfig, ModelConfig))
-    recipe, script, training, model = _parse(program, config, flags, lora_backend)
-    name, revision = str(model.model_name_or_path), model.model_revision
-    check_dropout(recipe.base_dropout, load_config(name, revision, training.trust_remote_code))
-    tokenizer = load_tokenizer(name, revision, eos_token=training.eos_token)
-    install_template(tokenizer, recipe.prompt_template or training.chat_template_path)
-    rows, _ = load_train_and_test(
-        str(script.dataset_name),
-        config=script.dataset_config,
-        train_split=script.dataset_train_split,
-        test_split=script.dataset_test_split,
-        test_name=None,
-        test_split_size=None,
-        max_train_rows=recipe.max_train_rows,
-        seed=training.seed,
-    )
+    settings = _parse(program, config, flags, lora_backend)
+    recipe, training = settings.recipe, settings.training
+    base_config, tokenizer = sft.read_config(settings), sft.read_tokenizer(settings)
+    check_dropout(recipe.base_dropout, base_config)
+    sft.install_template(settings, tokenizer)
+    rows, _ = sft.read_rows(settings)
     enough = 4 * steps * training.train_batch_size * training.gradient_accumulation_steps
     ids = _prompt_ids((recipe.sample_prompts or ["Name three colours."])[0], tokenizer)
     return Case(
         name=config,
-        make_base=lambda: load_base(
-            model, training.trust_remote_code, training.model_init_kwargs, recipe.base_dropout
-        ).eval(),
-        config=build_lora_config(model, recipe),
+        make_base=lambda: sft.load_weights(settings).eval(),
+        config=cast(LoraConfig, sft.plan_adapter(settings, base_config).lora),
         inputs=_as_batch(ids),
         arguments=_for_comparison(training, steps),
         rows=_rows_within(rows, tokenizer, training, enough),
@@ -163,29 +148,26 @@ def classifier_case(config: str, flags: list[str], steps: int, lora_backend: str
     Raises:
         UserError: As `recipes/classify.py` would, or the recipe says another back end.
     """
-    recipe, script, training, model = _parse(CLASSIFY, config, flags, lora_backend)
+    settings = _parse(CLASSIFY, config, flags, lora_backend)
+    recipe, training = settings.recipe, settings.training
     if recipe.method != "lora":
         raise UserError(f"method {recipe.method} trains no LoRA, so there is nothing to compare; give a LoRA recipe")
-    name, revision = str(model.model_name_or_path), model.model_revision
-    tokenizer = load_tokenizer(name, revision)
-    base_config = load_config(name, revision)
+    base_config, tokenizer = classify.read_config(settings), classify.read_tokenizer(settings)
     check_dropout(recipe.base_dropout, base_config)
     enough = max(2, min(steps * training.train_batch_size, MOST_TEXTS))
     recipe.max_train_rows = min(recipe.max_train_rows or enough, enough)
-    longest = recipe.max_length or context_length(base_config)
-    texts = prepare_texts(recipe, script, training, tokenizer, longest, lambda _: None)
+    texts = classify.prepare_rows(settings, tokenizer, base_config, lambda _: None)
     rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in texts.train]
-    config_with_classes = classifier_config(name, texts.labels, tokenizer.pad_token_id, revision)
+    adapter = classify.plan_adapter(settings, texts.labels, tokenizer.pad_token_id)
 
     def make_base() -> PreTrainedModel:
         seed_everything(training.seed)  # of the new head
-        options = loading_options(model) | {"dropout": recipe.base_dropout}
-        return load_classifier(config_with_classes, name, **options)[0].eval()
+        return classify.load_weights(settings, adapter.config)[0].eval()
 
     return Case(
         name=config,
         make_base=make_base,
-        config=build_classifier_lora(model, recipe, build_skeleton(config_with_classes)),
+        config=cast(LoraConfig, adapter.lora),
         inputs=dict(DataCollatorWithPadding(tokenizer)(rows)),
         arguments=_for_comparison(training, steps),
         adapter_dtype=recipe.adapter_dtype,

@@ -10,6 +10,8 @@ from trl import SFTConfig
 
 from plainlora.errors import UserError
 
+PROJECTIONS = ("query", "key", "value", "projection", "mlp", "head")  # each a flag of `classify.py`, lora_query etc.
+
 
 @dataclass
 class RecipeArguments:

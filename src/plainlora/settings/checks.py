@@ -24,9 +24,15 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from plainlora.data.datasets import is_local
 from plainlora.errors import UserError, first_line
-from plainlora.kinds import KINDS
 from plainlora.settings.adapter import adapter_faults
-from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, RecipeArguments, SFTArguments, optim_name
+from plainlora.settings.arguments import (
+    PROJECTIONS,
+    ClassifyArguments,
+    ClassifyConfig,
+    RecipeArguments,
+    SFTArguments,
+    optim_name,
+)
 from plainlora.settings.device import trains_on_cpu
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -120,7 +126,7 @@ def classify_faults(
 
 
 def _no_or_two_choices_of_layers(recipe: ClassifyArguments, model: ModelConfig) -> Iterator[str]:
-    kinds = [kind for kind in KINDS if getattr(recipe, f"lora_{kind}")]
+    kinds = [kind for kind in PROJECTIONS if getattr(recipe, f"lora_{kind}")]
     if kinds and model.lora_target_modules:
         yield (
             f"lora_target_modules and lora_{kinds[0]}: name modules or switch kinds on, not both; "

@@ -1,34 +1,75 @@
 """The two programs of `recipes/`: what each is told, and which of them a recipe is for."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Generic, TypeVar, cast
 
+from transformers import TrainingArguments
 from trl import ModelConfig, ScriptArguments
 
 from plainlora.errors import UserError
-from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, SFTArguments, SFTRecipeConfig
+from plainlora.settings.arguments import (
+    ClassifyArguments,
+    ClassifyConfig,
+    RecipeArguments,
+    SFTArguments,
+    SFTRecipeConfig,
+)
 from plainlora.settings.checks import classify_faults, refused_values, sft_faults
 from plainlora.settings.parsing import Fault, StrictParser, read_yaml
 
+RecipeT = TypeVar("RecipeT", bound=RecipeArguments)
+TrainingT = TypeVar("TrainingT", bound=TrainingArguments)
+
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Generic[RecipeT, TrainingT]):
     """A recipe's settings, read past every fault.
 
     Attributes:
-        parts: The program's dataclasses. What was refused has its default, so that the rest can be looked at.
+        recipe: What this project adds.
+        script: The data set, as TRL's scripts name it.
+        training: How to train, and where to.
+        model: The base, how it is stored, and the adapter.
         origins: Where each setting that is not a default came from.
-        faults: What the program refuses.
+        faults: What the program refuses. What was refused has its default, so that the rest can be looked at.
     """
 
-    parts: tuple[Any, ...]
-    origins: dict[str, str]
-    faults: list[Fault]
+    recipe: RecipeT
+    script: ScriptArguments
+    training: TrainingT
+    model: ModelConfig
+    origins: dict[str, str] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+
+    @property
+    def parts(self) -> tuple[RecipeT, ScriptArguments, TrainingT, ModelConfig]:
+        """The dataclasses, in the order in which a program takes them."""
+        return self.recipe, self.script, self.training, self.model
+
+    @property
+    def base(self) -> str:
+        """Hub id or folder of the base model."""
+        return str(self.model.model_name_or_path)
+
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        """What the run reads, by what it is."""
+        return {
+            "base model": self.model.model_name_or_path,
+            "dataset": self.script.dataset_name,
+            "test dataset": self.recipe.eval_dataset_name,
+            "validation dataset": getattr(self.recipe, "validation_dataset_name", None),
+        }
+
+
+SFTSettings = Settings[SFTArguments, SFTRecipeConfig]
+ClassifySettings = Settings[ClassifyArguments, ClassifyConfig]
+SettingsT = TypeVar("SettingsT", SFTSettings, ClassifySettings)
 
 
 @dataclass(frozen=True)
-class Program:
+class Program(Generic[SettingsT]):
     """One of the programs.
 
     Attributes:
@@ -41,8 +82,8 @@ class Program:
     kinds: tuple[Any, ...]
     faults: Callable[..., Iterator[str]]
 
-    def parse(self, words: Sequence[str] | None = None, **standard: Any) -> tuple[Any, ...]:
-        """The dataclasses of a command line that has nothing wrong.
+    def parse(self, words: Sequence[str] | None = None, **standard: Any) -> SettingsT:
+        """The settings of a command line that has nothing wrong.
 
         Args:
             words: The command line; this process's if left out.
@@ -54,9 +95,9 @@ class Program:
         settings = self.read(words, **standard)
         if settings.faults:
             raise UserError(*(fault.error for fault in settings.faults)) from settings.faults[0].error
-        return settings.parts
+        return settings
 
-    def read(self, words: Sequence[str] | None = None, **standard: Any) -> Settings:
+    def read(self, words: Sequence[str] | None = None, **standard: Any) -> SettingsT:
         """The same past every fault.
 
         Raises:
@@ -68,7 +109,7 @@ class Program:
         said = (fault for fault in self.faults(*parts) if _setting_of(fault) not in parser.left_out)
         faults = [*parser.faults, *(Fault("contradiction", UserError(fault)) for fault in said)]
         _set_aside({name for name, _ in refused_values(*parts)} | parser.left_out, parts, parser)
-        return Settings(parts, parser.origins, faults)
+        return cast(SettingsT, Settings(*parts, parser.origins, faults))
 
 
 def _setting_of(fault: str) -> str:
@@ -85,11 +126,15 @@ def _set_aside(names: Collection[str], parts: Sequence[Any], parser: StrictParse
             parser.origins[name] = f"{said}, because of the error above"
 
 
-SFT = Program("sft.py", (SFTArguments, ScriptArguments, SFTRecipeConfig, ModelConfig), sft_faults)
-CLASSIFY = Program("classify.py", (ClassifyArguments, ScriptArguments, ClassifyConfig, ModelConfig), classify_faults)
+SFT: Program[SFTSettings] = Program(
+    "sft.py", (SFTArguments, ScriptArguments, SFTRecipeConfig, ModelConfig), sft_faults
+)
+CLASSIFY: Program[ClassifySettings] = Program(
+    "classify.py", (ClassifyArguments, ScriptArguments, ClassifyConfig, ModelConfig), classify_faults
+)
 
 
-def find_program(config: str, flags: Sequence[str] = ()) -> Program:
+def find_program(config: str, flags: Sequence[str] = ()) -> Program[Any]:
     """Which program a recipe is for: the one that more of its settings belong to alone; `sft.py` if none does.
 
     Args:

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from plainlora.errors import UserError, first_line
 from plainlora.folders import check_disk, move_in, put_in_place
-from plainlora.training.run_folder import UNFINISHED, list_checkpoints, remove_checkpoint
+from plainlora.run.folder import UNFINISHED, list_checkpoints, remove_checkpoint
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_TEXTS = (

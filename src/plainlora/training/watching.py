@@ -27,7 +27,7 @@ from plainlora.errors import UserError
 from plainlora.interruption import Stopped, StopRequest, stop_at_once
 from plainlora.lora.errors import some
 from plainlora.lora.storage import is_finite
-from plainlora.training.checkpoints import newest_checkpoint
+from plainlora.run.checkpoints import newest_checkpoint
 
 OF_ALL_STEPS = ("train_loss", "train_samples_per_second", "train_steps_per_second")  # as Trainer names them
 SAMPLED = 64  # values of each frozen weight that are watched

@@ -9,8 +9,8 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from plainlora.errors import UserError
-from plainlora.provenance.adapter_base import read_run
-from plainlora.provenance.record import digest_of_rows, resolve_arguments
+from plainlora.run.adapter_base import read_run
+from plainlora.run.record import digest_of_rows, resolve_arguments
 
 # What may not change by name. How long a run lasts, how it is watched and where it is written may; the rows
 # themselves are compared by their digest, the adapter's own settings with the checkpoint's config.

@@ -13,8 +13,8 @@ import yaml
 
 from plainlora.errors import EXIT_CODE, UserError
 from plainlora.folders import sha256_of
-from plainlora.provenance.adapter_base import read_run
 from plainlora.report import package_versions
+from plainlora.run.adapter_base import read_run
 
 PROGRAMS = Path(__file__).parents[3] / "recipes"
 MOST = 1024  # processes or threads of one machine

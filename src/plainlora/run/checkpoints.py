@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import safe_globals
 from plainlora.errors import UserError
 from plainlora.folders import find_damage
 from plainlora.json_files import read_mapping
-from plainlora.training.run_folder import ADAPTER, WHOLE_MODEL, holds_adapter, list_checkpoints
+from plainlora.run.folder import ADAPTER, WHOLE_MODEL, holds_adapter, list_checkpoints
 
 STATES = ("optimizer.pt", "scheduler.pt")
 STATE_KINDS: dict[str, tuple[type, ...]] = {  # of Trainer's state, where it is no number

@@ -10,11 +10,11 @@ from trl import ModelConfig
 from plainlora.backends import count_parameters
 from plainlora.base.classifier import build_skeleton
 from plainlora.errors import UserError
-from plainlora.kinds import KINDS, find_head, find_kinds
 from plainlora.lora.errors import LoRAError
-from plainlora.methods import build_classifier_lora, find_last_layers, train_adapter, train_weights
 from plainlora.settings.arguments import ClassifyArguments
 from plainlora.settings.programs import CLASSIFY
+from plainlora.tasks.modes import build_classifier_lora, find_last_layers, train_adapter, train_weights
+from plainlora.tasks.projections import KINDS, find_head, find_kinds
 from tests.conftest import BACKBONES, ROOT
 
 DISTILBERT, GPT2 = DistilBertConfig(), GPT2Config(pad_token_id=50256)

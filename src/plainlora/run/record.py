@@ -110,7 +110,7 @@ def write_run(
         path: Of the file.
         arguments: The parsed dataclasses, every setting of which is written, but for tokens and keys.
         quantization: How the base is stored, to merge later into the very weights that the adapter was trained on.
-        base: Which base it is, from `plainlora.provenance.base_identity.describe_base`.
+        base: Which base it is, from `plainlora.base.identity.describe_base`.
         rows: The encoded rows of every split.
         model: With the adapter as it starts.
         labels: A classifier's classes, to load its head later.

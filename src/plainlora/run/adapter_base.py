@@ -11,13 +11,13 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, 
 
 from plainlora.base.classifier import build_skeleton, classifier_config, load_classifier
 from plainlora.base.config import load_config
+from plainlora.base.identity import describe_base, find_difference, is_description, name_base
 from plainlora.base.loading import build_decoder, load_causal_lm
 from plainlora.base.tokenizer import check_vocabulary, load_tokenizer
 from plainlora.errors import UserError, first_line
 from plainlora.json_files import read_mapping
 from plainlora.lora.interchange import read_config, saved_shapes
 from plainlora.lora.load import load_adapter
-from plainlora.provenance.base_identity import describe_base, find_difference, is_description, name_base
 
 BaseKind = Literal["16bit", "dequantized"]
 

@@ -9,8 +9,8 @@ from transformers import TrainingArguments
 
 from plainlora.errors import UserError
 from plainlora.folders import write_manifest
-from plainlora.training.checkpoints import find_problem, newest_checkpoint, resume_path
-from plainlora.training.run_folder import (
+from plainlora.run.checkpoints import find_problem, newest_checkpoint, resume_path
+from plainlora.run.folder import (
     list_checkpoints,
 )
 from tests.training.conftest import write_state

@@ -1,9 +1,8 @@
 """What a classifier trains: LoRA, its last layers, or every weight. One set of verbs for all three."""
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -15,29 +14,16 @@ from trl import ModelConfig
 
 from plainlora.backends import BACKENDS, Backend, attach_adapter
 from plainlora.base.config import load_config
+from plainlora.base.loading import describe_quantization
 from plainlora.errors import UserError
-from plainlora.kinds import KINDS, find_head, find_kinds
 from plainlora.lora.config import check_supported
 from plainlora.lora.targets import check_patterns, find_modules_to_save, find_targets
-from plainlora.provenance.resumption import check_same_labels
+from plainlora.run.folder import holds_adapter
+from plainlora.run.resumption import check_same_labels
 from plainlora.settings.adapter import build_lora_config
-from plainlora.settings.arguments import ClassifyArguments
-from plainlora.training.run_folder import holds_adapter
-
-
-@dataclass(frozen=True)
-class Trainee:
-    """A model that is ready to be trained.
-
-    Attributes:
-        model: With gradients required where the method wants them.
-        backend: What attached its adapter; `None` if it has none.
-        disabled: A context in which it computes as it did before training.
-    """
-
-    model: nn.Module
-    backend: Backend | None
-    disabled: Callable[[], AbstractContextManager[object]]
+from plainlora.settings.arguments import PROJECTIONS, ClassifyArguments
+from plainlora.tasks.plan import TrainableModel
+from plainlora.tasks.projections import find_head, find_kinds
 
 
 def build_classifier_lora(model: ModelConfig, recipe: ClassifyArguments, skeleton: PreTrainedModel) -> LoraConfig:
@@ -54,7 +40,7 @@ def build_classifier_lora(model: ModelConfig, recipe: ClassifyArguments, skeleto
         UserError: The architecture's kinds of layer are not known.
         LoRAError: The names do not fit the model.
     """
-    kinds = [kind for kind in KINDS if getattr(recipe, f"lora_{kind}")]
+    kinds = [kind for kind in PROJECTIONS if getattr(recipe, f"lora_{kind}")]
     config = build_lora_config(model, recipe)
     config.task_type = "SEQ_CLS" if recipe.train_head else None
     if kinds:
@@ -96,7 +82,7 @@ def _initial_values(initial: dict[nn.Parameter, torch.Tensor]) -> Iterator[None]
             parameter.data.copy_(value)
 
 
-def train_weights(model: PreTrainedModel, modules: Collection[str] | None) -> Trainee:
+def train_weights(model: PreTrainedModel, modules: Collection[str] | None) -> TrainableModel:
     """Trains some modules of a model, or all of it, and freezes the rest.
 
     Args:
@@ -108,12 +94,12 @@ def train_weights(model: PreTrainedModel, modules: Collection[str] | None) -> Tr
         model.get_submodule(name).requires_grad_(True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     initial = {parameter: parameter.detach().cpu().clone() for parameter in trained}
-    return Trainee(model, None, partial(_initial_values, initial))
+    return TrainableModel(model, None, partial(_initial_values, initial), describe_quantization(model))
 
 
 def train_adapter(
     model: PreTrainedModel, config: LoraConfig, recipe: ClassifyArguments, new_weights: Collection[str]
-) -> Trainee:
+) -> TrainableModel:
     """Puts a fresh adapter into a classifier.
 
     Args:
@@ -126,13 +112,13 @@ def train_adapter(
         UserError: The adapter does not fit the model.
         LoRAError: Likewise.
     """
-    backend = BACKENDS[recipe.lora_backend]
+    backend, quantization = BACKENDS[recipe.lora_backend], describe_quantization(model)
     adapted = attach_adapter(model, config, backend, recipe.adapter_dtype, new_weights)
     biases = {}
     if config.bias != "none":
         trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
         biases = {value: value.detach().cpu().clone() for name, value in trained.items() if name.endswith("bias")}
-    return Trainee(adapted, backend, partial(_before_training, backend, adapted, biases))
+    return TrainableModel(adapted, backend, partial(_before_training, backend, adapted, biases), quantization)
 
 
 @contextmanager

@@ -8,18 +8,18 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from plainlora.provenance import base_identity
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from plainlora.errors import UserError
-from plainlora.provenance import base_identity
-from plainlora.provenance.base_identity import (
+from plainlora.base.identity import (
     describe_base,
     find_difference,
     find_weight_files,
     is_description,
     name_base,
 )
+from plainlora.errors import UserError
 from tests.conftest import CONFIGS, make_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from plainlora.errors import UserError
-from plainlora.training.run_folder import (
+from plainlora.run.folder import (
     UNFINISHED,
     check_inputs_apart,
     claim_output_dir,

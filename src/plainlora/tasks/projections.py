@@ -7,8 +7,7 @@ from torch import nn
 
 from plainlora.errors import UserError
 from plainlora.lora.targets import condense
-
-KINDS = ("query", "key", "value", "projection", "mlp", "head")
+from plainlora.settings.arguments import PROJECTIONS
 
 # Regular expressions for the end of a module's name. BERT's `output.dense` stands both after attention and in the MLP.
 _BERT = {
@@ -67,7 +66,7 @@ def find_kinds(model: nn.Module, kinds: Collection[str], layers: Collection[int]
 
     Args:
         model: A classifier, with or without weights.
-        kinds: Some of `KINDS`.
+        kinds: Some of `PROJECTIONS`.
         layers: Numbers of the layers to take them from, all if left out. The head is in none and always taken.
 
     Raises:
@@ -76,14 +75,14 @@ def find_kinds(model: nn.Module, kinds: Collection[str], layers: Collection[int]
     """
     table = _table_of(model, "give the names of the modules with --lora_target_modules")
     for kind in kinds:
-        shared = [other for other in KINDS if table[other] == table[kind]]
+        shared = [other for other in PROJECTIONS if table[other] == table[kind]]
         if left_out := [other for other in shared if other not in kinds]:
             flags = ", ".join(f"lora_{other}" for other in shared)
             raise UserError(
                 f"lora_{kind}: {table[kind].rpartition('.')[2]} holds {', '.join(shared)} in one weight, and "
                 f"{', '.join(left_out)} is switched off; switch {flags} all on or all off"
             )
-    found = [name for kind in KINDS if kind in kinds for name in _matching(model, table[kind])]
+    found = [name for kind in PROJECTIONS if kind in kinds for name in _matching(model, table[kind])]
     if layers:
         numbers = {name: _layer_of(name) for name in found}
         there = sorted({number for number in numbers.values() if number is not None})

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from plainlora.errors import UserError
-from plainlora.provenance.resumption import check_same_settings
 from plainlora.report import write_json
+from plainlora.run.resumption import check_same_settings
 
 
 def test_classes_are_the_same_in_their_order_only(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from peft import LoraConfig
 from torch import nn
 
 from plainlora import inject
-from plainlora.provenance.base_identity import describe_base
-from plainlora.provenance.record import complete_run, digest_of_rows, digest_of_trained, write_run
+from plainlora.base.identity import describe_base
+from plainlora.run.record import complete_run, digest_of_rows, digest_of_trained, write_run
 from tests.conftest import make_model
 from tests.test_report import arguments
 

@@ -6,14 +6,14 @@ from typing import cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl import ScriptArguments, SFTConfig
+from trl import SFTConfig
 
 from plainlora.data.beginnings import Beginnings, compare_beginnings
 from plainlora.data.classification import LabelledSplits, TextReport, encode_texts, load_labelled
 from plainlora.data.datasets import load_train_and_test
 from plainlora.data.encoding import EncodingReport, encode_rows, trains_answers_only
 from plainlora.data.layouts import find_schema, is_rendered, prompts_of, unread_columns
-from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, SFTArguments
+from plainlora.settings.programs import ClassifySettings, SFTSettings
 
 
 @dataclass
@@ -48,13 +48,19 @@ class PreparedRows:
     missing: str | None
     too_few: str | None
 
+    @property
+    def by_split(self) -> dict[str, Dataset | None]:
+        """Every split's rows."""
+        return {"train": self.train, "test": self.test}
 
-def read_rows(recipe: SFTArguments, script: ScriptArguments, training: SFTConfig) -> tuple[Dataset, Dataset | None]:
+
+def read_rows(settings: SFTSettings) -> tuple[Dataset, Dataset | None]:
     """Training rows, and test rows if there are any, as a recipe names them.
 
     Raises:
         UserError: They cannot be had, or have no layout of columns that can be used.
     """
+    recipe, script, training, _ = settings.parts
     return load_train_and_test(
         str(script.dataset_name),
         check=lambda rows, where: find_schema(rows, training.dataset_text_field, where),
@@ -69,25 +75,20 @@ def read_rows(recipe: SFTArguments, script: ScriptArguments, training: SFTConfig
 
 
 def prepare_rows(
-    recipe: SFTArguments,
-    script: ScriptArguments,
-    training: SFTConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    say: Callable[[str], None],
+    settings: SFTSettings, tokenizer: PreTrainedTokenizerBase, log: Callable[[str], None]
 ) -> PreparedRows:
     """Reads, renders and tokenises the rows, and says what became of them. The doctor says whether they will do.
 
     Args:
-        recipe: How to split and what to do with long rows.
-        script: Which data set.
-        training: Longest row, and which tokens are trained.
+        settings: Which data set, how to split it, which tokens are trained, and what becomes of long rows.
         tokenizer: With the template installed.
-        say: Told one line about each split.
+        log: Told one line about each split.
 
     Raises:
         UserError: The rows cannot be had, or a row is none that can be used.
     """
-    train, test = read_rows(recipe, script, training)
+    recipe, script, training, _ = settings.parts
+    train, test = read_rows(settings)
     missing = None
     if test is None and (recipe.exact_match_rows or training.eval_strategy != "no"):
         missing = "eval_strategy and exact_match_rows need test rows: set test_split_size or eval_dataset_name"
@@ -113,13 +114,13 @@ def prepare_rows(
             num_proc=training.dataset_num_proc,
             assistant_only=training.assistant_only_loss,
         )
-        say(reports[split].line(f"{split} rows"))
+        log(reports[split].line(f"{split} rows"))
         return encoded
 
     encoded = encode(train, "train"), None if test is None else encode(test, "test")
     unread = unread_columns(train, schema, column)
     if unread:
-        say(f"train rows: nothing reads the column{'s' * (len(unread) > 1)} {', '.join(unread)}")
+        log(f"train rows: nothing reads the column{'s' * (len(unread) > 1)} {', '.join(unread)}")
     rendered = is_rendered(train[0], schema)
     asked = prompts_of(train, schema, column)
     trained = set(asked)
@@ -173,6 +174,11 @@ class PreparedTexts:
     reports: dict[str, TextReport]
     missing: str | None
 
+    @property
+    def by_split(self) -> dict[str, Dataset | None]:
+        """Every split's rows."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
     def splits(self, measured_train_rows: int) -> dict[str, Dataset]:
         """What accuracy is measured on; the training rows are as shuffled, so their first are a fair sample."""
         train = self.train.select(range(min(measured_train_rows, len(self.train))))
@@ -180,12 +186,13 @@ class PreparedTexts:
         return {name: rows for name, rows in found.items() if rows is not None}
 
 
-def read_texts(recipe: ClassifyArguments, script: ScriptArguments, training: ClassifyConfig) -> LabelledSplits:
+def read_texts(settings: ClassifySettings) -> LabelledSplits:
     """Labelled texts, checked and split, as a recipe names them.
 
     Raises:
         UserError: They cannot be had, or one cannot be used.
     """
+    recipe, script, training, _ = settings.parts
     return load_labelled(
         str(script.dataset_name),
         config=script.dataset_config,
@@ -209,38 +216,34 @@ def read_texts(recipe: ClassifyArguments, script: ScriptArguments, training: Cla
 
 
 def prepare_texts(
-    recipe: ClassifyArguments,
-    script: ScriptArguments,
-    training: ClassifyConfig,
+    settings: ClassifySettings,
     tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None,
-    say: Callable[[str], None],
+    context: int | None,
+    log: Callable[[str], None],
 ) -> PreparedTexts:
     """Reads, splits and tokenises labelled texts, and says what became of them. The doctor says if they will do.
 
     Args:
-        recipe: Columns, classes, splits.
-        script: Which data set.
-        training: Seed, and whether validation rows are needed.
+        settings: Columns, classes, splits, and whether validation rows are needed.
         tokenizer: Of the base.
-        max_length: Texts are cut to this many tokens.
-        say: Told one line about each split.
+        context: Tokens that the base has positions for, which texts are cut to where `max_length` is left out.
+        log: Told one line about each split.
 
     Raises:
         UserError: The rows cannot be had, or a row is none that can be used.
     """
-    read = read_texts(recipe, script, training)
+    read = read_texts(settings)
     missing = None
-    if read.validation is None and training.eval_strategy != "no":
+    if read.validation is None and settings.training.eval_strategy != "no":
         missing = "eval_strategy needs validation rows: set validation_split_size or validation_dataset_name"
     reports = {}
-    say(read.line())
+    log(read.line())
 
     def encode(rows: Dataset | None, split: str) -> Dataset | None:
         if rows is None:
             return None
-        encoded, reports[split] = encode_texts(rows, tokenizer, max_length)
-        say(reports[split].line(f"{split} rows"))
+        encoded, reports[split] = encode_texts(rows, tokenizer, settings.recipe.max_length or context)
+        log(reports[split].line(f"{split} rows"))
         return encoded
 
     train = cast(Dataset, encode(read.train, "train"))

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from plainlora.base.identity import describe_base, name_base
 from plainlora.errors import UserError
 from plainlora.lora.errors import LoRAError
-from plainlora.provenance.adapter_base import Base, find_base
-from plainlora.provenance.base_identity import describe_base, name_base
 from plainlora.report import write_json
+from plainlora.run.adapter_base import Base, find_base
 from tests.conftest import CONFIGS, make_model
 from tests.merging.test_merge import trained_adapter
 from tests.provenance.test_base_identity import flip

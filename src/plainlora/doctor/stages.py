@@ -1,0 +1,96 @@
+"""What there is to say of the stages' results, before a weight is loaded: by the programs and by the doctor."""
+
+from dataclasses import dataclass
+
+from peft import LoraConfig
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from plainlora.base.tokenizer import check_ending, check_vocabulary
+from plainlora.doctor.base import examine_base
+from plainlora.doctor.finding import Examination
+from plainlora.doctor.layers import examine_layers
+from plainlora.doctor.learning_rate import examine_learning_rate
+from plainlora.doctor.rows import examine_rows
+from plainlora.doctor.texts import examine_texts
+from plainlora.doctor.tokens import examine_template
+from plainlora.settings.programs import ClassifySettings, SFTSettings
+from plainlora.tasks import sft
+from plainlora.tasks.plan import AdapterPlan
+from plainlora.tasks.rows import PreparedRows, PreparedTexts
+
+
+@dataclass
+class Stages:
+    """What the stages before the weights handed on; `None` where one had nothing to.
+
+    Attributes:
+        config: The base's.
+        tokenizer: The base's, a language model's with the template installed.
+        adapter: What will be trained.
+        own_template: The chat template that the tokenizer came with.
+    """
+
+    config: PretrainedConfig | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    adapter: AdapterPlan | None = None
+    own_template: str | dict[str, str] | None = None
+
+
+def examine_sft(
+    settings: SFTSettings, stages: Stages, rows: PreparedRows | None, found: Examination | None = None
+) -> Examination:
+    """Whether base, tokenizer, rows and adapter of a language model go together, and would train what was meant.
+
+    Args:
+        settings: Of the program.
+        stages: What the others handed on.
+        rows: From `prepare_rows`.
+        found: Findings to which these are added.
+    """
+    found = Examination() if found is None else found
+    config, tokenizer = stages.config, stages.tokenizer
+    if config is not None:
+        examine_base(settings, config, settings.training.max_length, found)
+    if tokenizer is not None:
+        if config is not None:
+            found.ask("tokenizer", "vocabulary", check_vocabulary, tokenizer, config)
+        template, own = sft.template_name(settings), stages.own_template
+        found.ask("tokenizer", "own template", examine_template, tokenizer, template, own, found)
+        if rows is not None:
+            found.findings += examine_rows(rows, tokenizer, config).findings
+    examine_learning_rate(settings.training, found)
+    if stages.adapter is not None and stages.adapter.lora is not None:
+        examine_layers(stages.adapter.build(), stages.adapter.lora, found)
+    return found
+
+
+def examine_classifier(
+    settings: ClassifySettings, stages: Stages, texts: PreparedTexts | None, found: Examination | None = None
+) -> Examination:
+    """The same of a classifier."""
+    found = Examination() if found is None else found
+    config, tokenizer, adapter = stages.config, stages.tokenizer, stages.adapter
+    if config is not None:
+        examine_base(settings, config, settings.recipe.max_length, found)
+    if tokenizer is not None:
+        if config is not None:
+            found.ask("tokenizer", "vocabulary", check_vocabulary, tokenizer, config)
+            found.ask("tokenizer", "ending", check_ending, tokenizer, config)
+        if texts is not None:
+            found.findings += examine_texts(texts, tokenizer, config).findings
+    if settings.recipe.method == "lora":
+        examine_learning_rate(settings.training, found)
+    if adapter is not None:
+        _examine_method(adapter.build(), adapter.lora, adapter.modules, found)
+    return found
+
+
+def _examine_method(
+    skeleton: PreTrainedModel | None, lora: LoraConfig | None, modules: list[str] | None, found: Examination
+) -> None:
+    if lora is not None:
+        examine_layers(skeleton, lora, found)
+    elif modules is None:
+        found.add("ok", "method", "layers", "every weight is trained")
+    else:
+        found.add("ok", "method", "layers", f"trained are {', '.join(modules)}")

@@ -1,0 +1,120 @@
+"""One run of a program: its folder claimed, its record written, what it saved in place, from the first check on."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from peft import LoraConfig
+from torch import nn
+
+from plainlora.backends import check_same_adapter
+from plainlora.base.identity import describe_base
+from plainlora.run.checkpoints import resume_path
+from plainlora.run.folder import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
+from plainlora.run.record import complete_run, write_run
+from plainlora.run.resumption import check_same_rows, check_same_settings
+from plainlora.settings.programs import Settings
+
+
+@dataclass
+class Run:
+    """A run's folder and what is kept of the run.
+
+    Attributes:
+        settings: Of its program.
+        folder: `output_dir`.
+        checkpoint: Which it goes on from; `None` for a new run.
+        log: Prints a line, in the main process.
+        record: What `run.json` says; empty until `begin`, and in every process but the main one.
+    """
+
+    settings: Settings[Any, Any]
+    folder: Path
+    checkpoint: str | None
+    log: Callable[[str], None]
+    record: dict[str, Any]
+
+    @property
+    def merged(self) -> Path:
+        """Where the merged model goes."""
+        return self.folder / "merged"
+
+    @classmethod
+    def claim(cls, settings: Settings[Any, Any]) -> "Run":
+        """Makes sure that the run may write to its folder. Nothing is written yet.
+
+        Raises:
+            UserError: The folder holds another run or what the run reads, or the checkpoint to go on from is none.
+        """
+        log, training = PartialState().print, settings.training
+        check_inputs_apart(training.output_dir, settings.inputs)
+        checkpoint = resume_path(training, log)
+        claim_output_dir(training.output_dir, settings.recipe.overwrite, resume=checkpoint)
+        return cls(settings, Path(training.output_dir), checkpoint, log, {})
+
+    def check_resumable(self, rows: Dataset, lora: LoraConfig | None, labels: Sequence[str] | None = None) -> None:
+        """Makes sure that the run is the one that its checkpoint began.
+
+        Args:
+            rows: Training rows.
+            lora: The adapter; `None` where there is none.
+            labels: Names of a classifier's classes, in order.
+
+        Raises:
+            UserError: It has another adapter, other settings, classes or rows.
+        """
+        if self.checkpoint is None:
+            return
+        if lora is not None:
+            check_same_adapter(self.checkpoint, lora)
+        check_same_settings(self.checkpoint, self.settings.parts, labels)
+        check_same_rows(self.checkpoint, rows)
+
+    def begin(
+        self,
+        model: nn.Module,
+        rows: Mapping[str, Dataset | None],
+        quantization: dict[str, Any] | None,
+        labels: Sequence[str] | None = None,
+    ) -> None:
+        """Clears the folder of the run before and writes what this one is made of. The last step before training.
+
+        Args:
+            model: As training begins with it.
+            rows: Of every split.
+            quantization: How the base is stored.
+            labels: Names of a classifier's classes, in order.
+        """
+        state, settings = PartialState(), self.settings
+        if state.is_main_process:
+            trust = bool(getattr(settings.training, "trust_remote_code", False))
+            identity = describe_base(settings.base, settings.model.model_revision, trust)
+            if not (self.checkpoint and lies_in(self.checkpoint, self.folder)):
+                clear_output_dir(self.folder)
+            self.record = write_run(
+                self.folder / "run.json",
+                settings.parts,
+                quantization=quantization,
+                base=identity,
+                rows=rows,
+                model=model,
+                labels=labels,
+            )
+        state.wait_for_everyone()
+
+    def save(self, trainer: Any) -> None:
+        """Writes the trained model or adapter, the trainer's state, and the end of the record.
+
+        Args:
+            trainer: One of `plainlora.training.trainers`, after training.
+
+        Raises:
+            UserError: A trained weight is not finite, an adapter changes nothing, or the disk is too small.
+        """
+        trainer.save_model()
+        trainer.save_state()
+        if PartialState().is_main_process:
+            complete_run(self.folder / "run.json", self.record, trainer.seen.digest, trainer.state.global_step)

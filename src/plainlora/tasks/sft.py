@@ -1,0 +1,267 @@
+"""Supervised fine-tuning of a causal language model, stage by stage.
+
+    settings -> config, tokenizer -> rows -> adapter -> model -> trainer -> results
+
+`recipes/sft.py` calls the stages in this order, `plainlora doctor` those that need no weights, and `plainlora compare`
+those that its two sides are made of. A stage raises where it has nothing to hand on. Whether what it hands on should
+be trained on is for `plainlora.doctor` to say.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+from peft import LoraConfig
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from plainlora.backends import BACKENDS, attach_adapter, count_parameters
+from plainlora.base.config import load_config
+from plainlora.base.loading import build_decoder, describe_quantization, load_base
+from plainlora.base.remote_code import describe_remote_code
+from plainlora.base.tokenizer import load_tokenizer
+from plainlora.data import prompts
+from plainlora.generation import ExactMatch
+from plainlora.hub.model_card import write_sft_card
+from plainlora.plots import plot_loss
+from plainlora.report import Sample, summary, write_json, write_samples
+from plainlora.resources.checkpointing import needs_checkpointing
+from plainlora.resources.memory import free_memory
+from plainlora.resources.plan import Plan
+from plainlora.run.folder import SAMPLES
+from plainlora.run.run import Run
+from plainlora.settings.adapter import build_lora_config
+from plainlora.settings.precision import list_precisions, precision_line
+from plainlora.settings.programs import SFTSettings
+from plainlora.tasks.plan import AdapterPlan, TrainableModel, check_room
+from plainlora.tasks.rows import PreparedRows, prepare_rows, read_rows
+from plainlora.training.evaluation import Examiner, before_and_after
+from plainlora.training.trainers import AdapterTrainer, hand_over
+
+__all__ = ["prepare_rows", "read_rows"]  # stages too
+
+
+def read_config(settings: SFTSettings, log: Callable[[str], None] | None = None) -> PretrainedConfig:
+    """The base's config.
+
+    Args:
+        settings: Which base.
+        log: Told which code of its own the base runs, before it does.
+
+    Raises:
+        UserError: It cannot be had.
+    """
+    if settings.training.trust_remote_code and log is not None:
+        log(describe_remote_code(settings.base, settings.model.model_revision))
+    return load_config(settings.base, settings.model.model_revision, settings.training.trust_remote_code)
+
+
+def read_tokenizer(settings: SFTSettings) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with the EOS and the pad token of the settings.
+
+    Raises:
+        UserError: It cannot be had.
+    """
+    training = settings.training
+    return load_tokenizer(
+        settings.base,
+        settings.model.model_revision,
+        eos_token=training.eos_token,
+        pad_token=training.pad_token,
+        trust_remote_code=training.trust_remote_code,
+    )
+
+
+def template_name(settings: SFTSettings) -> str | None:
+    """The chat template that takes the place of the tokenizer's own, if any."""
+    return settings.recipe.prompt_template or settings.training.chat_template_path
+
+
+def install_template(settings: SFTSettings, tokenizer: PreTrainedTokenizerBase) -> str | dict[str, str] | None:
+    """Installs the settings' chat template.
+
+    Returns:
+        The template that the tokenizer came with, if any.
+
+    Raises:
+        UserError: There is no such template, or it is none.
+    """
+    own = cast("str | dict[str, str] | None", tokenizer.chat_template)
+    prompts.install_template(tokenizer, template_name(settings))
+    return own
+
+
+def plan_adapter(settings: SFTSettings, config: PretrainedConfig) -> AdapterPlan:
+    """Which adapter on which architecture.
+
+    Raises:
+        UserError: The settings describe none.
+    """
+    build = partial(build_decoder, config, settings.training.trust_remote_code)
+    return AdapterPlan(config, build, build_lora_config(settings.model, settings.recipe))
+
+
+def plan_run(
+    settings: SFTSettings, adapter: AdapterPlan, tokenizer: PreTrainedTokenizerBase, rows: PreparedRows
+) -> Plan:
+    """The run as far as memory, disk and time depend on it."""
+    recipe, _, training, model = settings.parts
+    report = rows.reports["train"]
+    packed = training.max_length if training.packing else None
+    return Plan(
+        adapter.config,
+        adapter.lora,
+        training,
+        model,
+        longest=packed or max(map(len, rows.train["input_ids"])),
+        rows=report.kept,
+        tokens=report.tokens,
+        trained_tokens=report.trained_tokens,
+        backend=BACKENDS[recipe.lora_backend],
+        adapter_dtype=recipe.adapter_dtype,
+        base_dropout=recipe.base_dropout,
+        merge=recipe.merge,
+        tokenizer=tokenizer,
+        evaluated=None if rows.test is None else len(rows.test),
+    )
+
+
+def choose_questions(
+    settings: SFTSettings, rows: PreparedRows, tokenizer: PreTrainedTokenizerBase
+) -> ExactMatch | None:
+    """The test rows that are to be answered to the letter, if any.
+
+    Raises:
+        UserError: They have no answer of their own.
+    """
+    count = settings.recipe.exact_match_rows
+    return ExactMatch(rows.raw_test, count, tokenizer) if count and rows.raw_test is not None else None
+
+
+def load_weights(settings: SFTSettings, **options: Any) -> PreTrainedModel:
+    """The base as it is trained.
+
+    Args:
+        settings: Which base, and how it is stored.
+        **options: For `from_pretrained`, beside `model_init_kwargs`.
+
+    Raises:
+        UserError: It cannot be had.
+    """
+    recipe, _, training, model = settings.parts
+    given = (training.model_init_kwargs or {}) | options
+    return load_base(model, training.trust_remote_code, given, recipe.base_dropout, training.device)
+
+
+def load_model(
+    settings: SFTSettings, adapter: AdapterPlan, rows: PreparedRows, log: Callable[[str], None]
+) -> TrainableModel:
+    """Base, then adapter; decides whether activations are computed again, where the settings leave it open.
+
+    Args:
+        settings: Which base, how it is stored, which back end.
+        adapter: From `plan_adapter`.
+        rows: To be trained on.
+        log: Told the number formats, how much is trained, and what was decided.
+
+    Raises:
+        UserError: The base cannot be had, or the adapter does not fit it.
+        LoRAError: Likewise.
+    """
+    recipe, _, training, model_args = settings.parts
+    log(precision_line(list_precisions(training, model_args, adapter.config, recipe.adapter_dtype)))
+    free = free_memory(training.device)
+    base, backend = load_weights(settings), BACKENDS[recipe.lora_backend]
+    quantization, lora = describe_quantization(base), cast(LoraConfig, adapter.lora)
+    model = attach_adapter(base, lora, backend, recipe.adapter_dtype)
+    trainable, total = count_parameters(model)
+    log(f"{recipe.lora_backend} LoRA: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
+    if training.gradient_checkpointing is None:
+        longest = training.max_length or max(map(len, rows.train["input_ids"]))
+        needed = needs_checkpointing(
+            training, base, lora, backend, recipe.adapter_dtype, longest, len(rows.train), free, log
+        )
+        training.gradient_checkpointing = training.activation_checkpointing = needed
+    return TrainableModel(model, backend, partial(backend.disabled, model), quantization)
+
+
+def make_trainer(
+    settings: SFTSettings,
+    adapter: AdapterPlan,
+    model: TrainableModel,
+    rows: PreparedRows,
+    tokenizer: PreTrainedTokenizerBase,
+) -> AdapterTrainer:
+    """TRL's SFTTrainer, as `plainlora.training.trainers` extends it.
+
+    Raises:
+        UserError: The model cannot be trained on these rows in this form, or what the run writes would not fit.
+    """
+    assert model.backend is not None
+    check_room(settings, adapter, model, tokenizer)
+    return AdapterTrainer(
+        model.model,
+        model.backend,
+        args=hand_over(settings.training),
+        train_dataset=rows.train,
+        eval_dataset=rows.test,
+        processing_class=tokenizer,
+    )
+
+
+@dataclass
+class Results:
+    """What a run gave.
+
+    Attributes:
+        figures: For `all_results.json`.
+        samples: Prompts with the answers before and after.
+        history: What the trainer logged.
+        base_loss: Test loss of the base, in nats per token.
+    """
+
+    figures: dict[str, Any]
+    samples: list[Sample]
+    history: list[dict[str, float]]
+    base_loss: float | None
+
+
+def measure(
+    settings: SFTSettings,
+    trainer: AdapterTrainer,
+    model: TrainableModel,
+    rows: PreparedRows,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: ExactMatch | None,
+) -> Results:
+    """Test loss, exact matches and answers of the base and of the adapter; every process takes part.
+
+    The base is measured after training, not before: Trainer.evaluate prepares the model for evaluation only, and
+    training would then go on without DistributedDataParallel (transformers#24014).
+    """
+    recipe = settings.recipe
+    examine = Examiner(trainer, tokenizer, questions, recipe.sample_prompts, recipe.max_new_tokens)
+    with model.disabled():
+        before = examine(model.model, "base")
+    after = examine(model.model, "adapter")
+    trainable, total = count_parameters(model.model)
+    report = rows.reports["train"]
+    figures = before_and_after(before, after) | {"trainable_params": trainable, "total_params": total}
+    figures |= {"rows_trained": report.kept, "rows_read": report.rows}
+    figures |= {"exact_match_rows": len(questions.questions)} if questions else {}
+    samples = list(zip(examine.prompts, before.answers, after.answers, strict=True))
+    return Results(figures, samples, trainer.state.log_history, before.loss)
+
+
+def report(run: Run, results: Results) -> None:
+    """Writes figures, loss curve, answers and model card to the run's folder."""
+    recipe, script, training, model = run.settings.parts
+    plot_loss(results.history, results.base_loss, run.folder / "loss.png")
+    write_samples(run.folder / SAMPLES, results.samples)
+    write_json(run.folder / "all_results.json", results.figures)
+    write_sft_card(run.folder, recipe, script, training, model, results.figures, results.samples)
+
+
+def summarize(run: Run, results: Results) -> str:
+    """The end of a run, for the terminal."""
+    return summary(results.figures, str(run.folder), results.samples)
