@@ -24,7 +24,7 @@ import pytest
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
-from trl import ScriptArguments
+from trl import ModelConfig, ScriptArguments
 
 from plainlora import inject, save_adapter
 from plainlora.base.identity import describe_base
@@ -34,7 +34,7 @@ from plainlora.data.prompts import install_template
 from plainlora.errors import run_program
 from plainlora.hub.publication import collect_publication
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, SFTArguments, SFTRecipeConfig
-from plainlora.settings.programs import CLASSIFY, SFT
+from plainlora.settings.programs import CLASSIFY, SFT, Settings
 from plainlora.tasks.rows import prepare_rows, prepare_texts
 from tests.conftest import BACKBONES, ROOT, ROWS, TEXTS, make_model
 from tests.mutations import Draw, damage_file, damage_folder, in_values, listing
@@ -210,11 +210,12 @@ def some_rows(folder: Path, whole: Whole, draw: Draw) -> tuple[str, Callable[[],
     def prepare() -> None:
         if source.name.startswith("texts"):
             recipe = ClassifyArguments(validation_split_size=0.2)
-            prepare_texts(recipe, script, ClassifyConfig(use_cpu=True), whole.words, 32, lambda line: None)
+            settings = Settings(recipe, script, ClassifyConfig(use_cpu=True), ModelConfig())
+            prepare_texts(settings, whole.words, 32, lambda line: None)
         else:
             training = SFTRecipeConfig(use_cpu=True, bf16=False, max_length=draw.choice([16, 200, 256, None]))
             recipe = SFTArguments(on_overflow=draw.choice(["drop", "truncate"]), test_split_size=0.25)
-            prepare_rows(recipe, script, training, whole.tokenizer, lambda line: None)
+            prepare_rows(Settings(recipe, script, training, ModelConfig()), whole.tokenizer, lambda line: None)
 
     return f"{how} ({source.name})", lambda: run_program(prepare)
 

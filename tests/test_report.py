@@ -10,8 +10,9 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from plainlora.hub.model_card import write_sft_card
 from plainlora.plots import plot_loss
-from plainlora.report import describe_samples, summary
+from plainlora.report import describe_samples
 from plainlora.settings.arguments import SFTArguments
+from plainlora.tasks.summary import summary
 
 TRAIN = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
 EVAL = [{"step": 2, "eval_loss": 2.5}]

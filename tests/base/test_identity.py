@@ -8,10 +8,10 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from plainlora.provenance import base_identity
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from plainlora.base import identity
 from plainlora.base.identity import (
     describe_base,
     find_difference,
@@ -99,7 +99,7 @@ def test_u03_a_single_bit_is_seen(where: str, tmp_path: Path, model_dirs: dict[s
 def test_of_a_large_checkpoint_rows_are_read_from_first_to_last(
     tmp_path: Path, model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base_identity, "WHOLE", 0)
+    monkeypatch.setattr(identity, "WHOLE", 0)
     folder = shutil.copytree(model_dirs["llama"], tmp_path / "base")
     trained = describe_base(str(folder))
     assert not trained["whole"]

@@ -13,9 +13,9 @@ from plainlora.base.identity import describe_base
 from plainlora.commands import main
 from plainlora.folders import sha256_of
 from plainlora.report import write_json
+from tests.base.test_identity import flip
 from tests.conftest import CONFIGS
 from tests.merging.test_merge import trained_adapter
-from tests.provenance.test_base_identity import flip
 from tests.refusals import Run
 from tests.test_prediction import TEXT, make_classifier
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from trl import ScriptArguments
+from trl import ModelConfig, ScriptArguments
 
 from plainlora.data.prompts import install_template, render, render_prompt
 from plainlora.doctor import tokens
@@ -16,6 +16,7 @@ from plainlora.doctor.finding import Examination, Finding
 from plainlora.doctor.rows import examine_rows
 from plainlora.errors import UserError
 from plainlora.settings.arguments import SFTArguments, SFTRecipeConfig
+from plainlora.settings.programs import Settings
 from plainlora.tasks.rows import PreparedRows, prepare_rows
 from tests.conftest import CONFIGS, ROWS
 
@@ -44,7 +45,8 @@ def prepare(
     recipe = {key: settings.pop(key) for key in names if key in settings}
     training = SFTRecipeConfig(output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to="none", **settings)
     script = ScriptArguments(dataset_name=str(folder))
-    return prepare_rows(SFTArguments(**recipe), script, training, tokenizer, lambda _: None)
+    settings_of_run = Settings(SFTArguments(**recipe), script, training, ModelConfig())
+    return prepare_rows(settings_of_run, tokenizer, lambda _: None)
 
 
 def examine(rows: PreparedRows, tokenizer: PreTrainedTokenizerFast) -> Examination:

@@ -26,9 +26,9 @@ def read(text: str, *flags: str, program: Program = SFT) -> tuple[dict[str, Any]
     """Every setting, the message of every error, and where each setting came from."""
     Path("recipe.yaml").write_text(BASE + text, encoding="utf-8")
     examination = Examination()
-    parts, origins = read_settings(program, "recipe.yaml", flags, examination)
-    values = {name: value for part in parts for name, value in vars(part).items()}
-    return values, [finding.message for finding in examination.at("error")], origins
+    settings = read_settings(program, "recipe.yaml", flags, examination)
+    values = {name: value for part in settings.parts for name, value in vars(part).items()}
+    return values, [finding.message for finding in examination.at("error")], settings.origins
 
 
 @pytest.mark.parametrize("name", RENAMES)
@@ -164,10 +164,10 @@ def test_u22_contradictions_of_a_classifier() -> None:
 def test_a_healthy_recipe_has_no_error_and_says_where_each_setting_is_from() -> None:
     Path("recipe.yaml").write_text(BASE + "lora_r: 4\nseed: 3\nhub_token: secret\n", encoding="utf-8")
     examination = Examination()
-    parts, origins = read_settings(SFT, "recipe.yaml", ["--seed", "5"], examination)
+    read = read_settings(SFT, "recipe.yaml", ["--seed", "5"], examination)
     assert [finding.level for finding in examination.findings] == ["ok"]
     decided = {"gradient_checkpointing": ("as it fits", "counted")}
-    settings = {setting.name: setting for setting in list_settings(parts, origins, decided)}
+    settings = {setting.name: setting for setting in list_settings(read, decided)}
     assert (settings["lora_r"].value, settings["lora_r"].origin) == (4, "recipe.yaml")
     assert (settings["seed"].value, settings["seed"].origin) == (5, "command line")
     assert (settings["lora_alpha"].value, settings["lora_alpha"].origin) == (32, "default")

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
-from trl import ScriptArguments
+from trl import ModelConfig, ScriptArguments
 
 from plainlora.doctor.finding import Examination, Finding
 from plainlora.doctor.texts import examine_texts
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig
+from plainlora.settings.programs import Settings
 from plainlora.tasks.rows import prepare_texts
 from tests.conftest import BACKBONES, TEXTS
 
@@ -31,7 +32,8 @@ def examine(
         eval_strategy=settings.pop("eval_strategy", "no"),
     )  # fmt: skip
     script = ScriptArguments(dataset_name=str(folder))
-    texts = prepare_texts(ClassifyArguments(**settings), script, training, tokenizer, max_length, lambda _: None)
+    settings_of_run = Settings(ClassifyArguments(**settings), script, training, ModelConfig())
+    texts = prepare_texts(settings_of_run, tokenizer, max_length, lambda _: None)
     return examine_texts(texts, tokenizer, BACKBONES["bert"]())
 
 

@@ -13,9 +13,9 @@ from plainlora.errors import UserError
 from plainlora.lora.errors import LoRAError
 from plainlora.report import write_json
 from plainlora.run.adapter_base import Base, find_base
+from tests.base.test_identity import flip
 from tests.conftest import CONFIGS, make_model
 from tests.merging.test_merge import trained_adapter
-from tests.provenance.test_base_identity import flip
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from plainlora.settings.precision import list_precisions
 from plainlora.errors import UserError
+from plainlora.settings.precision import list_precisions
 from plainlora.settings.programs import CLASSIFY, SFT, Program
 from tests.gpu_host import gpu_host
 
@@ -17,8 +17,8 @@ def formats(capability: tuple[int, int], text: str = "", *typed: str) -> Formats
     """Of a language model's run on a GPU."""
     Path("recipe.yaml").write_text(f"model_name_or_path: m\ndataset_name: d\noutput_dir: out\n{text}")
     with gpu_host(capability=capability):
-        _, _, training, model = SFT.parse(["--config", "recipe.yaml", *typed])
-    return training.bf16, training.fp16, model.dtype
+        settings = SFT.parse(["--config", "recipe.yaml", *typed])
+    return settings.training.bf16, settings.training.fp16, settings.model.dtype
 
 
 @pytest.fixture(autouse=True)
@@ -55,10 +55,10 @@ def test_a_classifier_multiplies_in_tf32_where_there_is_such_a_thing(program: Pr
     flags = ["--model_name_or_path=m", "--dataset_name=d", "--output_dir=out"]
     flags += ["--lora_query=true"] if program is CLASSIFY else []
     with gpu_host(capability=A100):
-        assert program.parse(flags)[2].tf32 is tf32
-        assert program.parse([*flags, "--bf16=false"])[2].tf32 is None
+        assert program.parse(flags).training.tf32 is tf32
+        assert program.parse([*flags, "--bf16=false"]).training.tf32 is None
     with gpu_host(capability=T4):
-        assert program.parse(flags)[2].tf32 is None
+        assert program.parse(flags).training.tf32 is None
 
 
 def test_what_a_t4_trains_in_is_said_with_the_reason() -> None:
@@ -70,7 +70,7 @@ def test_what_a_t4_trains_in_is_said_with_the_reason() -> None:
     assert settings.origins["fp16"] == "this GPU has no bfloat16"
     assert compute == "float16, by autocast with loss scaling (this GPU has no bfloat16)"
     with gpu_host(capability=A100):
-        _, _, training, model = SFT.parse([*flags, "--dtype=float16"])
+        _, _, training, model = SFT.parse([*flags, "--dtype=float16"]).parts
         compute = list_precisions(training, model, None, "float32")["compute"]
     assert compute == "bfloat16, by autocast; 4-bit layers in float16"
 

@@ -38,7 +38,7 @@ def parse(text: str | bytes | None = None, *typed: str) -> dict[str, Any]:
         Path("recipe.yaml").write_bytes(content)
         typed = ("--config", "recipe.yaml", *typed)
     parsed = SFT.parse(typed)
-    return {name: value for part in parsed for name, value in vars(part).items()}
+    return {name: value for part in parsed.parts for name, value in vars(part).items()}
 
 
 def refusal(text: str | bytes | None, *typed: str) -> str:
@@ -451,7 +451,7 @@ def test_every_yaml_of_the_project_is_covered_here() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_recipe_parses_and_says_only_what_differs_from_the_defaults(path: Path) -> None:
-    parts = program_of(path).parse(["--config", str(path)])
+    parts = program_of(path).parse(["--config", str(path)]).parts
     settings = {name: value for part in parts for name, value in vars(part).items()}
     content = read_yaml(path)
     standard = defaults(program_of(path).kinds)

@@ -10,9 +10,9 @@ from peft import LoraConfig
 from plainlora.backends import BACKENDS, attach_adapter
 from plainlora.base.config import load_config
 from plainlora.base.loading import load_base
-from plainlora.settings.precision import list_precisions, precision_line
 from plainlora.lora.record import lora_layers
 from plainlora.settings.parsing import StrictParser
+from plainlora.settings.precision import list_precisions, precision_line
 from plainlora.settings.programs import CLASSIFY, SFT
 
 NF4 = "4-bit NF4; what is not quantised in float32"

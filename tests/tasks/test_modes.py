@@ -11,10 +11,10 @@ from plainlora.backends import count_parameters
 from plainlora.base.classifier import build_skeleton
 from plainlora.errors import UserError
 from plainlora.lora.errors import LoRAError
-from plainlora.settings.arguments import ClassifyArguments
+from plainlora.settings.arguments import PROJECTIONS, ClassifyArguments
 from plainlora.settings.programs import CLASSIFY
 from plainlora.tasks.modes import build_classifier_lora, find_last_layers, train_adapter, train_weights
-from plainlora.tasks.projections import KINDS, find_head, find_kinds
+from plainlora.tasks.projections import find_head, find_kinds
 from tests.conftest import BACKBONES, ROOT
 
 DISTILBERT, GPT2 = DistilBertConfig(), GPT2Config(pad_token_id=50256)
@@ -22,7 +22,7 @@ DISTILBERT, GPT2 = DistilBertConfig(), GPT2Config(pad_token_id=50256)
 
 def parse(recipe: str, *flags: str) -> tuple[ClassifyArguments, ModelConfig]:
     parsed = CLASSIFY.parse(["--config", str(ROOT / "recipes" / recipe), *flags])
-    return parsed[0], parsed[3]
+    return parsed.recipe, parsed.model
 
 
 def trained(recipe: str, config: PretrainedConfig, *flags: str) -> int:
@@ -99,7 +99,7 @@ def test_the_kinds_share_out_every_linear_layer_without_overlap(config: Pretrain
     parts = [modules(*group) for group in (*groups, ("projection",), ("mlp",), ("head",))]
     assert all(parts)
     assert sum(map(len, parts)) == len(set().union(*parts))
-    assert set().union(*parts) == linear == modules(*KINDS)
+    assert set().union(*parts) == linear == modules(*PROJECTIONS)
     assert modules("head") == set(find_head(model))
 
 

@@ -26,7 +26,7 @@ from plainlora.base.loading import loading_options
 from plainlora.base.tokenizer import load_tokenizer
 from plainlora.hub.model_card import write_classifier_card
 from plainlora.plots import plot_confusion, plot_loss
-from plainlora.report import classifier_summary, write_json
+from plainlora.report import write_json
 from plainlora.resources.plan import Plan
 from plainlora.run.run import Run
 from plainlora.settings.precision import list_precisions, precision_line
@@ -41,6 +41,7 @@ from plainlora.tasks.modes import (
 )
 from plainlora.tasks.plan import AdapterPlan, TrainableModel, check_room
 from plainlora.tasks.rows import PreparedTexts, read_texts
+from plainlora.tasks.summary import classifier_summary
 from plainlora.training.metrics import Scores, flatten, judge_rows, score
 from plainlora.training.metrics import measure as measure_rows
 from plainlora.training.trainers import ClassifierTrainer, args_for_trainer

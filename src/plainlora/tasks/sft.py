@@ -24,7 +24,7 @@ from plainlora.data import prompts
 from plainlora.generation import ExactMatch
 from plainlora.hub.model_card import write_sft_card
 from plainlora.plots import plot_loss
-from plainlora.report import Sample, summary, write_json, write_samples
+from plainlora.report import Sample, write_json, write_samples
 from plainlora.resources.checkpointing import needs_checkpointing
 from plainlora.resources.memory import free_memory
 from plainlora.resources.plan import Plan
@@ -35,6 +35,7 @@ from plainlora.settings.precision import list_precisions, precision_line
 from plainlora.settings.programs import SFTSettings
 from plainlora.tasks.plan import AdapterPlan, TrainableModel, check_room
 from plainlora.tasks.rows import PreparedRows, prepare_rows, read_rows
+from plainlora.tasks.summary import summary
 from plainlora.training.evaluation import Examiner, before_and_after
 from plainlora.training.trainers import AdapterTrainer, hand_over
 

@@ -1,0 +1,81 @@
+"""The end of a run, for the terminal."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from plainlora.data.prompts import INPUT_MARK
+from plainlora.report import Sample
+
+
+def summary(results: dict[str, Any], output_dir: str, samples: Sequence[Sample]) -> str:
+    """The end of a run of `sft.py`, for the terminal: figures, some answers before and after, what next."""
+    lines = ["", _trained_share(results)]
+    for title, key, form in (
+        ("test loss", "eval_loss", "{:.3f}"),
+        ("test perplexity", "eval_perplexity", "{:.1f}"),
+        ("exact match", "exact_match", "{:.1%}"),
+    ):
+        if f"{key}_base" in results:
+            before, after = (form.format(results[f"{key}_{arm}"]) for arm in ("base", "adapter"))
+            lines.append(f"{title:<22}{before} -> {after}")
+    lines += _merged(results)
+    for prompt, before, after in samples:
+        lines += [
+            "",
+            f"  {_one_line(prompt.replace(INPUT_MARK, ' '))}",
+            f"    base   {_one_line(before)}",
+            f"    tuned  {_one_line(after)}",
+        ]
+    answers = " samples.md," if samples else ""
+    lines += ["", f"adapter, model card,{answers} loss.png, all_results.json: {output_dir}", *_curves(output_dir)]
+    lines.append(f'next: plainlora generate --adapter {output_dir} --prompt "..."')
+    return "\n".join(lines + _merge_hint(results, output_dir))
+
+
+def classifier_summary(results: dict[str, Any], output_dir: str) -> str:
+    """The end of a run of `classify.py`: accuracy of every split before and after, cost, what next."""
+    lines = ["", _trained_share(results)]
+    for split in ("training", "validation", "test"):
+        if f"{split}_accuracy" in results:
+            before, after = results[f"{split}_accuracy_base"], results[f"{split}_accuracy"]
+            lines.append(f"{split + ' accuracy':<22}{before:.1%} -> {after:.1%}  of {results[f'{split}_rows']:,} rows")
+    lines.append(
+        f"training took         {results['train_runtime']:.0f} s, at most {results['peak_memory_bytes'] / 1e9:.1f} GB"
+    )
+    lines += _merged(results)
+    whole = results["method"] != "lora"
+    lines += [
+        "",
+        f"{'model' if whole else 'adapter'}, model card, confusion.png, loss.png, all_results.json: {output_dir}",
+        *_curves(output_dir),
+        f'next: plainlora predict --model {output_dir} --text "..."',
+    ]
+    return "\n".join(lines + ([] if whole else _merge_hint(results, output_dir)))
+
+
+def _trained_share(results: dict[str, Any]) -> str:
+    trainable, total = results["trainable_params"], results["total_params"]
+    return f"trainable parameters  {trainable:,} of {total:,} ({trainable / total:.2%})"
+
+
+def _merged(results: dict[str, Any]) -> list[str]:
+    if "merge_max_abs_diff" not in results:
+        return []
+    return [f"merged model          reloaded, logits differ by at most {results['merge_max_abs_diff']:.1e}"]
+
+
+def _curves(output_dir: str) -> list[str]:
+    events = Path(output_dir) / "runs"  # where Trainer's TensorBoard callback writes
+    return [f"curves: tensorboard --logdir {events}"] if events.is_dir() else []
+
+
+def _merge_hint(results: dict[str, Any], output_dir: str) -> list[str]:
+    if "merge_max_abs_diff" in results:
+        return []
+    return [f"      plainlora merge --adapter {output_dir} --output {output_dir}-merged"]
+
+
+def _one_line(text: str, width: int = 100) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else flat[: width - 1] + "…"
