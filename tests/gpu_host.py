@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from transformers.utils import import_utils
 
 
 @contextmanager
@@ -35,7 +36,16 @@ def gpu_host(count: int = 1, capability: tuple[int, int] = (8, 0), free: int = 8
         patch.setattr(torch.accelerator, "is_available", lambda: True)
         patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
         patch.setattr(torch.version, "cuda", "12.8")
+        _forget_answers()
         try:
             yield
         finally:
+            _forget_answers()
             AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _forget_answers() -> None:
+    """Transformers asks once and remembers."""
+    for name in ("is_torch_tf32_available", "is_torch_bf16_gpu_available", "is_torch_cuda_available"):
+        if hasattr(question := getattr(import_utils, name), "cache_clear"):
+            question.cache_clear()

@@ -50,14 +50,14 @@ def _loss(model: nn.Module, text: dict[str, list[int]], device: torch.device) ->
 
 
 def main(directory: str, questions: str, answers: str) -> None:
-    """Reads the questions (JSON, with `device` and `quantization_config`), writes the answers (safetensors)."""
+    """Reads the questions (JSON, with an optional `device` and `quantization_config`), writes the answers (safetensors)."""
     asked = json.loads(Path(questions).read_text(encoding="utf-8"))
-    quantization = asked["quantization_config"]
+    quantization = asked.get("quantization_config")
     architecture = AutoConfig.from_pretrained(directory).architectures[0]
     model = getattr(transformers, architecture).from_pretrained(
         directory,
         dtype="auto",
-        device_map=asked["device"],
+        device_map=asked.get("device"),
         quantization_config=quantization and BitsAndBytesConfig(**quantization),
     )
     save_file(ask(model, asked), answers)
