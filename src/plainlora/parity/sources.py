@@ -84,7 +84,7 @@ def _parse(program: Program[SettingsT], config: str, flags: list[str], lora_back
             f"--lora_backend {lora_backend} contradicts the recipe's lora_backend {said}; leave the first out, or end "
             f"the command with -- --lora_backend {lora_backend}"
         )
-    settings.recipe.lora_backend = said or lora_backend or FORMS[0]  # type: ignore[assignment]
+    settings.recipe.lora_backend = said or lora_backend or FORMS[0]
     return settings
 
 

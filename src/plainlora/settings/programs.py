@@ -65,7 +65,7 @@ class Settings(Generic[RecipeT, TrainingT]):
 
 SFTSettings = Settings[SFTArguments, SFTRecipeConfig]
 ClassifySettings = Settings[ClassifyArguments, ClassifyConfig]
-SettingsT = TypeVar("SettingsT", SFTSettings, ClassifySettings)
+SettingsT = TypeVar("SettingsT", bound=Settings[Any, Any])
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ class Program(Generic[SettingsT]):
         said = (fault for fault in self.faults(*parts) if _setting_of(fault) not in parser.left_out)
         faults = [*parser.faults, *(Fault("contradiction", UserError(fault)) for fault in said)]
         _set_aside({name for name, _ in refused_values(*parts)} | parser.left_out, parts, parser)
-        return cast(SettingsT, Settings(*parts, parser.origins, faults))
+        recipe, script, training, model = parts
+        return cast(SettingsT, Settings(recipe, script, training, model, parser.origins, faults))
 
 
 def _setting_of(fault: str) -> str:

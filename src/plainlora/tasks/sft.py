@@ -150,7 +150,7 @@ def load_weights(settings: SFTSettings, **options: Any) -> PreTrainedModel:
         UserError: It cannot be had.
     """
     recipe, _, training, model = settings.parts
-    given = (training.model_init_kwargs or {}) | options
+    given = cast(dict[str, Any], training.model_init_kwargs or {}) | options
     return load_base(model, training.trust_remote_code, given, recipe.base_dropout, training.device)
 
 
