@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from plainlora.bench.case import Case
 from plainlora.bench.language import CONFIGS, plan_run, random_base, row_lengths
@@ -29,13 +30,15 @@ def test_both_arms_of_a_quantised_base_train_fp32_adapters_to_the_same_losses() 
     assert ours == pytest.approx(theirs, rel=1e-6)
 
 
-def test_each_step_counts_its_tokens_and_the_longest_batch_comes_first() -> None:
+def test_each_step_counts_its_tokens_and_batches_are_grouped_by_length() -> None:
+    """As Transformers' own sampler groups them."""
     arms = {"fused": {"backend": "fused", "training": TRAINING}}
     options = LLAMA2 | {"rows": "guanaco", "count": 12, "length": 1024}
     tokens = race("language", Case("llama2", "small", arms, options), "cpu", 2).facts["fused"]["tokens"]
     lengths = row_lengths(options)
     assert tokens == [sum(lengths[start : start + 4]) for start in (0, 4, 8)]
-    assert tokens[0] == max(tokens)
+    grouped = get_length_grouped_indices(lengths, 4, mega_batch_mult=50)
+    assert lengths == [lengths[row] for row in grouped]
     assert lengths[0] == max(lengths) > 900
 
 

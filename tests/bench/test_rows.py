@@ -1,10 +1,9 @@
 """Rows whose lengths are those of the real data sets, and batches of them."""
 
 import pytest
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from plainlora.bench.classify import choose_rows
-from plainlora.bench.rows import LENGTHS, draw_lengths, group_lengths, make_rows
+from plainlora.bench.rows import LENGTHS, draw_lengths, make_rows
 
 
 @pytest.mark.parametrize("data", LENGTHS)
@@ -27,22 +26,6 @@ def test_both_orders_hold_the_same_rows_and_grouping_pads_less() -> None:
     assert sorted(grouped) == sorted(drawn)
     useful = sum(lengths[row] for row in grouped)
     assert useful <= padded(grouped) < 1.1 * useful < padded(drawn)
-
-
-def test_batches_of_similar_lengths_are_those_of_group_by_length() -> None:
-    """Beside Transformers' own sampler: the same batches, the longest of them first."""
-    lengths, batch = draw_lengths("guanaco", 84, 1024), 4
-    theirs = [lengths[row] for row in LengthGroupedSampler(batch, lengths=lengths)]
-    ours = group_lengths(lengths, batch)
-
-    def padded(order: list[int]) -> int:
-        return sum(batch * max(order[start : start + batch]) for start in range(0, len(order), batch))
-
-    assert sorted(ours) == sorted(theirs) == sorted(lengths)
-    assert max(ours[:batch]) == max(theirs[:batch]) == max(lengths)
-    assert padded(ours) == pytest.approx(padded(theirs), rel=0.02)
-    assert padded(ours) < 0.7 * padded(lengths)
-    assert ours[batch:] != sorted(ours[batch:], reverse=True)
 
 
 def test_rows_have_the_asked_lengths_and_classes() -> None:

@@ -24,7 +24,7 @@ from plainlora.base.dropout import set_dropouts
 from plainlora.base.loading import keep_4bit_weights_unpacked
 from plainlora.bench.baton import Baton
 from plainlora.bench.case import AS_SHIPPED, FLOOR, FUSED, MATCHED, PEFT, REFERENCE, Case, Target
-from plainlora.bench.rows import draw_lengths, group_lengths, make_rows
+from plainlora.bench.rows import draw_lengths, make_rows
 from plainlora.bench.turns import Turns
 from plainlora.fusing import fuse
 from plainlora.loss_head import use_one_pass_head
@@ -160,11 +160,15 @@ def plan_run(options: dict[str, Any], device: str, folder: str) -> Plan:
 
 
 def row_lengths(options: dict[str, Any]) -> list[int]:
-    """Tokens of each row: a data set's, for batches of similar ones where rows are not packed; else all the same."""
+    """Tokens of each row, all the same or a data set's.
+
+    Rows that are not packed go from the longest to the shortest, as `train_sampling_strategy: group_by_length` sorts
+    each fifty batches: https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer_pt_utils.py
+    """
     if "rows" not in options:
         return [options["length"]] * 64
     lengths = draw_lengths(options["rows"], options.get("count", 240), options["length"])
-    return lengths if options.get("packed") else group_lengths(lengths, options["batch"])
+    return lengths if options.get("packed") else sorted(lengths, reverse=True)
 
 
 def random_base(plan: Plan) -> PreTrainedModel:

@@ -30,18 +30,6 @@ def draw_lengths(data: str, count: int, longest: int, seed: int = 0) -> list[int
     return lengths
 
 
-def group_lengths(lengths: list[int], batch: int, seed: int = 0) -> list[int]:
-    """The same lengths in batches of similar ones: the longest batch first, the others in random order.
-
-    So `train_sampling_strategy: group_by_length` draws them:
-    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer_pt_utils.py
-    """
-    ordered = sorted(lengths, reverse=True)
-    first, *others = (ordered[start : start + batch] for start in range(0, len(ordered), batch))
-    random.Random(seed).shuffle(others)
-    return [length for each in (first, *others) for length in each]
-
-
 def make_rows(lengths: list[int], vocabulary: int, labels: int | None = None, seed: int = 0) -> Dataset:
     """Rows of `input_ids`, and of a class in turn where `labels` says how many there are."""
     draw = random.Random(seed)
