@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -19,7 +19,7 @@ from transformers import (
 )
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from plainlora.backends import BACKENDS
+from plainlora.backends import BACKENDS, Backend
 from plainlora.base.dropout import set_dropouts
 from plainlora.base.loading import keep_4bit_weights_unpacked
 from plainlora.bench.baton import Baton
@@ -205,14 +205,14 @@ def make_trainer(plan: Plan, form: str, rows: Dataset, callbacks: list[TrainerCa
         rows: To train on.
         callbacks: Of the trainer.
     """
-    base = random_base(plan)
+    base, lora = random_base(plan), cast(LoraConfig, copy.deepcopy(plan.lora))
+    arguments, backend = cast(SFTConfig, plan.training), cast(Backend, plan.backend)
     common: dict[str, Any] = {"train_dataset": rows, "processing_class": byte_tokenizer(), "callbacks": callbacks}
     if form == PEFT:
-        adapted = get_peft_model(base, copy.deepcopy(plan.lora))
-        with adapter_precision_kept(adapted):
-            return SFTTrainer(adapted, args=plan.training, **common)
-    adapted = plan.backend.attach(base, copy.deepcopy(plan.lora))
-    return AdapterTrainer(adapted, plan.backend, args=hand_over(plan.training), **common)
+        model = get_peft_model(base, lora)
+        with adapter_precision_kept(model):
+            return SFTTrainer(model, args=arguments, **common)
+    return AdapterTrainer(backend.attach(base, lora), backend, args=hand_over(arguments), **common)
 
 
 class StepRecord(TrainerCallback):
@@ -252,7 +252,7 @@ def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
     if options.get("two_lines"):
         fuse(trainer.model)  # type: ignore[type-var]
         use_one_pass_head(trainer)
-    trained = (parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
+    trained = (parameter for parameter in cast(nn.Module, trainer.model).parameters() if parameter.requires_grad)
     turns.facts["trained in"] = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained})
     StepRecord(trainer, turns.facts)
     trainer.train()
