@@ -104,6 +104,12 @@ def test_an_arm_that_fails_is_named_and_the_others_end() -> None:
     assert "in take_part" in told.value.__notes__[0]
 
 
+def test_an_arm_that_stops_before_its_turn_says_why() -> None:
+    case = Case("layer", "broken", {"floor": {}, "fused": {}})
+    with pytest.raises(UserError, match=r"^bench: layer, broken, floor stopped \(ModuleNotFoundError: No module named"):
+        race("no_such_module", case, "cpu", 1)
+
+
 def test_an_arm_loads_when_the_one_before_is_ready() -> None:
     shape = {"d_in": 8, "d_out": 8, "r": 2, "transposed": False, "p": 0.0, "tokens": 4, "passes": 1}
     case = Case("layer", "broken", {"floor": {}, "fused": {"p": 2.0}, "peft": {}}, shape)

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import gpu
 from plainlora.bench.case import Case
-from tests.conftest import ROOT, run_program
+from tests.conftest import ROOT
 
 ARMS = {"fused", "peft"}
 
@@ -118,10 +118,12 @@ def test_tests_are_told_by_outcome_as_far_as_they_came(tmp_path: Path, monkeypat
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="not run: here is a GPU")
-def test_without_a_gpu_the_full_size_is_refused_in_one_line(tmp_path: Path) -> None:
-    done = run_program("benchmarks/gpu.py", "--json", tmp_path / "gpu.json")
-    assert done.returncode == 2
-    assert done.stderr == "error: there is no GPU here; --size tiny shows that it runs\n"
+def test_without_a_gpu_the_full_size_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--json", str(tmp_path / "gpu.json")])
+    assert gpu.main() == 2
+    assert capsys.readouterr().err == "error: there is no GPU here; --size tiny shows that it runs\n"
     assert not list(tmp_path.iterdir())
 
 

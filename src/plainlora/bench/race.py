@@ -5,7 +5,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -36,7 +36,8 @@ class Outcome:
 def _ask(pipe: Connection, what: str, word: str, deadline: float) -> Any:
     """Gives the word and waits for the answer, if need be a little beyond the deadline."""
     try:
-        pipe.send(word)
+        with suppress(BrokenPipeError):  # it has stopped; what it sent last says why
+            pipe.send(word)
         left = deadline + GRACE - time.monotonic()
         if not pipe.poll(max(0.0, left) if math.isfinite(left) else None):
             raise UserError(f"bench: {what} did not answer in time")
