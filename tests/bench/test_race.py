@@ -106,8 +106,13 @@ def test_an_arm_that_fails_is_named_and_the_others_end() -> None:
 
 def test_an_arm_that_stops_before_its_turn_says_why() -> None:
     case = Case("layer", "broken", {"floor": {}, "fused": {}})
-    with pytest.raises(UserError, match=r"^bench: layer, broken, floor stopped \(ModuleNotFoundError: No module named"):
-        race("no_such_module", case, "cpu", 1)
+
+    def wait_for_the_end(said: str) -> None:
+        for child in multiprocessing.active_children() if "loads" in said else ():
+            child.join(60)
+
+    with pytest.raises(UserError, match=r"^bench: layer, broken, floor stopped \(ModuleNotFoundError: No module"):
+        race("no_such_module", case, "cpu", 1, progress=wait_for_the_end)
 
 
 def test_an_arm_loads_when_the_one_before_is_ready() -> None:
