@@ -1,11 +1,11 @@
 # Every target sets itself up: on a fresh machine `make quickstart` and `make test` are all there is to type.
 PYTHON ?= python3
 BIN := .venv/bin
-CHECKED := src recipes tests
+CHECKED := src recipes benchmarks tests
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test test-slow compare bench style quality clean
+.PHONY: help install quickstart test test-slow compare bench bench-gpu style quality clean
 
 help:
 	@echo "make quickstart  install, train the embedded default on the CPU, merge it, show the result"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow   the tests that make test leaves out: every architecture of Transformers; most of an hour"
 	@echo "make compare     the proof: the hand-written LoRA beside PEFT, level by level"
 	@echo "make bench       time and memory beside PEFT with TRL; about an hour on two cores"
+	@echo "make bench-gpu   the same on one GPU, with the tests that need one; at most ten minutes"
 	@echo "make quality     lint, formatting and types"
 	@echo "make style       mend what lint and formatting can mend"
 	@echo "make install     .venv with the package in editable mode and its plainlora command"
@@ -41,6 +42,9 @@ compare: install
 
 bench: install
 	HF_HUB_OFFLINE=1 $(BIN)/plainlora bench
+
+bench-gpu: install
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu.py
 
 style: install
 	$(BIN)/ruff check --fix $(CHECKED)

@@ -97,8 +97,42 @@ def test_bad_flags_are_refused_in_one_line(plainlora: Run, flags: tuple[str, ...
 def test_an_arm_that_fails_is_named_and_the_others_end() -> None:
     shape = {"d_in": 8, "d_out": 8, "r": 2, "transposed": False, "p": 0.0, "tokens": 4, "passes": 1}
     case = Case("layer", "broken", {"floor": {}, "fused": {"p": 2.0}}, shape)
-    with pytest.raises(UserError, match=r"^bench: layer, broken, fused stopped \(LoRAError: lora_dropout must lie in"):
+    with pytest.raises(
+        UserError, match=r"^bench: layer, broken, fused stopped \(LoRAError: lora_dropout must lie in"
+    ) as told:
         race("layer", case, "cpu", 1)
+    assert "in take_part" in told.value.__notes__[0]
+
+
+def test_an_arm_that_stops_before_its_turn_says_why() -> None:
+    case = Case("layer", "broken", {"floor": {}, "fused": {}})
+
+    def wait_for_the_end(said: str) -> None:
+        for child in multiprocessing.active_children() if "loads" in said else ():
+            child.join(60)
+
+    with pytest.raises(UserError, match=r"^bench: layer, broken, floor stopped \(ModuleNotFoundError: No module"):
+        race("no_such_module", case, "cpu", 1, progress=wait_for_the_end)
+
+
+def test_an_arm_loads_when_the_one_before_is_ready() -> None:
+    shape = {"d_in": 8, "d_out": 8, "r": 2, "transposed": False, "p": 0.0, "tokens": 4, "passes": 1}
+    case = Case("layer", "broken", {"floor": {}, "fused": {"p": 2.0}, "peft": {}}, shape)
+    said: list[str] = []
+    with pytest.raises(UserError, match="fused stopped"):
+        race("layer", case, "cpu", 1, progress=said.append)
+    assert [line.rpartition(", ")[2] for line in said if "loads" in line] == ["floor", "fused"]
+
+
+def test_a_race_keeps_to_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds that would end later are left out, and an arm that hangs is given up."""
+    shape = {"d_in": 8, "d_out": 8, "r": 2, "transposed": False, "p": 0.0, "tokens": 4, "passes": 1}
+    case = Case("layer", "small", {"floor": {}, "fused": {}}, shape)
+    outcome = race("layer", case, "cpu", 50, seconds=0)
+    assert {arm: len(seconds) for arm, seconds in outcome.seconds.items()} == {"floor": 1, "fused": 1}
+    monkeypatch.setattr("plainlora.bench.race.GRACE", 0.0)
+    with pytest.raises(UserError, match=r"^bench: layer, small, floor did not answer in time$"):
+        race("layer", case, "cpu", 1, seconds=0)
 
 
 def test_every_arm_has_its_turn_in_every_round() -> None:

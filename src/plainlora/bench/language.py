@@ -1,33 +1,37 @@
 """Optimizer steps of a language model through the real SFTTrainer, at the sizes that the recipes train."""
 
-import tempfile
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import LoraConfig
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     GPT2Config,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    TrainerCallback,
 )
-from trl import SFTConfig, SFTTrainer
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from plainlora.backends import BACKENDS
+from plainlora.backends import BACKENDS, Backend
 from plainlora.base.dropout import set_dropouts
-from plainlora.base.loading import load_causal_lm
+from plainlora.base.loading import keep_4bit_weights_unpacked
 from plainlora.bench.baton import Baton
 from plainlora.bench.case import AS_SHIPPED, FLOOR, FUSED, MATCHED, PEFT, REFERENCE, Case, Target
 from plainlora.bench.rows import draw_lengths, make_rows
 from plainlora.bench.turns import Turns
 from plainlora.fusing import fuse
 from plainlora.loss_head import use_one_pass_head
+from plainlora.parity.case import seed_everything
 from plainlora.parity.tiny import byte_tokenizer, random_model
-from plainlora.training.trainers import AdapterTrainer, hand_over
+from plainlora.resources.plan import Plan
+from plainlora.training.trainers import AdapterTrainer, adapter_precision_kept, hand_over
 
 SPECIAL: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
 TINY_HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_hidden_layers": 2}
@@ -52,6 +56,7 @@ def cases(suite: str, size: str, device: str) -> list[Case]:
     if suite == "llama2":
         return _llama2_cases(size, device)
     options = {"model": suite, "size": size, "r": 2, "rows": "alpaca", "length": 1024 if size == "full" else 64}
+    options |= {"packed": True}
     lean = {"gradient_checkpointing": False, "bf16": device == "cuda"}
     matched = {arm: {"backend": arm, "training": lean, "base_dropout": 0.0} for arm in (FUSED, PEFT, FLOOR)}
     if suite == "gpt2":  # two more arms of Qwen2 would not fit into 24 GiB beside these
@@ -80,7 +85,7 @@ def cases(suite: str, size: str, device: str) -> list[Case]:
 
 def _llama2_cases(size: str, device: str) -> list[Case]:
     options = {"model": "llama2", "size": size, "r": 8, "length": 512 if size == "full" else 32, "batch": 4}
-    options |= {"p": 0.1, "nf4": True}
+    options |= {"p": 0.1, "nf4": True, "dtype": "bfloat16" if device == "cuda" else "float32"}
     with_gc, without = ({"gradient_checkpointing": on, "bf16": device == "cuda"} for on in (True, False))
     gigabyte = 1e9
     return [
@@ -107,61 +112,147 @@ def _llama2_cases(size: str, device: str) -> list[Case]:
     ]
 
 
-def _nf4_model(config: PretrainedConfig, device: str) -> PreTrainedModel:
-    """Random weights through a checkpoint on disk, as a user's are, into NF4; computing in bf16 on a GPU."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    with tempfile.TemporaryDirectory() as folder:
-        with torch.device(device):
-            AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
-        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-        return load_causal_lm(folder, dtype=dtype, quantization=quantization)
-
-
-def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
-    """Trains until there are no more turns.
+def plan_run(options: dict[str, Any], device: str, folder: str) -> Plan:
+    """An arm's run: base, adapter, rows and arguments, before a weight is made.
 
     The floor is the frozen base: an adapter of rank 1 in its first block alone, so that the gradient passes through
     the whole of it.
+
+    Args:
+        options: Of the case and the arm.
+        device: `cpu` or `cuda`.
+        folder: For whatever the trainer writes.
     """
-    del arm
-    backend, length = options["backend"], options["length"]
     config = CONFIGS[options["model"]](options["size"] == "full")
     if options.get("base_dropout") is not None:
         set_dropouts(config, options["base_dropout"])
-    model = _nf4_model(config, turns.device) if options.get("nf4") else random_model(config)
     adapter: dict[str, Any] = {"r": options["r"], "lora_alpha": 2 * options["r"], "target_modules": "all-linear"}
     if options["model"] == "llama2":
         adapter["target_modules"] = ["q_proj", "v_proj"]
-    if backend == FLOOR:
+    if options["backend"] == FLOOR:
         adapter |= {"r": 1, "target_modules": [FIRST[options["model"]]], "layers_to_transform": [0]}
-    lora = LoraConfig(task_type="CAUSAL_LM", lora_dropout=options.get("p", 0.0), **adapter)
-    lengths = draw_lengths(options["rows"], 240, length) if options.get("rows") else [length] * 64
-    rows = make_rows(lengths, config.vocab_size)
+    batch, packed, lengths = options.get("batch", 1), bool(options.get("packed")), row_lengths(options)
     arguments = SFTConfig(
-        output_dir=turns.scratch,
-        per_device_train_batch_size=options.get("batch", 1),
-        max_length=length,
-        packing=bool(options.get("rows")),
+        output_dir=folder,
+        per_device_train_batch_size=batch,
+        per_device_eval_batch_size=batch,
+        max_length=options["length"],
+        packing=packed,
         max_steps=1_000_000,
+        train_sampling_strategy="sequential",  # each arm's step number i is over the same rows
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
-        use_cpu=turns.device == "cpu",
-        dataloader_pin_memory=turns.device != "cpu",
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device != "cpu",
         **options["training"],
     )
-    common: dict[str, Any] = {
-        "train_dataset": rows,
-        "processing_class": byte_tokenizer(),
-        "callbacks": [Baton(turns, "step")],
-    }
-    if backend == PEFT:
-        trainer: SFTTrainer = SFTTrainer(model, args=arguments, peft_config=lora, **common)
-        if options.get("two_lines"):
-            fuse(trainer.model)  # type: ignore[type-var]
-            use_one_pass_head(trainer)
-    else:
-        form = BACKENDS[FUSED if backend == FLOOR else backend]
-        adapted = form.attach(model, lora)
-        trainer = AdapterTrainer(adapted, form, args=hand_over(arguments), **common)
+    return Plan(
+        config=config,
+        lora=LoraConfig(task_type="CAUSAL_LM", lora_dropout=options.get("p", 0.0), **adapter),
+        training=arguments,
+        model_args=ModelConfig(dtype=options.get("dtype", "float32"), load_in_4bit=bool(options.get("nf4"))),
+        longest=options["length"] if packed else max(lengths),
+        rows=len(lengths),
+        tokens=sum(lengths),
+        backend=BACKENDS[FUSED if options["backend"] == FLOOR else options["backend"]],
+    )
+
+
+def row_lengths(options: dict[str, Any]) -> list[int]:
+    """Tokens of each row, all the same or a data set's.
+
+    Rows that are not packed go from the longest to the shortest, as `train_sampling_strategy: group_by_length` sorts
+    each fifty batches: https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer_pt_utils.py
+    """
+    if "rows" not in options:
+        return [options["length"]] * 64
+    lengths = draw_lengths(options["rows"], options.get("count", 240), options["length"])
+    return lengths if options.get("packed") else sorted(lengths, reverse=True)
+
+
+def random_base(plan: Plan) -> PreTrainedModel:
+    """The base with the same random weights every time.
+
+    One that is quantised is drawn and quantised where it is trained, so that no checkpoint, 13.5 GB of Llama-2-7b, is
+    written or read; what the dense weights took is given back to the device.
+    """
+    if plan.quantization is None:
+        return random_model(plan.config, plan.dtype)
+    seed_everything(0)
+    with torch.device(plan.device):
+        dense = AutoModelForCausalLM.from_config(copy.deepcopy(plan.config), dtype=plan.dtype)
+    model: PreTrainedModel = type(dense).from_pretrained(
+        None,
+        config=copy.deepcopy(plan.config),
+        state_dict=dense.state_dict(),
+        dtype=plan.dtype,
+        quantization_config=plan.quantization,
+        device_map={"": plan.device},
+    )
+    del dense
+    keep_4bit_weights_unpacked(model)
+    torch.cuda.empty_cache()
+    return model
+
+
+def make_trainer(plan: Plan, form: str, rows: Dataset, callbacks: list[TrainerCallback]) -> SFTTrainer:
+    """The base in an arm's form, in the trainer that goes with it; what is trained is fp32 in every arm.
+
+    Args:
+        plan: The run.
+        form: `peft` for PEFT with SFTTrainer; else the form is the plan's.
+        rows: To train on.
+        callbacks: Of the trainer.
+    """
+    base, lora = random_base(plan), cast(LoraConfig, copy.deepcopy(plan.lora))
+    arguments, backend = cast(SFTConfig, plan.training), cast(Backend, plan.backend)
+    common: dict[str, Any] = {"train_dataset": rows, "processing_class": byte_tokenizer(), "callbacks": callbacks}
+    if form == PEFT:
+        model = get_peft_model(base, lora)
+        with adapter_precision_kept(model):
+            return SFTTrainer(model, args=arguments, **common)
+    return AdapterTrainer(backend.attach(base, lora), backend, args=hand_over(arguments), **common)
+
+
+class StepRecord(TrainerCallback):
+    """Keeps the loss of each step, and how many tokens had a label; both are read after the turn.
+
+    Args:
+        trainer: Whose steps; it has its `Baton` already, whose turn ends first.
+        facts: Where `losses` (nats per token) and `tokens` are kept.
+    """
+
+    def __init__(self, trainer: SFTTrainer, facts: dict[str, Any]) -> None:
+        self.losses: list[float] = facts.setdefault("losses", [])
+        self.tokens: list[int] = facts.setdefault("tokens", [])
+        self._step = trainer.training_step
+        trainer.training_step = self._training_step  # type: ignore[method-assign]
+        trainer.add_callback(self)
+
+    def _training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        labels = inputs["labels"]
+        loss = self._step(model, inputs, *args, **kwargs)
+        self._last = loss, labels
+        return loss
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """The clock has stopped."""
+        loss, labels = self._last
+        self.losses.append(loss.item())
+        self.tokens.append(int((labels != -100).sum()))
+
+
+def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
+    """Trains until there are no more turns."""
+    del arm
+    plan = plan_run(options, turns.device, turns.scratch)
+    rows = make_rows(row_lengths(options), plan.config.vocab_size)
+    trainer = make_trainer(plan, options["backend"], rows, [Baton(turns, "step")])
+    if options.get("two_lines"):
+        fuse(trainer.model)  # type: ignore[type-var]
+        use_one_pass_head(trainer)
+    trained = (parameter for parameter in cast(nn.Module, trainer.model).parameters() if parameter.requires_grad)
+    turns.facts["trained in"] = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained})
+    StepRecord(trainer, turns.facts)
     trainer.train()

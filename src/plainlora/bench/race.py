@@ -1,9 +1,11 @@
 """The race: every arm in a process of its own, one turn each, A B C D A B C D."""
 
+import math
 import multiprocessing
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -13,6 +15,7 @@ from plainlora.bench.worker import Failure, Job, work
 from plainlora.errors import UserError
 
 PRELOADED = ("plainlora.quiet", "plainlora.bench.suites")
+GRACE = 30.0  # seconds: what is left of a round may take so much longer than the time there is for it
 
 
 @dataclass
@@ -30,16 +33,21 @@ class Outcome:
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def _hear(pipe: Connection, what: str, word: str = "") -> Any:
-    """Gives the word, if there is one, and waits for the answer."""
+def _ask(pipe: Connection, what: str, word: str, deadline: float) -> Any:
+    """Gives the word and waits for the answer, if need be a little beyond the deadline."""
     try:
-        if word:
+        with suppress(BrokenPipeError):  # it has stopped; what it sent last says why
             pipe.send(word)
+        left = deadline + GRACE - time.monotonic()
+        if not pipe.poll(max(0.0, left) if math.isfinite(left) else None):
+            raise UserError(f"bench: {what} did not answer in time")
         message = pipe.recv()
     except (EOFError, ConnectionError) as error:
         raise UserError(f"bench: {what} was killed; most likely there is too little memory for its arms") from error
     if isinstance(message, Failure):
-        raise UserError(f"bench: {what} stopped ({message.reason})")
+        stopped = UserError(f"bench: {what} stopped ({message.reason})")
+        stopped.add_note(message.where)
+        raise stopped
     return message
 
 
@@ -55,6 +63,9 @@ def _worker(job: Job) -> Iterator[Connection]:
     theirs.close()
     try:
         yield pipe
+    except UserError:
+        process.kill()  # it may be at work for long, or hang
+        raise
     finally:
         pipe.close()
         process.join(timeout=30)
@@ -69,8 +80,11 @@ def race(
     repeats: int,
     profile: bool = False,
     progress: Callable[[str], None] = lambda _: None,
+    seconds: float = math.inf,
 ) -> Outcome:
     """Runs every arm of a case in turn.
+
+    Arms load one after the other, so that what one takes to load is free again before the next one does.
 
     Args:
         module: Of `plainlora.bench`, with `take_part(arm, options, turns)`.
@@ -79,10 +93,12 @@ def race(
         repeats: How many rounds are counted; one more comes first, in which everything warms up.
         profile: Whether each arm has one more turn at the end, whose operations are timed by kind.
         progress: Told what happens.
+        seconds: The time there is: a round that would end later does not start.
 
     Raises:
-        UserError: An arm stopped.
+        UserError: An arm stopped, or did not answer in time.
     """
+    deadline = time.monotonic() + seconds
     outcome = Outcome(case, {arm: [] for arm in case.arms})
     name = f"{case.suite}, {case.name}"
     with ExitStack() as stack:
@@ -93,16 +109,22 @@ def race(
             for arm, options in case.arms.items()
         }
         for arm, pipe in pipes.items():
-            _hear(pipe, f"{name}, {arm}")  # it is ready
+            progress(f"{name}: loads, {arm}")
+            _ask(pipe, f"{name}, {arm}", "load", deadline)  # it answers when it is ready
+        longest = 0.0
         for number in range(repeats + 1):
+            started = time.monotonic()
+            if number > 1 and started + longest > deadline:
+                break
             for arm, pipe in pipes.items():
                 progress(f"{name}: round {number} of {repeats}, {arm}")
-                seconds = _hear(pipe, f"{name}, {arm}", "go")
+                turn = _ask(pipe, f"{name}, {arm}", "go", deadline)
                 if number:
-                    outcome.seconds[arm].append(seconds)
+                    outcome.seconds[arm].append(turn)
+            longest = max(longest, time.monotonic() - started)
         for arm, pipe in pipes.items():
             if profile:
                 progress(f"{name}: profile, {arm}")
-                _hear(pipe, f"{name}, {arm}", "profile")
-            outcome.facts[arm] = _hear(pipe, f"{name}, {arm}", "stop")
+                _ask(pipe, f"{name}, {arm}", "profile", deadline)
+            outcome.facts[arm] = _ask(pipe, f"{name}, {arm}", "stop", deadline)
     return outcome

@@ -16,7 +16,7 @@ from plainlora.bench.race import Outcome
 from plainlora.report import package_versions, write_json
 
 COLOURS = ("#c2410c", "#9aa5b1", "#1f4e79", "#4d7c5a", "#e3a857", "#7c5295", "#a8c5da", "#8a6d3b")
-MEMORY = ("peak", "peak above weights", "tensor bytes", "saved bytes")
+MEMORY = ("peak", "peak above weights", "peak reserved", "tensor bytes", "saved bytes")
 
 
 def ratio(outcome: Outcome, metric: str, arm: str, against: str) -> tuple[float, float, float]:

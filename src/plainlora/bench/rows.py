@@ -5,11 +5,16 @@ import random
 from datasets import Dataset
 
 # Lengths in tokens at 0, 5, 10, ..., 100 % of the rows, measured with each base's tokenizer: IMDb reviews (6,000,
-# cut to 512), SMS spam with as many ham as spam, and Alpaca-GPT4 rows in Alpaca's template (779).
+# cut to 512), SMS spam with as many ham as spam, Alpaca-GPT4 rows in Alpaca's template (779), and the rows of
+# mlabonne/guanaco-llama2-1k in Llama-2's template and tokens, without those above 1,024 (750 of 800).
 LENGTHS = {
     "imdb": [18, 84, 117, 145, 157, 166, 176, 188, 200, 215, 232, 251, 272, 299, 337, 383, 435, 509, 512, 512, 512],
     "sms": [2, 7, 9, 11, 12, 15, 17, 20, 24, 29, 33, 36, 38, 40, 42, 44, 47, 49, 51, 56, 97],
     "alpaca": [45, 54, 61, 65, 71, 77, 85, 104, 121, 140, 161, 181, 208, 234, 268, 307, 336, 365, 406, 445, 840],
+    "guanaco": [
+        *(22, 74, 112, 139, 173, 204, 231, 261, 290, 325),
+        *(355, 388, 409, 442, 476, 507, 550, 603, 675, 777, 1018),
+    ],
 }
 
 

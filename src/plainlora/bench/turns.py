@@ -51,6 +51,10 @@ class Meter:
         """The most since `start`, what was there before included."""
         return torch.cuda.max_memory_allocated() if self.cuda else _from_status("VmHWM")
 
+    def reserved(self) -> dict[str, int]:
+        """What PyTorch's allocator has asked a GPU for at most since `start`; nothing without one."""
+        return {"peak reserved": torch.cuda.max_memory_reserved()} if self.cuda else {}
+
 
 class Turns:
     """One worker's end of the pipe.
@@ -70,7 +74,7 @@ class Turns:
         self.facts: dict[str, Any] = {}
         self._pipe, self._started = pipe, 0.0
         self._profile: torch.profiler.profile | None = None
-        self._peak = self._before = 0
+        self._memory: dict[str, int] = {}
 
     def ready(self) -> None:
         """The weights are there; what memory is used from here on is the arm's own."""
@@ -97,7 +101,8 @@ class Turns:
         self._synchronize()
         seconds = time.perf_counter() - self._started
         if self._profile is None:
-            self._peak, self._before = self.meter.peak(), self.meter.before
+            peak = self.meter.peak()
+            self._memory = {"peak": peak, "peak above weights": peak - self.meter.before} | self.meter.reserved()
         else:
             self._profile.stop()
             self.facts["profile"] = sort_operations(self._profile, self.device, seconds)
@@ -105,8 +110,8 @@ class Turns:
         self._pipe.send(seconds)
 
     def close(self) -> None:
-        """Sends what was counted, and the peak at the end of the last turn that was not profiled."""
-        self._pipe.send(self.facts | {"peak": self._peak, "peak above weights": self._peak - self._before})
+        """Sends what was counted, and the memory at the end of the last turn that was not profiled."""
+        self._pipe.send(self.facts | self._memory)
 
     def _synchronize(self) -> None:
         if self.device == "cuda":

@@ -1,6 +1,7 @@
 """One arm of one case, in a process of its own."""
 
 import os
+import traceback
 import warnings
 from dataclasses import dataclass
 from importlib import import_module
@@ -26,9 +27,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a worker stopped."""
+    """Why a worker stopped: the error in a line, and where it was raised."""
 
     reason: str
+    where: str
 
 
 def settle_allocator() -> None:
@@ -42,7 +44,10 @@ def settle_allocator() -> None:
 
 
 def work(job: Job, pipe: Connection) -> None:
-    """Takes part until there are no more turns; what a library prints goes nowhere, an error goes to the parent."""
+    """Takes part until there are no more turns; what a library prints goes nowhere, an error goes to the parent.
+
+    All workers import at the same time, and load one after the other: each when the parent says so.
+    """
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
@@ -53,10 +58,13 @@ def work(job: Job, pipe: Connection) -> None:
     torch.manual_seed(0)
     turns = Turns(job.device, pipe, job.scratch)
     try:
-        import_module(f"plainlora.bench.{job.module}").take_part(job.arm, job.options, turns)
+        take_part = import_module(f"plainlora.bench.{job.module}").take_part
+        pipe.recv()
+        take_part(job.arm, job.options, turns)
     except Over:
         turns.close()
     except EOFError:
         pass  # another arm failed, and the parent has left
     except Exception as error:  # whatever a library raises
-        pipe.send(Failure(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        pipe.send(Failure(reason, traceback.format_exc()))
