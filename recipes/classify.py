@@ -42,7 +42,7 @@ from plainlora.provenance.record import complete_run, write_run
 from plainlora.provenance.resumption import check_same_rows, check_same_settings
 from plainlora.report import classifier_summary, write_json
 from plainlora.resources.disk import merged_bytes
-from plainlora.resources.memory import peak_memory
+from plainlora.resources.memory import peak_memory, reset_peak_memory
 from plainlora.settings.programs import CLASSIFY
 from plainlora.training.checkpoints import resume_path
 from plainlora.training.metrics import flatten, judge_rows, measure, score
@@ -127,8 +127,9 @@ def main() -> None:
             labels=texts.labels,
         )
     trainer.accelerator.wait_for_everyone()
+    reset_peak_memory(training.device)
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
-    memory = peak_memory()
+    memory = peak_memory(training.device)
     trainer.save_model()
     trainer.save_state()
     if trainer.accelerator.is_main_process:
@@ -141,9 +142,9 @@ def main() -> None:
     after = {split: measure(trainer, rows, len(texts.labels), trained=True) for split, rows in splits.items()}
 
     if trainer.accelerator.is_main_process:
-        results = outcome.metrics | flatten(before, "_base") | flatten(after)
+        results = outcome.metrics | memory | flatten(before, "_base") | flatten(after)
         results |= {f"{split}_rows": len(rows) for split, rows in splits.items()}
-        results |= {"method": recipe.method, "labels": texts.labels, "peak_memory_bytes": memory}
+        results |= {"method": recipe.method, "labels": texts.labels}
         results |= {"trainable_params": trainable, "total_params": total, "rows_trained": len(texts.train)}
         shown = "test" if "test" in splits else "validation" if "validation" in splits else "training"
         tables = {f"{shown} rows before": before[shown].confusion, "after": after[shown].confusion}

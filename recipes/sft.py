@@ -39,7 +39,7 @@ from plainlora.provenance.resumption import check_same_rows, check_same_settings
 from plainlora.report import summary, write_json, write_samples
 from plainlora.resources.checkpointing import needs_checkpointing
 from plainlora.resources.disk import merged_bytes
-from plainlora.resources.memory import free_memory, peak_memory
+from plainlora.resources.memory import free_memory, peak_memory, reset_peak_memory
 from plainlora.settings.adapter import build_lora_config
 from plainlora.settings.programs import SFT
 from plainlora.training.checkpoints import resume_path
@@ -138,7 +138,9 @@ def main() -> None:
             model=model,
         )
     trainer.accelerator.wait_for_everyone()
+    reset_peak_memory(training.device)
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    memory = peak_memory(training.device)
     trainer.save_model()
     trainer.save_state()
     if trainer.accelerator.is_main_process:
@@ -150,8 +152,8 @@ def main() -> None:
     after = examine(model, "adapter")
 
     if trainer.accelerator.is_main_process:
-        results = outcome.metrics | before_and_after(before, after)
-        results |= {"trainable_params": trainable, "total_params": total, "peak_memory_bytes": peak_memory()}
+        results = outcome.metrics | memory | before_and_after(before, after)
+        results |= {"trainable_params": trainable, "total_params": total}
         results |= {"rows_trained": rows.reports["train"].kept, "rows_read": rows.reports["train"].rows}
         results |= {"exact_match_rows": len(exact_match.questions)} if exact_match else {}
         plot_loss(trainer.state.log_history, before.loss, output / "loss.png")

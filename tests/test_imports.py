@@ -72,6 +72,7 @@ RANKS = [
         "training.preparation",
     },
     {"resources.weights", "training.evaluation", "training.metrics"},
+    {"resources.model_states"},
     {"resources.checkpointing", "resources.plan"},
     {"resources.disk", "resources.duration", "resources.peak"},
     {"resources.footprint"},

@@ -256,10 +256,12 @@ def args_for_trainer(args: ArgumentsT) -> ArgumentsT:
     """A copy of the arguments, without what Trainer is not to do.
 
     Pinning memory needs a GPU, and Torch warns where there is none. Trainer's push would publish pickles and the
-    optimizer's state, and the token is for the push alone: see `plainlora.hub.pushing`.
+    optimizer's state, and the token is for the push alone: see `plainlora.hub.pushing`. To leave losses that are not
+    finite out of the log, Trainer would make the host wait for each batch's; here they stop the run, see `Watched`.
     """
     handed = copy.copy(args)
     handed.push_to_hub, handed.hub_token = False, None
+    handed.logging_nan_inf_filter = False
     if handed.device.type == "cpu":
         handed.dataloader_pin_memory = False
     return handed
