@@ -114,8 +114,9 @@ def _trained_share(results: dict[str, Any]) -> str:
 
 
 def _peak_memory(results: dict[str, Any]) -> str:
-    allocated, reserved = (results.get(f"peak_memory_{kind}bytes") for kind in ("", "reserved_"))
-    return f"{allocated / 1e9:.1f} GB" + ("" if reserved is None else f" ({reserved / 1e9:.1f} GB reserved)")
+    reserved = results.get("peak_memory_reserved_bytes")
+    held = f"{results['peak_memory_bytes'] / 1e9:.1f} GB"
+    return held if reserved is None else f"{held} ({reserved / 1e9:.1f} GB reserved)"
 
 
 def _merged(results: dict[str, Any]) -> list[str]:

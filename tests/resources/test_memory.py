@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 
 from plainlora.resources.memory import free_memory, left_to_cgroup, peak_memory, reset_peak_memory, resident_memory
 from tests.two_processes import in_two_processes
@@ -52,6 +53,7 @@ def test_a_run_on_a_gpu_is_told_what_its_own_device_held_since_training_began(mo
 
 def hold(rank: int) -> dict[str, int]:
     """The second process holds 200 MB more."""
+    PartialState(cpu=True)  # as training arguments make it
     held = torch.ones(rank * 50_000_000)
     return peak_memory(held.device) | {"mine": resident_memory()}
 

@@ -214,7 +214,7 @@ def test_u12_an_overflow_under_fp16_is_no_fault_and_says_nothing_about_the_layer
     trainer = make()
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
     for norm, stops in ((math.inf, False), (1.0, True)):
-        trainer.training_step(trainer.adapted, next(iter(trainer.get_train_dataloader())))
+        trainer.training_step(trainer.adapted, next(iter(trainer.get_train_dataloader())), torch.tensor(4))
         for layer in lora_matrices(trainer.adapted).values():
             layer.lora_B.grad = torch.zeros_like(layer.lora_B)
         with pytest.raises(UserError, match="14 of 14 adapters got no gradient") if stops else nullcontext():

@@ -152,8 +152,11 @@ class FrozenWeights:
 
 
 def rows_on_host(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """What tells a batch's rows apart, as arrays; where it lies on a device, that is a transfer for each."""
-    return {name: batch[name].cpu().numpy() for name in ROW_PARTS if name in batch}
+    """What tells a batch's rows apart, as arrays of their own; where it lies on a device, that is a transfer for each.
+
+    They are no views of the tensors, whose memory goes when a worker of the loader moves them to shared memory.
+    """
+    return {name: batch[name].cpu().numpy().copy() for name in ROW_PARTS if name in batch}
 
 
 @dataclass(frozen=True)
@@ -282,7 +285,7 @@ class Watched(Trainer):
         self.seen, self.stopping = RowsSeen(), 0
         self._request = StopRequest()
         self._batches: list[dict[str, np.ndarray]] = []  # since the last optimizer step
-        self._losses: list[torch.Tensor] = []  # theirs
+        self._batch_losses: list[torch.Tensor] = []  # theirs
         self._frozen: FrozenWeights | None = None
         self._steps = 0  # of this process
         self._gradients_checked = False
@@ -302,7 +305,7 @@ class Watched(Trainer):
         """
         self._frozen = None if self._is_sharded() else FrozenWeights(self.adapted)
         self._steps, self._gradients_checked = 0, False
-        self._batches, self._losses = [], []
+        self._batches, self._batch_losses = [], []
         with self._request.listening():
             outcome = super().train(*args, **kwargs)
         if self._steps < self.state.global_step:  # resumed: Trainer divides what one part took by the steps of all
@@ -339,14 +342,19 @@ class Watched(Trainer):
         self.seen.add(rows["input_ids"])
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._batches.append(rows)
-        self._losses.append(loss)
+        self._batch_losses.append(loss)
         return loss
 
     def _of_all_processes(self, *values: torch.Tensor | float) -> list[list[float]]:
         """Numbers of every process, `(processes, values)`, with one transfer from the device."""
-        of_device = {"dtype": torch.float32, "device": self.args.device}
-        # Not torch.tensor(value): on a GPU the host waits for that copy too, where `full` fills in a number.
-        mine = [v.to(**of_device) if isinstance(v, torch.Tensor) else torch.full((), v, **of_device) for v in values]
+        device = self.args.device
+        mine = [
+            value.to(device, torch.float32)
+            if isinstance(value, torch.Tensor)
+            # Not torch.tensor(value): the host would wait for that copy too, where a GPU is told to fill in a number.
+            else torch.full((), value, dtype=torch.float32, device=device)
+            for value in values
+        ]
         here = torch.stack(mine)[None]  # (1, values)
         everywhere = here if self.accelerator.num_processes == 1 else self.accelerator.gather(here)
         return cast(list[list[float]], cast(torch.Tensor, everywhere).tolist())
@@ -358,7 +366,7 @@ class Watched(Trainer):
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2's lies in all processes
-        losses = torch.stack(self._losses).isfinite().all()
+        losses = torch.stack(self._batch_losses).isfinite().all()
         found = self._of_all_processes(losses, self._request.number, 0.0 if whole is None else whole)
         finite_losses, signals, norms = zip(*found, strict=True)
         self.stopping = int(max(signals))
@@ -372,7 +380,7 @@ class Watched(Trainer):
         if not faults and not self._gradients_checked and not self._is_sharded():
             check_gradients(self.adapted)
             self._gradients_checked = True
-        self._batches, self._losses = [], []
+        self._batches, self._batch_losses = [], []
         return norm
 
     def after_step(self, control: TrainerControl) -> None:
@@ -387,7 +395,7 @@ class Watched(Trainer):
 
     def _stop_for_loss(self) -> NoReturn:
         """For the first loss of this step that is not finite, or for one of another process."""
-        losses = torch.stack(self._losses).tolist()
+        losses = torch.stack(self._batch_losses).tolist()
         at = next((number for number, loss in enumerate(losses) if not math.isfinite(loss)), -1)
         elsewhere = " here and not finite in another process" if math.isfinite(losses[at]) else ""
         self._stop(f"the loss of step {self.state.global_step + 1} is {losses[at]}{elsewhere}", [self._batches[at]])
