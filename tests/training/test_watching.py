@@ -271,27 +271,27 @@ def test_u17_the_digest_of_the_rows_depends_on_their_order() -> None:
     assert len(digests) == 4
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"packing": True, "max_length": 24}, {"accelerator_config": {"dispatch_batches": True}}],
-    ids=["padded", "packed", "dispatched"],
-)
-def test_u17_the_digest_of_the_rows_is_that_of_the_ids_that_the_model_is_given(
-    make: Callable[..., AdapterTrainer], options: dict[str, Any], workers: int
-) -> None:
-    trainer = make(per_device_train_batch_size=1, dataloader_num_workers=workers, **options)
+def digest_of_what_the_model_is_given(trainer: AdapterTrainer) -> str:
+    """Trains, and takes the digest of the ids that reach the model."""
     given: list[torch.Tensor] = []
-    trainer.adapted.register_forward_pre_hook(
+    hook = trainer.adapted.register_forward_pre_hook(
         lambda module, inputs, named: given.append(named["input_ids"]), with_kwargs=True
     )
-    given.clear()
     trainer.train()
-    assert len(given) == 3
+    hook.remove()
     digest = ""
     for ids in given:
         digest = hashlib.sha256(digest.encode() + ids.numpy().tobytes()).hexdigest()
-    assert trainer.seen.digest == digest
+    return digest
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("packing", [False, True])
+def test_u17_the_digest_of_the_rows_is_that_of_the_ids_that_the_model_is_given(
+    make: Callable[..., AdapterTrainer], packing: bool, workers: int
+) -> None:
+    trainer = make(packing=packing, max_length=24 if packing else None, dataloader_num_workers=workers)
+    assert digest_of_what_the_model_is_given(trainer) == trainer.seen.digest != ""
 
 
 class HostReads(TorchFunctionMode):
@@ -375,8 +375,11 @@ class SignalsItself(TrainerCallback):
             signal.raise_signal(signal.SIGTERM)
 
 
-def train_together(rank: int, folder: Path) -> list[str]:
-    """What ends each of two runs: one row makes the loss of one process NaN, one process is sent a signal."""
+def train_together(rank: int, folder: Path) -> tuple[list[str], list[str]]:
+    """What ends each of two runs: one row makes the loss of one process NaN, one process is sent a signal.
+
+    Then both digests of a run in which the first process collates for both.
+    """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     said = []
     for name in ("poisoned", "signalled"):
@@ -391,26 +394,26 @@ def train_together(rank: int, folder: Path) -> list[str]:
             trainer.train()
         except (UserError, Stopped) as stopped:
             said.append(f"{str(stopped) or type(stopped).__name__} at {trainer.state.global_step}")
-    return said
+    together = {"dispatch_batches": True, "split_batches": True}
+    trainer = make_trainer(folder / "dispatched", tokenizer, accelerator_config=together)
+    return said, [digest_of_what_the_model_is_given(trainer), trainer.seen.digest]
 
 
 def test_two_processes_stop_together_for_the_loss_or_the_signal_of_one(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     tokenizer.save_pretrained(tmp_path)
-    said = in_two_processes(tmp_path, train_together, tmp_path)
-    losses = [first for first, _ in said]
-    at_fault = [
-        re.match(r"the loss of step (\d) is nan, on row 5 '~ is odd', so .* at (\d)$", each) for each in losses
-    ]
-    (found,) = [each for each in at_fault if each]
+    (one, digests), (other, other_digests) = in_two_processes(tmp_path, train_together, tmp_path)
+    at_fault, beside = (one, other) if " is nan, " in one[0] else (other, one)
+    found = re.match(r"the loss of step (\d) is nan, on row 5 '~ is odd', so .* at (\d)$", at_fault[0])
+    assert found, at_fault
     step = int(found[1])
     assert int(found[2]) == step - 1
-    other = rf"the loss of step {step} is [\d.]+ here and not finite in another process, on row \d .* at {step - 1}$"
-    assert sum(bool(re.match(other, each)) for each in losses) == 1
-    message = f"stopped after step 2 of 9; {tmp_path}/signalled/checkpoint-2 is saved; "
-    assert said[0][1].startswith(message)
-    assert said[1][1] == "Stopped at 2"
+    elsewhere = r"is [\d.]+ here and not finite in another process, on row \d"
+    assert re.match(rf"the loss of step {step} {elsewhere} .* at {step - 1}$", beside[0]), beside
+    assert one[1].startswith(f"stopped after step 2 of 9; {tmp_path}/signalled/checkpoint-2 is saved; ")
+    assert other[1] == "Stopped at 2"
+    assert digests[0] == digests[1] != other_digests[0] == other_digests[1]
 
 
 def test_a_batch_is_taken_apart_into_the_rows_it_was_made_of() -> None:
