@@ -39,10 +39,10 @@ def main() -> None:
     model = classify.load_model(settings, adapter, run.log)
     trainer = classify.make_trainer(settings, adapter, model, texts, tokenizer)
     run.begin(model.model, texts.by_split, model.quantization, texts.labels)
-    outcome = trainer.train(resume_from_checkpoint=run.checkpoint)
+    metrics = run.train(trainer)
     run.save(trainer)
     results = classify.measure(settings, trainer, model, texts)
-    results.figures |= outcome.metrics
+    results.figures |= metrics
 
     is_main = trainer.accelerator.is_main_process
     trainer.end()  # a merge may take longer than the other processes would wait

@@ -38,13 +38,13 @@ def main() -> None:
 
     # Seed first, then base, then adapter: the same command gives the same adapter.
     set_seed(settings.training.seed)
-    model = sft.load_model(settings, adapter, rows, run.log)
+    model = sft.load_model(settings, adapter, sft.plan_run(settings, adapter, tokenizer, rows), run.log)
     trainer = sft.make_trainer(settings, adapter, model, rows, tokenizer)
     run.begin(model.model, rows.by_split, model.quantization)
-    outcome = trainer.train(resume_from_checkpoint=run.checkpoint)
+    metrics = run.train(trainer)
     run.save(trainer)
     results = sft.measure(settings, trainer, model, rows, tokenizer, questions)
-    results.figures |= outcome.metrics
+    results.figures |= metrics
 
     is_main = trainer.accelerator.is_main_process
     trainer.end()  # a merge may take longer than the other processes would wait

@@ -12,7 +12,7 @@ from plainlora.hub.model_card import write_sft_card
 from plainlora.plots import plot_loss
 from plainlora.report import describe_samples
 from plainlora.settings.arguments import SFTArguments
-from plainlora.tasks.summary import summary
+from plainlora.tasks.summary import classifier_summary, summary
 
 TRAIN = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
 EVAL = [{"step": 2, "eval_loss": 2.5}]
@@ -127,3 +127,10 @@ def test_the_summary_says_where_tensorboard_finds_its_events(tmp_path: Path) -> 
     assert "tensorboard" not in summary(RESULTS, str(tmp_path), [])
     (tmp_path / "runs").mkdir()
     assert f"tensorboard --logdir {tmp_path}/runs" in summary(RESULTS, str(tmp_path), [])
+
+
+def test_a_classifiers_summary_says_what_memory_training_took(tmp_path: Path) -> None:
+    results = RESULTS | {"train_runtime": 60.2, "peak_memory_bytes": 1_500_000_000, "method": "full"}
+    assert "training took         60 s, at most 1.5 GB\n" in classifier_summary(results, str(tmp_path))
+    results["peak_memory_reserved_bytes"] = 2_100_000_000
+    assert ", at most 1.5 GB (2.1 GB reserved)\n" in classifier_summary(results, str(tmp_path))

@@ -68,7 +68,8 @@ def measure(recipe: str, flags: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         flags = [
             *flags,
-            *("--output_dir", folder, "--max_steps", "2", "--save_strategy", "no", "--eval_strategy", "no"),
+            *("--output_dir", folder, "--max_steps", "2", "--save_strategy", "no"),
+            *("--eval_strategy", "steps", "--eval_steps", "2"),  # after training it would not be measured
             *("--exact_match_rows", "0", "--max_new_tokens", "1", "--report_to", "none", "--test_split_size", "20"),
         ]
         doctor = run("-c", START, "doctor", "--config", recipe, "--json", "--", *flags)

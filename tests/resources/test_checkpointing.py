@@ -2,17 +2,21 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, OPTConfig, PretrainedConfig
-from trl import SFTConfig
+from transformers import AutoModelForCausalLM, OPTConfig, PretrainedConfig, PreTrainedModel
+from trl import ModelConfig, SFTConfig
 
 from plainlora.backends import BACKENDS, attach_adapter
 from plainlora.resources.activations import Batch, Step, count_peak_bytes
 from plainlora.resources.checkpointing import needs_checkpointing
-from tests.conftest import CONFIGS, SPECIAL, VOCABULARY
+from plainlora.resources.model_states import optimizer_bytes
+from plainlora.resources.plan import Plan
+from tests.conftest import CONFIGS, SPECIAL, VOCABULARY, load_quantized
+from tests.resources.test_weights import QUANTIZATIONS, real_bytes
 
 LORA = LoraConfig(task_type="CAUSAL_LM", r=2, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
 
@@ -22,30 +26,39 @@ def settings(folder: Path) -> SFTConfig:
     return SFTConfig(output_dir=str(folder), **plain)
 
 
-def decide(folder: Path, free: int | None, config: PretrainedConfig) -> tuple[bool, str]:
+def decide(folder: Path, free: int | None, config: PretrainedConfig, **model_args: Any) -> tuple[bool, str]:
     said: list[str] = []
-    base = AutoModelForCausalLM.from_config(config)
-    attach_adapter(base, copy.deepcopy(LORA), BACKENDS["fused"])
-    fits = needs_checkpointing(settings(folder), base, LORA, BACKENDS["fused"], "float32", 64, 40, free, said.append)
+    args = ModelConfig(model_name_or_path="m", dtype="float32", **model_args)
+    plan = Plan(config, LORA, settings(folder), args, longest=64, rows=40, tokens=40 * 64, backend=BACKENDS["fused"])
+    fits = needs_checkpointing(plan, free, said.append)
     (line,) = said
     return fits, line
+
+
+def held_by_step() -> int:
+    """Bytes of the tiny Llama's step."""
+    return count_peak_bytes(
+        Step(
+            CONFIGS["llama"](),
+            lambda skeleton: attach_adapter(skeleton, copy.deepcopy(LORA), BACKENDS["fused"]),
+            Batch(3, 64, masked=True),
+            torch.device("cpu"),
+        )
+    ).resident
+
+
+def held_beside(folder: Path, model: PreTrainedModel) -> int:
+    """Bytes of a real model with its adapter, and of its optimizer's state."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return real_bytes(model) + optimizer_bytes(settings(folder), trained)
 
 
 def test_what_fits_is_kept_and_what_does_not_is_computed_again(tmp_path: Path) -> None:
     config = CONFIGS["llama"]()
     model = AutoModelForCausalLM.from_config(config)
     attach_adapter(model, copy.deepcopy(LORA), BACKENDS["fused"])
-    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    held = count_peak_bytes(
-        Step(
-            config,
-            lambda skeleton: attach_adapter(skeleton, copy.deepcopy(LORA), BACKENDS["fused"]),
-            Batch(3, 64, masked=True),
-            torch.device("cpu"),
-        )
-    ).resident
-    enough = int(held / 0.8) + weights + 3 * trained + 2
+    held = held_by_step()
+    enough = int(held / 0.8) + held_beside(tmp_path, model) + 2
     assert decide(tmp_path, enough, config) == (
         False,
         f"activations: {held / 1e9:.1f} GB for 3 x 64 tokens, 0.0 GB free: no gradient checkpointing",
@@ -54,6 +67,21 @@ def test_what_fits_is_kept_and_what_does_not_is_computed_again(tmp_path: Path) -
     needed, said = decide(tmp_path, 0, config)
     assert needed
     assert said.endswith("0.0 GB free: gradient checkpointing")
+
+
+def test_a_base_in_nf4_is_counted_with_its_scales_and_one_weight_made_dense(
+    tmp_path: Path, model_dirs: dict[str, Path]
+) -> None:
+    base = load_quantized(model_dirs["llama"], **QUANTIZATIONS["NF4"])
+    largest = max(
+        parameter.quant_state.shape.numel() for parameter in base.parameters() if hasattr(parameter, "quant_state")
+    )
+    attach_adapter(base, copy.deepcopy(LORA), BACKENDS["fused"])
+    enough = int(held_by_step() / 0.8) + held_beside(tmp_path, base) + 4 * largest + 2
+    before = torch.get_rng_state()
+    assert not decide(tmp_path, enough, CONFIGS["llama"](), load_in_4bit=True)[0]
+    assert decide(tmp_path, enough - 10, CONFIGS["llama"](), load_in_4bit=True)[0]
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_what_is_unknown_or_cannot_be_counted_means_checkpointing(
@@ -69,7 +97,7 @@ def test_what_is_unknown_or_cannot_be_counted_means_checkpointing(
     )  # fmt: skip
     needed, said = decide(tmp_path, 2**50, opt)
     assert needed
-    assert said.startswith("activations cannot be counted (")
+    assert said.startswith("memory cannot be counted (")
     assert said.endswith("): gradient checkpointing")
     assert "\n" not in said
     assert not caplog.records  # Torch would print a traceback

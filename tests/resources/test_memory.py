@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 
-from plainlora.resources.memory import free_memory, left_to_cgroup, peak_memory, resident_memory
+from plainlora.resources.memory import free_memory, left_to_cgroup, peak_memory, reset_peak_memory, resident_memory
+from tests.two_processes import in_two_processes
 
 
 def test_free_memory_is_what_the_kernel_says_or_unknown() -> None:
@@ -23,7 +25,43 @@ def test_the_process_knows_what_it_holds_and_has_held() -> None:
     assert resident_memory() - before == pytest.approx(held.nbytes, rel=0.1)
     del held
     assert resident_memory() - before < 2e7
-    assert peak_memory() >= before + 9e7
+    assert peak_memory(torch.device("cpu"))["peak_memory_bytes"] >= before + 9e7
+
+
+def test_a_run_on_a_cpu_asks_its_process_whatever_the_host_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("max_memory_allocated", "max_memory_reserved", "reset_peak_memory_stats"):
+        monkeypatch.delattr(torch.cuda, name)
+    reset_peak_memory(torch.device("cpu"))
+    found = peak_memory(torch.device("cpu"))
+    assert found.keys() == {"peak_memory_bytes"}
+    assert found["peak_memory_bytes"] >= resident_memory()
+
+
+def test_a_run_on_a_gpu_is_told_what_its_own_device_held_since_training_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cards; the answers of Torch are put in."""
+    allocated, reserved = {0: 900, 1: 500}, {0: 1000, 1: 700}
+    at = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: allocated.update({device.index: 100}))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: allocated[device.index])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: reserved[device.index])
+    assert peak_memory(at) == {"peak_memory_bytes": 500, "peak_memory_reserved_bytes": 700}
+    reset_peak_memory(at)
+    assert peak_memory(at) == {"peak_memory_bytes": 100, "peak_memory_reserved_bytes": 700}
+    assert peak_memory(torch.device("cuda", 0)) == {"peak_memory_bytes": 900, "peak_memory_reserved_bytes": 1000}
+
+
+def hold(rank: int) -> dict[str, int]:
+    """The second process holds 200 MB more."""
+    PartialState(cpu=True)  # as training arguments make it
+    held = torch.ones(rank * 50_000_000)
+    return peak_memory(held.device) | {"mine": resident_memory()}
+
+
+def test_of_several_processes_the_one_that_held_most_counts(tmp_path: Path) -> None:
+    one, other = in_two_processes(tmp_path, hold)
+    assert one["peak_memory_bytes"] == other["peak_memory_bytes"] >= other["mine"] - 1e7
+    assert other["mine"] > one["mine"] + 1e8
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The optimizer's state is what its own steps make, and the peak is the sum of what is held at the same time."""
+"""The peak is the sum of what is held at the same time."""
 
 import json
 from pathlib import Path
@@ -6,32 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, MixtralConfig, Trainer
+from transformers import AutoModelForCausalLM, MixtralConfig
 from trl import SFTConfig
 
 from plainlora.errors import UserError
 from plainlora.resources.memory import free_memory
-from plainlora.resources.peak import optimizer_bytes
 from plainlora.resources.weights import weight_bytes
 from tests.conftest import CONFIGS, SPECIAL, VOCABULARY
 from tests.resources.plans import ask, settings
-
-OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "paged_adamw_32bit", "adamw_8bit", "lion_32bit", "sgd", "adafactor")
-
-
-@pytest.mark.parametrize("optim", OPTIMIZERS)
-def test_the_bytes_of_the_optimizer_are_those_of_its_state(optim: str, tmp_path: Path) -> None:
-    training = settings(tmp_path, optim=optim)
-    parameters = [torch.nn.Parameter(torch.ones(*shape)) for shape in ((300, 100), (64, 64), (10,))]
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(training)
-    optimizer = kind(parameters, **options)
-    for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    state = [value for each in optimizer.state.values() for value in each.values() if isinstance(value, torch.Tensor)]
-    real = sum({tensor.data_ptr(): tensor.nbytes for tensor in state}.values())
-    assert optimizer_bytes(training, parameters) == real
-    assert (real > 0) == (optim != "sgd")
 
 
 def test_an_optimizer_that_is_not_installed_is_refused(tmp_path: Path) -> None:

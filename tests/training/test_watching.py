@@ -1,60 +1,77 @@
 """Training that goes wrong stops at once, and says what and where."""
 
+import copy
+import hashlib
 import math
 import re
+import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     PreTrainedTokenizerFast,
+    Trainer,
     TrainerCallback,
+    TrainerState,
 )
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 from plainlora.backends import BACKENDS, attach_adapter
 from plainlora.errors import UserError
+from plainlora.interruption import Stopped
 from plainlora.run.checkpoints import newest_checkpoint
 from plainlora.run.folder import list_checkpoints
 from plainlora.settings.arguments import ClassifyConfig
 from plainlora.training.trainers import AdapterTrainer, ClassifierTrainer, hand_over
-from plainlora.training.watching import RowsSeen, documents, lora_matrices
+from plainlora.training.watching import RowsSeen, check_effect, documents, lora_matrices
 from tests.conftest import BACKBONES, make_model
+from tests.two_processes import in_two_processes
 
 TEXTS = [f"{name} is number {number}" for number, name in enumerate(("one", "two", "three", "four", "five", "six"), 1)]
 TEXTS[4] = "~ is odd"
 LAYER = "model.layers.1.self_attn.v_proj"
+LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+
+
+def make_trainer(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, backend: str = "reference", **options: Any
+) -> AdapterTrainer:
+    """A trainer of a tiny Llama on the six texts above."""
+    rows = [tokenizer(text)["input_ids"] for text in TEXTS]
+    arguments: dict[str, Any] = {
+        "max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1, "report_to": "none", "bf16": False,
+        "gradient_checkpointing": False, "use_cpu": True, "save_steps": 1, "disable_tqdm": True, "seed": 1,
+        "learning_rate": 1e-2, "lr_scheduler_type": "constant", "packing": False,
+    }  # fmt: skip
+    torch.manual_seed(1)
+    return AdapterTrainer(
+        attach_adapter(make_model("llama"), copy.deepcopy(LORA), BACKENDS[backend]),
+        BACKENDS[backend],
+        args=hand_over(SFTConfig(output_dir=str(folder), **(arguments | options))),
+        train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}),
+        processing_class=tokenizer,
+    )
 
 
 @pytest.fixture
 def make(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., AdapterTrainer]:
-    """`make("fused", max_steps=2, ...)`: a trainer of a tiny Llama on the six texts above."""
+    """`make("fused", max_steps=2, ...)`: such a trainer, whose folder is `name` in the test's own."""
 
-    def make_trainer(backend: str = "reference", name: str = "run", **options: Any) -> AdapterTrainer:
-        rows = [tokenizer(text)["input_ids"] for text in TEXTS]
-        arguments: dict[str, Any] = {
-            "max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1, "report_to": "none", "bf16": False,
-            "gradient_checkpointing": False, "use_cpu": True, "save_steps": 1, "disable_tqdm": True, "seed": 1,
-            "learning_rate": 1e-2, "lr_scheduler_type": "constant", "packing": False,
-        }  # fmt: skip
-        torch.manual_seed(1)
-        lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
-        return AdapterTrainer(
-            attach_adapter(make_model("llama"), lora, BACKENDS[backend]),
-            BACKENDS[backend],
-            args=hand_over(SFTConfig(output_dir=str(tmp_path / name), **(arguments | options))),
-            train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}),
-            processing_class=tokenizer,
-        )
+    def make_in(backend: str = "reference", name: str = "run", **options: Any) -> AdapterTrainer:
+        return make_trainer(tmp_path / name, tokenizer, backend, **options)
 
-    return make_trainer
+    return make_in
 
 
 def module_of(trainer: AdapterTrainer, name: str) -> nn.Module:
@@ -196,11 +213,12 @@ def test_u12_an_overflow_under_fp16_is_no_fault_and_says_nothing_about_the_layer
     """Clipping has made zeros of the gradients; the scaler, which a CPU does without, leaves the step out."""
     trainer = make()
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
-    for layer in lora_matrices(trainer.adapted).values():
-        layer.lora_B.grad = torch.zeros_like(layer.lora_B)
-    assert math.isinf(trainer._get_grad_norm(trainer.adapted, grad_norm=torch.tensor(math.inf)))
-    with pytest.raises(UserError, match="14 of 14 adapters got no gradient"):
-        trainer._get_grad_norm(trainer.adapted, grad_norm=torch.tensor(1.0))
+    for norm, stops in ((math.inf, False), (1.0, True)):
+        trainer.training_step(trainer.adapted, next(iter(trainer.get_train_dataloader())), torch.tensor(4))
+        for layer in lora_matrices(trainer.adapted).values():
+            layer.lora_B.grad = torch.zeros_like(layer.lora_B)
+        with pytest.raises(UserError, match="14 of 14 adapters got no gradient") if stops else nullcontext():
+            assert trainer._get_grad_norm(trainer.adapted, grad_norm=torch.tensor(norm)) == norm
 
 
 def test_u12_a_classifiers_rows_are_named_too(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -243,7 +261,7 @@ def test_u17_a_resumed_run_has_seen_the_rows_of_an_uninterrupted_one(make: Calla
 
 
 def test_u17_the_digest_of_the_rows_depends_on_their_order() -> None:
-    batches = [torch.tensor([[1, 2]]), torch.tensor([[3, 4]])]
+    batches = [np.array([[1, 2]]), np.array([[3, 4]])]
     digests = set()
     for order in ((0, 1), (1, 0), (0,), (0, 1, 1)):
         seen = RowsSeen()
@@ -251,6 +269,151 @@ def test_u17_the_digest_of_the_rows_depends_on_their_order() -> None:
             seen.add(batches[number])
         digests.add(seen.digest)
     assert len(digests) == 4
+
+
+def digest_of_what_the_model_is_given(trainer: AdapterTrainer) -> str:
+    """Trains, and takes the digest of the ids that reach the model."""
+    given: list[torch.Tensor] = []
+    hook = trainer.adapted.register_forward_pre_hook(
+        lambda module, inputs, named: given.append(named["input_ids"]), with_kwargs=True
+    )
+    trainer.train()
+    hook.remove()
+    digest = ""
+    for ids in given:
+        digest = hashlib.sha256(digest.encode() + ids.numpy().tobytes()).hexdigest()
+    return digest
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("packing", [False, True])
+def test_u17_the_digest_of_the_rows_is_that_of_the_ids_that_the_model_is_given(
+    make: Callable[..., AdapterTrainer], packing: bool, workers: int
+) -> None:
+    trainer = make(packing=packing, max_length=24 if packing else None, dataloader_num_workers=workers)
+    assert digest_of_what_the_model_is_given(trainer) == trainer.seen.digest != ""
+
+
+class HostReads(TorchFunctionMode):
+    """Counts what makes the host wait for a device, where there is one: values that Python is given, and all indices.
+
+    Attributes:
+        count: So far.
+        at_step: What it was at the end of each optimizer step.
+    """
+
+    NAMES = ("item", "tolist", "numpy", "cpu", "nonzero", "is_nonzero", "equal", "masked_select")
+    READS = frozenset(
+        [*(getattr(torch.Tensor, f"__{name}__") for name in ("bool", "int", "float", "index", "array", "contains")),
+         *(getattr(torch.Tensor, name) for name in NAMES), torch.nonzero, torch.equal, torch.masked_select]
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.at_step: list[int] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        by_mask = func is torch.Tensor.__getitem__ and getattr(args[1], "dtype", None) == torch.bool
+        self.count += func in self.READS or by_mask
+        return func(*args, **(kwargs or {}))
+
+
+class CountAtStep(TrainerCallback):
+    def __init__(self, reads: HostReads) -> None:
+        self.reads = reads
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.reads.at_step.append(self.reads.count)
+
+
+def reads_in_a_step(trainer: Trainer) -> int:
+    """Of the third step: the first is looked at more closely, and the last is."""
+    with HostReads() as reads:
+        trainer.add_callback(CountAtStep(reads))
+        trainer.train()
+    return reads.at_step[2] - reads.at_step[1]
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+@pytest.mark.parametrize("backend", ["reference", "peft"])
+def test_the_host_waits_once_more_in_a_step_than_under_sfttrainer_however_many_batches_it_has(
+    make: Callable[..., AdapterTrainer], tokenizer: PreTrainedTokenizerFast, backend: str, accumulated: int
+) -> None:
+    """Batches are collated in a process of their own, where nothing waits for a device."""
+    options = {
+        "max_steps": 4, "per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulated,
+        "dataloader_num_workers": 1, "logging_strategy": "no", "save_strategy": "no",
+    }  # fmt: skip
+    ours = make(backend, **options)
+    kept = {"report_to": "none", "bf16": False, "gradient_checkpointing": False, "use_cpu": True, "disable_tqdm": True}
+    theirs = SFTTrainer(
+        make_model("llama"),
+        args=SFTConfig(output_dir=str(ours.args.output_dir), logging_nan_inf_filter=False, **kept, **options),
+        train_dataset=ours.train_dataset,
+        processing_class=tokenizer,
+        peft_config=copy.deepcopy(LORA),
+    )
+    expected = reads_in_a_step(theirs)
+    assert expected > accumulated  # TRL's own, of its metrics
+    assert reads_in_a_step(ours) == expected + 1
+
+
+def test_whether_adapters_are_zero_is_read_at_once(make: Callable[..., AdapterTrainer]) -> None:
+    trainer = make(max_steps=1)
+    trainer.train()
+    with HostReads() as reads:
+        check_effect(trainer.adapted, 1)
+    assert reads.count == 1
+
+
+class SignalsItself(TrainerCallback):
+    """In the second step."""
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def train_together(rank: int, folder: Path) -> tuple[list[str], list[str]]:
+    """What ends each of two runs: one row makes the loss of one process NaN, one process is sent a signal.
+
+    Then both digests of a run in which the first process collates for both.
+    """
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    said = []
+    for name in ("poisoned", "signalled"):
+        trainer = make_trainer(
+            folder / name, tokenizer, per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=9
+        )
+        if name == "poisoned":
+            poison(trainer, tokenizer, "~")
+        elif rank == 1:
+            trainer.add_callback(SignalsItself())
+        try:
+            trainer.train()
+        except (UserError, Stopped) as stopped:
+            said.append(f"{str(stopped) or type(stopped).__name__} at {trainer.state.global_step}")
+    together = {"dispatch_batches": True, "split_batches": True}
+    trainer = make_trainer(folder / "dispatched", tokenizer, accelerator_config=together)
+    return said, [digest_of_what_the_model_is_given(trainer), trainer.seen.digest]
+
+
+def test_two_processes_stop_together_for_the_loss_or_the_signal_of_one(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    (one, digests), (other, other_digests) = in_two_processes(tmp_path, train_together, tmp_path)
+    at_fault, beside = (one, other) if " is nan, " in one[0] else (other, one)
+    found = re.match(r"the loss of step (\d) is nan, on row 5 '~ is odd', so .* at (\d)$", at_fault[0])
+    assert found, at_fault
+    step = int(found[1])
+    assert int(found[2]) == step - 1
+    elsewhere = r"is [\d.]+ here and not finite in another process, on row \d"
+    assert re.match(rf"the loss of step {step} {elsewhere} .* at {step - 1}$", beside[0]), beside
+    assert one[1].startswith(f"stopped after step 2 of 9; {tmp_path}/signalled/checkpoint-2 is saved; ")
+    assert other[1] == "Stopped at 2"
+    assert digests[0] == digests[1] != other_digests[0] == other_digests[1]
 
 
 def test_a_batch_is_taken_apart_into_the_rows_it_was_made_of() -> None:

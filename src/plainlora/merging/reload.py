@@ -50,7 +50,7 @@ def _loss(model: nn.Module, text: dict[str, list[int]], device: torch.device) ->
 
 
 def main(directory: str, questions: str, answers: str) -> None:
-    """Reads the questions (JSON, with an optional `device` and `quantization_config`), writes the answers (safetensors)."""
+    """Reads the questions (JSON), writes the answers (safetensors)."""
     asked = json.loads(Path(questions).read_text(encoding="utf-8"))
     quantization = asked.get("quantization_config")
     architecture = AutoConfig.from_pretrained(directory).architectures[0]

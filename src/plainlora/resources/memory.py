@@ -1,18 +1,48 @@
-"""How much memory this process has used at most, and how much is free."""
+"""How much memory a run has used at most, and how much is free."""
 
 import resource
 import sys
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 
 STATUS = Path("/proc/self/status")
 
 
-def peak_memory() -> int:
-    """Bytes: the most that was allocated on the GPU, or, without one, that the process has held resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def reset_peak_memory(device: torch.device) -> None:
+    """Lets `peak_memory` of a GPU begin at what is allocated now.
+
+    A CPU's goes on from the start of the process. Linux would set `VmHWM` back (5 into `/proc/self/clear_refs`), but
+    with it what everybody else is told who watches this process, such as `/usr/bin/time`.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """The most memory that a process has held, of all processes the one that held most. All have to ask.
+
+    Args:
+        device: Where this process trains.
+
+    Returns:
+        `peak_memory_bytes`: allocated on a GPU since `reset_peak_memory`, or, without one, resident since the process
+        began. On a GPU also `peak_memory_reserved_bytes`: what Torch took from the device for that, fragments
+        included.
+    """
+    if device.type == "cuda":
+        peaks = {
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
+            "peak_memory_reserved_bytes": torch.cuda.max_memory_reserved(device),
+        }
+    else:
+        peaks = {"peak_memory_bytes": _peak_resident_memory()}
+    everywhere = gather_object([peaks])
+    return {name: max(each[name] for each in everywhere) for name in peaks}
+
+
+def _peak_resident_memory() -> int:
     if STATUS.is_file():  # getrusage would count what the process held that started this one
         return _read_fields(STATUS)["VmHWM:"] * 1024
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts kilobytes on Linux, bytes on macOS
@@ -21,7 +51,7 @@ def peak_memory() -> int:
 
 def resident_memory() -> int:
     """Bytes that this process holds resident; where that is unknown, the most it has held."""
-    return _read_fields(STATUS)["VmRSS:"] * 1024 if STATUS.is_file() else peak_memory()
+    return _read_fields(STATUS)["VmRSS:"] * 1024 if STATUS.is_file() else _peak_resident_memory()
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -1,14 +1,9 @@
 """What a run needs of memory: weights, what is trained, its optimizer, and what a step holds."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-from accelerate import PartialState
-from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel
 
-from plainlora.errors import UserError, first_line
 from plainlora.resources.activations import (
     Held,
     count_evaluation_bytes,
@@ -16,11 +11,11 @@ from plainlora.resources.activations import (
     count_peak_bytes,
     least_bytes,
 )
-from plainlora.resources.checkpointing import SHARE
+from plainlora.resources.checkpointing import fits_beside, of_this_process
 from plainlora.resources.memory import free_memory, resident_memory
+from plainlora.resources.model_states import count_model_states
 from plainlora.resources.plan import Plan
-from plainlora.resources.weights import bytes_by_format, count_bytes, quantized_weights, weight_bytes
-from plainlora.settings.arguments import optim_name
+from plainlora.resources.weights import bytes_by_format, weight_bytes
 
 
 @dataclass(frozen=True)
@@ -70,37 +65,6 @@ class MemoryNeed:
     fits: bool | None
 
 
-def optimizer_bytes(training: TrainingArguments, parameters: Iterable[nn.Parameter]) -> int:
-    """Bytes of the state that `training.optim` keeps, made by the optimizer's own code on the `meta` device.
-
-    Args:
-        training: Which optimizer.
-        parameters: What it trains, of any device.
-
-    Raises:
-        UserError: It cannot be made here: a package is missing, or it makes no state without values.
-    """
-    shapes = [nn.Parameter(torch.empty_like(parameter, device="meta")) for parameter in parameters]
-    if not shapes:
-        return 0
-    try:
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(training)
-        optimizer = kind(shapes, **{name: value for name, value in options.items() if name != "fused"})
-        if hasattr(optimizer, "init_state"):  # bitsandbytes', whose steps need values; paged state has the same size
-            optimizer.is_paged = False
-            for index, parameter in enumerate(shapes):
-                optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)
-        else:
-            for parameter in shapes:
-                parameter.grad = torch.empty_like(parameter)
-            optimizer.step()
-    except Exception as error:  # of many libraries
-        reason = first_line(error)
-        raise UserError(f"optim {optim_name(training)}: it cannot be made here ({reason}); choose another") from error
-    state = [value for each in optimizer.state.values() for value in each.values() if isinstance(value, torch.Tensor)]
-    return sum({tensor.untyped_storage()._cdata: tensor.nbytes for tensor in state}.values())
-
-
 @dataclass(frozen=True)
 class _Activations:
     """What `_count_activations` found; `None` where a model's code does not run without values."""
@@ -144,28 +108,19 @@ def count_memory(plan: Plan, base: PreTrainedModel, model: PreTrainedModel) -> M
     """
     training, on_cpu = plan.training, plan.device.type == "cpu"
     counted = _count_activations(plan)
-    quantization = plan.quantization
-    quantized = {} if quantization is None else quantized_weights(base, quantization, plan.dtype)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients, optimizer = count_bytes(trainable), optimizer_bytes(training, trainable)
-    weights = weight_bytes(base, quantization, plan.dtype)
-    adapters = count_bytes(model.parameters()) - count_bytes(base.parameters())
-    parts = weights + adapters + optimizer + (gradients if training.gradient_accumulation_steps > 1 else 0)
-    # One quantised weight at a time is made dense, in the type of the base.
-    parts += max((parameter.numel() for parameter in quantized.values()), default=0) * plan.dtype.itemsize
-    initial = 0 if plan.lora is not None else gradients
-    parts += initial if on_cpu else 0
+    states = count_model_states(base, model, training, plan.quantization, plan.dtype)
+    initial = 0 if plan.lora is not None else states.gradients
+    parts = states.beside_step + (initial if on_cpu else 0)
 
-    free = free_memory(plan.device)
-    if free is not None and on_cpu:
-        free //= PartialState().num_processes
+    free = of_this_process(free_memory(plan.device), plan.device)
     checkpointing = training.gradient_checkpointing
     if checkpointing is None:
-        checkpointing = counted.kept is None or free is None or counted.kept.resident > SHARE * (free - parts)
+        checkpointing = counted.kept is None or free is None or not fits_beside(counted.kept, parts, free)
     held = counted.checkpointed if checkpointing else counted.kept
     # A checkpoint stays mapped on a CPU as long as one tensor of it is used as it lies there; where layers are
     # quantised, that is beside what they became. Such pages are resident, but go when others need them.
-    mapped = weight_bytes(base, None, plan.dtype) if on_cpu and quantized and plan.stored_dtype == plan.dtype else 0
+    stays = on_cpu and states.dense and plan.stored_dtype == plan.dtype
+    mapped = weight_bytes(base, None, plan.dtype) if stays else 0
     libraries = resident_memory() if on_cpu else 0
     at_least = parts + least_bytes(plan.step(), model)
     needed = holes = None
@@ -174,11 +129,11 @@ def count_memory(plan: Plan, base: PreTrainedModel, model: PreTrainedModel) -> M
         holes = steps_held - max(held.alive, counted.evaluation.alive)
         needed = parts + steps_held
     return MemoryNeed(
-        weights=weights,
+        weights=states.weights,
         weights_by_format=bytes_by_format(base, plan.dtype),
-        adapters=adapters,
-        gradients=gradients,
-        optimizer=optimizer,
+        adapters=states.adapters,
+        gradients=states.gradients,
+        optimizer=states.optimizer,
         initial=initial,
         activations=_alive(counted.kept),
         activations_checkpointed=_alive(counted.checkpointed),

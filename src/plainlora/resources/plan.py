@@ -19,7 +19,7 @@ from trl import ModelConfig, get_quantization_config
 from plainlora.backends import Backend, attach_adapter
 from plainlora.base.dropout import set_dropouts
 from plainlora.resources.activations import Step, largest_batch, precision
-from plainlora.resources.weights import stored_dtype
+from plainlora.resources.weights import stored_dtype, stored_quantization
 from plainlora.settings.arguments import dtype_of
 
 
@@ -83,10 +83,7 @@ class Plan:
     def quantization(self) -> BitsAndBytesConfig | None:
         """As the run asks for it, or as the checkpoint is stored."""
         asked = get_quantization_config(self.model_args)
-        own = getattr(self.config, "quantization_config", None)
-        if asked is None and isinstance(own, dict) and own.get("quant_method") == "bitsandbytes":
-            return BitsAndBytesConfig.from_dict(own)
-        return asked
+        return stored_quantization(self.config) if asked is None else asked
 
     @property
     def steps(self) -> int:

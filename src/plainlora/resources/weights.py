@@ -29,6 +29,14 @@ def stored_dtype(config: PretrainedConfig) -> torch.dtype:
     return own if isinstance(own, torch.dtype) else torch.float32
 
 
+def stored_quantization(config: PretrainedConfig) -> BitsAndBytesConfig | None:
+    """The 4 or 8 bits of bitsandbytes that a config says its weights have: a checkpoint's, or a loaded model's."""
+    own = getattr(config, "quantization_config", None)
+    if isinstance(own, dict) and own.get("quant_method") == "bitsandbytes":
+        return BitsAndBytesConfig.from_dict(own)
+    return own if isinstance(own, BitsAndBytesConfig) else None
+
+
 def nf4_bytes(values: int, nested: bool) -> int:
     """Bytes of one 4-bit weight with its scales and tables.
 

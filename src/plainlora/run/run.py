@@ -12,6 +12,7 @@ from torch import nn
 
 from plainlora.backends import check_same_adapter
 from plainlora.base.identity import describe_base
+from plainlora.resources.memory import peak_memory, reset_peak_memory
 from plainlora.run.checkpoints import resume_path
 from plainlora.run.folder import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
 from plainlora.run.record import complete_run, write_run
@@ -104,6 +105,20 @@ class Run:
                 labels=labels,
             )
         state.wait_for_everyone()
+
+    def train(self, trainer: Any) -> dict[str, Any]:
+        """Trains, from the checkpoint on if there is one.
+
+        Args:
+            trainer: One of `plainlora.training.trainers`.
+
+        Returns:
+            The trainer's own figures, and the most memory that training held.
+        """
+        device = self.settings.training.device
+        reset_peak_memory(device)
+        outcome = trainer.train(resume_from_checkpoint=self.checkpoint)
+        return {**outcome.metrics, **peak_memory(device)}
 
     def save(self, trainer: Any) -> None:
         """Writes the trained model or adapter, the trainer's state, and the end of the record.

@@ -154,15 +154,13 @@ def load_weights(settings: SFTSettings, **options: Any) -> PreTrainedModel:
     return load_base(model, training.trust_remote_code, given, recipe.base_dropout, training.device)
 
 
-def load_model(
-    settings: SFTSettings, adapter: AdapterPlan, rows: PreparedRows, log: Callable[[str], None]
-) -> TrainableModel:
+def load_model(settings: SFTSettings, adapter: AdapterPlan, plan: Plan, log: Callable[[str], None]) -> TrainableModel:
     """Base, then adapter; decides whether activations are computed again, where the settings leave it open.
 
     Args:
         settings: Which base, how it is stored, which back end.
         adapter: From `plan_adapter`.
-        rows: To be trained on.
+        plan: From `plan_run`.
         log: Told the number formats, how much is trained, and what was decided.
 
     Raises:
@@ -171,18 +169,14 @@ def load_model(
     """
     recipe, _, training, model_args = settings.parts
     log(precision_line(list_precisions(training, model_args, adapter.config, recipe.adapter_dtype)))
-    free = free_memory(training.device)
+    if training.gradient_checkpointing is None:
+        needed = needs_checkpointing(plan, free_memory(training.device), log)
+        training.gradient_checkpointing = training.activation_checkpointing = needed
     base, backend = load_weights(settings), BACKENDS[recipe.lora_backend]
     quantization, lora = describe_quantization(base), cast(LoraConfig, adapter.lora)
     model = attach_adapter(base, lora, backend, recipe.adapter_dtype)
     trainable, total = count_parameters(model)
     log(f"{recipe.lora_backend} LoRA: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
-    if training.gradient_checkpointing is None:
-        longest = training.max_length or max(map(len, rows.train["input_ids"]))
-        needed = needs_checkpointing(
-            training, base, lora, backend, recipe.adapter_dtype, longest, len(rows.train), free, log
-        )
-        training.gradient_checkpointing = training.activation_checkpointing = needed
     return TrainableModel(model, backend, partial(backend.disabled, model), quantization)
 
 

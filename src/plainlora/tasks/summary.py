@@ -40,9 +40,7 @@ def classifier_summary(results: dict[str, Any], output_dir: str) -> str:
         if f"{split}_accuracy" in results:
             before, after = results[f"{split}_accuracy_base"], results[f"{split}_accuracy"]
             lines.append(f"{split + ' accuracy':<22}{before:.1%} -> {after:.1%}  of {results[f'{split}_rows']:,} rows")
-    lines.append(
-        f"training took         {results['train_runtime']:.0f} s, at most {results['peak_memory_bytes'] / 1e9:.1f} GB"
-    )
+    lines.append(f"training took         {results['train_runtime']:.0f} s, at most {_peak_memory(results)}")
     lines += _merged(results)
     whole = results["method"] != "lora"
     lines += [
@@ -57,6 +55,12 @@ def classifier_summary(results: dict[str, Any], output_dir: str) -> str:
 def _trained_share(results: dict[str, Any]) -> str:
     trainable, total = results["trainable_params"], results["total_params"]
     return f"trainable parameters  {trainable:,} of {total:,} ({trainable / total:.2%})"
+
+
+def _peak_memory(results: dict[str, Any]) -> str:
+    reserved = results.get("peak_memory_reserved_bytes")
+    held = f"{results['peak_memory_bytes'] / 1e9:.1f} GB"
+    return held if reserved is None else f"{held} ({reserved / 1e9:.1f} GB reserved)"
 
 
 def _merged(results: dict[str, Any]) -> list[str]:

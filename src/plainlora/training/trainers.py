@@ -281,12 +281,14 @@ def args_for_trainer(args: ArgumentsT) -> ArgumentsT:
 
     Pinning memory needs a GPU, and Torch warns where there is none. Trainer's push would publish pickles and the
     optimizer's state, and the token is for the push alone: see `plainlora.hub.pushing`. DistributedDataParallel need
-    not look for unused weights at every step, as the first step's gradients are checked.
+    not look for unused weights at every step, as the first step's gradients are checked. To leave losses that are not
+    finite out of the log, Trainer would make the host wait for each batch's; here they stop the run, see `Watched`.
     """
     handed = on_one_device(copy.copy(args))
     handed.push_to_hub, handed.hub_token = False, None
     if handed.ddp_find_unused_parameters is None:
         handed.ddp_find_unused_parameters = False
+    handed.logging_nan_inf_filter = False
     if handed.device.type == "cpu":
         handed.dataloader_pin_memory = False
     return handed

@@ -7,12 +7,14 @@ adapter without effect (peft#2566), a loss that became NaN and was logged as 0.
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
@@ -31,6 +33,8 @@ from plainlora.run.checkpoints import newest_checkpoint
 
 OF_ALL_STEPS = ("train_loss", "train_samples_per_second", "train_steps_per_second")  # as Trainer names them
 SAMPLED = 64  # values of each frozen weight that are watched
+ROWS = "rows_on_host"  # the entry of a training batch that never leaves the host
+ROW_PARTS = ("input_ids", "attention_mask", "position_ids")  # what tells a batch's rows apart
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def _are_zero(tensors: Sequence[torch.Tensor]) -> list[bool]:
     if not tensors:
         return []
     norms = torch._foreach_norm([tensor.detach().float() for tensor in tensors], torch.inf)
-    return [norm == 0 for norm in torch.stack([norm.cpu() for norm in norms]).tolist()]
+    return [norm == 0 for norm in torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()]
 
 
 def check_gradients(model: nn.Module) -> None:
@@ -147,8 +151,40 @@ class FrozenWeights:
             )
 
 
-def documents(batch: dict[str, Any]) -> list[list[int]]:
-    """The rows of a batch as token ids: without padding, and, where several were packed into one, apart again."""
+def rows_on_host(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What tells a batch's rows apart, as arrays of their own; where it lies on a device, that is a transfer for each.
+
+    They are no views of the tensors, whose memory goes when a worker of the loader moves them to shared memory.
+    """
+    return {name: batch[name].cpu().numpy().copy() for name in ROW_PARTS if name in batch}
+
+
+@dataclass(frozen=True)
+class KeepsRowsOnHost:
+    """A collator whose batches carry `rows_on_host` under the name `ROWS`.
+
+    Neither Torch's pinning of memory nor accelerate moves or copies an array. Otherwise the ids would have to come
+    back from the device in every batch, and the host would wait until the device has done all it was given before.
+
+    Attributes:
+        collator: Makes the batch.
+    """
+
+    collator: Callable[[list[Any]], Any]
+
+    def __call__(self, examples: list[Any]) -> Any:
+        """The collator's batch, and the rows beside it."""
+        batch = self.collator(examples)
+        batch[ROWS] = rows_on_host(batch)
+        return batch
+
+
+def documents(batch: Mapping[str, Any]) -> list[list[int]]:
+    """The rows of a batch as token ids: without padding, and, where several were packed into one, apart again.
+
+    Args:
+        batch: Of tensors, or `rows_on_host` of it.
+    """
     found: list[list[int]] = []
     ids = batch["input_ids"]
     positions, mask = batch.get("position_ids"), batch.get("attention_mask")
@@ -156,7 +192,7 @@ def documents(batch: dict[str, Any]) -> list[list[int]]:
         if positions is not None:
             starts = [number for number, position in enumerate(positions[at].tolist()) if position == 0]
             found += [row[start:end] for start, end in zip(starts, [*starts[1:], len(row)], strict=True)]
-        elif mask is not None and mask.dim() == 2:
+        elif mask is not None and mask.ndim == 2:
             found.append([token for token, kept in zip(row, mask[at].tolist(), strict=True) if kept])
         else:
             found.append(row)
@@ -164,12 +200,12 @@ def documents(batch: dict[str, Any]) -> list[list[int]]:
 
 
 def describe_rows(
-    batches: Iterable[dict[str, Any]], rows: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase | None
+    batches: Iterable[Mapping[str, Any]], rows: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase | None
 ) -> str:
     """Which training rows some batches are made of: their numbers, from 1, and how the first ones begin.
 
     Args:
-        batches: As collated.
+        batches: As collated, or `rows_on_host` of them.
         rows: Token ids of the training rows, in the order in which they were kept.
         tokenizer: To show how a row begins.
     """
@@ -193,10 +229,9 @@ class RowsSeen(TrainerCallback, ExportableState):
     def __init__(self) -> None:
         self.digest = ""
 
-    def add(self, ids: torch.Tensor) -> None:
+    def add(self, ids: np.ndarray) -> None:
         """One batch, `(rows, length)`."""
-        content = ids.detach().cpu().contiguous().numpy().tobytes()
-        self.digest = hashlib.sha256(self.digest.encode() + content).hexdigest()
+        self.digest = hashlib.sha256(self.digest.encode() + ids.tobytes()).hexdigest()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, in Trainer's format."""
@@ -231,6 +266,11 @@ class _AfterStep(TrainerCallback):
 class Watched(Trainer):
     """Trainer that stops, saying what and where, as soon as training goes wrong, and in good order when asked to.
 
+    A GPU works through what it was given while the host goes on; reading a number from it makes the host wait. So the
+    losses of a step, its gradient norm and the signals are looked at together, with one transfer for each optimizer
+    step, before the optimizer uses the gradients. Only DeepSpeed's has used them by then, in `backward` (accelerate's
+    `DeepSpeedEngineWrapper`): training stops after that step, and nothing of it is saved.
+
     Attributes:
         adapted: The model without what the trainer wraps around it.
         seen: Digest of the rows that were trained on.
@@ -244,7 +284,8 @@ class Watched(Trainer):
         super().__init__(*args, **kwargs)
         self.seen, self.stopping = RowsSeen(), 0
         self._request = StopRequest()
-        self._batches: list[dict[str, Any]] = []  # since the last optimizer step
+        self._batches: list[dict[str, np.ndarray]] = []  # since the last optimizer step
+        self._batch_losses: list[torch.Tensor] = []  # theirs
         self._frozen: FrozenWeights | None = None
         self._steps = 0  # of this process
         self._gradients_checked = False
@@ -264,6 +305,7 @@ class Watched(Trainer):
         """
         self._frozen = None if self._is_sharded() else FrozenWeights(self.adapted)
         self._steps, self._gradients_checked = 0, False
+        self._batches, self._batch_losses = [], []
         with self._request.listening():
             outcome = super().train(*args, **kwargs)
         if self._steps < self.state.global_step:  # resumed: Trainer divides what one part took by the steps of all
@@ -280,35 +322,65 @@ class Watched(Trainer):
             raise Stopped(self.stopping, message if self.is_world_process_zero() else "")
         return outcome
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One batch; a loss that is not finite stops training before it reaches the weights.
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As Trainer's; its batches carry their rows on the host too, see `KeepsRowsOnHost`.
 
-        Trainer's own `logging_nan_inf_filter` hides such a loss from the log and goes on.
+        Not if one process collates for all (`dispatch_batches`): each would be given the rows of all.
         """
-        self._batches.append(inputs)
-        self.seen.add(inputs["input_ids"])
+        if self.accelerator.dispatch_batches:
+            return super().get_train_dataloader()
+        collator = cast(Callable[[list[Any]], Any], self.data_collator)
+        self.data_collator = KeepsRowsOnHost(collator)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One batch. Its loss is looked at before the optimizer's step, in `_get_grad_norm`."""
+        rows = inputs.pop(ROWS, None) or rows_on_host(inputs)
+        self.seen.add(rows["input_ids"])
         loss = super().training_step(model, inputs, *args, **kwargs)
-        # All processes stop or none does: one that stopped alone would leave the others waiting for its gradients.
-        mine = torch.tensor([[int(torch.isfinite(loss)), self._request.number]], device=loss.device)
-        finite, signals = cast(torch.Tensor, self.accelerator.gather(mine)).unbind(1)
-        self.stopping = int(signals.max())
-        if not finite.all():
-            elsewhere = " here and not finite in another process" if torch.isfinite(loss) else ""
-            self._stop(f"the loss of step {self.state.global_step + 1} is {loss.item()}{elsewhere}", [inputs])
+        self._batches.append(rows)
+        self._batch_losses.append(loss)
         return loss
 
+    def _of_all_processes(self, *values: torch.Tensor | float) -> list[list[float]]:
+        """Numbers of every process, `(processes, values)`, with one transfer from the device."""
+        device = self.args.device
+        mine = [
+            value.to(device, torch.float32)
+            if isinstance(value, torch.Tensor)
+            # Not torch.tensor(value): the host would wait for that copy too, where a GPU is told to fill in a number.
+            else torch.full((), value, dtype=torch.float32, device=device)
+            for value in values
+        ]
+        here = torch.stack(mine)[None]  # (1, values)
+        everywhere = here if self.accelerator.num_processes == 1 else self.accelerator.gather(here)
+        return cast(list[list[float]], cast(torch.Tensor, everywhere).tolist())
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm that is logged, before the optimizer's step: the place to look at the gradients."""
+        """The norm that is logged, before the optimizer's step: the place to look at losses, gradients and signals.
+
+        All processes stop or none does: one that stopped alone would leave the others waiting for its gradients.
+        """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        finite = norm is None or math.isfinite(float(norm))
+        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2's lies in all processes
+        losses = torch.stack(self._batch_losses).isfinite().all()
+        found = self._of_all_processes(losses, self._request.number, 0.0 if whole is None else whole)
+        finite_losses, signals, norms = zip(*found, strict=True)
+        self.stopping = int(max(signals))
+        if not all(finite_losses):
+            self._stop_for_loss()
+        faults = [each for each in norms if not math.isfinite(each)]
         # Under fp16 an overflow is no fault: the scaler leaves the step out and lowers its scale.
-        if not finite and self.accelerator.scaler is None:
-            self._stop(f"the gradient norm of step {self.state.global_step + 1} is {float(norm)}", self._batches)
+        if faults and self.accelerator.scaler is None:
+            self._stop(f"the gradient norm of step {self.state.global_step + 1} is {faults[0]}", self._batches)
         # Clipping by a norm that is not finite makes zeros of the finite gradients, which says nothing about them.
-        if finite and not self._gradients_checked and not self._is_sharded():
+        if not faults and not self._gradients_checked and not self._is_sharded():
             check_gradients(self.adapted)
             self._gradients_checked = True
-        self._batches = []
+        self._batches, self._batch_losses = [], []
         return norm
 
     def after_step(self, control: TrainerControl) -> None:
@@ -317,12 +389,18 @@ class Watched(Trainer):
             self._frozen.check(self.adapted)
         self._steps += 1
         if control.should_training_stop and not self.stopping:  # the last step: nobody would ask again
-            mine = torch.tensor([self._request.number], device=self.args.device)
-            self.stopping = int(cast(torch.Tensor, self.accelerator.gather(mine)).max())
+            self.stopping = int(max(signal for (signal,) in self._of_all_processes(self._request.number)))
         if self.stopping:
             control.should_save = control.should_training_stop = True
 
-    def _stop(self, what: str, batches: list[dict[str, Any]]) -> None:
+    def _stop_for_loss(self) -> NoReturn:
+        """For the first loss of this step that is not finite, or for one of another process."""
+        losses = torch.stack(self._batch_losses).tolist()
+        at = next((number for number, loss in enumerate(losses) if not math.isfinite(loss)), -1)
+        elsewhere = " here and not finite in another process" if math.isfinite(losses[at]) else ""
+        self._stop(f"the loss of step {self.state.global_step + 1} is {losses[at]}{elsewhere}", [self._batches[at]])
+
+    def _stop(self, what: str, batches: list[dict[str, np.ndarray]]) -> NoReturn:
         kept = newest_checkpoint(str(self.args.output_dir))
         rows = describe_rows(batches, self.training_rows(), cast(PreTrainedTokenizerBase, self.processing_class))
         raise UserError(
