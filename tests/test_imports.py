@@ -10,13 +10,12 @@ PLAIN = {"base", "data", "hub", "lora", "merging", "provenance", "resources", "s
 
 # Every module may import from the ranks before its own, and from the siblings listed beside it.
 RANKS = [
-    {"lora.containment", "lora.errors", "lora.layer", "lora.module_to_save", "lora.time_limit"},
+    {"lora.errors", "lora.layer", "lora.module_to_save"},
     {
         "data.lengths",
         "resources.heap",
         "interruption",
         "json_files",
-        "memory_limit",
         "progress",
         "quiet",
         "merging.reload",
