@@ -16,7 +16,7 @@ RANKS = [
         "resources.heap",
         "interruption",
         "json_files",
-        "progress",
+        "markdown",
         "quiet",
         "merging.reload",
         "training.evaluation_loss",

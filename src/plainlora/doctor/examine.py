@@ -11,7 +11,6 @@ from plainlora.doctor.language import examine_language_model
 from plainlora.doctor.settings import list_settings, read_settings
 from plainlora.errors import UserError
 from plainlora.hub.pushing import check_push
-from plainlora.progress import numbered
 from plainlora.settings.programs import SFT, find_program
 from plainlora.training.checkpoints import resume_path
 from plainlora.training.run_folder import check_inputs_apart, claim_output_dir, is_run
@@ -28,22 +27,18 @@ def examine(config: str, flags: Sequence[str], say: Callable[[str], None]) -> Di
     Args:
         config: The recipe's YAML.
         flags: More of its flags.
-        say: Told which of the stages begins, and how many there are.
+        say: Told which of the stages begins.
 
     Raises:
         UserError: The file is no YAML mapping, so that there is nothing to examine.
     """
-
-    def begin(stage: str) -> None:
-        numbered(say, STAGES.index(stage) + 1, len(STAGES))(stage)
-
-    begin("reading the settings")
+    say("reading the settings")
     program = find_program(config, flags)
     found = Diagnosis(config, program.name)
     parts, origins = read_settings(program, config, flags, found.examination)
     _examine_folder(parts, found.examination)
     examine_parts = examine_language_model if program is SFT else examine_classifier
-    decided = found.examination.ask("doctor", "went through", examine_parts, found, cast(Any, parts), begin)
+    decided = found.examination.ask("doctor", "went through", examine_parts, found, cast(Any, parts), say)
     found.settings = list_settings(parts, origins, decided or {})
     return found
 

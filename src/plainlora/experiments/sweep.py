@@ -22,6 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from plainlora.errors import UserError
 from plainlora.experiments.runs import Outcome, duration, flag_names, held, resolve, run_recipe
 from plainlora.experiments.search import default_search, no_kind, own_values, parse_search, parse_spec, to_flags
+from plainlora.markdown import table
 from plainlora.plots import plot_trials
 from plainlora.report import package_versions, write_json
 from plainlora.settings.parsing import read_yaml
@@ -269,15 +270,15 @@ def _as_record(trial: FrozenTrial) -> dict[str, Any]:
 def markdown(records: Sequence[dict[str, Any]], metric: str) -> str:
     """Every trial that was decided, the best first."""
     names = list(dict.fromkeys(name for record in records for name in record["parameters"]))
-    lines = [f"| trial | {metric} | " + " | ".join(names) + " | seconds |", "|---|" + "---|" * (len(names) + 2)]
+    rows = []
     for record in records:
         if record["state"] in ("finished", "failed"):
             value = f"{record['value']:.4f}" if record["state"] == "finished" else "failed"
             cells = [_short(record["parameters"].get(name, "")) for name in names]
-            lines.append(f"| {record['trial']} | {value} | " + " | ".join(cells) + f" | {record['seconds']:.0f} |")
+            rows.append([record["trial"], value, *cells, f"{record['seconds']:.0f}"])
     failed = [record for record in records if record["state"] == "failed"]
-    lines += [f"\nTrial {record['trial']} failed: {record['reason']}" for record in failed]
-    return "\n".join(lines)
+    reasons = [f"\nTrial {record['trial']} failed: {record['reason']}" for record in failed]
+    return "\n".join([table(["trial", metric, *names, "seconds"], rows), *reasons])
 
 
 def _write(study: optuna.Study, plan: Plan, output: Path) -> None:

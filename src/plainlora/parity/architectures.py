@@ -12,7 +12,7 @@ import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -375,17 +375,3 @@ def _in_silence() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
-
-
-def examine_all(
-    architectures: Sequence[Architecture], progress: Callable[[str], None] = lambda _: None
-) -> Iterator[Row]:
-    """All of them, one after the other.
-
-    Args:
-        architectures: Which.
-        progress: Told each as it begins.
-    """
-    for number, architecture in enumerate(architectures, 1):
-        progress(f"{number} of {len(architectures)}: {architecture.class_name} ({architecture.model_type})")
-        yield examine(architecture)
