@@ -22,16 +22,17 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from plainlora.bench.case import FUSED, MATCHED, PEFT, Case
 from plainlora.bench.language import plan_run
 from plainlora.bench.race import Outcome, race
 from plainlora.bench.report import amount, describe_machine, duration, machine, ratio, to_json
-from plainlora.progress import show_progress
 from plainlora.report import package_versions, write_json
 from plainlora.resources.footprint import estimate
 
@@ -87,11 +88,11 @@ def run_tests() -> dict[str, Any]:
     return found if code == 0 else found | {"printed": printed[-10_000:]}
 
 
-def measure(case: Case, device: str, size: str) -> dict[str, Any]:
+def measure(case: Case, device: str, size: str, progress: Callable[[str], None]) -> dict[str, Any]:
     """Races the arms of a case: what was measured of each, and how far their losses are apart."""
     try:
         seconds = CASE_SECONDS[case.options["model"]]
-        outcome = race("language", case, device, STEPS[size], progress=show_progress, seconds=seconds)
+        outcome = race("language", case, device, STEPS[size], progress=progress, seconds=seconds)
         return to_json(outcome) | {"figures": {arm: figures(outcome, arm) for arm in case.arms}} | differences(outcome)
     except Exception as error:  # whatever a library raises: the next case is measured all the same
         return {"name": case.name, "failed": f"{type(error).__name__}: {error}", "where": traceback.format_exc()}
@@ -175,19 +176,21 @@ def main() -> int:
         found["seconds"] = time.monotonic() - started
         write_json(arguments.json, found)
         arguments.json.with_suffix(".md").write_text(markdown(found), encoding="utf-8")
-        show_progress("")
 
-    show_progress("tests marked gpu")
+    bar = tqdm(bar_format="{desc}", leave=False, disable=None)  # only on a terminal
+    progress = bar.set_description_str
+    progress("tests marked gpu")
     found["tests"] = run_tests()
     write()
     for case in (chosen := cases(arguments.size, device)):
-        found["cases"].append(measure(case, device, arguments.size))
+        found["cases"].append(measure(case, device, arguments.size, progress))
         write()
     for case, measured in zip(chosen, found["cases"], strict=True):
         for arm, figure in measured.get("figures", {}).items():
-            show_progress(f"predicted memory: {case.name}, {arm}")
+            progress(f"predicted memory: {case.name}, {arm}")
             figure["predicted"] = predict(case, arm, device)
             write()
+    bar.close()
     print(markdown(found))
     return int("printed" in found["tests"] or any("failed" in case for case in found["cases"]))
 

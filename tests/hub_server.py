@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from os import environ
@@ -40,7 +40,6 @@ class Fault:
         times: How many requests.
         status: The answer; 0 to hang up, in the middle of the request's body.
         after: Whether the request is served all the same, so that only its answer is lost.
-        silent: Whether nothing at all is answered, until the client gives up.
         body: The answer's.
     """
 
@@ -49,7 +48,6 @@ class Fault:
     times: int = 1
     status: int = 0
     after: bool = False
-    silent: bool = False
     body: bytes = b"{}"
 
 
@@ -142,12 +140,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.state.requests.append(f"{self.command} {path}")
         fault = self.state.next_fault(self.command, path)
         length = int(self.headers.get("Content-Length") or 0)
-        if fault and fault.silent:
-            self.close_connection = True
-            with suppress(OSError):
-                while self.connection.recv(1 << 16):
-                    pass
-            return
         if fault and not fault.status and not fault.after:
             self.rfile.read(length // 2)
             self._hang_up()
@@ -384,12 +376,9 @@ class Outcome:
 
 # Reads one command a line, runs it as the shell would, and writes its outcome on a line of the stream it was given.
 # The client reads HF_ENDPOINT when it is imported, and the import takes seconds, so one process serves many commands.
-# Its clock runs fifty times as fast while it waits: the waits between tries add up to half a minute. SILENCE in the
-# environment is how many seconds a server may say nothing.
+# Its clock runs fifty times as fast while it waits: the waits between the library's own tries add up to half a minute.
 _WORKER = """
 import json, os, runpy, sys, tempfile, time
-from plainlora.hub import repository
-patience = repository.SILENCE
 answers = os.fdopen(int(sys.argv[1]), "w")
 real_sleep = time.sleep
 time.sleep = lambda seconds: real_sleep(seconds / 50)
@@ -397,7 +386,6 @@ for line in sys.stdin:
     task = json.loads(line)
     for name, value in task["environment"].items():
         os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
-    repository.SILENCE = float(os.environ.pop("SILENCE", patience))
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         sys.stdout.flush(); sys.stderr.flush()
         kept = os.dup(1), os.dup(2)

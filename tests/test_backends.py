@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
-import plainlora.lora.targets
 from plainlora import inject, load_adapter, save_adapter
 from plainlora.backends import BACKENDS, attach_adapter
 from plainlora.errors import UserError
@@ -215,14 +214,11 @@ def test_the_head_of_a_classifier_may_carry_lora_and_that_of_a_language_model_ma
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_u23_a_saved_regular_expression_without_end_is_refused_by_every_backend(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(plainlora.lora.targets, "MATCH_SECONDS", 0.2)
+def test_a_saved_regular_expression_that_fits_no_larger_one_is_refused(name: str, tmp_path: Path) -> None:
     save_adapter(inject(make_model("llama"), LoraConfig(r=2, target_modules=["q_proj"])), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"exclude_modules": "([a-z._0-9]+)+!"}))
-    with pytest.raises(LoRAError, match=r"^exclude_modules: what it says takes more than"):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {"(?i)q_proj": 3}}))
+    with pytest.raises(LoRAError, match=r"^rank_pattern: it cannot be matched with names of modules"):
         BACKENDS[name].load(make_model("llama"), tmp_path)
 
 

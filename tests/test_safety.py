@@ -1,22 +1,18 @@
-"""What comes from elsewhere runs no code here, reaches no file outside of its folder, and fills no memory."""
+"""What comes from elsewhere runs no code here."""
 
-import gzip
 import json
 import os
 import re
 import runpy
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 import torch
 from peft import LoraConfig
-from pyarrow import parquet
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -24,7 +20,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import plainlora.data.prompts
 from plainlora import inject, load_adapter, save_adapter
 from plainlora.base.classifier import build_skeleton
 from plainlora.base.config import load_config
@@ -32,13 +27,9 @@ from plainlora.base.loading import load_causal_lm
 from plainlora.base.remote_code import code_options, describe_remote_code
 from plainlora.base.tokenizer import load_tokenizer
 from plainlora.commands import main
-from plainlora.data.datasets import load_split
 from plainlora.data.prompts import render_prompt
 from plainlora.errors import UserError
 from plainlora.folders import MANIFEST, write_manifest
-from plainlora.lora.containment import find_escape
-from plainlora.lora.errors import LoRAError
-from plainlora.lora.time_limit import time_limit
 from plainlora.settings.parsing import read_yaml
 from plainlora.settings.programs import CLASSIFY
 from tests.conftest import ROOT, make_model
@@ -232,81 +223,21 @@ def test_u23_the_classifier_runs_no_code_of_a_model() -> None:
         CLASSIFY.parse(["--trust_remote_code", "true"])
 
 
-# Names and links that lead elsewhere
+# Links, which many a collection of models is made of
 
 
-@pytest.mark.parametrize(
-    "name", ["../other/model.safetensors", "/other/model.safetensors", "a/../../x", "\0", "linked/x"]
-)
-def test_u23_an_index_names_no_file_outside_of_its_folder(
-    model_dirs: dict[str, Path], tmp_path: Path, name: str
-) -> None:
-    base = shutil.copytree(model_dirs["llama"], tmp_path / "base")
-    (tmp_path / "other").mkdir()
-    (base / "linked").symlink_to(tmp_path / "other")
-    (base / "model.safetensors").rename(tmp_path / "other" / "model.safetensors")
-    keys = make_model("llama").state_dict()
-    index = {"metadata": {}, "weight_map": dict.fromkeys(keys, name.replace("/other", f"{tmp_path}/other", 1))}
-    (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"base is not loaded: model.safetensors.index.json names the file .* outside"):
-        load_causal_lm(str(base))
-
-
-def test_u23_an_index_may_name_files_of_its_folder(model_dirs: dict[str, Path], tmp_path: Path) -> None:
-    base = shutil.copytree(model_dirs["llama"], tmp_path / "base")
-    make_model("llama").save_pretrained(base, max_shard_size="20KB")
-    (base / "model.safetensors").unlink()
-    assert len(list(base.glob("*.safetensors"))) > 1
-    assert torch.equal(load_causal_lm(str(base)).lm_head.weight, make_model("llama").lm_head.weight)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_u23_a_link_out_of_a_base_is_refused_but_not_in_the_hubs_cache(
-    model_dirs: dict[str, Path], tmp_path: Path, name: str
-) -> None:
-    base = shutil.copytree(model_dirs["llama"], tmp_path / "models--a--b" / "snapshots" / COMMIT)
-    (tmp_path / "models--a--b" / "blobs").mkdir()
-    (base / name).rename(tmp_path / "models--a--b" / "blobs" / "hash")
-    (base / name).symlink_to("../../blobs/hash")
-    assert find_escape(base) is None
-    load_causal_lm(str(base))
-    load_tokenizer(str(base))
-    moved = (tmp_path / "models--a--b" / "snapshots").rename(tmp_path / "models--a--b" / "elsewhere") / COMMIT
-    for load in (load_causal_lm, load_tokenizer):
-        with pytest.raises(UserError, match=f"{name} is a link to ../../blobs/hash, outside of the folder"):
-            load(str(moved))
-
-
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
-def test_u23_a_link_out_of_an_adapter_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_base_and_an_adapter_may_be_links_to_files_elsewhere(model_dirs: dict[str, Path], tmp_path: Path) -> None:
     save_adapter(inject(make_model("llama"), LoraConfig(r=2, target_modules=["q_proj"])), tmp_path / "adapter")
-    (tmp_path / "adapter" / name).rename(tmp_path / "outside")
-    (tmp_path / "adapter" / name).symlink_to(tmp_path / "outside")
-    with pytest.raises(LoRAError, match=f"{name} is a link to .*, outside of the folder"):
-        load_adapter(make_model("llama"), tmp_path / "adapter")
-    (tmp_path / "adapter" / name).unlink()
-    (tmp_path / "outside").rename(tmp_path / "adapter" / "inside")
-    (tmp_path / "adapter" / name).symlink_to("inside")
-    load_adapter(make_model("llama"), tmp_path / "adapter")
+    for folder in (model_dirs["llama"], tmp_path / "adapter"):
+        (tmp_path / "links" / folder.name).mkdir(parents=True)
+        for path in folder.iterdir():
+            (tmp_path / "links" / folder.name / path.name).symlink_to(path)
+    base = str(tmp_path / "links" / model_dirs["llama"].name)
+    load_tokenizer(base)
+    load_adapter(load_causal_lm(base), tmp_path / "links" / "adapter")
 
 
-# What unpacks to more than memory holds, or never ends
-
-
-def test_u23_a_packed_bomb_is_not_unpacked(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"text": "a"}\n' + b" " * 9_999_999) * 30)
-    with pytest.raises(UserError, match=r"rows.jsonl.gz has [\d,]+ bytes and unpacks to more than 268,435,456"):
-        load_split(str(path), "train")
-
-
-def test_u23_a_parquet_bomb_is_not_unpacked(tmp_path: Path) -> None:
-    path = tmp_path / "rows.parquet"
-    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 30_000, pa.int32()), ["x" * 10_000])
-    parquet.write_table(pa.table({"text": texts}), path, store_schema=False)
-    assert path.stat().st_size < 100_000
-    with pytest.raises(UserError, match=r"rows.parquet has [\d,]+ bytes and unpacks to more than 268,435,456"):
-        load_split(str(path), "train")
+# What is data, and what may not reach out of its sandbox
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -337,9 +268,6 @@ def test_u23_a_yaml_is_data(tmp_path: Path, content: str, said: str) -> None:
     assert not (tmp_path / "marker").exists()
 
 
-LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-
-
 @pytest.mark.parametrize(
     ("template", "said"),
     [
@@ -353,33 +281,14 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% end
         ("{{ open('/etc/passwd').read() }}", "'open' is undefined"),
         ("{% for a in range(10**9) %}{% endfor %}", "Range too big"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "maximum recursion depth exceeded"),
-        (LOOP, "it takes more than 0.3 seconds"),
     ],
 )
-def test_u23_a_chat_template_is_held_in_its_sandbox_and_ends(
+def test_u23_a_chat_template_is_held_in_its_sandbox(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, template: str, said: str
 ) -> None:
-    monkeypatch.setattr(plainlora.data.prompts, "RENDER_SECONDS", 0.3)
     monkeypatch.setattr(tokenizer, "chat_template", template)
     with pytest.raises(UserError, match=f"the chat template cannot render a conversation of user: .*{said}"):
         render_prompt("hi", tokenizer)
-
-
-def test_a_time_limit_leaves_a_timer_that_runs_and_a_quick_block_alone() -> None:
-    rung = []
-    before = signal.signal(signal.SIGALRM, lambda *_: rung.append(time.monotonic()))
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
-        with pytest.raises(TimeoutError, match=r"more than 0\.05 seconds"), time_limit(0.05):
-            time.sleep(5)
-        with time_limit(5):
-            pass
-        assert not rung
-        time.sleep(0.4)
-        assert len(rung) == 1
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize(

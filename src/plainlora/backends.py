@@ -17,7 +17,7 @@ from plainlora.errors import UserError
 from plainlora.fusing import fuse
 from plainlora.lora import inject, interchange, load
 from plainlora.lora.config import check_supported, check_types
-from plainlora.lora.targets import check_patterns_end, find_new_weights, find_targets
+from plainlora.lora.targets import check_expressions, find_new_weights, find_targets
 
 FIXED_BY_CHECKPOINT = (
     *("r", "lora_alpha", "use_rslora", "lora_dropout", "bias", "rank_pattern", "alpha_pattern", "modules_to_save"),
@@ -91,16 +91,16 @@ def _peft_attach(model: PreTrainedModel, config: LoraConfig, new_weights: Collec
 
 
 def _check_readable(model: nn.Module, directory: str | Path) -> None:
-    """Raises `LoRAError` where PEFT would have no end, or would unpickle `adapter_model.bin`.
+    """Raises `LoRAError` where PEFT would fail otherwise, or would unpickle `adapter_model.bin`.
 
-    It does without whole safetensors beside that.
+    It does that without whole safetensors beside it.
 
     https://github.com/huggingface/peft/blob/v0.21.0/src/peft/utils/save_and_load.py (`load_peft_weights`)
     """
     config = interchange.read_config(directory)
     interchange.saved_shapes(directory)
     check_types(config)
-    check_patterns_end(model, config)
+    check_expressions(model, config)
 
 
 def _peft_load(model: PreTrainedModel, directory: str | Path) -> nn.Module:

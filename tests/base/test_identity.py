@@ -141,7 +141,7 @@ def _cut(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (_name_outside, r"elsewhere.safetensors', outside of the folder"),
+        (_name_outside, "which leaves its folder"),
         (_cut, "are corrupt or cut short"),
         (lambda folder: sorted(folder.glob("*.safetensors"))[0].unlink(), "which is not there"),
         (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "index.json is damaged"),

@@ -122,12 +122,13 @@ def test_progress_says_which_case_side_and_level_of_how_many(
     capsys.readouterr()
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     main(["compare", "--adapter", str(adapter), "--output", str(tmp_path / "out")])
-    lines = capsys.readouterr().err.split("\r\033[K")[1:]
+    lines = [line for line in capsys.readouterr().err.split("\r") if ", level " in line]
     levels = [f"level {number} of {len(LEVELS)}: " for number in range(1, len(LEVELS) + 1)]
     for side in ("plainlora", "PEFT"):
-        told = [line for line in lines if f", {side}, level " in line]
+        own = [line for line in lines if f", {side}, level " in line]
+        told = list(dict.fromkeys(line.partition("%")[0] for line in own))  # a bar is drawn more often than it changes
         assert [level in line for level, line in zip(levels, told, strict=terminal)] == [True] * len(told)
-        assert all(line.startswith("1 of 1: ") for line in told)
+        assert all("| 0/1 [" in line for line in own)
     assert bool(lines) is terminal
 
 

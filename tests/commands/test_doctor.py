@@ -123,11 +123,11 @@ def test_progress_is_for_a_terminal_alone(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     main(["doctor", "--config", "recipes/quickstart/lora.yaml", *(["--json"] if json_too else [])])
     said = capsys.readouterr().err
-    told = re.findall(r"\r\033\[K(\d) of (\d): (\w+)", said)
+    told = dict.fromkeys(re.findall(r"\r(\w+) [^\r]*\| (\d)/6 ", said))  # a bar is drawn more often than it changes
     if terminal and not json_too:
-        assert [number for number, _, _ in told] == list("123456")
-        assert {of for _, of, _ in told} == {"6"}
-        assert [verb for _, _, verb in told] == ["reading", "looking", "reading", "looking", "laying", "counting"]
+        assert list(told) == [
+            ("reading", "1"), ("looking", "2"), ("reading", "3"), ("looking", "4"), ("laying", "5"), ("counting", "6"),
+        ]  # fmt: skip
     else:
         assert said == ""
 

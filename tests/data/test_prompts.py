@@ -1,7 +1,5 @@
 """Templates render to the letter what the models were trained on elsewhere."""
 
-import resource
-import time
 from pathlib import Path
 
 import pytest
@@ -9,11 +7,9 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import plainlora.data.prompts
 from plainlora.data.encoding import Encoder, encode_rows
 from plainlora.data.prompts import (
     adds_bos,
-    apply_template,
     assistant_message,
     install_template,
     render,
@@ -155,52 +151,6 @@ def test_a_tokenizers_damaged_template_is_no_rows_fault(fresh: PreTrainedTokeniz
     options = {"text_column": "text", "answers_only": True, "max_length": None, "on_overflow": "drop"}
     with pytest.raises(UserError, match=r"^the chat template of .*fresh is none: unexpected '}'"):
         encode_rows(rows, fresh, where="rows.jsonl", max_truncated=0.0, **options)
-
-
-@pytest.mark.parametrize(
-    ("template", "said"),
-    [
-        ("{{ 'a' * 3000000000 }}", "it takes more than 256 MiB of memory"),
-        ("{{ '{:>2000000000}'.format('x') }}", "it takes more than 256 MiB of memory"),
-        ("{{ 'a'.center(10**9) }}", "it takes more than 256 MiB of memory"),
-        ("{{ messages|tojson(indent=100000000) }}", "it takes more than 256 MiB of memory"),
-        ("{{ 7**(10**9) }}", "it takes more than 0.3 seconds"),  # which Jinja swallows once
-        ("{{ strftime_now('%Y'*1000000) }}", "the chat template makes 4,000,000 letters of 35"),
-    ],
-)
-def test_u23_a_templates_time_memory_and_text_have_an_end(
-    fresh: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, template: str, said: str
-) -> None:
-    if said.endswith("seconds"):
-        monkeypatch.setattr(plainlora.data.prompts, "RENDER_SECONDS", 0.3)
-    fresh.chat_template = template
-    before, started = resource.getrlimit(resource.RLIMIT_AS), time.monotonic()
-    with pytest.raises(UserError, match=said):
-        render_prompt("hi", fresh)
-    assert time.monotonic() - started < 15
-    assert resource.getrlimit(resource.RLIMIT_AS) == before
-
-
-def test_a_long_conversation_is_within_the_limits(fresh: PreTrainedTokenizerFast) -> None:
-    fresh.chat_template = "{% for m in messages %}{% generation %}{{ m.content * 2 }}{% endgeneration %}{% endfor %}"
-    messages = [user_message("🦙 " * 60_000), assistant_message("Red.")]
-    assert len(render(messages, fresh)) == 239_998 + 8
-    encoded = apply_template(messages, fresh, True, return_dict=True, return_assistant_tokens_mask=True)
-    assert sum(encoded["assistant_masks"]) > len(encoded["input_ids"]) - 9
-
-
-def test_u23_training_on_the_assistants_turns_renders_within_the_same_time(
-    fresh: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(plainlora.data.prompts, "RENDER_SECONDS", 0.3)
-    slow = "{% if now %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}"
-    fresh.chat_template = slow + "{% generation %}{{ messages }}{% endgeneration %}"
-    own = fresh.apply_chat_template
-    monkeypatch.setattr(
-        fresh, "apply_chat_template", lambda *args, **options: own(*args, now=options["tokenize"], **options)
-    )
-    with pytest.raises(UserError, match=r"it takes more than 0\.3 seconds"):
-        Encoder(fresh, "messages", "text", True)({"messages": TURN})
 
 
 @pytest.mark.parametrize("template", ["alpaca", "llama2"])

@@ -19,7 +19,7 @@ from plainlora.commands import main
 from plainlora.errors import UserError
 from plainlora.experiments.runs import resolve
 from plainlora.experiments.search import default_search, no_kind, own_values, parse_search, parse_spec, to_flags
-from plainlora.experiments.sweep import Plan, best_command, finished, open_study, sampler_for
+from plainlora.experiments.sweep import Plan, best_command, finished, open_study
 from tests.conftest import ROOT
 from tests.experiments.test_table import fail, write_recipe
 
@@ -134,10 +134,10 @@ def plan(**changes: object) -> Plan:
     return Plan(**given)  # type: ignore[arg-type]
 
 
-def go_on(study: optuna.Study, trials: int, die_at: int | None = None) -> list[dict[str, object]]:
+def go_on(output: Path, trials: int, die_at: int | None = None, seed: int = 0) -> list[dict[str, object]]:
     """The sweep's loop without its runs; the parameters of the finished trials."""
+    study = open_study(plan(), output, seed)
     while len(finished(study)) < trials:
-        study.sampler = sampler_for(study, 0)
         trial = study.ask(plan().space)
         if trial.number == die_at:
             break
@@ -145,26 +145,32 @@ def go_on(study: optuna.Study, trials: int, die_at: int | None = None) -> list[d
     return [trial.params for trial in finished(study)]
 
 
-def test_an_interrupted_study_tries_the_same_as_an_uninterrupted_one(tmp_path: Path) -> None:
-    for name in ("whole", "broken"):
+def test_a_study_that_goes_on_repeats_none_of_its_trials(tmp_path: Path) -> None:
+    """Those that came by chance at its beginning least of all."""
+    for trials in (3, 5, 9):
+        go_on(tmp_path, trials)
+    assert len({json.dumps(parameters) for parameters in go_on(tmp_path, 14)}) == 14
+
+
+def test_the_same_seed_tries_the_same_and_another_does_not(tmp_path: Path) -> None:
+    found = []
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
         (tmp_path / name).mkdir()
-    whole = go_on(open_study(plan(), tmp_path / "whole"), 14)
-    assert len({json.dumps(parameters) for parameters in whole}) == 14
-    for die_at in (0, 3, 4, 12):
-        go_on(open_study(plan(), tmp_path / "broken"), 14, die_at)
-    study = open_study(plan(), tmp_path / "broken")
-    assert go_on(study, 14) == whole
-    assert [trial.number for trial in study.trials if trial.state == TrialState.FAIL] == [0, 3, 4, 12]
+        found.append(go_on(tmp_path / name, 14, seed=seed))
+    assert found[0] == found[1] != found[2]
 
 
-def test_a_trial_that_was_running_is_tried_again_in_its_own_folder(tmp_path: Path) -> None:
-    go_on(open_study(plan(), tmp_path), 5, die_at=2)
-    again = open_study(plan(), tmp_path)
+def test_a_trial_that_was_running_has_failed_and_is_tried_again(tmp_path: Path) -> None:
+    go_on(tmp_path, 5, die_at=2)
+    (tmp_path / "trial-002" / "checkpoint-1").mkdir(parents=True)
+    again = open_study(plan(), tmp_path, 0)
+    assert [trial.state for trial in again.trials] == [
+        TrialState.COMPLETE, TrialState.COMPLETE, TrialState.FAIL, TrialState.WAITING,
+    ]  # fmt: skip
     trial = again.ask(plan().space)
     assert trial.number == 3
-    assert trial.user_attrs == {"folder": "trial-002"}
     assert trial.params == again.trials[2].params
-    assert again.trials[2].state == TrialState.FAIL
+    assert not (tmp_path / "trial-002").exists()
 
 
 @pytest.mark.parametrize(
@@ -183,16 +189,16 @@ def test_a_trial_that_was_running_is_tried_again_in_its_own_folder(tmp_path: Pat
     ],
 )
 def test_a_study_that_was_begun_otherwise_is_refused(tmp_path: Path, changes: dict[str, object], said: str) -> None:
-    go_on(open_study(plan(), tmp_path), 1)
+    go_on(tmp_path, 1)
     with pytest.raises(UserError, match=rf"begun otherwise \(.*{said}.*\); give another --output_dir"):
-        open_study(plan(**changes), tmp_path)
-    assert len(finished(open_study(plan(), tmp_path))) == 1
+        open_study(plan(**changes), tmp_path, 0)
+    assert len(finished(open_study(plan(), tmp_path, 0))) == 1
 
 
 def test_a_study_without_any_result_may_begin_otherwise(tmp_path: Path) -> None:
-    study = open_study(plan(), tmp_path)
+    study = open_study(plan(), tmp_path, 0)
     study.tell(study.ask(plan().space), state=TrialState.FAIL)
-    again = open_study(plan(metric="validation_loss"), tmp_path)
+    again = open_study(plan(metric="validation_loss"), tmp_path, 0)
     assert [trial.state for trial in again.trials] == [TrialState.WAITING]
     assert again.direction == optuna.study.StudyDirection.MINIMIZE
 
@@ -200,7 +206,7 @@ def test_a_study_without_any_result_may_begin_otherwise(tmp_path: Path) -> None:
 def test_a_file_that_is_no_study(tmp_path: Path) -> None:
     (tmp_path / "study.db").write_text("not a database, but long enough to be looked into" * 100)
     with pytest.raises(UserError, match=r"study.db cannot be read \(.*\); give another --output_dir"):
-        open_study(plan(), tmp_path)
+        open_study(plan(), tmp_path, 0)
 
 
 def test_the_best_command_line_can_be_pasted() -> None:
@@ -282,7 +288,8 @@ def test_a_killed_sweep_goes_on(
     by_number = {trial["trial"]: trial for trial in found["trials"]}
     assert by_number[0]["parameters"] == {"learning_rate": 5e-4, "lora_r": "4"}  # the config's own
     assert by_number[2]["parameters"] == by_number[1]["parameters"] != by_number[0]["parameters"]
-    assert by_number[2]["output_dir"] == "trial-001"
+    assert by_number[2]["output_dir"] == "trial-002"
+    assert not (output / "trial-001").exists()
     for trial in (by_number[0], by_number[2]):
         folder = output / trial["output_dir"]
         assert trial["value"] == json.loads((folder / "all_results.json").read_text())["validation_accuracy"]

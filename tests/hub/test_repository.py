@@ -198,47 +198,28 @@ def test_who_may_not_push_is_told_so(
 STORAGE, COMMIT = "^/storage/", "/commit/main$"
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        Fault("PUT", STORAGE, times=2),
-        Fault("PUT", STORAGE, times=2, status=503),
-        Fault("POST", COMMIT, times=2),
-        Fault("POST", COMMIT, times=2, status=502),
-        Fault("POST", COMMIT, after=True),
-        Fault("POST", "/preupload/", times=2),
-        Fault("GET", "/whoami-v2$", times=2),
-        Fault("POST", "/repos/create$", after=True),
-    ],
-    ids=lambda fault: f"{fault.method}-{fault.path.strip('$^/')}-{fault.status}-{'lost answer' * fault.after}",
-)
-@pytest.mark.parametrize("kind", ["adapter", "small_adapter"])
-def test_a_connection_that_is_cut_is_tried_again(
-    terminal: Terminal, kind: str, request: pytest.FixtureRequest, fault: Fault
-) -> None:
-    folder = request.getfixturevalue(kind)
-    terminal.hub.faults.append(Fault(**vars(fault)))
-    said = terminal.push(folder, "ann/adapter")
-    assert said.count("trying again in") == fault.times
-    assert "pushed 3 files" in said
-    published = terminal.hub.files("ann/adapter")
-    assert published["adapter_model.safetensors"] == (folder / "adapter_model.safetensors").read_bytes()
-    assert terminal.hub.repos["ann/adapter"].messages == ["initial commit", "Upload with PlainLoRA"]
+def test_a_push_whose_answer_was_lost_is_found_whole_by_the_next(terminal: Terminal, small_adapter: Path) -> None:
+    terminal.hub.faults.append(Fault("POST", COMMIT, after=True))
+    line = terminal.refused(small_adapter, "ann/adapter")
+    assert line.endswith("the branch holds all of it or nothing of it; run the same command again")
+    head = terminal.hub.head("ann/adapter")
+    assert "ann/adapter holds these 3 files already" in terminal.push(small_adapter, "ann/adapter")
+    assert terminal.hub.head("ann/adapter") == head
 
 
 @pytest.mark.parametrize(
     ("fault", "line"),
     [
-        (Fault("PUT", STORAGE), r"the upload to ann/adapter failed: the connection to \S+ broke: .+; tried 6 times"),
-        (Fault("PUT", STORAGE, status=500), r"the upload to ann/adapter failed: the Hub answered 500: .+; tried 6 t"),
-        (Fault("PUT", STORAGE, status=400), r"the upload to ann/adapter failed: the Hub answered 400: .+; nothing wa"),
-        (Fault("POST", COMMIT), r"the commit to ann/adapter failed: the connection .+; tried 6 times; the branch hol"),
-        (Fault("POST", COMMIT, status=503), r"the commit to ann/adapter failed: the Hub answered 503: .+; tried 6 t"),
+        (Fault("PUT", STORAGE), r"the push to ann/adapter failed: the connection to \S+ broke: .+; the branch holds"),
+        (Fault("PUT", STORAGE, status=500), r"the push to ann/adapter failed: the Hub answered 500: .+; the branch"),
+        (Fault("PUT", STORAGE, status=400), r"the push to ann/adapter failed: the Hub answered 400: .+; the branch"),
+        (Fault("POST", COMMIT), r"the push to ann/adapter failed: the connection to \S+ broke: .+; the branch holds"),
+        (Fault("POST", COMMIT, status=503), r"the push to ann/adapter failed: the Hub answered 503: .+; the branch"),
         (
             Fault("POST", COMMIT, status=400, body=b'{"error": "refused, %s"}' % TOKEN.encode()),
-            r"the commit to ann/adapter failed: the Hub answered 400: .*refused, \.\.\.; the branch holds all of it",
+            r"the push to ann/adapter failed: the Hub answered 400: .*refused, \.\.\.; the branch holds all of it",
         ),
-        (Fault("GET", "/whoami-v2$", status=500), r"the Hub cannot be logged in to: the Hub answered 500: .+; tried"),
+        (Fault("GET", "/whoami-v2$", status=500), r"the Hub cannot be logged in to: the Hub answered 500: .+"),
     ],
 )  # fmt: skip
 def test_u18_a_push_that_fails_for_good_leaves_the_branch_as_it_was(
@@ -255,30 +236,12 @@ def test_u18_a_push_that_fails_for_good_leaves_the_branch_as_it_was(
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("GET", "/whoami-v2$"), ("POST", "/repos/create$"), ("GET", "/models/ann/adapter$"), ("PUT", STORAGE),
-     ("POST", "/preupload/"), ("POST", COMMIT)],
-)  # fmt: skip
-def test_a_server_that_says_nothing_is_asked_again(terminal: Terminal, adapter: Path, method: str, path: str) -> None:
-    terminal.hub.faults.append(Fault(method, path, silent=True))
-    said = terminal.push(adapter, "ann/adapter", SILENCE="0.5")
-    assert said.count("trying again in") == 1
-    assert len(terminal.hub.files("ann/adapter")) == 3
-
-
-def test_a_server_that_never_says_anything_is_given_up_on(terminal: Terminal, small_adapter: Path) -> None:
-    terminal.hub.faults.append(Fault("GET", "", times=100, silent=True))
-    line = terminal.refused(small_adapter, "ann/adapter", SILENCE="0.2")
-    assert line.endswith(f"logged in to: {terminal.address} said nothing for 0.2 s; tried 6 times")
-
-
-@pytest.mark.parametrize(
-    ("method", "path"),
     [("GET", "/whoami-v2$"), ("POST", "/repos/create$"), ("GET", "/models/ann/adapter$"), ("POST", "/preupload/"),
      ("POST", "/batch$"), ("POST", COMMIT)],
 )  # fmt: skip
 @pytest.mark.parametrize(
     "body",
-    [b"[]", b"{}", b'{"name": 5, "id": []}', b"<html>Log in to the hotel's network</html>", b"[" * 100_000],
+    [b"[]", b"{}", b"<html>Log in to the hotel's network</html>", b"[" * 100_000],
     ids=lambda body: body[:9].decode(),
 )
 def test_a_server_that_is_no_hub_is_told_from_one(
@@ -287,7 +250,6 @@ def test_a_server_that_is_no_hub_is_told_from_one(
     terminal.hub.faults.append(Fault(method, path, times=100, status=200, body=body))
     line = terminal.refused(adapter, "ann/adapter")
     assert f"the server at {terminal.address} gave an answer that is none of a Hub's; is HF_ENDPOINT right" in line
-    assert "tried" not in line
 
 
 def test_a_token_among_the_words_of_a_tensor_file_is_not_published(terminal: Terminal, adapter: Path) -> None:
@@ -303,9 +265,7 @@ def test_a_token_among_the_words_of_a_tensor_file_is_not_published(terminal: Ter
 def test_a_server_that_is_not_there(terminal: Terminal, small_adapter: Path) -> None:
     """Its own process would be needed for another address; the server hangs up on everything instead."""
     terminal.hub.faults.append(Fault("GET", "", times=100))
-    assert re.search(
-        r"logged in to: the connection to \S+ broke: .+; tried 6 times$", terminal.refused(small_adapter, "a")
-    )
+    assert re.search(r"logged in to: the connection to \S+ broke: .+$", terminal.refused(small_adapter, "a"))
 
 
 def recipe(base: Path, rows: Path, output: Path, *flags: str) -> list[str]:
@@ -339,7 +299,7 @@ def test_u18_a_recipe_pushes_what_it_wrote_and_its_token_stays_out_of_every_file
     terminal.hub.faults.append(Fault("POST", COMMIT, times=100))
     line = the_last_line(terminal.run(*command, HF_TOKEN=None))
     assert re.search(
-        rf"the run is saved in {output}, but not pushed: the commit to ann/my-run failed: .+; go on with: ", line
+        rf"the run is saved in {output}, but not pushed: the push to ann/my-run failed: .+; go on with: ", line
     )
     assert get_last_checkpoint(output) is not None
     for path in output.rglob("*"):

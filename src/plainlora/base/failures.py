@@ -6,7 +6,6 @@ from typing import Literal
 
 from plainlora.base.files import find_fault
 from plainlora.errors import UserError, first_line
-from plainlora.lora.containment import find_escape
 
 NO_EXPLANATION = (TypeError, ArithmeticError, AttributeError, LookupError)  # of a config: what code trips over
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -55,16 +54,9 @@ def _only_pickle(folder: Path) -> str | None:
 
 
 def check_folder(name: str) -> None:
-    """Raises `UserError` if something leads out of a local base's folder, or if it holds an adapter.
+    """Raises `UserError` if a local base's folder holds an adapter.
 
     Transformers would load the adapter silently, and LoRA would be trained on top of LoRA.
     """
     if os.path.isfile(os.path.join(os.path.expanduser(name), "adapter_config.json")):
         raise UserError(f"{name} is or holds an adapter, not a base model alone: merge it first (plainlora merge)")
-    check_contained(name)
-
-
-def check_contained(name: str) -> None:
-    """Raises `UserError` if something leads out of a local base's folder."""
-    if escape := find_escape(name):
-        raise UserError(f"{name} is not loaded: {escape}; put the files themselves into the folder")

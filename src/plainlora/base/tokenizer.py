@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from plainlora.base.failures import check_contained, explain
+from plainlora.base.failures import explain
 from plainlora.errors import UserError
 
 
@@ -23,7 +23,6 @@ def load_tokenizer(
     Raises:
         UserError: It cannot be had or has no vocabulary, or a named token is not in it.
     """
-    check_contained(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # of any kind, as in `load_config`; the tokenizers library raises `Exception` itself

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from plainlora.bench.case import FLOOR, FUSED, PEFT, REFERENCE, Case, Target
 from plainlora.bench.race import Outcome
+from plainlora.markdown import table
 from plainlora.report import package_versions, write_json
 
 COLOURS = ("#c2410c", "#9aa5b1", "#1f4e79", "#4d7c5a", "#e3a857", "#7c5295", "#a8c5da", "#8a6d3b")
@@ -111,19 +112,15 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
     """A table of the targets, if there are any, and one of all figures for each case."""
     ran = [outcome for outcome in outcomes if not outcome.case.not_run]
     held = [(outcome, target) for outcome in ran for target in outcome.case.targets]
-    lines = ["| case | what | measured | target, at most | |", "|---|---|---:|---:|---|"] if held else []
-    for outcome, target in held:
-        lines.append("| " + " | ".join([_title(outcome.case), *target_line(outcome, target)]) + " |")
+    judged = [[_title(outcome.case), *target_line(outcome, target)] for outcome, target in held]
+    lines = [table(["case", "what", "measured", "target, at most", ""], judged, right=(2, 3))] if held else []
     lines += ["", *(f"- not run: {_title(o.case)}: {o.case.not_run}" for o in outcomes if o.case.not_run)]
     for outcome in ran:
         columns, rows = figures(outcome)
-        lines += ["", f"**{_title(outcome.case)}**", "", "| " + " | ".join(columns) + " |"]
-        lines.append("|---|" + "---:|" * (len(columns) - 1))
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        lines += ["", f"**{_title(outcome.case)}**", "", table(columns, rows, right=range(1, len(columns)))]
         columns, rows = profile_rows(outcome)
         if rows:
-            lines += ["", "| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
-            lines += ["| " + " | ".join(row) + " |" for row in rows]
+            lines += ["", table(columns, rows, right=range(1, len(columns)))]
     return "\n".join([*lines, "", describe_machine(), ""])
 
 

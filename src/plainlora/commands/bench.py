@@ -28,13 +28,13 @@ def run(arguments: argparse.Namespace) -> None:
     import plainlora.quiet  # noqa: F401, I001
 
     import torch
+    from tqdm import tqdm
 
     from plainlora.bench import report
     from plainlora.bench.race import Outcome, race
     from plainlora.bench.suites import list_cases
     from plainlora.settings.checks import check_writable
     from plainlora.errors import UserError
-    from plainlora.progress import show_progress
 
     if arguments.repeats < 1:
         raise UserError(f"--repeats must be at least 1, not {arguments.repeats}")
@@ -53,13 +53,13 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--case {' '.join(wanted)}: no case of {', '.join(arguments.suite)} has that in its name")
     print(report.describe_machine(), flush=True)
     outcomes: list[Outcome] = []
-    for module, case in chosen:
+    for module, case in (bar := tqdm(chosen, leave=False, disable=None)):  # only on a terminal
         if case.not_run:
             outcomes.append(Outcome(case))
         else:
-            outcomes.append(race(module, case, device, arguments.repeats, arguments.profile, show_progress))
-        show_progress("")
-        print(report.terminal(outcomes[-1]), flush=True)
+            outcomes.append(race(module, case, device, arguments.repeats, arguments.profile, bar.set_description_str))
+        with tqdm.external_write_mode():
+            print(report.terminal(outcomes[-1]), flush=True)
         written = report.write(outcomes, path)  # after every case: what is measured is kept
     asked = [(outcome, target) for outcome in outcomes if not outcome.case.not_run for target in outcome.case.targets]
     met = sum(report.is_met(outcome, target) for outcome, target in asked)

@@ -83,17 +83,19 @@ def _refuse_idle_flags(arguments: argparse.Namespace) -> None:
 
 def _sweep(model_types: list[str], output: Path) -> None:
     """Every architecture, or those named; exit code 1 if a level neither holds nor is refused."""
+    from tqdm import tqdm
+
     from plainlora.parity.architecture_table import list_reasons, terminal_line, write
-    from plainlora.parity.architectures import examine_all, select
+    from plainlora.parity.architectures import examine, select
     from plainlora.parity.tiny import quiet_models
-    from plainlora.progress import show_progress
 
     rows = []
     with quiet_models():
-        for row in examine_all(select(model_types), show_progress):
-            rows.append(row)
-            show_progress("")
-            print(terminal_line(row), flush=True)
+        for architecture in (bar := tqdm(select(model_types), leave=False, disable=None)):  # only on a terminal
+            bar.set_description_str(f"{architecture.class_name} ({architecture.model_type})")
+            rows.append(examine(architecture))
+            with tqdm.external_write_mode():
+                print(terminal_line(rows[-1]), flush=True)
     write(rows, output)
     different = list_reasons(rows, "differs")
     built = sum(not row.not_built for row in rows)
@@ -105,12 +107,14 @@ def _sweep(model_types: list[str], output: Path) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Compares, shows, writes; exit code 1 if a level that ran does not hold."""
-    import plainlora.quiet  # noqa: F401
+    import plainlora.quiet  # noqa: F401, I001
+
+    from tqdm import tqdm
+
     from plainlora.errors import UserError
     from plainlora.parity.compare import compare
     from plainlora.parity.report import terminal_header, terminal_rows, write
     from plainlora.parity.tiny import quiet_models
-    from plainlora.progress import numbered, show_progress
     from plainlora.settings.checks import check_writable
 
     _refuse_idle_flags(arguments)
@@ -121,12 +125,11 @@ def run(arguments: argparse.Namespace) -> None:
     results: list[CaseResult] = []
     with quiet_models():
         cases = list(_cases(arguments, arguments.steps or 10))
-        for number, case in enumerate(cases, start=1):
-            if not results:
-                print(terminal_header(case.lora_backend))
-            results.append(compare(case, numbered(show_progress, number, len(cases))))
-            show_progress("")
-            print("\n".join(terminal_rows(results[-1].verdicts)), flush=True)
+        for case in (bar := tqdm(cases, leave=False, disable=None)):  # only on a terminal
+            header = [] if results else [terminal_header(case.lora_backend)]
+            results.append(compare(case, bar.set_description_str))
+            with tqdm.external_write_mode():
+                print("\n".join([*header, *terminal_rows(results[-1].verdicts)]), flush=True)
     verdicts = [verdict for result in results for verdict in result.verdicts]
     if all(verdict.status == "not run" for verdict in verdicts):
         raise UserError(f"nothing could be compared: {verdicts[0].reason}")

@@ -34,16 +34,22 @@ def run(arguments: argparse.Namespace) -> None:
     import plainlora.quiet  # noqa: F401, I001
     import json
 
-    from plainlora.doctor.examine import examine
+    from tqdm import tqdm
+
+    from plainlora.doctor.examine import STAGES, examine
     from plainlora.doctor.report import to_dict, to_text
-    from plainlora.progress import show_progress
 
     if arguments.json or not sys.stderr.isatty():
         with _without_bars():
             diagnosis = examine(arguments.config, arguments.flags, lambda _: None)
     else:
-        diagnosis = examine(arguments.config, arguments.flags, show_progress)
-        show_progress("")
+        with tqdm(total=len(STAGES), leave=False) as bar:
+
+            def begin(stage: str) -> None:
+                bar.n += 1
+                bar.set_description_str(stage)
+
+            diagnosis = examine(arguments.config, arguments.flags, begin)
     if arguments.json:
         print(json.dumps(to_dict(diagnosis), indent=2, default=str, ensure_ascii=False))
     else:

@@ -4,7 +4,6 @@ The template that trained a model is saved with its tokenizer (`chat_template.ji
 did. The built-in templates are the files in `templates/`.
 """
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,10 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from plainlora.errors import UserError
-from plainlora.lora.time_limit import time_limit
-from plainlora.memory_limit import memory_limit
 
 Message = dict[str, Any]
 
 TEMPLATES = Path(__file__).parent / "templates"
-RENDER_SECONDS = 10.0  # a conversation takes less than a thousandth of it
-RENDER_BYTES = 1 << 28
-BYTES_A_LETTER = 64  # of the messages: up to 4 for each copy of them
-MOST_LETTERS = 1_000_000  # of the rendered text, on top of what the messages explain
-MOST_COPIES = 10  # of the messages in the rendered text
 NO_TEMPLATE = "the tokenizer has no chat template: set prompt_template to alpaca, llama2 or a .jinja file"
 INPUT_MARK = "\n\n### Input:\n"  # the Alpaca template looks for it; see templates/alpaca.jinja
 
@@ -78,8 +70,7 @@ def install_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompt_template: {path} cannot be read: {error}") from error
     try:
-        with time_limit(RENDER_SECONDS), memory_limit(RENDER_BYTES):
-            _compile_jinja_template(source)
+        _compile_jinja_template(source)
     except Exception as error:  # of any kind, as in `apply_template`
         raise BrokenTemplate(f"prompt_template: {path} is no chat template: {_fault(error)}") from error
     # The tokenizer adds no BOS to rendered text, so a built-in template spells it out where the model expects it.
@@ -110,24 +101,20 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def apply_template(
     messages: list[Message], tokenizer: PreTrainedTokenizerBase, tokenize: bool = False, **options: Any
 ) -> Any:
-    """`tokenizer.apply_chat_template` with an end: a template is a program from elsewhere.
+    """`tokenizer.apply_chat_template`, whose errors name the roles: a template is a program from elsewhere.
 
     Args:
         messages: The conversation.
         tokenizer: Carries the template.
-        tokenize: Whether the text is tokenised too. Then memory has no limit, as a tokenizer that is refused some ends
-            the process; `render` has made the same text within the limit before.
+        tokenize: Whether the text is tokenised too.
         **options: For `apply_chat_template`.
 
     Raises:
-        UserError: The template refuses the messages, or takes too much time or memory.
+        UserError: The template refuses the messages.
         BrokenTemplate: It is no template.
     """
-    letters = _letters(messages, options)
-    limit = nullcontext() if tokenize else memory_limit(RENDER_BYTES + BYTES_A_LETTER * letters)
     try:
-        with time_limit(RENDER_SECONDS), limit:
-            return tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
+        return tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
     except TemplateSyntaxError as error:
         raise _no_template(tokenizer, error) from error
     except Exception as error:  # Jinja's own errors and whatever the template raises
@@ -145,10 +132,6 @@ def _fault(error: Exception) -> str:
     return f"{error.message} (line {error.lineno})" if isinstance(error, TemplateSyntaxError) else str(error)
 
 
-def _letters(messages: list[Message], options: dict[str, Any]) -> int:
-    return len(str(messages)) + sum(len(str(value)) for value in options.values())
-
-
 def render(
     messages: list[Message],
     tokenizer: PreTrainedTokenizerBase,
@@ -164,16 +147,12 @@ def render(
         options: What else the template is given, and another `chat_template` in place of the tokenizer's.
 
     Raises:
-        UserError: The tokenizer has no template, or see `apply_template`, or the text is endless.
+        UserError: The tokenizer has no template, or see `apply_template`.
     """
     if tokenizer.chat_template is None:
         raise UserError(NO_TEMPLATE)
     given = (options or {}) | ({"add_generation_prompt": True} if for_generation else {})
-    text = str(apply_template(messages, tokenizer, **given))
-    letters = _letters(messages, options or {})
-    if len(text) > MOST_LETTERS + MOST_COPIES * letters:
-        raise UserError(f"the chat template makes {len(text):,} letters of {letters:,}; give another")
-    return text
+    return str(apply_template(messages, tokenizer, **given))
 
 
 def render_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, context: str = "") -> str:

@@ -4,6 +4,7 @@ import json
 import math
 import platform
 import shlex
+import shutil
 import sqlite3
 import statistics
 from collections.abc import Sequence
@@ -12,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.study import StudyDirection
@@ -22,6 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from plainlora.errors import UserError
 from plainlora.experiments.runs import Outcome, duration, flag_names, held, resolve, run_recipe
 from plainlora.experiments.search import default_search, no_kind, own_values, parse_search, parse_spec, to_flags
+from plainlora.markdown import table
 from plainlora.plots import plot_trials
 from plainlora.report import package_versions, write_json
 from plainlora.settings.parsing import read_yaml
@@ -74,14 +75,15 @@ def _plain(value: object) -> str:
     return " ".join(value) or "none" if isinstance(value, list) else str(value)
 
 
-def open_study(plan: Plan, output: Path) -> optuna.Study:
+def open_study(plan: Plan, output: Path, seed: int) -> optuna.Study:
     """The folder's study, or a new one, which tries the config's own values first.
 
-    A trial that a killed sweep left running is tried again.
+    A trial that a killed sweep left running has failed, and the next trial tries its values again.
 
     Args:
         plan: What it is about.
         output: Its folder.
+        seed: Of the sampler, which of a study that goes on draws other numbers than at its beginning.
 
     Raises:
         UserError: The study there has results of another plan, or cannot be read.
@@ -106,30 +108,20 @@ def open_study(plan: Plan, output: Path) -> optuna.Study:
         study.set_user_attr("plan", plan.record())
         study.enqueue_trial(own_values(plan.space, plan.settings))
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        study.enqueue_trial(trial.params, user_attrs={"folder": _folder(trial.number, trial.user_attrs)})
+        study.enqueue_trial(trial.params)
         study.tell(trial.number, state=TrialState.FAIL)
+        shutil.rmtree(output / _folder(trial.number), ignore_errors=True)
+    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
     return study
 
 
-def _folder(number: int, attributes: dict[str, Any]) -> str:
-    """A trial's folder; a trial that was interrupted and is tried again keeps its own."""
-    return str(attributes.get("folder", f"trial-{number:03}"))
+def _folder(number: int) -> str:
+    return f"trial-{number:03}"
 
 
 def finished(study: optuna.Study) -> list[FrozenTrial]:
     """The trials that have a value."""
     return study.get_trials(states=(TrialState.COMPLETE,))
-
-
-def sampler_for(study: optuna.Study, seed: int) -> optuna.samplers.BaseSampler:
-    """A sampler whose random numbers depend on how many trials are decided, so that resuming repeats none of them."""
-    decided = [t for t in study.trials if t.state.is_finished() and (t.state != TrialState.FAIL or _reason(t))]
-    return optuna.samplers.TPESampler(seed=int(np.random.SeedSequence([seed, len(decided)]).generate_state(1)[0]))
-
-
-def _reason(trial: FrozenTrial) -> str:
-    """Why a trial failed; nothing if it was interrupted, and has been tried again."""
-    return str(trial.user_attrs.get("reason", ""))
 
 
 def sweep(
@@ -172,33 +164,33 @@ def sweep(
     if output_dir is None:
         output_dir = f"outputs/{Path(config).absolute().parent.name}-{Path(config).stem}-sweep"
     with held(output_dir) as output:
-        study = open_study(plan, output)
+        study = open_study(plan, output, seed)
         try:
-            _run_all(study, plan, output, trials, seed)
+            _run_all(study, plan, output, trials)
         finally:
             if finished(study):
                 _write(study, plan, output)
 
 
-def _run_all(study: optuna.Study, plan: Plan, output: Path, trials: int, seed: int) -> None:
+def _run_all(study: optuna.Study, plan: Plan, output: Path, trials: int) -> None:
     clock: list[float] = []
     failures = 0
     if done := len(finished(study)):
         print(f"{done} finished trials are there already", flush=True)
     while (done := len(finished(study))) < trials:
-        study.sampler = sampler_for(study, seed)
         trial = study.ask(plan.space)
         line = f"{done + 1}/{trials}  "
         if no_kind(trial.params, plan.settings):
             study.tell(trial, state=TrialState.PRUNED)
             continue
         if twin := next((known for known in finished(study) if known.params == trial.params), None):
-            for name, attribute in (twin.user_attrs | {"folder": _folder(twin.number, twin.user_attrs)}).items():
+            for name, attribute in twin.user_attrs.items():
                 trial.set_user_attr(name, attribute)
             study.tell(trial, twin.value)
             print(f"{line}the same as trial {twin.number}: {_shown(trial.params)}", flush=True)
             continue
-        folder = output / _folder(trial.number, trial.user_attrs)
+        folder = output / _folder(trial.number)
+        trial.set_user_attr("output_dir", folder.name)
         try:
             outcome = run_recipe(plan.config, [*plan.flags, *to_flags(trial.params)], folder)
             value = _value(outcome, plan.metric, folder)
@@ -251,7 +243,7 @@ def best_command(plan: Plan, parameters: dict[str, Any]) -> str:
 
 def _state(trial: FrozenTrial) -> str:
     if trial.state == TrialState.FAIL:
-        return "failed" if _reason(trial) else "interrupted"
+        return "failed" if "reason" in trial.user_attrs else "interrupted"
     return {TrialState.COMPLETE: "finished", TrialState.PRUNED: "not run: no kind of layer"}.get(trial.state, "open")
 
 
@@ -262,22 +254,21 @@ def _as_record(trial: FrozenTrial) -> dict[str, Any]:
         "state": _state(trial),
         "parameters": trial.params,
         "seconds": trial.duration.total_seconds() if trial.duration else None,
-        "output_dir": _folder(trial.number, trial.user_attrs),
-    } | {name: value for name, value in trial.user_attrs.items() if name != "folder"}
+    } | trial.user_attrs
 
 
 def markdown(records: Sequence[dict[str, Any]], metric: str) -> str:
     """Every trial that was decided, the best first."""
     names = list(dict.fromkeys(name for record in records for name in record["parameters"]))
-    lines = [f"| trial | {metric} | " + " | ".join(names) + " | seconds |", "|---|" + "---|" * (len(names) + 2)]
+    rows = []
     for record in records:
         if record["state"] in ("finished", "failed"):
             value = f"{record['value']:.4f}" if record["state"] == "finished" else "failed"
             cells = [_short(record["parameters"].get(name, "")) for name in names]
-            lines.append(f"| {record['trial']} | {value} | " + " | ".join(cells) + f" | {record['seconds']:.0f} |")
+            rows.append([record["trial"], value, *cells, f"{record['seconds']:.0f}"])
     failed = [record for record in records if record["state"] == "failed"]
-    lines += [f"\nTrial {record['trial']} failed: {record['reason']}" for record in failed]
-    return "\n".join(lines)
+    reasons = [f"\nTrial {record['trial']} failed: {record['reason']}" for record in failed]
+    return "\n".join([table(["trial", metric, *names, "seconds"], rows), *reasons])
 
 
 def _write(study: optuna.Study, plan: Plan, output: Path) -> None:

@@ -12,6 +12,7 @@ from scipy.stats import t  # type: ignore[import-untyped]
 
 from plainlora.errors import UserError
 from plainlora.experiments.runs import METHODS, duration, held, resolve, run_recipe
+from plainlora.markdown import table
 from plainlora.plots import plot_methods
 from plainlora.report import package_versions, write_json
 
@@ -120,7 +121,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     unit, size = ("GB", 1e9) if max(row["peak_memory_bytes"] for row in rows) >= 1e9 else ("MB", 1e6)
     lora = next((row for row in rows if row["method"] == "lora"), None)
     header = ["arm", "test accuracy, %", "test F1, %", "trained parameters", "of all", "time, s", f"memory, {unit}"]
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    lines = []
     for row in rows:
         trained = f"{row['trainable_params']:,}"
         if lora and row is not lora:
@@ -134,14 +135,15 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['train_runtime']:.{0 if row['train_runtime'] >= 10 else 1}f}",
             f"{row['peak_memory_bytes'] / size:.{1 if unit == 'GB' else 0}f}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(cells)
     counts = {row["arm"]: len(row["seeds"]) for row in rows}
     few = [f"{arm} {count}" for arm, count in counts.items() if count < max(counts.values())]
     single = max(counts.values()) == 1
     note = "One seed, so there is no interval" if single else f"Mean over {max(counts.values())} seeds"
     note += f" ({', '.join(few)})" if few else ""
     note += "" if single else f" ± half of its {CONFIDENCE:.0%} confidence interval (Student's t)"
-    return "\n".join([*lines, "", f"{note}; time of training and peak memory are means.", ""])
+    figures = table(header, lines, right=range(1, len(header)))
+    return f"{figures}\n\n{note}; time of training and peak memory are means.\n"
 
 
 def make_table(configs: Sequence[str], seeds: Sequence[int], output_dir: str | None, flags: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from plainlora.base.classifier import is_classifier
 from plainlora.data.datasets import hub_name, is_local
+from plainlora.markdown import table
 from plainlora.report import Sample, describe_samples
 from plainlora.run.folder import PICTURES
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, SFTArguments
@@ -27,9 +28,8 @@ def _show(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _table(rows: dict[str, Any]) -> str:
-    body = "\n".join(f"| {name} | {_show(value)} |" for name, value in rows.items() if value is not None)
-    return f"| | |\n|---|---|\n{body}"
+def _table(values: dict[str, Any]) -> str:
+    return table(["", ""], [(name, _show(value)) for name, value in values.items() if value is not None])
 
 
 def _base_weights(model: ModelConfig) -> str | None:

@@ -1,6 +1,7 @@
 """What of a folder is published: the files of an allow list, checked, and without a path of the disk they lie on."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ from plainlora.folders import find_damage
 from plainlora.hub.model_card import HERE, plain_card
 from plainlora.hub.repository import words_of
 from plainlora.json_files import read_mapping
-from plainlora.lora.containment import find_escape
 from plainlora.lora.interchange import LORA_WEIGHTS, PREFIX, read_config, saved_shapes
 from plainlora.lora.storage import is_finite
 from plainlora.run.adapter_base import class_labels
@@ -92,8 +92,11 @@ def collect_publication(
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give the one that training or `plainlora merge` wrote")
-    if escape := find_escape(folder):
-        raise UserError(f"{folder} is not published: {escape}; put the files themselves into the folder")
+    if link := _find_link_outside(folder):
+        raise UserError(
+            f"{folder} is not published: {link.name} is a link to {os.readlink(link)}, outside of the folder; put the "
+            "files themselves into the folder"
+        )
     if damage := find_damage(folder):
         raise UserError(f"{folder}: {damage}; write it again, or take manifest.json away if the change is yours")
     weights = _find_adapter(folder) if holds_adapter(folder) else _find_model(folder)
@@ -111,6 +114,18 @@ def collect_publication(
         if TOKEN.search(words_of(name, content)):
             raise UserError(f"{folder / name} holds what looks like a Hub token; take it out")
     return Publication(base, files)
+
+
+def _find_link_outside(folder: Path) -> Path | None:
+    """A link to a file elsewhere, by which whoever wrote the folder could have your files published.
+
+    A snapshot in the Hub's cache is links to the blobs beside it; these are in their place.
+    """
+    root = Path(os.path.realpath(folder))
+    if root.parent.name == "snapshots":  # .../models--USER--NAME/snapshots/COMMIT
+        root = root.parent.parent
+    links = (path for path in sorted(folder.iterdir()) if path.is_symlink() and not path.is_dir())
+    return next((path for path in links if not Path(os.path.realpath(path)).is_relative_to(root)), None)
 
 
 def _is_picture(path: Path) -> bool:

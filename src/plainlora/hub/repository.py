@@ -1,55 +1,28 @@
-"""The Hub: whose token, which repository, and files that appear in it in one commit or not at all.
+"""A model repository on the Hub: opened before training, and given its files in one commit.
 
-huggingface_hub does the work. Here stands what it leaves to its caller: that the token goes nowhere else, that what
-fails in passing is tried again, and that what fails for good is one line.
+huggingface_hub does the work. Here stands what it leaves to its caller: that what fails is one line, and that the
+token is in neither that line nor the files.
 """
 
 import json
-import logging
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-from httpx2 import Client, HTTPError, InvalidURL, NetworkError, RemoteProtocolError, Request, TimeoutException
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    HfApi,
-    ModelInfo,
-    constants,
-    get_token,
-    set_client_factory,
-)
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id
-from huggingface_hub.utils._http import default_client_factory
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import logging, validate_repo_id
 
 from plainlora.errors import UserError
 
-# What huggingface_hub itself tries again, and how often, where it does (`http_backoff`): in uploads, not in commits.
-WAITS = (1, 2, 4, 8, 8)  # seconds
-BUSY = (408, 429, 500, 502, 503, 504)
-BROKEN = (TimeoutException, NetworkError, RemoteProtocolError)
-SILENCE = 60.0  # seconds without a byte after which a connection is given up
-
 # What huggingface_hub raises over an answer of a shape that it does not expect: it looks into answers unchecked.
-NO_HUB = (AttributeError, KeyError, TypeError, IndexError, RecursionError, UnicodeDecodeError, json.JSONDecodeError)
-FAILURES = (OSError, ValueError, RuntimeError, HTTPError, InvalidURL, *NO_HUB)  # httpx's and hf_xet's as well
-
+NO_HUB = (AttributeError, LookupError, TypeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError)
 TENSORS = ".safetensors"
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
-Answer = TypeVar("Answer")
 Say = Callable[[str], object]
 Files = Mapping[str, Path | bytes]
 
@@ -80,24 +53,6 @@ def find_token(given: str | None = None) -> str:
     return token
 
 
-def _limit_silence(request: Request) -> None:
-    """Gives up on a server that takes a request and says nothing, while an upload may last as long as bytes move.
-
-    huggingface_hub sets no limit, and some of its calls (`model_info`) ask for none, so it stands in the request.
-    https://github.com/huggingface/huggingface_hub/blob/v2.4.0/src/huggingface_hub/utils/_http.py
-    """
-    asked = request.extensions.get("timeout", {})
-    request.extensions["timeout"] = {
-        phase: SILENCE if asked.get(phase) is None else asked[phase] for phase in ("connect", "read", "write")
-    }
-
-
-def _make_client() -> Client:
-    client = default_client_factory()
-    client.event_hooks["request"].append(_limit_silence)
-    return client
-
-
 def words_of(name: str, content: Path | bytes) -> bytes:
     """What of a file can hold words: all of it, or a tensor file's header, in which metadata stand.
 
@@ -111,44 +66,6 @@ def words_of(name: str, content: Path | bytes) -> bytes:
         return content.read_bytes()
     with content.open("rb") as file:
         return file.read(int.from_bytes(file.read(8), "little"))
-
-
-class _LibraryLog(logging.Filter):
-    """Says in one line of its own that huggingface_hub tries an upload again, and counts.
-
-    The library says it in two lines, one with the whole address of the upload, which is signed. That nothing differs
-    from the newest commit it says as well, and so does the caller of `Repository.commit`.
-    https://github.com/huggingface/huggingface_hub/blob/v2.4.0/src/huggingface_hub/utils/_http.py (`http_backoff`)
-    """
-
-    LOGGERS = ("huggingface_hub.utils._http", "huggingface_hub.hf_api")
-
-    def __init__(self, say: Say) -> None:
-        super().__init__()
-        self.say, self.retries = say, 0
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        if wait := re.search(r"(?:Retrying in|Waiting) ([\d.]+)s", text):
-            self.retries += 1
-            self.say(f"the upload was interrupted; trying again in {float(wait[1]):g} s")
-        return not re.search("thrown while requesting|Retrying in|Rate limited|No files have been modified", text)
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Between the library and its log."""
-        for name in self.LOGGERS:
-            logging.getLogger(name).addFilter(self)
-        try:
-            yield
-        finally:
-            for name in self.LOGGERS:
-                logging.getLogger(name).removeFilter(self)
-
-
-def _passes(error: Exception) -> bool:
-    """Whether to try again may help."""
-    return isinstance(error, BROKEN) or (isinstance(error, HfHubHTTPError) and error.response.status_code in BUSY)
 
 
 def _refusal(error: HfHubHTTPError) -> str:
@@ -171,58 +88,33 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, HfHubHTTPError):
         return _refusal(error)
     text = str(error) or type(error).__name__
-    if isinstance(error, HTTPError | InvalidURL):
-        silent = f"{constants.ENDPOINT} said nothing for {SILENCE:g} s"
-        broken = f"the connection to {constants.ENDPOINT} broke: {text}"
-        return silent if isinstance(error, TimeoutException) else broken
     if isinstance(error, NO_HUB) or re.search("improperly formatted|Malformed response", text):
         return (
             f"the server at {constants.ENDPOINT} gave an answer that is none of a Hub's; is HF_ENDPOINT right, and "
             "does no network's log-in page stand between?"
         )
-    return text
+    if isinstance(error, OSError | ValueError):  # of a file; of what the Hub says about the card
+        return text
+    return f"the connection to {constants.ENDPOINT} broke: {text}"
 
 
-class _Conversation:
-    """Calls to the Hub with one token. Each is tried again where that helps, and fails in one line without the token.
+@contextmanager
+def _one_line(failed: str, token: str, advice: str = "") -> Iterator[None]:
+    """Turns what huggingface_hub raises, of several libraries and many kinds, into one line without the token.
 
-    Attributes:
-        token: Whose repositories.
-        api: The client.
-        say: Prints a line of progress.
+    Args:
+        failed: What to say has failed.
+        token: Left out of the line.
+        advice: What to do then.
+
+    Raises:
+        UserError: That line.
     """
-
-    def __init__(self, token: str, say: Say) -> None:
-        self.token, self.say = token, say
-        self.api = HfApi(token=token, library_name="plainlora")
-        set_client_factory(_make_client)
-
-    def error(self, failed: str, error: Exception, retries: int, advice: str) -> UserError:
-        """The one line: what failed, why, how often it was tried again, what now."""
-        tried = f"; tried {retries + 1} times" if retries else ""
-        text = " ".join(f"{failed}: {_reason(error)}{tried}{advice and f'; {advice}'}".split())
-        return UserError(text.replace(self.token, "..."))
-
-    def ask(self, failed: str, request: Callable[[], Answer], advice: str = "") -> Answer:
-        """The answer to a request that huggingface_hub makes once.
-
-        Args:
-            failed: What to say has failed.
-            request: Makes it. It may be made again.
-            advice: What to do then.
-
-        Raises:
-            UserError: It failed, for good or six times.
-        """
-        for retries, wait in enumerate((*WAITS, None)):
-            try:
-                return request()
-            except FAILURES as error:
-                if wait is None or not _passes(error):
-                    raise self.error(failed, error, retries, advice) from error
-                self.say(f"the Hub could not be reached or was busy; trying again in {wait} s")
-                time.sleep(wait)
-        raise AssertionError  # the last wait is None
+    try:
+        yield
+    except Exception as error:
+        text = f"{failed}: {_reason(error)}{advice and f'; {advice}'}"
+        raise UserError(" ".join(text.split()).replace(token, "...")) from error
 
 
 @dataclass(frozen=True)
@@ -251,15 +143,16 @@ class Repository:
 
     name: str
     revision: str | None
-    head: str
+    head: str | None
     files: tuple[str, ...]
-    _hub: _Conversation
+    _api: HfApi
+    _token: str
 
     def commit(self, files: Files, message: str) -> Commit:
         """Uploads the files and adds them to the branch in one commit; other files there stay.
 
-        Until the commit the branch is as it was. Where only the commit's answer was lost, the next try finds that no
-        file differs, and takes the commit for what it is.
+        Until the commit the branch is as it was. Where only the commit's answer was lost, the same call again finds
+        that no file differs.
 
         Args:
             files: What each file is called in the repository, and where it lies or what it holds.
@@ -269,32 +162,13 @@ class Repository:
             UserError: A file holds the token, or the Hub cannot be reached or refuses.
         """
         for name, content in files.items():
-            if self._hub.token.encode() in words_of(name, content):
+            if self._token.encode() in words_of(name, content):
                 raise UserError(f"{name} holds your Hub token; take it out before it is published")
-
-        api, log = self._hub.api, _LibraryLog(self._hub.say)
-
-        def send() -> CommitInfo:
-            additions = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
-            log.retries = 0
-            try:  # the library itself tries again
-                api.preupload_lfs_files(self.name, additions, revision=self.revision, free_memory=False)
-            except FAILURES as error:
-                unchanged = "nothing was published; run the same command again"
-                raise self._hub.error(f"the upload to {self.name} failed", error, log.retries, unchanged) from error
-            return api.create_commit(self.name, additions, commit_message=message, revision=self.revision)
-
+        additions = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
         advice = "the branch holds all of it or nothing of it; run the same command again"
-        with log.installed():
-            made = self._hub.ask(f"the commit to {self.name} failed", send, advice)
+        with _one_line(f"the push to {self.name} failed", self._token, advice):
+            made = self._api.create_commit(self.name, additions, commit_message=message, revision=self.revision)
         return Commit(made.commit_url, made.oid != self.head)
-
-
-def _text(answer: object) -> str:
-    """A text of an answer; `TypeError` if it is none."""
-    if not isinstance(answer, str):
-        raise TypeError
-    return answer
 
 
 def open_repository(
@@ -314,13 +188,13 @@ def open_repository(
             be private; or the Hub cannot be reached.
     """
     check_repository_name(name)
-    hub = _Conversation(find_token(token), say)
+    token = find_token(token)
+    api = HfApi(token=token, library_name="plainlora")
+    logging.set_verbosity_error()  # its warnings about an upload hold the upload's whole address, which is signed
 
-    def log_in() -> tuple[str, object]:
-        answer = hub.api.whoami()
-        return _text(answer["name"]), answer.get("auth", {}).get("accessToken", {}).get("role")
-
-    user, role = hub.ask("the Hub cannot be logged in to", log_in)
+    with _one_line("the Hub cannot be logged in to", token):
+        account = api.whoami()
+        user, role = account["name"], account.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
         raise UserError(
             f"the Hub's token of {user} may only read; make one that may write at "
@@ -329,31 +203,17 @@ def open_repository(
     name = name if "/" in name else f"{user}/{name}"
     url = f"{constants.ENDPOINT}/{name}"
 
-    def look(branch: str | None = None) -> tuple[str, ModelInfo]:
-        found = hub.api.model_info(name, revision=branch)
-        return _text(found.sha), found
-
-    def find() -> ModelInfo | None:
-        try:
-            return look()[1]
-        except RepositoryNotFoundError:
-            return None
-
-    failed = f"the repository {name} cannot be had"
-    found = hub.ask(failed, find)
-    if found is None:
-        hub.ask(failed, lambda: hub.api.create_repo(name, private=private or None, exist_ok=True))
-        say(f"made {url}")
-    else:
-        if private and not found.private:
-            raise UserError(f"{name} is there already, and is public; leave --private out, or give another name")
-        hub.ask(failed, lambda: hub.api.auth_check(name, write=True))
-        say(f"{url} is there already; the files go to it as a new commit")
-    if revision and not revision.startswith("refs/"):
-        hub.ask(
-            f"the branch {revision} of {name} cannot be had",
-            lambda: hub.api.create_branch(name, branch=revision, exist_ok=True),
-        )
-    head, found = hub.ask(failed, lambda: look(revision))
-    files = tuple(each.rfilename for each in found.siblings or () if each.rfilename != ".gitattributes")
-    return Repository(name, revision, head, files, hub)
+    with _one_line(f"the repository {name} cannot be had", token):
+        found = api.repo_exists(name)
+        api.create_repo(name, private=private or None, exist_ok=True)
+        api.auth_check(name, write=True)
+        public = not api.model_info(name).private
+    if found and private and public:
+        raise UserError(f"{name} is there already, and is public; leave --private out, or give another name")
+    say(f"{url} is there already; the files go to it as a new commit" if found else f"made {url}")
+    with _one_line(f"the branch {revision or 'main'} of {name} cannot be had", token):
+        if revision and not revision.startswith("refs/"):
+            api.create_branch(name, branch=revision, exist_ok=True)
+        info = api.model_info(name, revision=revision)
+    files = tuple(each.rfilename for each in info.siblings or () if each.rfilename != ".gitattributes")
+    return Repository(name, revision, info.sha, files, api, token)

@@ -22,7 +22,6 @@ from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import nn
 
 from plainlora.lora.config import check_types
-from plainlora.lora.containment import find_escape
 from plainlora.lora.errors import LoRAError, some
 from plainlora.lora.record import injection, lora_layers, saved_modules
 from plainlora.lora.storage import is_finite
@@ -126,8 +125,6 @@ def read_config(directory: str | os.PathLike[str]) -> LoraConfig:
             raise LoRAError(f"{directory} is a whole model, not an adapter: it has no {CONFIG_NAME}")
         where = "has no" if path.parent.is_dir() else "does not exist, so it has no"
         raise LoRAError(f"{directory} {where} {CONFIG_NAME}; give the folder that training wrote")
-    if escape := find_escape(directory):
-        raise LoRAError(f"{directory} is not read: {escape}; put the files themselves into the folder")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         with warnings.catch_warnings():

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from plainlora.markdown import table
 from plainlora.parity.architectures import COMPARED, LEVELS, Architecture, Outcome, Row, Task
 from plainlora.report import package_versions, write_json
 
@@ -36,10 +37,6 @@ def _cell(outcome: Outcome | None) -> str:
     if outcome.kind == "close":
         return f"{outcome.relative:.0e}"
     return "**differs**" if outcome.kind == "differs" else outcome.kind
-
-
-def _line(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
 
 
 def terminal_line(row: Row) -> str:
@@ -74,21 +71,17 @@ def markdown(rows: Sequence[Row]) -> str:
     """
     built, counts = [row for row in rows if not row.not_built], count(rows)
     lines = ["# Architectures", "", f"{len(built)} of the {len(rows)} {INTRODUCTION}", ""]
-    lines += [_line("level", *OUTCOMES.values()), "|---|" + "---:|" * len(OUTCOMES)]
-    lines += [_line(level, *(counts[level][kind] for kind in OUTCOMES)) for level in LEVELS]
+    sums = [[level, *(counts[level][kind] for kind in OUTCOMES)] for level in LEVELS]
+    lines.append(table(["level", *OUTCOMES.values()], sums, right=range(1, 1 + len(OUTCOMES))))
     for task, title in TITLES.items():
         levels = LEVELS if task == "causal" else COMPARED
-        lines += [
-            "",
-            f"## {title}",
-            "",
-            _line("model type", "class", "LoRA on", *levels),
-            "|---" * (3 + len(levels)) + "|",
+        cells = [
+            [row.architecture.model_type, row.architecture.class_name, row.targets]
+            + [_cell(row.outcomes.get(level)) for level in levels]
+            for row in built
+            if row.architecture.task == task
         ]
-        for row in built:
-            if row.architecture.task == task:
-                cells = [_cell(row.outcomes.get(level)) for level in levels]
-                lines.append(_line(row.architecture.model_type, row.architecture.class_name, row.targets, *cells))
+        lines += ["", f"## {title}", "", table(["model type", "class", "LoRA on", *levels], cells)]
     not_built = [f"{_name(row.architecture)}: {row.not_built}" for row in rows if row.not_built]
     sections = {
         "What is refused": list_reasons(built, "refused"),

@@ -12,7 +12,7 @@ import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -39,7 +39,6 @@ from plainlora.base.dropout import set_dropouts
 from plainlora.errors import UserError
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.targets import Selection, condense, find_targets
-from plainlora.lora.time_limit import time_limit
 from plainlora.parity.case import FORMS, Case, seed_everything
 from plainlora.parity.compare import Verdict, compare
 from plainlora.parity.shrink import LARGEST, NOT_BUILT, TOKENS, tiny_config
@@ -55,7 +54,6 @@ LEVELS = (*COMPARED, *TRAINED)
 WITHIN = 1e-6  # relative
 HELD = Tolerance(WITHIN, "the same sum in another order")
 COARSE = 1e-3  # a difference that may be the rounding of fp32; a larger one is not asked again
-SECONDS = 600.0  # an architecture
 AUTO: dict[Task, Any] = {"causal": AutoModelForCausalLM, "classifier": AutoModelForSequenceClassification}
 LENGTHS = (9, 13, 6, 17)  # of the documents that are packed, in tokens
 WORDS = 200  # token numbers below; small vocabularies exist
@@ -319,7 +317,7 @@ def examine(architecture: Architecture) -> Row:
     """
     row = Row(architecture)
     try:
-        with time_limit(SECONDS), _in_silence():
+        with _in_silence():
             _fill(row)
     except Exception as error:  # whatever a model's own code raises
         row.not_built = str(error) if isinstance(error, NotComparable) else _one_line(error)
@@ -357,8 +355,6 @@ def _fill(row: Row) -> None:
     for level in TRAINED if architecture.task == "causal" else ():
         try:
             row.outcomes[level] = _train(architecture, lora, level)
-        except TimeoutError:
-            raise
         except Exception as error:
             row.outcomes[level] = Outcome("differs", reason=_one_line(error))
 
@@ -379,17 +375,3 @@ def _in_silence() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
-
-
-def examine_all(
-    architectures: Sequence[Architecture], progress: Callable[[str], None] = lambda _: None
-) -> Iterator[Row]:
-    """All of them, one after the other.
-
-    Args:
-        architectures: Which.
-        progress: Told each as it begins.
-    """
-    for number, architecture in enumerate(architectures, 1):
-        progress(f"{number} of {len(architectures)}: {architecture.class_name} ({architecture.model_type})")
-        yield examine(architecture)

@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from plainlora.markdown import table
 from plainlora.parity.compare import CaseResult, Verdict
 from plainlora.parity.observe import LEVELS
 from plainlora.parity.tolerances import TOLERANCES
@@ -56,9 +57,8 @@ def _matrix_cell(verdict: Verdict) -> str:
 def markdown(results: Sequence[CaseResult]) -> str:
     """A matrix of cases and levels, what its signs mean, and the versions it holds for."""
     lines = [f"{line[0].upper()}{line[1:]}." for line in map(_what, _forms(results))]
-    lines += ["", "| case | " + " | ".join(LEVELS) + " |", "|---|" + "---|" * len(LEVELS)]
-    for result in results:
-        lines.append("| " + " | ".join([result.case.name, *map(_matrix_cell, result.verdicts)]) + " |")
+    matrix = [[result.case.name, *map(_matrix_cell, result.verdicts)] for result in results]
+    lines += ["", table(["case", *LEVELS], matrix)]
     notes = sorted({f"{verdict.level}: {verdict.reason}" for verdict in _flat(results) if verdict.status == "not run"})
     failures = [f"{v.case}, {v.level}: {v.reason}" for v in _flat(results) if v.status == "fail"]
     lines += [
@@ -68,8 +68,7 @@ def markdown(results: Sequence[CaseResult]) -> str:
     lines += ["", *(f"- not run: {note}" for note in notes), *(f"- **FAIL** {failure}" for failure in failures)]
     lines += [f"- allowed {note}" for note in _allowed(results)]
     lines += [f"- {name}: the fused form covers {covered} layers" for name, covered in _not_all_fused(results)]
-    lines += ["", "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
-    lines += ["| " + " | ".join(_cells(verdict)) + " |" for verdict in _flat(results)]
+    lines += ["", table(HEADER, map(_cells, _flat(results)))]
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     lines += ["", f"Python {platform.python_version()}, {versions}; {_devices(results)}.", ""]
     return "\n".join(lines)

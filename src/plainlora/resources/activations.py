@@ -29,7 +29,6 @@ from transformers import (
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from plainlora.base.remote_code import code_options
-from plainlora.lora.time_limit import time_limit
 from plainlora.loss import CHUNK, TokenLogProbs, is_covered
 from plainlora.resources.heap import count_resident_bytes
 
@@ -38,7 +37,7 @@ HOLES = 0.55  # of those that a CPU's heap would have if no tensor ever took the
 # TRL's own head works on tiles of at most so many tokens and words, in fp32 at the most.
 # https://github.com/huggingface/trl/blob/v1.16.0/trl/kernels/chunked_logprob.py
 TRL_TILE = (4096, 32768)
-SECONDS = 30.0  # after which a count is given up; a 7B model's takes five, whatever the batch
+OPERATIONS = 250_000  # of a step, after which its count is given up: three times those of a 70B Llama, half a minute
 MANY_TOKENS = 4096  # up to here a loss head is run as it is, which takes a second; beyond from a few of its tiles
 
 
@@ -79,6 +78,7 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         others: Tensors whose storages are not counted: the weights, which come back as views of themselves.
+        most: Operations after which it raises `RuntimeError`; without end if left out.
 
     Attributes:
         now: Bytes alive.
@@ -88,8 +88,9 @@ class LiveBytes(TorchDispatchMode):
 
     _innermost: "LiveBytes | None" = None
 
-    def __init__(self, others: Iterable[torch.Tensor]) -> None:
+    def __init__(self, others: Iterable[torch.Tensor], most: int | None = None) -> None:
         super().__init__()
+        self._most, self._operations = most, 0
         self._known = {tensor.untyped_storage()._cdata for tensor in others}
         self.now = self.peak = self._made = 0
         self.events: list[tuple[int, int]] = []
@@ -103,6 +104,9 @@ class LiveBytes(TorchDispatchMode):
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._operations += 1
+        if self._most is not None and self._operations > self._most:
+            raise RuntimeError(f"a step takes more than {self._most:,} operations: token after token, it seems")
         results = func(*args, **(kwargs or {}))
         for result in tree_leaves(results) if LiveBytes._innermost is self else ():
             if isinstance(result, torch.Tensor):
@@ -355,12 +359,12 @@ def _run(step: Step, base: PreTrainedModel, forward: Callable[[], torch.Tensor])
     """What `forward`, and `backward` where gradients are asked for, hold.
 
     Raises:
-        TimeoutError: It takes more than `SECONDS`: the model's code goes through the tokens one by one.
+        RuntimeError: It takes more than `OPERATIONS`: the model's code goes through the tokens one by one.
     """
     mixed: AbstractContextManager[Any] = (
         torch.autocast(step.device.type, step.autocast) if step.autocast else nullcontext()
     )
-    with LiveBytes((*base.parameters(), *base.buffers())) as alive, time_limit(SECONDS):
+    with LiveBytes((*base.parameters(), *base.buffers()), OPERATIONS) as alive:
         with mixed, _one_row_not_taken_for_packed_ones():
             loss = forward()
         pinned_until = len(alive.events) if loss.requires_grad else 0
