@@ -10,7 +10,7 @@ PLAIN = {"base", "data", "hub", "lora", "merging", "provenance", "resources", "s
 
 # Every module may import from the ranks before its own, and from the siblings listed beside it.
 RANKS = [
-    {"lora.containment", "lora.errors", "lora.layer", "lora.module_to_save", "lora.time_limit"},
+    {"lora.containment", "lora.errors", "lora.module_to_save", "lora.time_limit"},
     {
         "data.lengths",
         "resources.heap",
@@ -26,7 +26,7 @@ RANKS = [
     },
     {"errors"},
     {"folders", "lora.storage", "lora.config", "settings.arguments", "base.dropout", "base.files"},
-    {"lora.fused", "settings.adapter"},
+    {"lora.fused", "lora.layer", "settings.adapter"},
     {"lora.targets"},
     {"lora.record"},
     {"lora.interchange"},
