@@ -1,7 +1,7 @@
 """A GPU for tensors without values, where there is none.
 
-`FakeTensorMode` computes shapes and types on a "cuda" device anywhere. Autograd asks further: for the device's guard, and
-whether PyTorch is built for it. A few lines of C++ answer, as long as a test runs.
+`FakeTensorMode` computes shapes and types on a "cuda" device anywhere. Indexing and autograd ask further: for the
+device's guard, and whether PyTorch is built for it. A few lines of C++ answer, as long as a test runs.
 
 https://github.com/pytorch/pytorch/blob/v2.13.0/c10/core/impl/DeviceGuardImplInterface.h (`NoOpDeviceGuardImpl`)
 https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/detail/CUDAHooksInterface.h
@@ -26,7 +26,7 @@ SOURCE = """
 
 using namespace c10;
 
-constexpr Device first(DeviceType::CUDA, 0);
+static const Device first(DeviceType::CUDA, 0);
 
 struct Guard : impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
   Device getDevice() const override { return first; }
@@ -65,13 +65,11 @@ def _library() -> ctypes.CDLL:
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("not run: no C++ compiler")
-    torch_folder, folder = Path(torch.__file__).parent, Path(tempfile.mkdtemp(prefix="fake-gpu-"))
+    pytorch, folder = Path(torch.__file__).parent, Path(tempfile.mkdtemp(prefix="fake-gpu-"))
     (folder / "guard.cpp").write_text(SOURCE)
-    subprocess.run(
-        [compiler, "-std=c++20", "-shared", "-fPIC", f"-I{torch_folder / 'include'}", "guard.cpp", "-o", "guard.so"],
-        cwd=folder,
-        check=True,
-    )
+    options = ["-std=c++20", "-shared", "-fPIC", f"-I{pytorch / 'include'}", "-o", "guard.so"]
+    libraries = [f"-L{pytorch / 'lib'}", "-lc10", "-ltorch_cpu"]
+    subprocess.run([compiler, *options, "guard.cpp", *libraries], cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "guard.so"))
     shutil.rmtree(folder)
     return library
