@@ -1,17 +1,22 @@
 """The one-pass head beside TRL's own, and beside the equation in fp64."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from plainlora.loss import CHUNK, TokenLogProbs
-from plainlora.loss_head import LossHead
+from plainlora import loss
+from plainlora.loss import CHUNK, LabelledTokens, TokenLogProbs, chunk_size, gradient_dtype
+from plainlora.loss_head import Form, LossHead
 from tests.conftest import CONFIGS, make_model, random_ids
+from tests.fake_gpu import fake_gpu
 
 FIELDS = ("log_probs", "entropy", "is_top1")
 
@@ -118,3 +123,128 @@ def test_without_the_fused_call_the_model_gives_its_logits() -> None:
     assert torch.equal(
         model.generate(ids, max_new_tokens=3, do_sample=False), plain.generate(ids, max_new_tokens=3, do_sample=False)
     )
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that run inside, with the dtypes of the tensors that they make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.made: list[tuple[str, torch.dtype]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.names.append(str(func))
+        if isinstance(result, torch.Tensor):
+            self.made.append((str(func), result.dtype))
+        return result
+
+
+def by_mask(states: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same tokens by boolean indexing: their states, their labels, and values of theirs spread again."""
+    mask = labels[:, 1:] != -100
+    chosen = states[:, :-1][mask]
+    values = chosen.sum(-1)
+    return chosen, labels[:, 1:][mask], values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def by_index(states: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tokens = LabelledTokens.find(labels)
+    chosen = tokens.select(states)
+    return chosen, tokens.labels, tokens.spread(chosen.sum(-1))
+
+
+@pytest.mark.parametrize("shape", [(9, 24), (1, 5), (3, 1)])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_tokens_are_selected_and_spread_as_by_boolean_indexing(shape: tuple[int, int], share: float) -> None:
+    labels = torch.where(torch.rand(shape) < share, torch.randint(50, shape), -100)
+    states = torch.randn(*shape, 16, requires_grad=True)
+    upstream = torch.randn(shape[0], shape[1] - 1)
+    found = []
+    for form in (by_mask, by_index):
+        *chosen, spread = form(states, labels)
+        found.append([*chosen, spread, torch.autograd.grad((spread * upstream).sum(), states)[0]])
+    for expected, ours in zip(*found, strict=True):
+        assert ours.is_contiguous()
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("form", ["one pass", "own"])
+def test_a_step_of_the_head_looks_for_the_labelled_tokens_once(form: Form) -> None:
+    """On a GPU the host waits for what it needs a number of: `nonzero`, and whatever indexes by booleans."""
+    model = make_model("llama")
+    given = batch()
+    head = LossHead(model, form)
+    head.with_statistics = False
+    found = []
+    for labels in ({}, {"labels": given["labels"], "fused_lm_head": True}):
+        with Operations() as operations:
+            output = model(input_ids=given["input_ids"], use_cache=False, **labels)
+            (output.loss if labels else output.logits.sum()).backward()
+        waits = ("nonzero", "masked_select", "local_scalar_dense", "index.Tensor", "index_put")
+        found.append(Counter(name for name in operations.names if any(wait in name for wait in waits)))
+    assert found[1] - found[0] == Counter({"aten.nonzero.default": 1})
+
+
+def test_a_backward_pass_inside_autocast_gives_the_same_gradients() -> None:
+    hidden = torch.randn(300, 16, requires_grad=True)
+    weight, labels = torch.randn(50, 16), torch.randint(50, (300,))
+    found = []
+    for inside in (False, True):
+        log_probs = TokenLogProbs.apply(hidden, labels, weight, None, None)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            found += torch.autograd.grad(log_probs, hidden, torch.linspace(-1, 1, 300))
+    assert torch.equal(*found)
+
+
+def test_gradients_are_kept_in_fp32_at_least_on_a_gpu_and_as_they_come_on_a_cpu() -> None:
+    half = (torch.float16, torch.bfloat16)
+    assert {gradient_dtype("cuda", dtype) for dtype in (*half, torch.float32)} == {torch.float32}
+    assert gradient_dtype("cuda", torch.float64) == torch.float64
+    assert [gradient_dtype("cpu", dtype) for dtype in half] == list(half)
+
+
+def test_in_fp16_a_gradient_of_the_loss_above_its_largest_number_does_not_overflow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A loss scale of 2^20 over eight tokens, as a gradient scaler grows it."""
+    hidden = (torch.randn(8, 16) / 4).half().requires_grad_()
+    weight, labels = torch.randn(50, 16).half() / 64, torch.randint(50, (8,))
+    upstream = torch.full((8,), 2.0**20 / 8)
+    assert float(upstream[0]) > torch.finfo(torch.float16).max
+    exact = hidden.detach().double().requires_grad_()
+    expected = (exact @ weight.double().T).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    (expected_gradient,) = torch.autograd.grad(expected, exact, upstream.double())
+    found = {}
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(loss, "gradient_dtype", lambda _, dtype, device=device: gradient_dtype(device, dtype))
+        log_probs = TokenLogProbs.apply(hidden, labels, weight, None, None)
+        assert log_probs.dtype == torch.float32
+        (found[device],) = torch.autograd.grad(log_probs, hidden, upstream)
+        assert found[device].dtype == torch.float16
+    assert not found["cpu"].isfinite().all()
+    scale = expected_gradient.abs().max()
+    assert float((found["cuda"] - expected_gradient).abs().max() / scale) < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_on_a_gpu_products_of_half_precision_are_not_rounded_to_it(dtype: torch.dtype) -> None:
+    tokens = 2 * chunk_size("cuda", 5000) + 1
+    with fake_gpu(), FakeTensorMode(), torch.autograd.set_multithreading_enabled(False), torch.device("cuda"):
+        hidden = torch.empty(tokens, 16, dtype=dtype, requires_grad=True)
+        weight, labels = torch.empty(5000, 16, dtype=dtype), torch.zeros(tokens, dtype=torch.long)
+        with Operations() as operations:
+            log_probs = TokenLogProbs.apply(hidden, labels, weight, None, torch.zeros(2, tokens))
+            (gradient,) = torch.autograd.grad(log_probs.sum(), hidden)
+        assert (gradient.dtype, gradient.device.type) == (dtype, "cuda")
+    products = [made for made in operations.made if ".mm" in made[0]]
+    assert products == [("aten.mm.dtype_out", torch.float32)] * 2 * 3  # two in each of three chunks
+
+
+def test_a_chunk_is_128_tokens_on_a_cpu_and_counted_in_bytes_on_a_gpu() -> None:
+    sizes = {words: chunk_size("cuda", words) for words in (320, 32_000, 50_257, 128_256, 151_936, 262_144)}
+    assert sizes == {320: 4096, 32_000: 2048, 50_257: 1280} | dict.fromkeys((128_256, 151_936, 262_144), 1024)
+    for words, tokens in sizes.items():
+        assert tokens == 1024 or tokens * words * 4 <= loss.LOGITS_ON_CUDA
+        assert chunk_size("cpu", words) == CHUNK == 128

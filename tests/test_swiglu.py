@@ -29,6 +29,16 @@ def test_value_and_gradients(dtype: torch.dtype, tolerance: float) -> None:
         assert float((ours - theirs).abs().max() / theirs.abs().max()) <= tolerance
 
 
+def test_a_backward_pass_inside_autocast_gives_the_same_gradients() -> None:
+    gate, up = (torch.randn(3, 64, requires_grad=True) for _ in range(2))
+    found = []
+    for inside in (False, True):
+        y = swiglu(gate, up)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            found.append(torch.autograd.grad(y, (gate, up), y.detach().sin()))
+    assert all(torch.equal(outside, within) for outside, within in zip(*found, strict=True))
+
+
 def test_the_two_inputs_alone_are_kept() -> None:
     gate, up = (torch.randn(16, 64, requires_grad=True) for _ in range(2))
     assert count(lambda: swiglu(gate, up), [])["saved bytes"] == 2 * 16 * 64 * 4

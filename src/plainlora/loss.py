@@ -8,25 +8,69 @@ gradient of each log-probability. That is 4 N d V operations where recomputing t
 logits of one chunk are all that is ever there. Tokens without a label are left out.
 """
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-# Tokens whose logits are there at a time. Fewer make the products slower, more do not make them faster: on two cores
-# and vocabularies of 32,000 to 151,936 words, 128 took 1.05 to 1.20 of two bare products, 64 took 1.36 to 1.50.
+# On a CPU: fewer make the products slower, more do not make them faster. On two cores and vocabularies of 32,000 to
+# 151,936 words, 128 took 1.05 to 1.20 of two bare products, 64 took 1.36 to 1.50.
 CHUNK = 128
+# On CUDA, counted and not measured: a chunk of n tokens takes 4 n d V operations and reads W twice, n operations for
+# each byte of it in half precision. An H100 computes 295 (989 TFLOPS) while it reads a byte (3.35 TB/s), a T4 about
+# 200: 128 tokens wait for memory, 1,024 do not. More help where d is small: the (n, d) product of 1,024 tokens and
+# d = 768 is 48 tiles of 128 by 128, fewer than an H100's 132 multiprocessors. The fp32 logits take as many bytes as
+# TRL's own tile in half precision, unless 1,024 tokens take more. Whether TRL's Triton head is faster is not known.
+LEAST_ON_CUDA, MOST_ON_CUDA = 1024, 4096
+LOGITS_ON_CUDA = 4096 * 32768 * 2  # bytes
+
+
+def chunk_size(device: str, vocabulary: int) -> int:
+    """Tokens whose logits are there at a time.
+
+    Args:
+        device: Its type.
+        vocabulary: Words.
+    """
+    if device != "cuda":
+        return CHUNK
+    fitting = LOGITS_ON_CUDA // (vocabulary * torch.float32.itemsize) // CHUNK * CHUNK
+    return min(max(fitting, LEAST_ON_CUDA), MOST_ON_CUDA)
+
+
+def gradient_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the gradients of hidden states are kept until that of the loss multiplies them.
+
+    On CUDA at least fp32, in which its products of half precision are summed: so the product with the loss's gradient
+    is rounded once. In fp16 that gradient is the loss scale over the number of tokens, and may be above 65,504, the
+    largest number, where the product is not. On a CPU the hidden states' own.
+
+    Args:
+        device: Its type.
+        dtype: Of the hidden states.
+    """
+    return torch.promote_types(dtype, torch.float32) if device == "cuda" else dtype
 
 
 def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
-    """`out = left @ right` in the precision of `right`."""
-    if left.dtype == right.dtype == out.dtype:
+    """`out = left @ right`, both in the dtype of `right`; on CUDA its fp32 sums of half precision are not rounded."""
+    left = left.to(right.dtype)
+    if right.dtype == out.dtype:
         torch.mm(left, right, out=out)
+    elif out.device.type == "cuda" and (right.dtype.itemsize, out.dtype) == (2, torch.float32):
+        torch.mm(left, right, out_dtype=torch.float32, out=out)
     else:
-        out.copy_(left.to(right.dtype) @ right)
+        out.copy_(left @ right)
+
+
+def entropy(log_probs: torch.Tensor) -> torch.Tensor:
+    """`-sum p log p` in nats, `(n, V) -> (n,)`. Few rows at a time: it makes two tensors of their size beside them."""
+    return -torch.cat([torch.linalg.vecdot(rows.exp(), rows) for rows in log_probs.split(CHUNK)])
 
 
 class TokenLogProbs(torch.autograd.Function):
@@ -52,14 +96,17 @@ class TokenLogProbs(torch.autograd.Function):
             statistics: `(2, N)` to be filled with entropy (nats) and whether the label is the likeliest token; `None`
                 to leave both out.
         """
-        if torch.is_autocast_enabled(hidden.device.type):  # which would cast the weight anew for every chunk
-            weight = weight.to(torch.get_autocast_dtype(hidden.device.type))
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):  # which would cast the weight anew for every chunk
+            weight = weight.to(torch.get_autocast_dtype(device))
         precision = torch.promote_types(hidden.dtype, torch.float32)
         log_probs = hidden.new_empty(len(labels), dtype=precision)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        all_logits = hidden.new_empty((min(CHUNK, len(labels)), len(weight)), dtype=precision)  # one buffer for all
-        for start in range(0, len(labels), CHUNK):
-            part = slice(start, start + CHUNK)
+        kept = gradient_dtype(device, hidden.dtype)
+        gradient = torch.empty_like(hidden, dtype=kept) if ctx.needs_input_grad[0] else None
+        size = chunk_size(device, len(weight))
+        all_logits = hidden.new_empty((min(size, len(labels)), len(weight)), dtype=precision)  # one buffer for all
+        for start in range(0, len(labels), size):
+            part = slice(start, start + size)
             chosen = labels[part, None]  # (n, 1)
             logits = all_logits[: len(chosen)]  # (n, V)
             _multiply(hidden[part], weight.T, logits)
@@ -70,13 +117,14 @@ class TokenLogProbs(torch.autograd.Function):
             torch.log_softmax(logits, -1, out=logits)
             log_probs[part] = logits.gather(1, chosen)[:, 0]
             if statistics is not None:
-                statistics[0, part] = -torch.linalg.vecdot(logits.exp(), logits)
+                statistics[0, part] = entropy(logits)
             if gradient is not None:
                 probabilities = logits.exp_()  # (n, V)
                 probabilities.scatter_add_(1, chosen, probabilities.new_full(chosen.shape, -1.0))
                 _multiply(probabilities, weight, gradient[part])
         if gradient is not None:
             ctx.save_for_backward(gradient)
+            ctx.dtype = hidden.dtype
         return log_probs
 
     @staticmethod
@@ -84,7 +132,43 @@ class TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Each token's gradient, times that of its log-probability."""
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0].to(gradient.dtype).neg()[:, None], None, None, None, None
+        product = gradient * gradients[0].to(gradient.dtype).neg()[:, None]
+        return product.to(ctx.dtype), None, None, None, None
+
+
+@dataclass(frozen=True)
+class LabelledTokens:
+    """The tokens whose next one has a label. They are looked for once: the host waits until a GPU says how many.
+
+    Attributes:
+        mask: Which tokens these are, the last of each row left out, `(batch, length - 1)`.
+        labels: Of the token after each, `(N,)`.
+        index: Where each is among all tokens of the batch, `(N,)`.
+    """
+
+    mask: torch.Tensor
+    labels: torch.Tensor
+    index: torch.Tensor
+
+    @classmethod
+    def find(cls, labels: torch.Tensor) -> "LabelledTokens":
+        """Finds them.
+
+        Args:
+            labels: `(batch, length)`, -100 where there is none.
+        """
+        mask = labels[:, 1:] != -100
+        index = functional.pad(mask, (0, 1), value=False).flatten().nonzero()[:, 0]
+        return cls(mask, labels.flatten().index_select(0, index + 1), index)
+
+    def select(self, states: torch.Tensor) -> torch.Tensor:
+        """`(batch, length, d)` to `(N, d)`."""
+        return states.flatten(0, 1).index_select(0, self.index)
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """`(N,)` to `(batch, length - 1)`, 0 elsewhere; connected to the model even where no token has a label."""
+        rows = self.index // (self.mask.shape[1] + 1)  # each has one token less here
+        return values.new_zeros(self.mask.numel()).index_copy(0, self.index - rows, values).view(self.mask.shape)
 
 
 def is_covered(model: PreTrainedModel) -> bool:
@@ -114,44 +198,37 @@ def one_pass_output(
         **kwargs: For its decoder.
     """
     kwargs["use_cache"] = False
-    hidden = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]  # (batch, length, d)
-    labels = labels[:, 1:]
-    mask = labels != -100
+    hidden = model.base_model(*args, **kwargs).last_hidden_state  # (batch, length, d)
+    tokens = LabelledTokens.find(labels)
     head = cast(nn.Linear, model.get_output_embeddings())
-    chosen = labels[mask]  # (N,)
-    statistics = hidden.new_zeros(2, len(chosen), dtype=torch.float32) if with_statistics else None
-    found = TokenLogProbs.apply(hidden[mask], chosen, head.weight, head.bias, statistics)
+    statistics = hidden.new_zeros(2, len(tokens.labels), dtype=torch.float32) if with_statistics else None
+    found = TokenLogProbs.apply(tokens.select(hidden), tokens.labels, head.weight, head.bias, statistics)
     entropy, is_top1 = statistics if statistics is not None else (torch.zeros_like(found),) * 2
-    return fused_output(found, entropy, is_top1, mask, num_items_in_batch)
+    return fused_output(tokens, found, entropy, is_top1, num_items_in_batch)
 
 
 def fused_output(
+    tokens: LabelledTokens,
     log_probs: torch.Tensor,
     entropy: torch.Tensor,
     is_top1: torch.Tensor,
-    mask: torch.Tensor,
     num_items_in_batch: Any = None,
 ) -> FusedCausalLMOutput:
     """Figures of the tokens that have a label, `(N,)`, in the shape in which SFTTrainer reads them.
 
     Args:
+        tokens: Which these are.
         log_probs: Of each label.
         entropy: Of each distribution, in nats.
         is_top1: Whether the label is the likeliest token.
-        mask: Which tokens have a label, `(batch, length)`.
         num_items_in_batch: What the sum over tokens is divided by; their number if left out.
     """
-
-    def spread(values: torch.Tensor) -> torch.Tensor:
-        """`(N,)` back to `(batch, length)`; connected to the model even where no token has a label."""
-        return values.new_zeros(mask.shape).masked_scatter(mask, values)
-
-    tokens = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    every = spread(log_probs)
+    items = tokens.mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    every = tokens.spread(log_probs)
     return FusedCausalLMOutput(
-        loss=-every.sum() / tokens,
+        loss=-every.sum() / items,
         log_probs=every,
-        entropy=spread(entropy),
-        is_top1=spread(is_top1).bool(),
-        label_mask=mask,
+        entropy=tokens.spread(entropy),
+        is_top1=tokens.spread(is_top1).bool(),
+        label_mask=tokens.mask,
     )

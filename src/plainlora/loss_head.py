@@ -20,7 +20,7 @@ from trl import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from plainlora.errors import UserError, first_line
-from plainlora.loss import fused_output, is_covered, one_pass_output
+from plainlora.loss import LabelledTokens, fused_output, is_covered, one_pass_output
 
 Form = Literal["one pass", "TRL", "own"]
 TOKENS = 32  # on which heads are compared
@@ -88,17 +88,17 @@ class LossHead:
             kwargs.pop("output_router_logits", None)
         given = {"labels": labels} if self.extra else {}
         output = self._theirs(*args, **given, **kwargs)
-        mask = labels[:, 1:] != -100
-        chosen = labels[:, 1:][mask]
-        logits = _log_softmax(output.logits[:, :-1][mask])  # (N, V)
-        log_probs = logits.gather(1, chosen[:, None])[:, 0]
+        tokens = LabelledTokens.find(labels)
+        logits = _log_softmax(tokens.select(output.logits))  # (N, V)
+        log_probs = logits.gather(1, tokens.labels[:, None])[:, 0]
         entropy = is_top1 = torch.zeros_like(log_probs)
         if self.with_statistics:
             with torch.no_grad():
-                entropy, is_top1 = -torch.linalg.vecdot(logits.exp(), logits), (logits.argmax(-1) == chosen).float()
-        found = fused_output(log_probs, entropy, is_top1, mask, num_items_in_batch)
+                entropy = -torch.linalg.vecdot(logits.exp(), logits)
+                is_top1 = (logits.argmax(-1) == tokens.labels).float()
+        found = fused_output(tokens, log_probs, entropy, is_top1, num_items_in_batch)
         if self.extra:
-            found.aux_loss = output.loss + log_probs.sum() / mask.sum().clamp(min=1)
+            found.aux_loss = output.loss + log_probs.sum() / tokens.mask.sum().clamp(min=1)
         return found
 
 

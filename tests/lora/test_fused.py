@@ -1,16 +1,21 @@
 """The fused form beside the reference form, and beside the equation in fp64."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from plainlora.lora import storage
-from plainlora.lora.fused import draw_mask, fused_forward
+from plainlora.lora.fused import Dropped, drop, drop_in_one_kernel, fused_forward
 from plainlora.lora.layer import LoRALinear
+from tests.fake_gpu import fake_gpu
 
 D_IN, D_OUT, R = 64, 128, 8
 WIDE = 768
@@ -97,14 +102,81 @@ def test_a_4bit_base_is_dequantised_for_the_input_gradient_alone(quant_type: str
     assert dense.shape == (D_OUT, D_IN)
 
 
-def test_the_mask_keeps_what_dropout_keeps() -> None:
-    x = torch.randn(50, 70)
+@pytest.mark.parametrize("form", [drop, drop_in_one_kernel])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_dropped_is_what_dropout_drops(
+    dtype: torch.dtype, form: Callable[[torch.Tensor, float, torch.dtype], Dropped]
+) -> None:
+    x = torch.randn(50, 70, dtype=dtype)
     torch.manual_seed(3)
-    expected = nn.functional.dropout(x, 0.3)
+    expected = nn.functional.dropout(x.float(), 0.3)
     torch.manual_seed(3)
-    mask = draw_mask(x, 0.3)
+    kept, mask, divisor = form(x, 0.3, torch.float32)
+    assert mask is not None
     assert mask.dtype == torch.bool
     assert torch.equal(mask, expected != 0)
+    assert kept.dtype == dtype
+    torch.testing.assert_close(kept / divisor, expected.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("base", BASES)
+def test_gradients_are_those_of_the_reference_form_where_one_kernel_drops(
+    base: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's branch, whose kernel a CPU has too."""
+    monkeypatch.setattr("plainlora.lora.fused.drop", drop_in_one_kernel)
+    layer = make_layer(BASES[base](), dtype, 0.3)
+    assert_close(both(layer, torch.randn(4, 33, D_IN, dtype=dtype)), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("base", BASES)
+def test_a_backward_pass_inside_autocast_gives_the_same_gradients(base: str, p: float, dtype: torch.dtype) -> None:
+    layer = make_layer(BASES[base](), dtype)
+    layer.lora_A.float()
+    layer.lora_B.float()
+    x = torch.randn(4, 33, D_IN, dtype=dtype, requires_grad=True)
+    a, b = layer.lora_A.weight, layer.lora_B.weight
+    found = []
+    for inside in (False, True):
+        torch.manual_seed(1)
+        h = fused_forward(layer.base_layer, x, a, b, layer.scaling, p)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            found.append(torch.autograd.grad(h, (x, a, b), h.detach().sin()))
+    for outside, within in zip(*found, strict=True):
+        assert outside.dtype == within.dtype
+        assert torch.equal(outside, within)
+
+
+class DroppedInputs(TorchDispatchMode):
+    """The dtype of what each dropout's own kernel is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.native_dropout.default:
+            self.dtypes.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_on_a_gpu_one_kernel_drops_once_and_in_the_adapters_dtype_as_in_the_reference_form(
+    dtype: torch.dtype, autocast: bool
+) -> None:
+    with fake_gpu() as device, FakeTensorMode(), device:
+        base = nn.Linear(D_IN, D_OUT, dtype=dtype)
+        layer = LoRALinear(base, D_IN, D_OUT, R, 12.0, 0.1)
+        x = torch.empty(4, 33, D_IN, dtype=dtype)
+        a, b = layer.lora_A.weight, layer.lora_B.weight
+        with DroppedInputs() as found, torch.autocast("cuda", torch.bfloat16, enabled=autocast), torch.no_grad():
+            for form in (layer, lambda x: fused_forward(base, x, a, b, layer.scaling, 0.1)):
+                form(x)
+    assert found.dtypes == [torch.float32] * 2
 
 
 def saved_bytes(form: str, p: float) -> int:

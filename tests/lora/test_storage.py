@@ -1,6 +1,9 @@
 """How base weights are stored: whole, transposed, or in bitsandbytes' 4 and 8 bits."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from plainlora.lora import storage
+from plainlora import fuse
+from plainlora.lora import fused, storage
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.record import lora_layers
 from tests.conftest import load_quantized, make_model, random_ids
@@ -82,6 +86,47 @@ def test_u01_a_quantised_weight_takes_no_delta(how: str, model_dirs: dict[str, P
     assert storage.features(layer) == (64, 64)
     with pytest.raises(LoRAError, match="quantised"):
         storage.check_addition(layer, torch.zeros(64, 1), torch.zeros(1, 64), 1.0)
+
+
+@contextmanager
+def autocast(device: str) -> Iterator[None]:
+    """Autocast of a CPU's kernels, under CUDA's flag, which is all that PEFT looks at, or not."""
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", device == "cuda")
+    try:
+        with torch.autocast("cpu", torch.bfloat16, enabled=device != "none"):
+            yield
+    finally:
+        torch.set_autocast_enabled("cuda", before)
+
+
+@pytest.mark.parametrize("device", ["none", "cpu", "cuda"])
+@pytest.mark.parametrize("how", [None, "nf4", "int8"])
+def test_the_input_is_dropped_in_the_dtype_in_which_peft_drops_it(
+    how: str | None, device: str, model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA the dtype decides which elements are dropped. The input is in half precision, the adapter in fp32."""
+    dtypes: list[torch.dtype] = []
+    outputs = []
+    drop = fused.drop
+    monkeypatch.setattr(fused, "drop", lambda x, p, dtype: (dtypes.append(dtype), drop(x, p, dtype))[1])
+    for attach in (by_peft, by_us, lambda base, **options: fuse(by_us(base, **options))):
+        base = load_quantized(model_dirs["llama"], **QUANTIZED[how]) if how else make_model("llama", torch.bfloat16)
+        model: Any = attach(base, **OPTIONS, lora_dropout=0.3).train()
+        move(model)
+        layer = next(module for name, module in model.named_modules() if name.endswith("layers.0.mlp.up_proj"))
+        for module in layer.lora_dropout.modules():
+            if isinstance(module, nn.Dropout):
+                module.register_forward_pre_hook(lambda _, inputs: dtypes.append(inputs[0].dtype))
+        torch.manual_seed(4)
+        with autocast(device):
+            outputs.append(layer(torch.randn(5, 64, dtype=torch.bfloat16)))
+    as_it_is = how is not None and device == "cuda"
+    assert dtypes[0] == (torch.bfloat16 if as_it_is else torch.float32)  # PEFT's
+    assert dtypes == dtypes[:1] * 3
+    differences = [float((ours - outputs[0]).abs().max() / outputs[0].abs().max()) for ours in outputs[1:]]
+    assert differences[0] == 0 or (how is not None and not as_it_is)  # where PEFT rounds the product before the sum
+    assert max(differences) < 2e-2
 
 
 def test_features_are_in_then_out() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from transformers import (
 from trl import SFTConfig
 from trl.trainer.utils import add_fused_lm_head
 
+from plainlora import loss
 from plainlora.backends import BACKENDS, attach_adapter
 from plainlora.loss_head import LossHead
 from plainlora.resources import activations
@@ -35,6 +37,7 @@ from plainlora.resources.activations import (
 )
 from plainlora.training.trainers import AdapterTrainer, hand_over
 from tests.conftest import BACKBONES, CONFIGS, make_model
+from tests.fake_gpu import fake_gpu
 
 LENGTH, CPU = 256, torch.device("cpu")
 LORA = LoraConfig(task_type="CAUSAL_LM", r=2, lora_dropout=0.0, target_modules="all-linear")
@@ -171,6 +174,38 @@ def test_a_count_that_goes_through_the_tokens_one_by_one_is_given_up(monkeypatch
     monkeypatch.setattr(activations, "OPERATIONS", 50)
     with pytest.raises(RuntimeError, match="a step takes more than 50 operations: token after token"):
         count_peak_bytes(a_step(make_config("llama"), 3))
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["fused", "peft"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_step_on_a_gpu_is_counted(kind: str, backend: str, autocast: torch.dtype | None) -> None:
+    """With dropout in the base and in the adapter. A CPU's kernels differ, but not in what they keep."""
+    lora = copy.deepcopy(LORA)
+    lora.lora_dropout = 0.1
+    step = replace(
+        a_step(make_config(kind, 0.1), 3, backend, autocast=autocast),
+        prepare=lambda base: attach_adapter(base, copy.deepcopy(lora), BACKENDS[backend]),
+    )
+    with fake_gpu() as device:
+        whole, again = (count_peak_bytes(replace(step, device=device), checkpointing=each) for each in (False, True))
+    assert not whole.on_cpu
+    assert again.alive < whole.alive == whole.resident
+    assert whole.alive == pytest.approx(count_peak_bytes(step).alive, rel=0.3)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_the_head_on_a_gpu_is_counted_by_the_chunk_that_it_takes_there(autocast: torch.dtype | None) -> None:
+    config = make_config("llama")
+    config.vocab_size = 200_000
+    logits = loss.chunk_size("cuda", config.vocab_size) * config.vocab_size * 4
+    for length in (4096, 65536):  # run as it is, and counted from a few of its chunks
+        with fake_gpu() as device:
+            step = replace(a_step(config, 1, length=length, autocast=autocast), device=device)
+            head, whole = count_head_bytes(step).alive, count_peak_bytes(step).alive
+        # Beside them what is multiplied, in half precision, or the entropy's products.
+        assert head == pytest.approx((1.5 if autocast else 1.25) * logits, rel=0.1)
+        assert head < whole
 
 
 @pytest.mark.parametrize("layers", [None, [1]])

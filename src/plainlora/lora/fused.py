@@ -12,7 +12,7 @@ Here the low-rank product is accumulated into the base's own output (`addmm_`), 
 input gradient is accumulated in place, and x, the rank-r activation and a boolean mask are all that is saved.
 """
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -21,16 +21,41 @@ from torch.autograd.function import once_differentiable
 from plainlora.lora import storage
 
 
-def draw_mask(x: torch.Tensor, p: float) -> torch.Tensor:
-    """Which elements `nn.Dropout(p)` would keep of `x`, drawn from the same random stream, as booleans.
+class Dropped(NamedTuple):
+    """`dropout(x) = kept / divisor`.
+
+    Attributes:
+        kept: `(..., d_in)`, in x's dtype.
+        mask: Which elements of x are kept, as booleans; `None` for all.
+        divisor: What is not divided by yet (dimensionless).
+    """
+
+    kept: torch.Tensor
+    mask: torch.Tensor | None
+    divisor: float
+
+
+def drop(x: torch.Tensor, p: float, dtype: torch.dtype) -> Dropped:
+    """What `nn.Dropout(p)` makes of x, drawn from the same random stream.
 
     Args:
-        x: Any shape.
-        p: Probability of dropping, in [0, 1).
+        x: `(..., d_in)`.
+        p: Probability of dropping an element, in [0, 1).
+        dtype: In which PEFT would drop them. A CPU draws the same for all.
     """
+    if p == 0:
+        return Dropped(x, None, 1.0)
     if x.device.type == "cuda":
-        return torch.native_dropout(x, p, True)[1]
-    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
+        return drop_in_one_kernel(x, p, dtype)
+    mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
+    # A product by bytes; by booleans PyTorch would first make a copy of the mask in x's dtype.
+    return Dropped(x * mask.view(torch.uint8), mask, 1 - p)
+
+
+def drop_in_one_kernel(x: torch.Tensor, p: float, dtype: torch.dtype) -> Dropped:
+    """As `drop`, for p > 0: CUDA's kernel gives the mask, and the elements kept divided by 1 - p."""
+    dropped, mask = torch.native_dropout(x.to(dtype), p, True)
+    return Dropped(dropped.to(x.dtype), mask, 1.0)
 
 
 class _LowRankSum(torch.autograd.Function):
@@ -43,49 +68,53 @@ class _LowRankSum(torch.autograd.Function):
         bias: torch.Tensor | None,
         lora_a: torch.Tensor,
         lora_b: torch.Tensor,
-        mask: torch.Tensor | None,
         base: nn.Module,
         scaling: float,
+        p: float,
     ) -> torch.Tensor:
         """`(..., d_in) -> (..., d_out)`."""
         h = base(x)  # (..., d_out)
-        # A product by bytes; by booleans PyTorch would first make a copy of the mask in x's dtype.
-        kept = (x if mask is None else x * mask.view(torch.uint8)).reshape(-1, x.shape[-1])  # (N, d_in)
-        down = kept @ lora_a.to(x.dtype).T  # (N, r)
-        h.view(-1, h.shape[-1]).addmm_(down.to(h.dtype), lora_b.to(h.dtype).T, alpha=scaling)
+        kept, mask, divisor = drop(x, p, storage.dropped_dtype(base, x, lora_a.dtype))
+        down = kept.reshape(-1, x.shape[-1]) @ lora_a.to(x.dtype).T  # (N, r)
+        h.view(-1, h.shape[-1]).addmm_(down.to(h.dtype), lora_b.to(h.dtype).T, alpha=scaling / divisor)
         ctx.save_for_backward(x, down, lora_a, lora_b, mask)
-        ctx.base, ctx.scaling = base, scaling
+        ctx.base, ctx.scaling, ctx.scaling_of_down = base, scaling / (1 - p), scaling / divisor
         return h.detach()  # a linear layer returns a view, which no model's code could then change in place
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of x, the bias, A and B."""
-        x, down, lora_a, lora_b, mask = ctx.saved_tensors
-        needs_x, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
-        grad = gradients[0].reshape(-1, gradients[0].shape[-1])  # (N, d_out)
-        through_b = (grad @ lora_b.to(grad.dtype)).mul_(ctx.scaling)  # (N, r)
-        grad_x = grad_a = grad_b = grad_bias = None
-        if needs_b:
-            # Transposed twice: (r, N) (N, d_out) takes half the time of (d_out, N) (N, r) on a CPU.
-            grad_b = ((down.to(grad.dtype) * ctx.scaling).T @ grad).T.to(lora_b.dtype)
-        if needs_bias:
-            grad_bias = grad.sum(0)
-        kept = x.reshape(-1, x.shape[-1]).to(grad.dtype)  # (N, d_in)
-        if mask is not None:
-            weights = mask.view_as(kept).to(grad.dtype)  # 0 and 1, for both products below
-            kept = kept * weights
-        if needs_a:
-            grad_a = (through_b.T @ kept).to(lora_a.dtype)
-        if needs_x:
-            grad_x = grad @ storage.dense_weight(ctx.base, grad.dtype)  # (N, d_in)
-            if mask is None:
-                grad_x.addmm_(through_b, lora_a.to(grad.dtype))
-            else:
-                through_a = torch.mm(through_b, lora_a.to(grad.dtype), out=kept)  # its memory is free by now
-                grad_x.addcmul_(through_a, weights)
-            grad_x = grad_x.view(x.shape)
-        return grad_x, grad_bias, grad_a, grad_b, None, None, None
+        """Gradients of x, the bias, A and B. Their dtypes are said here, so the caller's autocast has no say."""
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            return *_gradients(ctx, gradients[0].reshape(-1, gradients[0].shape[-1])), None, None, None
+
+
+def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Of x, the bias, A and B, from `(N, d_out)`."""
+    x, down, lora_a, lora_b, mask = ctx.saved_tensors
+    needs_x, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
+    through_b = (grad @ lora_b.to(grad.dtype)).mul_(ctx.scaling)  # (N, r)
+    grad_x = grad_a = grad_b = grad_bias = None
+    if needs_b:
+        # Transposed twice: (r, N) (N, d_out) takes half the time of (d_out, N) (N, r) on a CPU.
+        grad_b = ((down.to(grad.dtype) * ctx.scaling_of_down).T @ grad).T.to(lora_b.dtype)
+    if needs_bias:
+        grad_bias = grad.sum(0)
+    kept = x.reshape(-1, x.shape[-1]).to(grad.dtype)  # (N, d_in)
+    if mask is not None:
+        weights = mask.view_as(kept).to(grad.dtype)  # 0 and 1, for both products below
+        kept = kept * weights
+    if needs_a:
+        grad_a = (through_b.T @ kept).to(lora_a.dtype)
+    if needs_x:
+        grad_x = grad @ storage.dense_weight(ctx.base, grad.dtype)  # (N, d_in)
+        if mask is None:
+            grad_x.addmm_(through_b, lora_a.to(grad.dtype))
+        else:
+            through_a = torch.mm(through_b, lora_a.to(grad.dtype), out=kept)  # its memory is free by now
+            grad_x.addcmul_(through_a, weights)
+        grad_x = grad_x.view(x.shape)
+    return grad_x, grad_bias, grad_a, grad_b
 
 
 def fused_forward(
@@ -106,6 +135,5 @@ def fused_forward(
         scaling: alpha / r (dimensionless).
         p: Probability of dropping an element of the adapter's input; 0 outside training.
     """
-    mask = draw_mask(x, p) if p > 0 else None
     bias = cast(torch.Tensor | None, base.bias)
-    return cast(torch.Tensor, _LowRankSum.apply(x, bias, lora_a, lora_b, mask, base, scaling / (1 - p)))
+    return cast(torch.Tensor, _LowRankSum.apply(x, bias, lora_a, lora_b, base, scaling, p))

@@ -15,6 +15,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
+from plainlora.lora import storage
+
 
 class LoRALinear(nn.Module):
     """A frozen linear map plus a trained low-rank one.
@@ -75,7 +77,7 @@ class LoRALinear(nn.Module):
         h = self.base_layer(x, *args, **kwargs)  # (..., d_out)
         if not self.enabled:
             return h
-        x = x.to(self.lora_A.weight.dtype)  # (..., d_in)
+        x = x.to(storage.dropped_dtype(self.base_layer, x, self.lora_A.weight.dtype))  # (..., d_in)
         return (h + self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling).to(h.dtype)
 
     @property

@@ -65,6 +65,23 @@ def _is_4bit(module: nn.Module) -> bool:
     return bitsandbytes is not None and isinstance(module, bitsandbytes.nn.Linear4bit)
 
 
+def dropped_dtype(module: nn.Module, x: torch.Tensor, adapter: torch.dtype) -> torch.dtype:
+    """The dtype of `x` in `dropout(x)`, as PEFT has it: the adapter's, which PEFT's dense layers always cast to.
+
+    Its layers over bitsandbytes' leave the cast to CUDA's autocast where that is on, and drop elements of `x` as it
+    is. It matters beyond rounding: on CUDA each thread draws for 16 bytes, so the mask depends on the dtype.
+
+    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/bnb.py (`requires_conversion`)
+    https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/cuda/Dropout.cu (`get_vector_size`)
+
+    Args:
+        module: The base layer.
+        x: `(..., d_in)`.
+        adapter: The dtype of A.
+    """
+    return x.dtype if is_quantized(module) and torch.is_autocast_enabled("cuda") else adapter
+
+
 @torch.no_grad()
 def dense_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     """W0 as `(d_out, d_in)`; a view where the weight is dense and of that dtype already."""

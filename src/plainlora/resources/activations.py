@@ -29,7 +29,7 @@ from transformers import (
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from plainlora.base.remote_code import code_options
-from plainlora.loss import CHUNK, TokenLogProbs, is_covered
+from plainlora.loss import LabelledTokens, TokenLogProbs, chunk_size, is_covered
 from plainlora.resources.heap import count_resident_bytes
 
 HOLES = 0.55  # of those that a CPU's heap would have if no tensor ever took the place of one of its size: 0.3 to 0.9
@@ -278,7 +278,8 @@ def _count_head(step: Step, base: PreTrainedModel, like: torch.Tensor, tokens: i
 def _token_loss(step: Step, base: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """The loss of `(rows, length, d)`, every token with a label."""
     tokens = hidden.shape[0] * (hidden.shape[1] - 1)
-    tile = CHUNK if step.one_pass_head and is_covered(base) else TRL_TILE[0]
+    words = len(cast(nn.Linear, base.get_output_embeddings()).weight)
+    tile = chunk_size(step.device.type, words) if step.one_pass_head and is_covered(base) else TRL_TILE[0]
     if tokens <= max(MANY_TOKENS, 3 * tile):
         return _loss_of_tiles(step, base, hidden)
     few, more = (_count_head(step, base, hidden, number * tile) for number in (2, 3))
@@ -291,14 +292,17 @@ def _loss_of_tiles(step: Step, base: PreTrainedModel, hidden: torch.Tensor) -> t
     tokens = hidden.shape[0] * (hidden.shape[1] - 1)
     labels = torch.zeros(tokens, dtype=torch.long, device=hidden.device)
     if step.one_pass_head and is_covered(base):
-        chosen = hidden[:, :-1].clone(memory_format=torch.contiguous_format).view(tokens, -1)  # (N, d), a copy
+        mask = torch.ones(hidden.shape[0], hidden.shape[1] - 1, dtype=torch.bool, device=hidden.device)
+        chosen = LabelledTokens(mask, labels, index=torch.zeros_like(labels))
         statistics = torch.zeros(2, tokens, device=hidden.device)
-        return TokenLogProbs.apply(chosen, labels, head.weight, head.bias, statistics).sum()
+        found = TokenLogProbs.apply(chosen.select(hidden), labels, head.weight, head.bias, statistics)
+        return chosen.spread(found).sum()
     if step.device.type == "cpu":
         every = hidden[:, :-1].reshape(tokens, -1)  # (N, d)
         given = (every, head.weight, head.bias, labels, 1.0, TRL_TILE[1], None, 1.0, ("entropy", "is_top1"))
         return cast(torch.Tensor, ChunkedLogProbFunction.apply(*given)[0]).sum()
-    torch.empty(min(tokens, TRL_TILE[0]), TRL_TILE[1], device=hidden.device)  # its Triton kernels work in place
+    # Its Triton kernels work in place, on a tile in the precision of the product.
+    torch.empty(min(tokens, TRL_TILE[0]), TRL_TILE[1], dtype=step.autocast or hidden.dtype, device=hidden.device)
     return hidden.float().sum()
 
 
@@ -377,12 +381,14 @@ def _run(step: Step, base: PreTrainedModel, forward: Callable[[], torch.Tensor])
 def _without_values() -> Iterator[None]:
     """Within, tensors have no values. Torch would print the traceback of what fails on them, besides raising it.
 
+    Backward passes run in this thread: a GPU's own one needs the GPU, and is not stopped by a timeout.
+
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_subclasses/fake_tensor.py (`log.exception`)
     """
     logger = logging.getLogger(FakeTensorMode.__module__)
     before, logger.disabled = logger.disabled, True
     try:
-        with FakeTensorMode():
+        with FakeTensorMode(), torch.autograd.set_multithreading_enabled(False):
             yield
     finally:
         logger.disabled = before
