@@ -13,7 +13,7 @@ from plainlora.run.checkpoints import find_problem, newest_checkpoint, resume_pa
 from plainlora.run.folder import (
     list_checkpoints,
 )
-from tests.training.conftest import write_state
+from tests.run.conftest import write_state
 
 
 def empty(folder: Path) -> None:
