@@ -85,6 +85,16 @@ def test_a_windows_file_with_byte_order_mark_reads_the_same(tmp_path: Path, kind
     assert load(write(tmp_path / f"ROWS.{kind.upper()}", content))[0].to_list() == ROWS
 
 
+def test_values_of_json_stay_what_they_are(tmp_path: Path) -> None:
+    """The builders of `datasets` make dates of the first two, and 0.123456789 of the number."""
+    messages = [{"role": "user", "content": "2024-01-01"}]
+    row = {"text": "2024-01-01 12:00:00", "messages": messages, "number": 0.12345678901234}
+    for name, content in (("a.jsonl", json.dumps(row)), ("a.json", json.dumps([row]))):
+        rows = load_split(write(tmp_path / name, content), "train")
+        assert rows is not None
+        assert rows.to_list() == [row]
+
+
 def test_csv_fields_stay_text(tmp_path: Path) -> None:
     rows = load_split(write(tmp_path / "a.csv", 'a,b\nNA,7\nnull,007\n,1e5\n"x\ny",true\n'), "train")
     assert rows is not None
@@ -233,6 +243,7 @@ BAD = {
     "JSON of 5,000 digits": ("a.jsonl", ROW + '{"n": ' + "1" * 5000 + "}\n", r"line 2: malformed JSON \(Exc"),
     "half a surrogate pair": ("a.jsonl", ROW + '{"output": "\\ud800"}\n', r"row 2: 'output' cannot be stored"),
     "CSV with a field too many": ("a.csv", "a,b\n1,2\n1,2,3\n", r"a.csv line 3: 3 fields, the header has 2"),
+    "CSV whose every line has one": ("a.csv", "a,b\n1,2,3\n4,5,6\n", r"a.csv line 2: 3 fields, the header has 2"),
     "CSV that never closes a quote": ("a.csv", 'a,b\n1,2\n"3,4\n5,6\n', r"a.csv line 3: malformed csv"),
     "CSV with a column twice": ("a.csv", "a,a\n1,2\n", r"a column name stands there twice \(a, a\)"),
     "TSV with a field too many": ("a.tsv", "a\tb\n1\t2\t3\n", r"a.tsv line 2: 3 fields, the header has 2"),
