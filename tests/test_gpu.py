@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from plainlora import fuse, inject
-from plainlora.lora.fused import fused_forward
-from plainlora.loss import TokenLogProbs
-from plainlora.swiglu import swiglu
+from plainlora.fast.activations import swiglu
+from plainlora.fast.head import TokenLogProbs
+from plainlora.fast.lora import fused_forward
 from tests.conftest import load_quantized, make_model, random_ids, run_program
 
 pytestmark = pytest.mark.gpu

@@ -19,7 +19,7 @@ HOUSE = [
     {"backends", "base"},
     {"settings"},
     {"data"},
-    {"fusing", "loss", "loss_head", "swiglu"},
+    {"fast"},
     {"others"},
     {"lora"},
 ]

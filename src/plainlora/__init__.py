@@ -16,12 +16,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from plainlora.fusing import fuse, unfuse
+    from plainlora.fast.fuse import fuse, unfuse
+    from plainlora.fast.loss_head import use_one_pass_head
     from plainlora.lora.inject import disabled, inject, unwrap
     from plainlora.lora.interchange import save_adapter
     from plainlora.lora.load import load_adapter
     from plainlora.lora.merge import merge
-    from plainlora.loss_head import use_one_pass_head
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,9 +43,9 @@ _HOME = {
     "load_adapter": "plainlora.lora.load",
     "save_adapter": "plainlora.lora.interchange",
     "merge": "plainlora.lora.merge",
-    "fuse": "plainlora.fusing",
-    "unfuse": "plainlora.fusing",
-    "use_one_pass_head": "plainlora.loss_head",
+    "fuse": "plainlora.fast.fuse",
+    "unfuse": "plainlora.fast.fuse",
+    "use_one_pass_head": "plainlora.fast.loss_head",
 }
 
 

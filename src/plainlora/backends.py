@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from plainlora.errors import UserError
-from plainlora.fusing import fuse
+from plainlora.fast.fuse import fuse
 from plainlora.lora import inject, interchange, load
 from plainlora.lora.config import check_supported, check_types
 from plainlora.lora.targets import check_expressions, find_new_weights, find_targets
@@ -42,7 +42,7 @@ class Backend:
         load: Puts a saved adapter into a base model, for inference.
         reload: Copies a saved adapter into a model that already carries one, and goes on training.
         disabled: A context in which the model computes as its base.
-        one_pass_head: Whether a frozen output head computes its loss in one pass (`plainlora.loss`), not by TRL's own.
+        one_pass_head: Whether a frozen output head computes its loss in one pass, by `plainlora.fast.head`.
     """
 
     attach: Attach

@@ -12,9 +12,9 @@ from plainlora import inject
 from plainlora.bench.counting import count
 from plainlora.bench.head import make_model
 from plainlora.bench.turns import Meter
-from plainlora.fusing import fuse
-from plainlora.loss import CHUNK
-from plainlora.loss_head import LossHead
+from plainlora.fast.fuse import fuse
+from plainlora.fast.head import CHUNK
+from plainlora.fast.loss_head import LossHead
 from tests.conftest import CONFIGS, random_ids
 from tests.conftest import make_model as make_base
 

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from plainlora import fuse
-from plainlora.lora import fused, storage
+from plainlora.fast import lora as fused
+from plainlora.lora import storage
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.record import lora_layers
 from tests.conftest import load_quantized, make_model, random_ids

@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PhiConfig, PreTrainedModel
 
-from plainlora import fusing, loss, loss_head
 from plainlora.data import encoding
+from plainlora.fast import fuse as fusing
+from plainlora.fast import head as loss
+from plainlora.fast import loss_head
 from plainlora.lora import inject, interchange, load, merge
 from plainlora.lora.record import lora_layers
 from plainlora.parity.case import FORMS, Case

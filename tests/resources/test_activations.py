@@ -21,9 +21,9 @@ from transformers import (
 from trl import SFTConfig
 from trl.trainer.utils import add_fused_lm_head
 
-from plainlora import loss
 from plainlora.backends import BACKENDS, attach_adapter
-from plainlora.loss_head import LossHead
+from plainlora.fast import head as loss
+from plainlora.fast.loss_head import LossHead
 from plainlora.resources import activations
 from plainlora.resources.activations import (
     Batch,

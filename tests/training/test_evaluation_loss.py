@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, P
 from trl import SFTConfig
 
 from plainlora.backends import BACKENDS, attach_adapter
-from plainlora.loss_head import base_of
+from plainlora.fast.loss_head import base_of
 from plainlora.parity.tiny import byte_tokenizer
 from plainlora.training.trainers import AdapterTrainer, hand_over
 from tests.conftest import ROOT, SPECIAL, VOCABULARY, make_model, random_ids

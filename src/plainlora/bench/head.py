@@ -10,7 +10,7 @@ from trl.trainer.utils import add_fused_lm_head
 from plainlora.bench.case import FLOOR, FUSED, PEFT, REFERENCE, Case, Target
 from plainlora.bench.counting import count
 from plainlora.bench.turns import Turns
-from plainlora.loss_head import LossHead
+from plainlora.fast.loss_head import LossHead
 
 STATISTICS = "fused, with accuracy and entropy"
 HEADS = {"Llama-2-7b": (4096, 32_000), "GPT-2": (768, 50_257), "Qwen2-0.5B": (896, 151_936)}  # d, V

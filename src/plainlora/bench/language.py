@@ -26,8 +26,8 @@ from plainlora.bench.baton import Baton
 from plainlora.bench.case import AS_SHIPPED, FLOOR, FUSED, MATCHED, PEFT, REFERENCE, Case, Target
 from plainlora.bench.rows import draw_lengths, make_rows
 from plainlora.bench.turns import Turns
-from plainlora.fusing import fuse
-from plainlora.loss_head import use_one_pass_head
+from plainlora.fast.fuse import fuse
+from plainlora.fast.loss_head import use_one_pass_head
 from plainlora.parity.case import seed_everything
 from plainlora.parity.tiny import byte_tokenizer, random_model
 from plainlora.resources.plan import Plan

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from plainlora.bench.case import FLOOR, FUSED, PEFT, REFERENCE, Case, Target
 from plainlora.bench.counting import count
 from plainlora.bench.turns import Turns
-from plainlora.fusing import fuse
+from plainlora.fast.fuse import fuse
 from plainlora.lora.inject import inject
 
 # name: (d_in, d_out, r, whether the weight is stored transposed)

@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from plainlora import backends
 from plainlora.data.encoding import encode_rows
-from plainlora.fusing import fuse
+from plainlora.fast.fuse import fuse
 from plainlora.lora import interchange, load, merge
 from plainlora.lora.record import lora_layers
 from plainlora.parity.case import Case

@@ -119,7 +119,7 @@ def quiet_models() -> Iterator[None]:
 
     What `fuse` leaves in the reference form is said by the report, not by its warning.
     """
-    fusing = logging.getLogger("plainlora.fusing")
+    fusing = logging.getLogger("plainlora.fast.fuse")
     verbosity, level = transformers.utils.logging.get_verbosity(), fusing.level
     fusing.setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()

@@ -29,7 +29,7 @@ from transformers import (
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from plainlora.base.remote_code import code_options
-from plainlora.loss import LabelledTokens, TokenLogProbs, chunk_size, is_covered
+from plainlora.fast.head import LabelledTokens, TokenLogProbs, chunk_size, is_covered
 from plainlora.resources.heap import count_resident_bytes
 
 HOLES = 0.55  # of those that a CPU's heap would have if no tensor ever took the place of one of its size: 0.3 to 0.9

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from plainlora.errors import UserError, first_line
-from plainlora.loss_head import rounding_unit
+from plainlora.fast.loss_head import rounding_unit
 
 # Tokens of three documents: several, and longer than the convolutions of state space models, which reach 4 back.
 LENGTHS = (13, 9, 10)
@@ -65,7 +65,7 @@ class Isolation:
         tokens: Token ids to make the documents of.
         pad: The id that rows are padded with.
         device: Where the batch is to be.
-        unit: Of the arithmetic, see `plainlora.loss_head.rounding_unit`.
+        unit: Of the arithmetic, see `plainlora.fast.loss_head.rounding_unit`.
     """
 
     def __init__(self, outputs: Outputs, tokens: Sequence[int], pad: int, device: torch.device, unit: float) -> None:

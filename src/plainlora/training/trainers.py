@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from plainlora.backends import Backend
 from plainlora.errors import UserError
-from plainlora.loss_head import base_of, evaluating, rounding_unit, use_own_loss
+from plainlora.fast.loss_head import base_of, evaluating, rounding_unit, use_own_loss
 from plainlora.run.checkpoints import past_the_end
 from plainlora.training.evaluation_loss import TokenEvaluation
 from plainlora.training.isolation import Isolation, check_isolation, text_tokens

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from plainlora import inject, load_adapter, merge, save_adapter
-from plainlora.fusing import fuse, unfuse
+from plainlora.fast.fuse import fuse, unfuse
 from tests.conftest import load_quantized, make_model, random_ids, run_program
 
 TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "llama": ["q_proj", "v_proj", "gate_proj", "down_proj"]}
@@ -107,7 +107,7 @@ def test_what_is_not_covered_is_left_alone_and_named(caplog: pytest.LogCaptureFi
     after = observe(fuse(model))
     assert all(torch.equal(after[name], value) for name, value in before.items())
     mixed = get_peft_model(make_model("llama"), config("llama", target_modules=["q_proj", "embed_tokens"]))
-    with caplog.at_level(logging.WARNING, logger="plainlora.fusing"):
+    with caplog.at_level(logging.WARNING, logger="plainlora.fast.fuse"):
         fuse(mixed)
     assert "not fused: base_model.model.model.embed_tokens" in caplog.text
     assert sum(is_fused(mixed)) == 2
@@ -182,6 +182,8 @@ def test_under_torch_compile(attach: Any) -> None:
 
 
 def test_the_packages_names_are_functions_however_they_are_imported() -> None:
-    program = "import plainlora; from plainlora import *; from plainlora import fuse, merge; import plainlora.fusing; "
+    program = (
+        "import plainlora; from plainlora import *; from plainlora import fuse, merge; import plainlora.fast.fuse; "
+    )
     program += "assert all(callable(getattr(plainlora, name)) for name in plainlora.__all__); assert callable(fuse)"
     assert run_program("-c", program).returncode == 0

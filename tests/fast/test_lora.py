@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
+from plainlora.fast.lora import Dropped, drop, drop_in_one_kernel, fused_forward
 from plainlora.lora import storage
-from plainlora.lora.fused import Dropped, drop, drop_in_one_kernel, fused_forward
 from plainlora.lora.layer import LoRALinear
 from tests.fake_gpu import fake_gpu
 
@@ -125,7 +125,7 @@ def test_gradients_are_those_of_the_reference_form_where_one_kernel_drops(
     base: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CUDA's branch, whose kernel a CPU has too."""
-    monkeypatch.setattr("plainlora.lora.fused.drop", drop_in_one_kernel)
+    monkeypatch.setattr("plainlora.fast.lora.drop", drop_in_one_kernel)
     layer = make_layer(BASES[base](), dtype, 0.3)
     assert_close(both(layer, torch.randn(4, 33, D_IN, dtype=dtype)), TOLERANCE[dtype])
 

@@ -30,8 +30,8 @@ from trl import SFTConfig, SFTTrainer
 
 from plainlora.backends import BACKENDS, attach_adapter
 from plainlora.errors import UserError
-from plainlora.fusing import fuse
-from plainlora.loss_head import base_of, use_one_pass_head
+from plainlora.fast.fuse import fuse
+from plainlora.fast.loss_head import base_of, use_one_pass_head
 from plainlora.training.trainers import AdapterTrainer, hand_over
 from tests.conftest import CONFIGS, SPECIAL, VOCABULARY, load_quantized, make_peft_trainer, random_ids
 

@@ -7,8 +7,8 @@ from torch.nn import functional
 
 from plainlora import inject
 from plainlora.bench.counting import count
-from plainlora.fusing import fuse, unfuse
-from plainlora.swiglu import swiglu
+from plainlora.fast.activations import swiglu
+from plainlora.fast.fuse import fuse, unfuse
 from tests.conftest import make_model, random_ids
 
 

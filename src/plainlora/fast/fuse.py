@@ -14,12 +14,12 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mistral.modeling_mistral import MistralMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
+from plainlora.fast.activations import swiglu
+from plainlora.fast.lora import fused_forward
 from plainlora.lora import storage
 from plainlora.lora.errors import some
-from plainlora.lora.fused import fused_forward
 from plainlora.lora.layer import LoRALinear
 from plainlora.lora.record import ModelT
-from plainlora.swiglu import swiglu
 
 GATED = (LlamaMLP, MistralMLP, Qwen2MLP)  # down(act(gate(x)) * up(x))
 

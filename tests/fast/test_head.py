@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from plainlora import loss
-from plainlora.loss import CHUNK, LabelledTokens, TokenLogProbs, chunk_size, gradient_dtype
-from plainlora.loss_head import Form, LossHead
+from plainlora.fast import head as loss
+from plainlora.fast.head import CHUNK, LabelledTokens, TokenLogProbs, chunk_size, gradient_dtype
+from plainlora.fast.loss_head import Form, LossHead
 from tests.conftest import CONFIGS, make_model, random_ids
 from tests.fake_gpu import fake_gpu
 

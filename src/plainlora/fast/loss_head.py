@@ -20,7 +20,7 @@ from trl import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from plainlora.errors import UserError, first_line
-from plainlora.loss import LabelledTokens, fused_output, is_covered, one_pass_output
+from plainlora.fast.head import LabelledTokens, fused_output, is_covered, one_pass_output
 
 Form = Literal["one pass", "TRL", "own"]
 TOKENS = 32  # on which heads are compared
@@ -51,7 +51,7 @@ class LossHead:
 
     Args:
         model: A causal language model that already has TRL's head.
-        form: `one pass`: `plainlora.loss`. `TRL`: TRL's own. `own`: the model's own forward, all logits at once.
+        form: `one pass`: `plainlora.fast.head`. `TRL`: TRL's own. `own`: the model's own forward, all logits at once.
 
     Attributes:
         with_statistics: Whether to compute token accuracy and entropy; TRL's head always does.

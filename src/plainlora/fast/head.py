@@ -172,7 +172,7 @@ class LabelledTokens:
 
 
 def is_covered(model: PreTrainedModel) -> bool:
-    """Whether a model has a frozen W, and b, to read. Whether its logits are `W h + b`, see `plainlora.loss_head`."""
+    """Whether a model has a frozen W, and b, to read. Whether its logits are `W h + b`: see `fast.loss_head`."""
     head = model.get_output_embeddings()
     return type(head) is nn.Linear and not head.weight.requires_grad and head.weight.is_floating_point()
 
