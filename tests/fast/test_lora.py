@@ -165,9 +165,7 @@ class DroppedInputs(TorchDispatchMode):
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_on_a_gpu_one_kernel_drops_once_and_in_the_adapters_dtype_as_in_the_reference_form(
-    dtype: torch.dtype, autocast: bool
-) -> None:
+def test_a_gpu_drops_in_one_kernel_and_in_the_adapters_dtype(dtype: torch.dtype, autocast: bool) -> None:
     with fake_gpu() as device, FakeTensorMode(), device:
         base = nn.Linear(D_IN, D_OUT, dtype=dtype)
         layer = LoRALinear(base, D_IN, D_OUT, R, 12.0, 0.1)
