@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
@@ -357,6 +358,12 @@ def test_the_host_waits_once_more_in_a_step_than_under_sfttrainer_however_many_b
     expected = reads_in_a_step(theirs)
     assert expected > accumulated  # TRL's own, of its metrics
     assert reads_in_a_step(ours) == expected + 1
+
+
+def test_one_process_asks_no_other(make: Callable[..., AdapterTrainer], monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make()
+    monkeypatch.delattr(Accelerator, "gather")
+    assert trainer._of_all_processes(torch.tensor(1.5), 15) == [[1.5, 15.0]]
 
 
 def test_whether_adapters_are_zero_is_read_at_once(make: Callable[..., AdapterTrainer]) -> None:
