@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -34,6 +35,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from plainlora.fast.fuse import fuse
 from tests.refusals import Run, snapshot, the_one_line
 
 ROOT = Path(__file__).parent.parent
@@ -105,6 +107,12 @@ def make_model(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     model = AutoModelForCausalLM.from_config(CONFIGS[kind](), dtype=dtype)
     torch.manual_seed(0)
     return model.eval()
+
+
+def fused_in_place(model: Any) -> Any:
+    """The same model, fused."""
+    fuse(model)
+    return model
 
 
 @pytest.fixture(scope="session")

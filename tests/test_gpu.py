@@ -10,16 +10,16 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from plainlora import fuse, inject
+from plainlora import inject
 from plainlora.fast.activations import swiglu
 from plainlora.fast.head import TokenLogProbs
 from plainlora.fast.lora import fused_forward
-from tests.conftest import load_quantized, make_model, random_ids, run_program
+from tests.conftest import fused_in_place, load_quantized, make_model, random_ids, run_program
 
 pytestmark = pytest.mark.gpu
 
 
-FORMS = {"reference": inject, "fused": lambda model, config: fuse(inject(model, config))}
+FORMS = {"reference": inject, "fused": lambda model, config: fused_in_place(inject(model, config))}
 
 
 @pytest.mark.parametrize(

@@ -113,14 +113,15 @@ def _peft_reload(model: nn.Module, directory: str | Path) -> None:
     cast(PeftModel, model).load_adapter(str(directory), "default", is_trainable=True)
 
 
-def _fused_attach(model: PreTrainedModel, config: LoraConfig, new_weights: Collection[str] = ()) -> nn.Module:
-    return fuse(_reference_attach(model, config, new_weights))
+def _fused(model: nn.Module) -> nn.Module:
+    fuse(model)
+    return model
 
 
 BACKENDS = {
     "fused": Backend(
-        attach=_fused_attach,
-        load=lambda model, directory: fuse(load.load_adapter(model, directory)),
+        attach=lambda *args, **options: _fused(_reference_attach(*args, **options)),
+        load=lambda model, directory: _fused(load.load_adapter(model, directory)),
         reload=interchange.load_adapter_weights,
         disabled=inject.disabled,
         one_pass_head=True,
@@ -136,6 +137,13 @@ BACKENDS = {
         load=_peft_load,
         reload=_peft_reload,
         disabled=lambda model: cast(PeftModel, model).disable_adapter(),
+    ),
+    "peft_fused": Backend(
+        attach=lambda *args, **options: _fused(_peft_attach(*args, **options)),
+        load=lambda model, directory: _fused(_peft_load(model, directory)),
+        reload=_peft_reload,
+        disabled=lambda model: cast(PeftModel, model).disable_adapter(),
+        one_pass_head=True,
     ),
 }
 

@@ -15,7 +15,7 @@ from plainlora.bench.turns import Meter
 from plainlora.fast.fuse import fuse
 from plainlora.fast.head import CHUNK
 from plainlora.fast.loss_head import LossHead
-from tests.conftest import CONFIGS, random_ids
+from tests.conftest import CONFIGS, fused_in_place, random_ids
 from tests.conftest import make_model as make_base
 
 TOKENS, D_IN, D_OUT, R = 256, 768, 1024, 8
@@ -83,7 +83,7 @@ def test_the_head_holds_one_chunk_of_logits_and_at_most_a_tenth_of_trls() -> Non
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_whole_model_keeps_less(kind: str) -> None:
     kept = []
-    for attach in (lambda *a: fuse(inject(*a)), get_peft_model):
+    for attach in (lambda *a: fused_in_place(inject(*a)), get_peft_model):
         model = attach(make_base(kind), LoraConfig(target_modules="all-linear", lora_dropout=0.1)).train()
         ids = random_ids()
         kept.append(count(lambda m=model, i=ids: m(input_ids=i).logits.sum(), model.parameters())["saved bytes"])

@@ -8,8 +8,8 @@ from torch.nn import functional
 from plainlora import inject
 from plainlora.bench.counting import count
 from plainlora.fast.activations import swiglu
-from plainlora.fast.fuse import fuse, unfuse
-from tests.conftest import make_model, random_ids
+from plainlora.fast.fuse import unfuse
+from tests.conftest import fused_in_place, make_model, random_ids
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_the_two_inputs_alone_are_kept() -> None:
 def test_a_model_keeps_one_tensor_of_the_mlps_width_less_a_block(kind: str) -> None:
     ids = random_ids()
     kept, logits = [], []
-    model = fuse(inject(make_model(kind), LoraConfig(target_modules=["q_proj"])))
+    model = fused_in_place(inject(make_model(kind), LoraConfig(target_modules=["q_proj"])))
     for step in (lambda: None, lambda: unfuse(model)):
         step()
         kept.append(count(lambda: model(input_ids=ids).logits[0], model.parameters())["saved bytes"])

@@ -11,12 +11,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from plainlora import fuse
 from plainlora.fast import lora as fused
 from plainlora.lora import storage
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.record import lora_layers
-from tests.conftest import load_quantized, make_model, random_ids
+from tests.conftest import fused_in_place, load_quantized, make_model, random_ids
 from tests.lora.oracle import assert_equal_tensors, by_peft, by_us, logits, move, snapshot, trainable
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -111,7 +110,7 @@ def test_the_input_is_dropped_in_the_dtype_in_which_peft_drops_it(
     outputs = []
     drop = fused.drop
     monkeypatch.setattr(fused, "drop", lambda x, p, dtype: (dtypes.append(dtype), drop(x, p, dtype))[1])
-    for attach in (by_peft, by_us, lambda base, **options: fuse(by_us(base, **options))):
+    for attach in (by_peft, by_us, lambda base, **options: fused_in_place(by_us(base, **options))):
         base = load_quantized(model_dirs["llama"], **QUANTIZED[how]) if how else make_model("llama", torch.bfloat16)
         model: Any = attach(base, **OPTIONS, lora_dropout=0.3).train()
         move(model)

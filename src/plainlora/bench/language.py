@@ -27,7 +27,6 @@ from plainlora.bench.case import AS_SHIPPED, FLOOR, FUSED, MATCHED, PEFT, REFERE
 from plainlora.bench.rows import draw_lengths, make_rows
 from plainlora.bench.turns import Turns
 from plainlora.fast.fuse import fuse
-from plainlora.fast.loss_head import use_one_pass_head
 from plainlora.parity.case import seed_everything
 from plainlora.parity.tiny import byte_tokenizer, random_model
 from plainlora.resources.plan import Plan
@@ -250,8 +249,7 @@ def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
     rows = make_rows(row_lengths(options), plan.config.vocab_size)
     trainer = make_trainer(plan, options["backend"], rows, [Baton(turns, "step")])
     if options.get("two_lines"):
-        fuse(trainer.model)  # type: ignore[type-var]
-        use_one_pass_head(trainer)
+        fuse(trainer)
     trained = (parameter for parameter in cast(nn.Module, trainer.model).parameters() if parameter.requires_grad)
     turns.facts["trained in"] = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained})
     StepRecord(trainer, turns.facts)

@@ -59,7 +59,7 @@ def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
     elif arm != FLOOR:
         model = inject(model, config)
     if arm == FUSED:
-        model = fuse(model)
+        fuse(model)
     layer = model.to(turns.device).train().get_submodule("layer")
     x = torch.randn(1, tokens, d_in, device=turns.device, requires_grad=True)
     gradient = torch.randn(1, tokens, d_out, device=turns.device)

@@ -1,14 +1,18 @@
-"""`fuse(model)`: an injected model, or PEFT's, computes the fused form, in place."""
+"""`fuse(model or trainer)`: everything that has a fused form computes it, in place; `unfuse` undoes it."""
 
 import logging
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional
+from transformers import Trainer
 from transformers.activations import NewGELUActivation, SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mistral.modeling_mistral import MistralMLP
@@ -19,7 +23,6 @@ from plainlora.fast.lora import fused_forward
 from plainlora.lora import storage
 from plainlora.lora.errors import some
 from plainlora.lora.layer import LoRALinear
-from plainlora.lora.record import ModelT
 
 GATED = (LlamaMLP, MistralMLP, Qwen2MLP)  # down(act(gate(x)) * up(x))
 
@@ -89,35 +92,80 @@ def _is_covered(layer: LoRALinear | LoraLayer) -> bool:
     return isinstance(layer, LoRALinear) or not any(getattr(layer, "lora_bias", {}).values())
 
 
-def fuse(model: ModelT) -> ModelT:
-    """Gives every LoRA layer the fused form, in place; GPT-2's GELU and SwiGLU a leaner one; `unfuse` takes it back.
+@dataclass(frozen=True)
+class FuseReport:
+    """What `fuse` covered.
 
-    With an existing TRL + PEFT script this is one line after the model or its trainer is made. What is not covered
-    keeps the form it has and is named in the log: 8-bit layers, embeddings, convolutions; DoRA and other variants go
-    PEFT's own way.
+    Attributes:
+        fused: How many modules of each kind compute the fused form.
+        unchanged: Names of the LoRA layers that keep their own forward pass.
+    """
+
+    fused: dict[str, int]
+    unchanged: list[str]
+
+    def __str__(self) -> str:
+        """One line."""
+        counts = ", ".join(f"{count} {kind}" for kind, count in self.fused.items()) or "nothing"
+        return f"fused: {counts}" + (f"; unchanged: {some(self.unchanged)}" if self.unchanged else "")
+
+
+def fuse(target: nn.Module | Trainer) -> FuseReport:
+    """Gives a model, or the model of a trainer, the fused forward pass of everything that has one; `unfuse` undoes it.
+
+    LoRA layers become one autograd Function, GPT-2's GELU and SwiGLU keep fewer tensors for the backward pass, and the
+    loss of an SFTTrainer is computed in one pass wherever that is the model's own loss. Unsupported layers are left
+    unchanged: 8-bit layers, embeddings, convolutions; DoRA and other variants go PEFT's own way.
+
+    With an existing TRL + PEFT script it is one line after the trainer is made. A model may be fused where it is:
+    nothing is copied, and state dictionaries stay as they are.
 
     Args:
-        model: From `plainlora.inject`, `plainlora.load_adapter`, `peft.get_peft_model` or `PeftModel.from_pretrained`.
+        target: A model from `plainlora.inject`, `plainlora.load_adapter`, `peft.get_peft_model` or
+            `PeftModel.from_pretrained`, or any Trainer of Transformers or TRL that trains one.
 
     Returns:
-        The same model.
+        What is fused, and what is left unchanged.
     """
-    left = []
-    for name, layer in _layers(model):
+    if not isinstance(target, nn.Module):
+        return _fuse_trainer(target)
+    fused: Counter[str] = Counter()
+    unchanged = []
+    for name, layer in _layers(target):
         if _is_covered(layer):
             form = _forward_own if isinstance(layer, LoRALinear) else _forward_peft
             layer.forward = MethodType(form, layer)  # type: ignore[method-assign, union-attr]
+            fused["LoRA layers"] += 1
         else:
-            left.append(name)
-    for module, rest in _rest_of(model):
+            unchanged.append(name)
+    for module, rest in _rest_of(target):
         module.forward = MethodType(rest, module)
-    if left:
-        logger.warning("%d layers are not fused: %s", len(left), some(left))
-    return model
+        fused["GELU" if rest is _gelu else "SwiGLU"] += 1
+    if unchanged:
+        logger.warning("%d layers are not fused: %s", len(unchanged), some(unchanged))
+    return FuseReport(dict(fused), unchanged)
 
 
-def unfuse(model: ModelT) -> ModelT:
-    """Every module's own form again: the inverse of `fuse`."""
-    for module in [layer for _, layer in _layers(model)] + [module for module, _ in _rest_of(model)]:
+def _fuse_trainer(trainer: Trainer) -> FuseReport:
+    report = fuse(cast(nn.Module, trainer.model))
+    trl = sys.modules.get("trl")  # which a trainer of it has imported
+    if trl is None or not isinstance(trainer, trl.SFTTrainer):
+        return report
+    from plainlora.fast.loss_head import use_one_pass_head  # noqa: PLC0415
+
+    use_one_pass_head(trainer)
+    return FuseReport(report.fused | {"loss head": 1}, report.unchanged)
+
+
+def unfuse(target: nn.Module | Trainer) -> None:
+    """Gives every module its own forward pass again, and a trainer its own loss: the inverse of `fuse`.
+
+    Args:
+        target: As for `fuse`.
+    """
+    if not isinstance(target, nn.Module):
+        if (choice := vars(target).pop("loss_choice", None)) is not None:
+            choice.undo()
+        target = cast(nn.Module, target.model)
+    for module in [layer for _, layer in _layers(target)] + [module for module, _ in _rest_of(target)]:
         module.__dict__.pop("forward", None)
-    return model

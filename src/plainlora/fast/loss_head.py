@@ -64,6 +64,10 @@ class LossHead:
         self._theirs: Callable[..., Any] = model.forward
         model.forward = MethodType(self._forward, model)
 
+    def give_back(self, model: PreTrainedModel) -> None:
+        """Puts the head that was there in place again."""
+        model.forward = self._theirs  # type: ignore[method-assign]
+
     def _forward(
         self,
         model: PreTrainedModel,
@@ -197,6 +201,11 @@ class LossChoice:
         self.head, self.made = LossHead(self.model, "TRL"), False
         self._tried: list[Form] = ["one pass", "TRL"] if one_pass and is_covered(self.model) else ["TRL"]
 
+    def undo(self) -> None:
+        """Gives model and trainer their own loss again."""
+        self.head.give_back(self.model)
+        del self.trainer.compute_loss
+
     def make(self, model: nn.Module, ids: Sequence[int]) -> None:
         """Compares the heads with the model's own forward; says so in one line if only that will do.
 
@@ -298,5 +307,5 @@ def use_one_pass_head(trainer: SFTTrainer) -> SFTTrainer:
     Returns:
         The same trainer.
     """
-    use_own_loss(trainer, one_pass=True)
+    trainer.loss_choice = use_own_loss(trainer, one_pass=True)
     return trainer

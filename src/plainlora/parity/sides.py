@@ -103,7 +103,9 @@ class HandWritten(Side):
         if not trainable:
             return self.backend.load(base, directory)
         model = load.load_adapter(base, directory, trainable=True)
-        return fuse(model) if self.is_fused else model
+        if self.is_fused:
+            fuse(model)
+        return model
 
     def save(self, model: nn.Module, directory: str | Path) -> None:
         """See `plainlora.save_adapter`."""

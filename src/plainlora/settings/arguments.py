@@ -17,11 +17,12 @@ PROJECTIONS = ("query", "key", "value", "projection", "mlp", "head")  # each a f
 class RecipeArguments:
     """What both programs need beyond TRL's `ScriptArguments` and `ModelConfig`: the adapter, the rows, the folder."""
 
-    lora_backend: Literal["fused", "reference", "peft"] = field(
+    lora_backend: Literal["fused", "reference", "peft", "peft_fused"] = field(
         default="fused",
         metadata={
             "help": "Which LoRA to train: `reference`, written by hand in plainlora.lora and equal to PEFT's to the "
-            "last bit; `fused`, the same map in less time and memory, equal up to rounding; or `peft`."
+            "last bit; `fused`, the same map in less time and memory, equal up to rounding; `peft`; or `peft_fused`, "
+            "a PeftModel that computes the fused form."
         },
     )
     lora_bias: Literal["none", "all", "lora_only"] = field(
