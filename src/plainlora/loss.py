@@ -68,7 +68,7 @@ def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> Non
         out.copy_(left @ right)
 
 
-def entropy(log_probs: torch.Tensor) -> torch.Tensor:
+def entropy_of(log_probs: torch.Tensor) -> torch.Tensor:
     """`-sum p log p` in nats, `(n, V) -> (n,)`. Few rows at a time: it makes two tensors of their size beside them."""
     return -torch.cat([torch.linalg.vecdot(rows.exp(), rows) for rows in log_probs.split(CHUNK)])
 
@@ -117,7 +117,7 @@ class TokenLogProbs(torch.autograd.Function):
             torch.log_softmax(logits, -1, out=logits)
             log_probs[part] = logits.gather(1, chosen)[:, 0]
             if statistics is not None:
-                statistics[0, part] = entropy(logits)
+                statistics[0, part] = entropy_of(logits)
             if gradient is not None:
                 probabilities = logits.exp_()  # (n, V)
                 probabilities.scatter_add_(1, chosen, probabilities.new_full(chosen.shape, -1.0))
