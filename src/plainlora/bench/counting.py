@@ -1,4 +1,4 @@
-"""What does not vary from run to run: bytes kept for the way back, operations, floating-point operations."""
+"""What does not vary from run to run: bytes kept for the backward pass, operations, floating-point operations."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

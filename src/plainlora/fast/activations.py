@@ -1,4 +1,4 @@
-"""SwiGLU (Shazeer 2020, arXiv:2002.05202, section 2) that keeps its two inputs alone for the way back.
+"""SwiGLU (Shazeer 2020, arXiv:2002.05202, section 2) that keeps its two inputs alone for the backward pass.
 
     y = silu(g) * u          silu(g) = g sigmoid(g)
 

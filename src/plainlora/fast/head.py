@@ -2,10 +2,10 @@
 
     z = W h + b             log p = z[y] - logsumexp(z)             d log p / dh = W[y] - softmax(z) W
 
-The head W is frozen, so the way back needs no logits: the gradient of each token's log-probability with respect to its
-own hidden state, `(N, d)`, is computed in the forward pass, chunk by chunk, and the way back is one product by the
-gradient of each log-probability. That is 4 N d V operations where recomputing the logits takes 6 N d V, and the
-logits of one chunk are all that is ever there. Tokens without a label are left out.
+The head W is frozen, so the backward pass needs no logits: the gradient of each token's log-probability with respect
+to its own hidden state, `(N, d)`, is computed in the forward pass, chunk by chunk, and the backward pass is one
+product by the gradient of each log-probability. That is 4 N d V operations where recomputing the logits takes 6 N d V,
+and the logits of one chunk are all that is ever there. Tokens without a label are left out.
 """
 
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> Non
         out.copy_(left @ right)
 
 
-def entropy(log_probs: torch.Tensor) -> torch.Tensor:
+def entropy_of(log_probs: torch.Tensor) -> torch.Tensor:
     """`-sum p log p` in nats, `(n, V) -> (n,)`. Few rows at a time: it makes two tensors of their size beside them."""
     return -torch.cat([torch.linalg.vecdot(rows.exp(), rows) for rows in log_probs.split(CHUNK)])
 
@@ -117,7 +117,7 @@ class TokenLogProbs(torch.autograd.Function):
             torch.log_softmax(logits, -1, out=logits)
             log_probs[part] = logits.gather(1, chosen)[:, 0]
             if statistics is not None:
-                statistics[0, part] = entropy(logits)
+                statistics[0, part] = entropy_of(logits)
             if gradient is not None:
                 probabilities = logits.exp_()  # (n, V)
                 probabilities.scatter_add_(1, chosen, probabilities.new_full(chosen.shape, -1.0))

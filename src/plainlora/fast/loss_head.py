@@ -20,7 +20,7 @@ from trl import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from plainlora.errors import UserError, first_line
-from plainlora.fast.head import LabelledTokens, fused_output, is_covered, one_pass_output
+from plainlora.fast.head import LabelledTokens, entropy_of, fused_output, is_covered, one_pass_output
 
 Form = Literal["one pass", "TRL", "own"]
 TOKENS = 32  # on which heads are compared
@@ -98,8 +98,7 @@ class LossHead:
         entropy = is_top1 = torch.zeros_like(log_probs)
         if self.with_statistics:
             with torch.no_grad():
-                entropy = -torch.linalg.vecdot(logits.exp(), logits)
-                is_top1 = (logits.argmax(-1) == tokens.labels).float()
+                entropy, is_top1 = entropy_of(logits), (logits.argmax(-1) == tokens.labels).float()
         found = fused_output(tokens, log_probs, entropy, is_top1, num_items_in_batch)
         if self.extra:
             found.aux_loss = output.loss + log_probs.sum() / tokens.mask.sum().clamp(min=1)

@@ -68,8 +68,8 @@ def _is_4bit(module: nn.Module) -> bool:
 def dropped_dtype(module: nn.Module, x: torch.Tensor, adapter: torch.dtype) -> torch.dtype:
     """The dtype of `x` in `dropout(x)`, as PEFT has it: the adapter's, which PEFT's dense layers always cast to.
 
-    Its layers over bitsandbytes' leave the cast to CUDA's autocast where that is on, and drop elements of `x` as it
-    is. It matters beyond rounding: on CUDA each thread draws for 16 bytes, so the mask depends on the dtype.
+    Its bitsandbytes layers leave the cast to CUDA's autocast where that is on, and drop elements of `x` as it is. This
+    is more than rounding: on CUDA a thread draws for 16 bytes of `x` at a time, so the mask depends on the dtype.
 
     https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/bnb.py (`requires_conversion`)
     https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/cuda/Dropout.cu (`get_vector_size`)

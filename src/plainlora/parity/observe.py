@@ -102,7 +102,7 @@ def observe_forward(side: Side, case: Case, model: nn.Module) -> Observation:
 
 @contextmanager
 def _embedding_output_watched(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Keeps the gradient that arrives at the output of the input embeddings: the end of the way back."""
+    """Keeps the gradient that arrives at the output of the input embeddings: the end of the backward pass."""
     seen: dict[str, torch.Tensor] = {}
 
     def watch(_: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a step holds at most, the way back included, counted before training starts.
+"""What a step holds at most, the backward pass included, counted before training starts.
 
 The model's own code runs one step on tensors that have shape, type and device but no values (`FakeTensorMode`). They
 take the kernels that real ones take, attention's included, but no memory and little time.
@@ -331,7 +331,7 @@ class Held:
     Attributes:
         alive: Bytes of tensors that are alive at the same time, gradients as far as the step makes them.
         events: When they come and go, see `LiveBytes`.
-        pinned_until: The number of the event at which the way back begins; 0 where there is none.
+        pinned_until: The number of the event at which the backward pass begins; 0 where there is none.
         on_cpu: Whether all of it lies in a process's heap.
     """
 
@@ -399,7 +399,7 @@ def count_peak_bytes(step: Step, *, checkpointing: bool = False) -> Held:
 
     Args:
         step: What is counted.
-        checkpointing: Whether activations are computed again on the way back.
+        checkpointing: Whether activations are computed again in the backward pass.
 
     Raises:
         Exception: Of any kind, where the model's code does not run without values.

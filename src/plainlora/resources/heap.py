@@ -3,8 +3,8 @@
 glibc maps blocks of 32 MiB and more apart and gives them back when they are freed. Smaller ones lie in one heap, where
 a freed block becomes a hole that the best-fitting request takes. PyTorch asks for aligned blocks (`posix_memalign`):
 glibc before 2.38 looks for a hole larger than the block, and the piece that is left over goes to some small object,
-such as an autograd node, which stays until the way back. Between such pieces a hole takes no second tensor of the same
-size. https://sourceware.org/git/?p=glibc.git;a=blob;f=malloc/malloc.c;hb=glibc-2.36 (`_int_memalign`)
+such as an autograd node, which stays until the backward pass. Between such pieces a hole takes no second tensor of the
+same size. https://sourceware.org/git/?p=glibc.git;a=blob;f=malloc/malloc.c;hb=glibc-2.36 (`_int_memalign`)
 """
 
 import bisect

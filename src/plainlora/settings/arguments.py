@@ -109,8 +109,8 @@ class SFTRecipeConfig(SFTConfig):
     gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "Compute activations again on the way back instead of keeping them; if left out, only where they "
-            "would not fit into the free memory.",
+            "help": "Compute activations again in the backward pass instead of keeping them; if left out, only where "
+            "they would not fit into the free memory.",
             "nargs": "?",
             "const": True,
         },
