@@ -6,8 +6,8 @@
     with disabled(model): ...                   # the base alone
     model = merge(model)                        # the base architecture with the deltas folded in
     model = unwrap(model)                       # the base again
-    model = fuse(model)                         # ours or PEFT's: the same map, faster and leaner; unfuse undoes it
-    use_one_pass_head(trainer)                  # any SFTTrainer with a frozen head: the same loss, likewise
+    fuse(model)                                 # ours or PEFT's: the same map, faster and leaner; unfuse undoes it
+    fuse(trainer)                               # the same of a trainer's model, and an SFTTrainer's loss in one pass
 
 Names are resolved on first use, so that `plainlora --help` need not wait for torch.
 """
