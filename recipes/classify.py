@@ -30,7 +30,7 @@ def main() -> None:
     config, tokenizer = classify.read_config(settings), classify.read_tokenizer(settings)
     texts = classify.prepare_rows(settings, tokenizer, config, run.log)
     adapter = classify.plan_adapter(settings, texts.labels, tokenizer.pad_token_id)
-    examine_classifier(settings, Stages(config, tokenizer, adapter), texts).stop_or_say(run.log)
+    examine_classifier(settings, Stages(config, tokenizer, adapter), texts).stop_or_log(run.log)
     classify.check_resumable(run, adapter, texts)
     repository = open_run_repository(settings.training, run.log)
 

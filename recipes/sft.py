@@ -31,7 +31,7 @@ def main() -> None:
     own_template = sft.install_template(settings, tokenizer)
     rows = sft.prepare_rows(settings, tokenizer, run.log)
     adapter = sft.plan_adapter(settings, config)
-    examine_sft(settings, Stages(config, tokenizer, adapter, own_template), rows).stop_or_say(run.log)
+    examine_sft(settings, Stages(config, tokenizer, adapter, own_template), rows).stop_or_log(run.log)
     run.check_resumable(rows.train, adapter.lora)
     questions = sft.choose_questions(settings, rows, tokenizer)
     repository = open_run_repository(settings.training, run.log)

@@ -69,7 +69,7 @@ def test_healthy_rows_have_no_warning_and_no_error(
     assert len(examination.findings) == 11
     assert examination.summary() == "doctor: 11 checks, nothing wrong"
     said: list[str] = []
-    examination.stop_or_say(said.append)
+    examination.stop_or_log(said.append)
     assert said == [examination.summary()]
 
 
@@ -82,7 +82,7 @@ def test_u04_a_template_without_eos_is_an_error(own: PreTrainedTokenizerFast, tm
     assert finding.level == "error"
     assert "train) row 1: the chat template does not end answers with the tokenizer's EOS" in finding.message
     with pytest.raises(UserError, match="does not end answers"):
-        examination.stop_or_say(print)
+        examination.stop_or_log(print)
 
 
 def test_u04_eos_as_pad_is_noted_and_eos_is_trained(own: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -364,12 +364,12 @@ def test_the_programs_line_counts_further_errors_and_says_warnings() -> None:
     examination.add("ok", "a", "b", "fine")
     examination.add("warning", "train rows", "c", "two\nlines")
     said: list[str] = []
-    examination.stop_or_say(said.append)
+    examination.stop_or_log(said.append)
     assert said == ["warning: train rows: two lines", "doctor: 2 checks, 1 warning"]
     examination.add("error", "a", "d", "first")
     examination.add("error", "a", "e", "second")
     with pytest.raises(UserError, match=r"^first \(1 more: see `plainlora doctor`\)$"):
-        examination.stop_or_say(said.append)
+        examination.stop_or_log(said.append)
     assert len(said) == 2
 
 

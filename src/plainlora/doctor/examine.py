@@ -34,24 +34,24 @@ STAGES = (
 Decided = dict[str, tuple[Any, str]]  # what a setting that was left open will be, and why
 
 
-def examine(config: str, flags: Sequence[str], say: Callable[[str], None]) -> Diagnosis:
+def examine(config: str, flags: Sequence[str], log: Callable[[str], None]) -> Diagnosis:
     """Examines a recipe as its program would, past every error.
 
     Args:
         config: The recipe's YAML.
         flags: More of its flags.
-        say: Told which of the stages begins.
+        log: Told which of the stages begins.
 
     Raises:
         UserError: The file is no YAML mapping, so that there is nothing to examine.
     """
-    say("reading the settings")
+    log("reading the settings")
     program = find_program(config, flags)
     found = Diagnosis(config, program.name)
     settings = read_settings(program, config, flags, found.examination)
     _examine_folder(settings, found.examination)
     examine_task: Callable[..., Decided] = _examine_sft if program is SFT else _examine_classifier
-    decided = found.examination.ask("doctor", "went through", examine_task, found, settings, say)
+    decided = found.examination.ask("doctor", "went through", examine_task, found, settings, log)
     found.settings = list_settings(settings, decided or {})
     return found
 
@@ -82,11 +82,11 @@ def _examine_earlier_run(folder: Path, overwrite: bool, checkpoint: str | None, 
             found.add("error", "settings", "output folder", str(error))
 
 
-def _examine_sft(found: Diagnosis, settings: SFTSettings, say: Callable[[str], None]) -> Decided:
+def _examine_sft(found: Diagnosis, settings: SFTSettings, log: Callable[[str], None]) -> Decided:
     """Fills the diagnosis of a language model's recipe."""
     recipe, script, training, model = settings.parts
     ask, stages, rows = found.examination.ask, Stages(), None
-    say("looking at the base")
+    log("looking at the base")
     if model.model_name_or_path:
         if training.trust_remote_code and (
             said := ask("base", "code", describe_remote_code, settings.base, model.model_revision)
@@ -99,12 +99,12 @@ def _examine_sft(found: Diagnosis, settings: SFTSettings, say: Callable[[str], N
         if not found.examination.passes("tokenizer", "template", sft.install_template, settings, stages.tokenizer):
             stages.tokenizer = None
     if script.dataset_name:
-        say("reading rows")
+        log("reading rows")
         if stages.tokenizer is None:
             _say_read(ask("rows", "there", sft.read_rows, settings), found.examination)
         else:
             rows = ask("rows", "there", sft.prepare_rows, settings, stages.tokenizer, _silent)
-    say("looking at rows and layers")
+    log("looking at rows and layers")
     if stages.config is not None:
         stages.adapter = ask("adapter", "config", sft.plan_adapter, settings, stages.config)
     examine_sft(settings, stages, rows, found.examination)
@@ -116,22 +116,22 @@ def _examine_sft(found: Diagnosis, settings: SFTSettings, say: Callable[[str], N
             found.sample = split_sample(first["input_ids"], first["labels"], stages.tokenizer)
     loads = stages.config is not None and examine_weights(settings, stages.config, sft.load_weights, found.examination)
     if loads and stages.adapter is not None and stages.tokenizer is not None and rows is not None and len(rows.train):
-        say("counting memory")
+        log("counting memory")
         _count(found, partial(sft.plan_run, settings, stages.adapter, stages.tokenizer, rows))
     found.examination.add("ok", "evaluation", "memory", "an evaluation keeps the loss alone, no logits are gathered")
     return _decided(settings, found, rows)
 
 
-def _examine_classifier(found: Diagnosis, settings: ClassifySettings, say: Callable[[str], None]) -> Decided:
+def _examine_classifier(found: Diagnosis, settings: ClassifySettings, log: Callable[[str], None]) -> Decided:
     """Fills the diagnosis of a classifier's recipe."""
     recipe, script, training, model = settings.parts
     ask, stages, texts = found.examination.ask, Stages(), None
-    say("looking at the base")
+    log("looking at the base")
     if model.model_name_or_path:
         stages.config = ask("base", "config", classify.read_config, settings)
         stages.tokenizer = ask("tokenizer", "there", classify.read_tokenizer, settings)
     if script.dataset_name:
-        say("reading rows")
+        log("reading rows")
         if stages.tokenizer is None:
             read = ask("rows", "there", classify.read_rows, settings)
             if read is not None:
@@ -139,7 +139,7 @@ def _examine_classifier(found: Diagnosis, settings: ClassifySettings, say: Calla
                 found.examination.add("note", "rows", "there", said)
         else:
             texts = ask("rows", "there", classify.prepare_rows, settings, stages.tokenizer, stages.config, _silent)
-    say("looking at rows and layers")
+    log("looking at rows and layers")
     labels = texts.labels if texts is not None else recipe.labels or ["0", "1"]
     if stages.config is not None:
         subject = "adapter" if recipe.method == "lora" else "method"
@@ -158,7 +158,7 @@ def _examine_classifier(found: Diagnosis, settings: ClassifySettings, say: Calla
         load = partial(classify.load_weights, config=config)
         loads = examine_weights(settings, config, load, found.examination)
         if loads and texts is not None and stages.tokenizer is not None:
-            say("counting memory")
+            log("counting memory")
             _count(found, partial(classify.plan_run, settings, stages.adapter, stages.tokenizer, texts))
     said = "of each row the predicted class and the loss are kept, no logits are gathered"
     found.examination.add("ok", "evaluation", "memory", said)

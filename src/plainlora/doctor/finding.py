@@ -79,7 +79,7 @@ class Examination:
             parts += [f"{count} {level}{'s' * (count > 1)}"] if count else []
         return "doctor: " + ", ".join(parts if len(parts) > 1 else [*parts, "nothing wrong"])
 
-    def stop_or_say(self, say: Callable[[str], None]) -> None:
+    def stop_or_log(self, log: Callable[[str], None]) -> None:
         """What a program does before it trains: an error stops it, warnings are said, and the sum.
 
         Raises:
@@ -90,5 +90,5 @@ class Examination:
             more = f" ({len(errors) - 1} more: see `plainlora doctor`)" if len(errors) > 1 else ""
             raise UserError(errors[0].message + more)
         for warning in self.at("warning"):
-            say(f"warning: {warning.subject}: {warning.message}")
-        say(self.summary())
+            log(f"warning: {warning.subject}: {warning.message}")
+        log(self.summary())

@@ -7,7 +7,7 @@ from transformers.trainer_utils import HubStrategy
 
 from plainlora.errors import UserError
 from plainlora.hub.publication import Publication, collect_publication, hub_base
-from plainlora.hub.repository import Repository, Say, check_repository_name, open_repository
+from plainlora.hub.repository import Log, Repository, check_repository_name, open_repository
 from plainlora.lora.errors import LoRAError, some
 
 MESSAGE = "Upload with PlainLoRA"
@@ -42,7 +42,7 @@ def check_push(training: TrainingArguments, base: str, hub_base_model: str | Non
     hub_base("model_name_or_path", base, hub_base_model, "--hub_base_model")
 
 
-def open_run_repository(training: TrainingArguments, say: Say) -> Repository | None:
+def open_run_repository(training: TrainingArguments, log: Log) -> Repository | None:
     """The repository to push to at the end, found or made before training; `None` without `push_to_hub`.
 
     Raises:
@@ -51,7 +51,7 @@ def open_run_repository(training: TrainingArguments, say: Say) -> Repository | N
     if not training.push_to_hub:
         return None
     private = bool(training.hub_private_repo)
-    return open_repository(_name(training), training.hub_token, private, training.hub_revision, say)
+    return open_repository(_name(training), training.hub_token, private, training.hub_revision, log)
 
 
 def push(publication: Publication, repository: Repository, message: str = MESSAGE) -> str:

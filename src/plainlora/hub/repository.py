@@ -23,7 +23,7 @@ NO_HUB = (AttributeError, LookupError, TypeError, RecursionError, UnicodeDecodeE
 TENSORS = ".safetensors"
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
-Say = Callable[[str], object]
+Log = Callable[[str], object]
 Files = Mapping[str, Path | bytes]
 
 
@@ -172,7 +172,7 @@ class Repository:
 
 
 def open_repository(
-    name: str, token: str | None = None, private: bool = False, revision: str | None = None, say: Say = print
+    name: str, token: str | None = None, private: bool = False, revision: str | None = None, log: Log = print
 ) -> Repository:
     """Logs in and finds or makes a repository, before anything is trained or sent.
 
@@ -181,7 +181,7 @@ def open_repository(
         token: As for `find_token`.
         private: Whether a new repository is private.
         revision: Branch to write to, made if it is missing; the main one if left out.
-        say: Prints a line of progress.
+        log: Prints a line of progress.
 
     Raises:
         UserError: There is no such name, no token, or none that may write there; the repository is public and was to
@@ -210,7 +210,7 @@ def open_repository(
         public = not api.model_info(name).private
     if found and private and public:
         raise UserError(f"{name} is there already, and is public; leave --private out, or give another name")
-    say(f"{url} is there already; the files go to it as a new commit" if found else f"made {url}")
+    log(f"{url} is there already; the files go to it as a new commit" if found else f"made {url}")
     with _one_line(f"the branch {revision or 'main'} of {name} cannot be had", token):
         if revision and not revision.startswith("refs/"):
             api.create_branch(name, branch=revision, exist_ok=True)

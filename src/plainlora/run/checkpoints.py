@@ -83,28 +83,28 @@ def _holds_plain_values(path: Path) -> bool:
     return True
 
 
-def newest_checkpoint(output_dir: str | Path, say: Callable[[str], object] | None = None) -> Path | None:
+def newest_checkpoint(output_dir: str | Path, log: Callable[[str], object] | None = None) -> Path | None:
     """The newest whole checkpoint. A broken newer one is passed over.
 
     Args:
         output_dir: Of the run.
-        say: Told of each that is passed over, and why.
+        log: Told of each that is passed over, and why.
     """
     for path in reversed(list_checkpoints(output_dir)):
         problem = find_problem(path)
         if problem is None:
             return path
-        if say is not None:
-            say(f"{path} is passed over: {problem}")
+        if log is not None:
+            log(f"{path} is passed over: {problem}")
     return None
 
 
-def resume_path(args: TrainingArguments, say: Callable[[str], object] = print) -> str | None:
+def resume_path(args: TrainingArguments, log: Callable[[str], object] = print) -> str | None:
     """`--resume_from_checkpoint true` is the newest whole checkpoint; a path is itself.
 
     Args:
         args: The run's.
-        say: Told of broken checkpoints that are passed over.
+        log: Told of broken checkpoints that are passed over.
 
     Raises:
         UserError: There is no such checkpoint.
@@ -113,12 +113,12 @@ def resume_path(args: TrainingArguments, say: Callable[[str], object] = print) -
     if asked is None or str(asked).lower() in ("false", "no"):
         return None
     if str(asked).lower() in ("true", "yes"):
-        newest = newest_checkpoint(str(args.output_dir), say)
+        newest = newest_checkpoint(str(args.output_dir), log)
         if newest is None:
             raise UserError(
                 f"resume_from_checkpoint: {args.output_dir} holds no whole checkpoint; leave it out to start"
             )
-        _check_what_is_left(newest, args, say)
+        _check_what_is_left(newest, args, log)
         return str(newest)
     if not (Path(asked) / "trainer_state.json").is_file():
         raise UserError(f"resume_from_checkpoint: {asked} is no checkpoint folder; it has no trainer_state.json")
@@ -127,11 +127,11 @@ def resume_path(args: TrainingArguments, say: Callable[[str], object] = print) -
             f"resume_from_checkpoint: {asked} is not whole: {problem}; give another checkpoint, or `true` for the "
             "newest whole one of output_dir"
         )
-    _check_what_is_left(Path(asked), args, say)
+    _check_what_is_left(Path(asked), args, log)
     return str(asked)
 
 
-def _check_what_is_left(checkpoint: Path, args: TrainingArguments, say: Callable[[str], object]) -> None:
+def _check_what_is_left(checkpoint: Path, args: TrainingArguments, log: Callable[[str], object]) -> None:
     """Says where nothing is left to train; raises `UserError` where the checkpoint is past `max_steps` already."""
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     end = args.max_steps
@@ -140,7 +140,7 @@ def _check_what_is_left(checkpoint: Path, args: TrainingArguments, say: Callable
     if 0 < args.max_steps < state.global_step:
         raise past_the_end(checkpoint, state.global_step, args.max_steps)
     if state.global_step == end:
-        say(f"{checkpoint} is at the last step, {end}: nothing is left to train; what follows training is done again")
+        log(f"{checkpoint} is at the last step, {end}: nothing is left to train; what follows training is done again")
 
 
 def past_the_end(checkpoint: object, step: int, end: int) -> UserError:

@@ -144,14 +144,14 @@ def _command(run: Recorded, config: Path, output: Path, trust_remote_code: bool)
 
 
 def reproduce(
-    folder: str | Path, output: str | Path, say: Callable[[str], object] = print, trust_remote_code: bool = False
+    folder: str | Path, output: str | Path, log: Callable[[str], object] = print, trust_remote_code: bool = False
 ) -> list[Stage]:
     """Trains again what a folder's `run.json` describes, from the folder in which the first run was started.
 
     Args:
         folder: Of the first run.
         output: Where the second run writes; it must not exist.
-        say: Told of versions that differ already, and of environment variables that its recipe set.
+        log: Told of versions that differ already, and of environment variables that its recipe set.
         trust_remote_code: Whether code that came with the model may run.
 
     Raises:
@@ -161,9 +161,9 @@ def reproduce(
     run, versions = read_recorded(folder), package_versions()
     for name, then in run.versions.items():
         if then != versions.get(name):
-            say(f"{name} was {then} and is {versions.get(name)}")
+            log(f"{name} was {then} and is {versions.get(name)}")
     if run.config and run.config.get("env"):
-        say(f"its recipe set {', '.join(map(str, run.config['env']))}: only what is set here, too, is the same again")
+        log(f"its recipe set {', '.join(map(str, run.config['env']))}: only what is set here, too, is the same again")
     with tempfile.TemporaryDirectory() as scratch:
         config = Path(scratch) / "config.yaml"
         if run.config is not None:

@@ -1,4 +1,4 @@
-"""The seams that an adapter which is no PeftModel needs in Trainer and SFTTrainer, each with its upstream link."""
+"""Trainer overrides for an adapter that is no PeftModel, each with its upstream link."""
 
 import copy
 import math
@@ -96,7 +96,7 @@ class PredictedTokensCounted(Trainer):
         self._loss_shifts_labels = True
 
 
-class _Seams(Watched, WholeSaves, RowsInOrder):
+class _TrainerOverrides(Watched, WholeSaves, RowsInOrder):
     """What both trainers below share.
 
     Args:
@@ -180,7 +180,7 @@ class _Seams(Watched, WholeSaves, RowsInOrder):
         super().save_model(output_dir, _internal_call)
 
 
-class AdapterTrainer(_Seams, PredictedTokensCounted, TokenEvaluation):
+class AdapterTrainer(_TrainerOverrides, PredictedTokensCounted, TokenEvaluation):
     """SFTTrainer for a model that carries an adapter of either back end."""
 
     def __init__(self, model: nn.Module, backend: Backend, *args: Any, **kwargs: Any) -> None:
@@ -241,7 +241,7 @@ class AdapterTrainer(_Seams, PredictedTokensCounted, TokenEvaluation):
         super().log(logs, start_time)
 
 
-class ClassifierTrainer(_Seams):
+class ClassifierTrainer(_TrainerOverrides):
     """Trainer for a sequence classifier: an adapter of either back end, or the model's own weights."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
