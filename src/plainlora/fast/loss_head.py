@@ -66,7 +66,7 @@ class LossHead:
 
     def give_back(self, model: PreTrainedModel) -> None:
         """Puts the head that was there in place again."""
-        model.forward = self._theirs  # type: ignore[method-assign]
+        model.forward = self._theirs
 
     def _forward(
         self,
@@ -306,5 +306,5 @@ def use_one_pass_head(trainer: SFTTrainer) -> SFTTrainer:
     Returns:
         The same trainer.
     """
-    trainer.loss_choice = use_own_loss(trainer, one_pass=True)
+    vars(trainer)["loss_choice"] = use_own_loss(trainer, one_pass=True)  # for `plainlora.unfuse`
     return trainer
