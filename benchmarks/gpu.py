@@ -88,7 +88,7 @@ def run_tests() -> dict[str, Any]:
     return found if code == 0 else found | {"printed": printed[-10_000:]}
 
 
-def measure(case: Case, device: str, size: str, progress: Callable[[str], None]) -> dict[str, Any]:
+def measure(case: Case, device: str, size: str, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Races the arms of a case: what was measured of each, and how far their losses are apart."""
     try:
         seconds = CASE_SECONDS[case.options["model"]]

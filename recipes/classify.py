@@ -13,7 +13,7 @@ import plainlora.quiet  # noqa: F401, I001  # before the libraries that it quiet
 from accelerate.utils import release_memory
 from transformers import set_seed
 
-from plainlora.doctor.stages import Stages, examine_classifier
+from plainlora.doctor.stages import Stages, examine_classifier, examine_start
 from plainlora.errors import run_program
 from plainlora.hub.pushing import check_push, open_run_repository, push_run
 from plainlora.merging.merge import merge_adapter
@@ -28,9 +28,11 @@ def main() -> None:
     run = Run.claim(settings)
     check_push(settings.training, settings.base, settings.recipe.hub_base_model)
     config, tokenizer = classify.read_config(settings), classify.read_tokenizer(settings)
+    found = examine_start(settings, config, tokenizer)
+    found.stop()
     texts = classify.prepare_rows(settings, tokenizer, config, run.log)
     adapter = classify.plan_adapter(settings, texts.labels, tokenizer.pad_token_id)
-    examine_classifier(settings, Stages(config, tokenizer, adapter), texts).stop_or_log(run.log)
+    examine_classifier(settings, Stages(config, tokenizer, adapter), texts, found).stop_or_log(run.log)
     classify.check_resumable(run, adapter, texts)
     repository = open_run_repository(settings.training, run.log)
 

@@ -13,7 +13,7 @@ import plainlora.quiet  # noqa: F401, I001  # before the libraries that it quiet
 from accelerate.utils import release_memory
 from transformers import set_seed
 
-from plainlora.doctor.stages import Stages, examine_sft
+from plainlora.doctor.stages import Stages, examine_sft, examine_start
 from plainlora.errors import run_program
 from plainlora.hub.pushing import check_push, open_run_repository, push_run
 from plainlora.merging.merge import merge_adapter
@@ -28,10 +28,12 @@ def main() -> None:
     run = Run.claim(settings)
     check_push(settings.training, settings.base, settings.recipe.hub_base_model)
     config, tokenizer = sft.read_config(settings, run.log), sft.read_tokenizer(settings)
+    found = examine_start(settings, config, tokenizer)
+    found.stop()
     own_template = sft.install_template(settings, tokenizer)
     rows = sft.prepare_rows(settings, tokenizer, run.log)
     adapter = sft.plan_adapter(settings, config)
-    examine_sft(settings, Stages(config, tokenizer, adapter, own_template), rows).stop_or_log(run.log)
+    examine_sft(settings, Stages(config, tokenizer, adapter, own_template), rows, found).stop_or_log(run.log)
     run.check_resumable(rows.train, adapter.lora)
     questions = sft.choose_questions(settings, rows, tokenizer)
     repository = open_run_repository(settings.training, run.log)

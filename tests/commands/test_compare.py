@@ -29,7 +29,7 @@ def recipe(tmp_path: Path, model: Path, rows: Path, *form: str) -> list[str]:
             *form,
         ),
         *("--", "--model_name_or_path", str(model), "--dataset_name", str(rows), "--max_length", "256"),
-        *("--per_device_train_batch_size", "2", "--lora_dropout", "0.1"),
+        *("--per_device_train_batch_size", "2", "--lora_dropout", "0.1", "--test_split_size", "8"),
     ]
 
 

@@ -355,7 +355,7 @@ def test_an_error_of_a_library_does_not_lose_the_report(
     steps = {"check_vocabulary": ("tokenizer", "vocabulary"), "examine_rows": ("doctor", "went through")}
     for name, step in steps.items():
         with monkeypatch.context() as patched:
-            patched.setattr(f"plainlora.doctor.language.{name}", breaks)
+            patched.setattr(f"plainlora.doctor.stages.{name}", breaks)
             code, written = doctor("--config", recipe, "--json")
         found = json.loads(written)
         assert code == 1

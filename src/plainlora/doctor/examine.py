@@ -15,7 +15,7 @@ from plainlora.doctor.finding import Examination
 from plainlora.doctor.resources import examine_resources
 from plainlora.doctor.sample import split_sample
 from plainlora.doctor.settings import list_settings, read_settings
-from plainlora.doctor.stages import Stages, examine_classifier, examine_sft
+from plainlora.doctor.stages import Stages, examine_classifier, examine_sft, examine_start
 from plainlora.errors import UserError
 from plainlora.hub.pushing import check_push
 from plainlora.resources.footprint import estimate
@@ -28,7 +28,7 @@ from plainlora.tasks import classify, sft
 from plainlora.tasks.rows import PreparedRows
 
 STAGES = (
-    *("reading the settings", "looking at the base", "reading rows", "looking at rows and layers"),
+    *("reading the settings", "looking at the base", "reading rows", "looking at rows", "laying out the model"),
     "counting memory",
 )
 Decided = dict[str, tuple[Any, str]]  # what a setting that was left open will be, and why
@@ -104,9 +104,10 @@ def _examine_sft(found: Diagnosis, settings: SFTSettings, log: Callable[[str], N
             _say_read(ask("rows", "there", sft.read_rows, settings), found.examination)
         else:
             rows = ask("rows", "there", sft.prepare_rows, settings, stages.tokenizer, _silent)
-    log("looking at rows and layers")
+    log("looking at rows")
     if stages.config is not None:
         stages.adapter = ask("adapter", "config", sft.plan_adapter, settings, stages.config)
+    examine_start(settings, stages.config, stages.tokenizer, found.examination)
     examine_sft(settings, stages, rows, found.examination)
     found.precisions = list_precisions(training, model, stages.config, recipe.adapter_dtype)
     if rows is not None and stages.tokenizer is not None:
@@ -114,6 +115,7 @@ def _examine_sft(found: Diagnosis, settings: SFTSettings, log: Callable[[str], N
         if len(rows.train):
             first = rows.train[0]
             found.sample = split_sample(first["input_ids"], first["labels"], stages.tokenizer)
+    log("laying out the model")
     loads = stages.config is not None and examine_weights(settings, stages.config, sft.load_weights, found.examination)
     if loads and stages.adapter is not None and stages.tokenizer is not None and rows is not None and len(rows.train):
         log("counting memory")
@@ -139,12 +141,13 @@ def _examine_classifier(found: Diagnosis, settings: ClassifySettings, log: Calla
                 found.examination.add("note", "rows", "there", said)
         else:
             texts = ask("rows", "there", classify.prepare_rows, settings, stages.tokenizer, stages.config, _silent)
-    log("looking at rows and layers")
+    log("looking at rows")
     labels = texts.labels if texts is not None else recipe.labels or ["0", "1"]
     if stages.config is not None:
         subject = "adapter" if recipe.method == "lora" else "method"
         pad = None if stages.tokenizer is None else stages.tokenizer.pad_token_id
         stages.adapter = ask(subject, "layers", classify.plan_adapter, settings, labels, pad)
+    examine_start(settings, stages.config, stages.tokenizer, found.examination)
     examine_classifier(settings, stages, texts, found.examination)
     adapter_dtype = recipe.adapter_dtype if recipe.method == "lora" else None
     found.precisions = list_precisions(training, model, stages.config, adapter_dtype)
@@ -154,6 +157,7 @@ def _examine_classifier(found: Diagnosis, settings: ClassifySettings, log: Calla
         found.sample = split_sample(first["input_ids"], [IGNORED] * len(first["input_ids"]), stages.tokenizer)
         found.sample_label = texts.labels[first["labels"]]
     if stages.adapter is not None:
+        log("laying out the model")
         config = stages.adapter.config
         load = partial(classify.load_weights, config=config)
         loads = examine_weights(settings, config, load, found.examination)

@@ -79,16 +79,20 @@ class Examination:
             parts += [f"{count} {level}{'s' * (count > 1)}"] if count else []
         return "doctor: " + ", ".join(parts if len(parts) > 1 else [*parts, "nothing wrong"])
 
-    def stop_or_log(self, log: Callable[[str], None]) -> None:
-        """What a program does before it trains: an error stops it, warnings are said, and the sum.
-
-        Raises:
-            UserError: The first error; how many more there are.
-        """
+    def stop(self) -> None:
+        """Raises `UserError` with the first error, if there is one, and how many more there are."""
         errors = self.at("error")
         if errors:
             more = f" ({len(errors) - 1} more: see `plainlora doctor`)" if len(errors) > 1 else ""
             raise UserError(errors[0].message + more)
+
+    def stop_or_log(self, log: Callable[[str], None]) -> None:
+        """What a program does before it trains: an error stops it, warnings are logged, and the sum.
+
+        Raises:
+            UserError: As `stop`.
+        """
+        self.stop()
         for warning in self.at("warning"):
             log(f"warning: {warning.subject}: {warning.message}")
         log(self.summary())

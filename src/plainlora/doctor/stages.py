@@ -1,6 +1,7 @@
 """What there is to say of the stages' results, before a weight is loaded: by the programs and by the doctor."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from peft import LoraConfig
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -13,7 +14,7 @@ from plainlora.doctor.learning_rate import examine_learning_rate
 from plainlora.doctor.rows import examine_rows
 from plainlora.doctor.texts import examine_texts
 from plainlora.doctor.tokens import examine_template
-from plainlora.settings.programs import ClassifySettings, SFTSettings
+from plainlora.settings.programs import ClassifySettings, Settings, SFTSettings
 from plainlora.tasks import sft
 from plainlora.tasks.plan import AdapterPlan
 from plainlora.tasks.rows import PreparedRows, PreparedTexts
@@ -36,10 +37,32 @@ class Stages:
     own_template: str | dict[str, str] | None = None
 
 
-def examine_sft(
-    settings: SFTSettings, stages: Stages, rows: PreparedRows | None, found: Examination | None = None
+def examine_start(
+    settings: Settings[Any, Any],
+    config: PretrainedConfig | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    found: Examination | None = None,
 ) -> Examination:
-    """Whether base, tokenizer, rows and adapter of a language model go together, and would train what was meant.
+    """Whether base and tokenizer go together and allow what the settings ask for. It needs no rows, which may be many.
+
+    Args:
+        settings: Of either program.
+        config: The base's; `None` if it could not be had.
+        tokenizer: Likewise.
+        found: Findings to which these are added.
+    """
+    found = Examination() if found is None else found
+    longest = getattr(settings.recipe, "max_length", None) or getattr(settings.training, "max_length", None)
+    if config is not None:
+        examine_base(settings, config, longest, found)
+        if tokenizer is not None:
+            found.ask("tokenizer", "vocabulary", check_vocabulary, tokenizer, config)
+            found.ask("tokenizer", "ending", check_ending, tokenizer, config)
+    return found
+
+
+def examine_sft(settings: SFTSettings, stages: Stages, rows: PreparedRows | None, found: Examination) -> Examination:
+    """Whether tokenizer, rows and adapter of a language model would train what was meant.
 
     Args:
         settings: Of the program.
@@ -47,17 +70,12 @@ def examine_sft(
         rows: From `prepare_rows`.
         found: Findings to which these are added.
     """
-    found = Examination() if found is None else found
-    config, tokenizer = stages.config, stages.tokenizer
-    if config is not None:
-        examine_base(settings, config, settings.training.max_length, found)
+    tokenizer = stages.tokenizer
     if tokenizer is not None:
-        if config is not None:
-            found.ask("tokenizer", "vocabulary", check_vocabulary, tokenizer, config)
         template, own = sft.template_name(settings), stages.own_template
         found.ask("tokenizer", "own template", examine_template, tokenizer, template, own, found)
         if rows is not None:
-            found.findings += examine_rows(rows, tokenizer, config).findings
+            found.findings += examine_rows(rows, tokenizer, stages.config).findings
     examine_learning_rate(settings.training, found)
     if stages.adapter is not None and stages.adapter.lora is not None:
         examine_layers(stages.adapter.build(), stages.adapter.lora, found)
@@ -65,19 +83,12 @@ def examine_sft(
 
 
 def examine_classifier(
-    settings: ClassifySettings, stages: Stages, texts: PreparedTexts | None, found: Examination | None = None
+    settings: ClassifySettings, stages: Stages, texts: PreparedTexts | None, found: Examination
 ) -> Examination:
     """The same of a classifier."""
-    found = Examination() if found is None else found
-    config, tokenizer, adapter = stages.config, stages.tokenizer, stages.adapter
-    if config is not None:
-        examine_base(settings, config, settings.recipe.max_length, found)
-    if tokenizer is not None:
-        if config is not None:
-            found.ask("tokenizer", "vocabulary", check_vocabulary, tokenizer, config)
-            found.ask("tokenizer", "ending", check_ending, tokenizer, config)
-        if texts is not None:
-            found.findings += examine_texts(texts, tokenizer, config).findings
+    tokenizer, adapter = stages.tokenizer, stages.adapter
+    if tokenizer is not None and texts is not None:
+        found.findings += examine_texts(texts, tokenizer, stages.config).findings
     if settings.recipe.method == "lora":
         examine_learning_rate(settings.training, found)
     if adapter is not None:

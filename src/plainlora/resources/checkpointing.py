@@ -57,10 +57,10 @@ def needs_checkpointing(plan: Plan, free: int | None, log: Callable[[str], None]
         reason = f"{type(error).__name__}: {first_line(error)[:100]}"
         log(f"memory cannot be counted ({reason}): gradient checkpointing")
         return True
-    free = min(frees)
+    free, rows = min(frees), min(plan.training.per_device_train_batch_size, plan.rows)
     fits = fits_beside(held, states, free)
     log(
-        f"activations: {held.resident / 1e9:.1f} GB for {step.batch.rows} x {step.batch.length} tokens, "
+        f"activations: {held.resident / 1e9:.1f} GB for {rows} x {plan.longest} tokens, "
         f"{max(free - states, 0) / 1e9:.1f} GB free: {'no ' if fits else ''}gradient checkpointing"
     )
     return not fits
