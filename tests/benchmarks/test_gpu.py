@@ -36,7 +36,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, An
 
 def test_every_case_is_measured_on_both_sides(written: tuple[list[dict[str, Any]], str]) -> None:
     found = written[0][-1]
-    assert [case["name"] for case in found["cases"]] == [case.name for case in gpu.cases("tiny", "cpu")]
+    assert [case["name"] for case in found["cases"]] == [case.name for case in gpu.cases("tiny")]
     for case in found["cases"]:
         assert case["figures"].keys() == case["facts"].keys() == case["seconds"].keys() == ARMS
         for arm in ARMS:
@@ -48,7 +48,7 @@ def test_every_case_is_measured_on_both_sides(written: tuple[list[dict[str, Any]
             assert facts["peak"] > 0
             assert figures["predicted"] > 0
         assert case["figures"]["peft"]["time / peft"] == {"median": 1, "min": 1, "max": 1}
-        assert 0 <= case["first difference"] <= case["largest difference"] < 1e-5
+        assert 0 <= case["first difference"] <= case["largest difference"] < 1e-4
     assert {"torch", "trl", "peft", "bitsandbytes"} <= found["versions"].keys()
 
 
@@ -78,7 +78,7 @@ def test_the_table_has_a_row_for_every_arm(written: tuple[list[dict[str, Any]], 
 
 
 def test_a_case_that_fails_is_told_with_its_place_and_the_others_go_on() -> None:
-    case = gpu.cases("tiny", "cpu")[0]
+    case = gpu.cases("tiny")[0]
     broken = Case("gpu", "broken", case.arms, case.options | {"p": 2.0})
     found = gpu.measure(broken, "cpu", "tiny")
     assert found["failed"].startswith("UserError: bench: gpu, broken, fused stopped (LoRAError: lora_dropout must lie")
@@ -101,7 +101,7 @@ def test_tests_are_told_by_outcome_as_far_as_they_came(tmp_path: Path, monkeypat
     )
     (tmp_path / "tests" / "test_a.py").write_text(body)
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    found = gpu.run_tests()
+    found = gpu.run_tests(None)
     names = {key: [name.rpartition("::")[2] for name in found[key]] for key in ("passed", "failed", "not run")}
     assert names == {
         "passed": ["test_good[one]", "test_good[a b]"],
@@ -111,9 +111,8 @@ def test_tests_are_told_by_outcome_as_far_as_they_came(tmp_path: Path, monkeypat
     assert found["ended"] == "with exit code 1"
     assert "what is wrong" in found["printed"]
     (tmp_path / "tests" / "test_a.py").write_text(f"{body}def test_long(): time.sleep(1000)\n")
-    monkeypatch.setattr(gpu, "TEST_SECONDS", 8)
-    found = gpu.run_tests()
-    assert found["ended"] == "cut off after 8 s"
+    found = gpu.run_tests(20)
+    assert found["ended"] == "cut off after 20 s"
     assert len(found["passed"]) == 2
 
 
@@ -127,14 +126,12 @@ def test_without_a_gpu_the_full_size_is_refused_in_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_on_a_gpu_the_headline_recipe_is_measured_in_both_half_precisions() -> None:
-    """The options of the full size, which no CPU runs."""
-    full = gpu.cases("full", "cuda")
-    assert [case.options["dtype"] for case in full] == ["float16", "bfloat16", "bfloat16", "bfloat16"]
+def test_the_headline_recipe_is_measured_in_both_half_precisions_within_ten_minutes() -> None:
+    full = gpu.cases("full")
+    halves = [[name for name in ("fp16", "bf16") if case.arms["peft"]["training"][name]] for case in full]
+    assert halves == [["fp16"], ["bf16"], ["bf16"], ["bf16"]]
+    assert [case.options.get("rows") for case in full] == ["guanaco", "guanaco", "alpaca", "alpaca"]
     for case in full:
-        half = {"float16": ("fp16", "bf16"), "bfloat16": ("bf16", "fp16")}[case.options["dtype"]]
-        trainings = [options["training"] for options in case.arms.values()]
-        assert trainings[0] == trainings[1]
-        assert [trainings[0][name] for name in half] == [True, False]
+        assert case.arms["fused"]["training"] == case.arms["peft"]["training"]
         assert case.options["length"] == 1024
-    assert gpu.TEST_SECONDS + sum(gpu.CASE_SECONDS[case.options["model"]] for case in full) <= 510
+    assert gpu.SECONDS["tests"] + sum(gpu.SECONDS[case.options["model"]] for case in full) <= 510
