@@ -49,7 +49,7 @@ def run(*command: str) -> str:
 
 
 def write_rows(name: str, source: str, tokenizer: Any, folder: Path) -> None:
-    """The same training and test rows for both sides, as `train.jsonl` and `test.jsonl`."""
+    """The same rows for both sides: to train on in `train/train.jsonl`, to test on, which neither sees, in `test.jsonl`."""
     import datasets  # noqa: PLC0415
 
     rows: list[dict[str, Any]] = []
@@ -68,9 +68,9 @@ def write_rows(name: str, source: str, tokenizer: Any, folder: Path) -> None:
         if len(ids) >= LONGEST:
             rows.pop()
     random.Random(0).shuffle(rows)
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, part in (("test", rows[:TEST_ROWS]), ("train", rows[TEST_ROWS:])):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    (folder / "train").mkdir(parents=True, exist_ok=True)
+    for file, part in (("test.jsonl", rows[:TEST_ROWS]), ("train/train.jsonl", rows[TEST_ROWS:])):
+        (folder / file).write_text("".join(json.dumps(row) + "\n" for row in part))
 
 
 def train(side: str, name: str, base: str, rows: Path, output: Path, max_steps: int = -1) -> dict[str, Any]:
@@ -158,24 +158,24 @@ def main() -> None:
         write_rows(name, args.alpaca if name == "instruct" else args.guanaco, tokenizer, work / "rows")
         test = [json.loads(line) for line in (work / "rows" / "test.jsonl").read_text().splitlines()]
         found = results.setdefault(name, {"config": RECIPES[name][0], "test_rows": len(test)})
-        found["train_rows"] = len((work / "rows" / "train.jsonl").read_text().splitlines())
+        found["train_rows"] = len((work / "rows" / "train" / "train.jsonl").read_text().splitlines())
         found["asked"] = [text for text, _ in questions(name, test[:SHOWN], tokenizer)]
-        if "base" not in found:
-            found["base"] = measure(name, load(name, args.base), tokenizer, test)
-        if "recipe" not in found:
-            output = (work / "recipe").resolve()
-            found["recipe"] = train("recipe", name, args.base, (work / "rows").resolve(), output)
-            model = PeftModel.from_pretrained(load(name, args.base), output)
-            found["recipe"] |= measure(name, model, tokenizer, test)
-            results_file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
         turns = found.setdefault("turns", {"recipe": [], "TRL + PEFT": []})
         for _ in range(args.rounds):
             for side in turns:
                 short = (work / "short").resolve()
                 turns[side].append(
-                    train(side, name, args.base, (work / "rows").resolve(), short, RECIPES[name][1]["short"])
+                    train(side, name, args.base, (work / "rows" / "train").resolve(), short, RECIPES[name][1]["short"])
                 )
                 results_file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        if "base" not in found:
+            found["base"] = measure(name, load(name, args.base), tokenizer, test)
+        if "recipe" not in found:
+            output = (work / "recipe").resolve()
+            found["recipe"] = train("recipe", name, args.base, (work / "rows" / "train").resolve(), output)
+            model = PeftModel.from_pretrained(load(name, args.base), output)
+            found["recipe"] |= measure(name, model, tokenizer, test)
+            results_file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     results["machine"] = f"{os.cpu_count()} CPU cores, {platform.machine()}"
     results["versions"] = package_versions()
     results_file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
@@ -208,7 +208,7 @@ def table(results: dict[str, Any]) -> str:
             lines.append("| " + " | ".join(row) + " |")
     for name in RECIPES:
         found = results.get(name, {})
-        for number, asked in enumerate(found.get("asked", ())):
+        for number, asked in enumerate(found["asked"] if "recipe" in found else ()):
             lines += ["", f"**{name} {number + 1}**: {_flat(asked)}", ""]
             lines += [f"- {side}: {_flat(found[side]['answers'][number])}" for side in ("base", "recipe")]
     return "\n".join(lines) + "\n"

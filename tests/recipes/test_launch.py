@@ -137,6 +137,8 @@ def test_two_processes_train_what_one_process_trains_with_twice_the_batch(
         torch.testing.assert_close(together[name], tensor, rtol=1e-4, atol=1e-5)
     results = [json.loads((folder / "all_results.json").read_text()) for folder in (one, two)]
     assert results[1]["eval_loss_adapter"] < results[1]["eval_loss_base"]
+    assert results[1]["exact_match_rows"] == results[0]["exact_match_rows"] == 2  # one answered by each process
+    assert results[1]["exact_match_adapter"] == results[0]["exact_match_adapter"]
     # Of 7 test rows, two processes with batches of 2 would measure one twice.
     for name, rel in (("eval_loss_base", 1e-6), ("eval_loss_adapter", 1e-4)):
         assert results[1][name] == pytest.approx(results[0][name], rel=rel)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerFast
@@ -55,6 +56,12 @@ def test_one_process_trains_on_one_gpu_whatever_the_host_has(tmp_path: Path) -> 
         handed = args_for_trainer(told)
     assert (handed.n_gpu, handed.train_batch_size, handed.eval_batch_size) == (1, 4, 8)
     assert handed.device == torch.device("cuda:0")
+
+
+@pytest.mark.parametrize(("typed", "expected"), [(None, False), (True, True), (False, False)])
+def test_unused_weights_are_looked_for_only_if_asked(typed: bool | None, expected: bool, tmp_path: Path) -> None:
+    told = ClassifyConfig(output_dir=str(tmp_path), use_cpu=True, ddp_find_unused_parameters=typed)
+    assert args_for_trainer(told).ddp_find_unused_parameters is expected
 
 
 def test_what_is_trained_under_loss_scaling_is_float32(
