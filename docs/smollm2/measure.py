@@ -49,7 +49,7 @@ def run(*command: str) -> str:
 
 
 def write_rows(name: str, source: str, tokenizer: Any, folder: Path) -> None:
-    """The same rows for both sides: to train on in `train/train.jsonl`, to test on, which neither sees, in `test.jsonl`."""
+    """The same rows for both sides, in `train/train.jsonl`; those to test on, in `test.jsonl`, neither side sees."""
     import datasets  # noqa: PLC0415
 
     rows: list[dict[str, Any]] = []
