@@ -157,7 +157,7 @@ def test_u22_a_key_that_is_no_name_is_refused() -> None:
         ("seed", "1.5", "invalid int value: '1.5'"),
         ("learning_rate", "fast", "invalid float value: 'fast'"),
         ("packing", "2", "Truthy value expected"),
-        ("lora_backend", "foo", "invalid choice: 'foo' (choose from 'fused', 'reference', 'peft')"),
+        ("lora_backend", "foo", "invalid choice: 'foo' (choose from 'fused', 'reference', 'peft', 'peft_fused')"),
         ("on_overflow", "error", "invalid choice: 'error' (choose from 'drop', 'truncate')"),
         ("eval_strategy", "sometimes", "invalid choice: 'sometimes' (choose from 'no', 'steps', 'epoch')"),
         ("dtype", "int8", "invalid choice: 'int8'"),

@@ -69,9 +69,9 @@ class Run:
         """
         if self.checkpoint is None:
             return
-        check_same_settings(self.checkpoint, self.settings.parts, labels)
         if lora is not None:
             check_same_adapter(self.checkpoint, lora)
+        check_same_settings(self.checkpoint, self.settings.parts, labels)
         check_same_rows(self.checkpoint, rows)
 
     def begin(

@@ -28,6 +28,7 @@ from plainlora.hub.model_card import write_classifier_card
 from plainlora.plots import plot_confusion, plot_loss
 from plainlora.report import write_json
 from plainlora.resources.plan import Plan
+from plainlora.run.resumption import check_same_settings
 from plainlora.run.run import Run
 from plainlora.settings.precision import list_precisions, precision_line
 from plainlora.settings.programs import ClassifySettings
@@ -122,6 +123,8 @@ def check_resumable(run: Run, adapter: AdapterPlan, texts: PreparedTexts) -> Non
     """
     if run.checkpoint is not None:
         check_same_method(run.checkpoint, run.settings.recipe.method, texts.labels)
+        # Before the adapter, so that a flag such as lora_mlp is named rather than the modules that it stands for.
+        check_same_settings(run.checkpoint, run.settings.parts, texts.labels)
         run.check_resumable(texts.train, adapter.lora, texts.labels)
 
 
