@@ -234,7 +234,10 @@ def test_a_base_and_an_adapter_may_be_links_to_files_elsewhere(model_dirs: dict[
             (tmp_path / "links" / folder.name / path.name).symlink_to(path)
     base = str(tmp_path / "links" / model_dirs["llama"].name)
     load_tokenizer(base)
-    load_adapter(load_causal_lm(base), tmp_path / "links" / "adapter")
+    linked = load_adapter(load_causal_lm(base), tmp_path / "links" / "adapter")
+    real = load_adapter(make_model("llama"), tmp_path / "adapter")
+    assert linked.state_dict().keys() == real.state_dict().keys()
+    assert all(value.equal(real.state_dict()[name]) for name, value in linked.state_dict().items())
 
 
 # What is data, and what may not reach out of its sandbox

@@ -103,6 +103,7 @@ def test_a_fused_trainer_trains_what_it_trains_without(
             assert report.fused["SwiGLU"] == 2
             assert ("loss head" in report.fused) == (make is sft)
             assert not report.unchanged
+            assert fuse(trainer) == report  # a second time it changes nothing
         if how == "unfused":
             unfuse(trainer)
         found[how] = losses(trainer)

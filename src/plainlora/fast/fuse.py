@@ -153,7 +153,8 @@ def _fuse_trainer(trainer: Trainer) -> FuseReport:
         return report
     from plainlora.fast.loss_head import use_one_pass_head  # noqa: PLC0415
 
-    use_one_pass_head(trainer)
+    if "loss_choice" not in vars(trainer):  # once: `unfuse` gives back the head that was there before
+        use_one_pass_head(trainer)
     return FuseReport(report.fused | {"loss head": 1}, report.unchanged)
 
 

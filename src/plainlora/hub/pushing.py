@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
@@ -43,12 +44,15 @@ def check_push(training: TrainingArguments, base: str, hub_base_model: str | Non
 
 
 def open_run_repository(training: TrainingArguments, log: Log) -> Repository | None:
-    """The repository to push to at the end, found or made before training; `None` without `push_to_hub`.
+    """The repository to push to at the end, found or made before training by the main process alone.
+
+    Returns:
+        `None` without `push_to_hub`, and in every other process.
 
     Raises:
         UserError: As `open_repository`.
     """
-    if not training.push_to_hub:
+    if not training.push_to_hub or not PartialState().is_main_process:
         return None
     private = bool(training.hub_private_repo)
     return open_repository(_name(training), training.hub_token, private, training.hub_revision, log)

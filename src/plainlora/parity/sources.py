@@ -112,7 +112,9 @@ def recipe_case(config: str, flags: list[str], steps: int, lora_backend: str | N
     ids = _prompt_ids((recipe.sample_prompts or ["Name three colours."])[0], tokenizer)
     return Case(
         name=config,
-        make_base=lambda: sft.load_weights(settings).eval(),
+        make_base=lambda: sft.load_weights(
+            settings, device_map=None
+        ).eval(),  # dense ones on the CPU, whatever the host has
         config=cast(LoraConfig, sft.plan_adapter(settings, base_config).lora),
         inputs=_as_batch(ids),
         arguments=_for_comparison(training, steps),
@@ -162,7 +164,7 @@ def classifier_case(config: str, flags: list[str], steps: int, lora_backend: str
 
     def make_base() -> PreTrainedModel:
         seed_everything(training.seed)  # of the new head
-        return classify.load_weights(settings, adapter.config)[0].eval()
+        return classify.load_weights(settings, adapter.config, device_map=None)[0].eval()
 
     return Case(
         name=config,
