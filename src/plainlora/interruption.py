@@ -13,7 +13,7 @@ from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO = 5.0  # seconds in which a signal may come again although it was sent once
-AGAIN = 0.5  # seconds after which a stop that something swallowed is asked for again
+AGAIN = 0.5  # seconds after which a stop that was caught on its way is asked for again
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 Handler = Callable[[int, FrameType | None], object]
 
@@ -34,7 +34,7 @@ class Stopped(BaseException):
 class _Reminder:
     """Sends this process the signal again, as long as the stop that it asks for has not arrived.
 
-    A bare `except:` swallows a stop, such as those around the pickling of functions in
+    A bare `except:` catches a stop, such as those around the pickling of functions in
     https://github.com/huggingface/datasets/blob/5.2.0/src/datasets/fingerprint.py
 
     Attributes:
@@ -123,7 +123,7 @@ class StopRequest:
         """Within, signals are noted; afterwards they do what they did before.
 
         Raises:
-            Stopped: A stop that was asked for earlier is still on its way; something has swallowed it.
+            Stopped: A stop that was asked for earlier is still on its way; something has caught it.
         """
         with _handled_by(self.note):
             if _reminder.number:

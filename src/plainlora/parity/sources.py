@@ -112,9 +112,8 @@ def recipe_case(config: str, flags: list[str], steps: int, lora_backend: str | N
     ids = _prompt_ids((recipe.sample_prompts or ["Name three colours."])[0], tokenizer)
     return Case(
         name=config,
-        make_base=lambda: sft.load_weights(
-            settings, device_map=None
-        ).eval(),  # dense ones on the CPU, whatever the host has
+        # As the libraries place it: a dense base is compared on the CPU, where the two agree to the last bit.
+        make_base=lambda: sft.load_weights(settings, device_map=None).eval(),
         config=cast(LoraConfig, sft.plan_adapter(settings, base_config).lora),
         inputs=_as_batch(ids),
         arguments=_for_comparison(training, steps),
