@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -17,6 +18,7 @@ from plainlora.errors import UserError
 from plainlora.fast.fuse import fuse
 from plainlora.lora import inject, interchange, load
 from plainlora.lora.config import check_supported, check_types
+from plainlora.lora.layer import LoRALinear
 from plainlora.lora.targets import check_expressions, find_new_weights, find_targets
 
 FIXED_BY_CHECKPOINT = (
@@ -193,7 +195,7 @@ def refuse_adapted_head(model: nn.Module) -> None:
         UserError: The output embedding carries LoRA.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is not None and hasattr(head, "lora_A"):
+    if isinstance(head, (LoRALinear, LoraLayer)):
         raise UserError(
             "lora_target_modules: the output head cannot carry LoRA, because SFTTrainer's fused loss reads its weight "
             "without calling it; leave it out, or train it whole with lora_modules_to_save"

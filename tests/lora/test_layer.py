@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from plainlora.lora.interchange import adapter_state_dict
 from plainlora.lora.layer import LoRALinear
+from plainlora.lora.record import lora_layers
 from tests.conftest import random_ids
 from tests.lora.oracle import assert_equal_tensors, by_peft, by_us, logits, make, move, pair, trainable
 
@@ -191,3 +193,28 @@ def test_the_layer_shows_the_base_s_weight_and_bias() -> None:
     assert LoRALinear(with_bias, 4, 6, r=2, lora_alpha=2).bias is with_bias.bias
     assert LoRALinear(without, 4, 6, r=2, lora_alpha=2).bias is None
     assert "d_in=4, d_out=6, r=2, scaling=1" in repr(LoRALinear(without, 4, 6, r=2, lora_alpha=2))
+
+
+@architectures
+def test_the_delta_is_what_the_adapter_adds(architecture: str) -> None:
+    model = by_us(make(kind_of(architecture), torch.float64), **options_of(architecture), lora_dropout=0.5).eval()
+    move(model)
+    for _, layer in lora_layers(model):
+        x = torch.randn(3, layer.in_features, dtype=torch.float64)
+        delta = layer.delta(x)
+        assert torch.equal(layer(x), layer.base_layer(x) + delta)
+        assert torch.allclose(x @ layer.delta_weight().T, delta, rtol=1e-12)
+        assert delta.abs().max() > 0
+
+
+def test_an_adapters_tensors_are_what_is_trained_and_saved() -> None:
+    model = by_us(make("gpt2"), r=6, lora_alpha=16, bias="lora_only", target_modules=["c_attn"])
+    state = adapter_state_dict(model)
+    for name, layer in lora_layers(model):
+        tensors = layer.adapter_tensors()
+        assert {key: tuple(value.shape) for key, value in tensors.items()} == {
+            "lora_A.weight": (6, 64),
+            "lora_B.weight": (192, 6),
+        }
+        for key, value in tensors.items():
+            assert state[f"base_model.model.{name}.{key}"].data_ptr() == value.data_ptr()

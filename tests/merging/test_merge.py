@@ -15,8 +15,8 @@ from plainlora import inject, save_adapter
 from plainlora.base.identity import describe_base
 from plainlora.base.loading import describe_quantization
 from plainlora.errors import UserError
-from plainlora.lora import storage
 from plainlora.lora.errors import LoRAError
+from plainlora.lora.layer import LoRALinear
 from plainlora.merging.merge import TOLERANCES, merge_adapter, merging_device
 from plainlora.report import write_json
 from plainlora.run.adapter_base import training_quantization
@@ -185,13 +185,13 @@ def test_a_merge_that_drifts_is_refused_and_leaves_nothing_behind(
         patch.setitem(TOLERANCES, torch.bfloat16, 1e-12)
         with pytest.raises(UserError, match=r"nothing was written; try --dtype float32$"):
             merge_adapter(adapter, tmp_path / "merged", dtype=torch.bfloat16)
-    add_once = storage.add_product
+    add_once = LoRALinear.add_delta
 
     def add_twice(*arguments: Any) -> None:
         add_once(*arguments)
         add_once(*arguments)
 
-    monkeypatch.setattr(storage, "add_product", add_twice)
+    monkeypatch.setattr(LoRALinear, "add_delta", add_twice)
     with pytest.raises(UserError, match=r"more than the 1e-05 allowed for torch.float32; nothing was written$"):
         merge_adapter(adapter, tmp_path / "merged")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}

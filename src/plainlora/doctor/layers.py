@@ -61,7 +61,7 @@ def _stacked_weights(model: nn.Module) -> list[str]:
 def _examine_scale(adapted: nn.Module, lora: LoraConfig, examination: Examination) -> None:
     """Warns of a rank that most layers cannot have, and of a scale below 0."""
     layers = [layer for _, layer in lora_layers(adapted)]
-    full = sum(layer.r > min(layer.lora_A.in_features, layer.lora_B.out_features) for layer in layers)
+    full = sum(layer.r > min(layer.in_features, layer.out_features) for layer in layers)
     if 2 * full > len(layers):
         said = f"in {full} of {len(layers)} layers r is above the smaller width, which no rank can be; lower lora_r"
         examination.add("warning", "adapter", "rank", said)

@@ -89,7 +89,9 @@ def _is_covered(layer: LoRALinear | LoraLayer) -> bool:
     base = layer.base_layer
     if not isinstance(base, nn.Module) or not storage.is_fusable(base) or base.weight.requires_grad:
         return False
-    return isinstance(layer, LoRALinear) or not any(getattr(layer, "lora_bias", {}).values())
+    if isinstance(layer, LoRALinear):
+        return type(layer) is LoRALinear  # a variant has its own delta
+    return not any(getattr(layer, "lora_bias", {}).values())
 
 
 @dataclass(frozen=True)

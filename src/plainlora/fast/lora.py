@@ -74,7 +74,7 @@ class _LowRankSum(torch.autograd.Function):
     ) -> torch.Tensor:
         """`(..., d_in) -> (..., d_out)`."""
         h = base(x)  # (..., d_out)
-        kept, mask, divisor = drop(x, p, storage.dropped_dtype(base, x, lora_a.dtype))
+        kept, mask, divisor = drop(x, p, storage.storage_of(base).dropped_dtype(x, lora_a.dtype))
         down = kept.reshape(-1, x.shape[-1]) @ lora_a.to(x.dtype).T  # (N, r)
         h.view(-1, h.shape[-1]).addmm_(down.to(h.dtype), lora_b.to(h.dtype).T, alpha=scaling / divisor)
         ctx.save_for_backward(x, down, lora_a, lora_b, mask)

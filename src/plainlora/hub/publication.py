@@ -23,7 +23,7 @@ from plainlora.hub.model_card import HERE, plain_card
 from plainlora.hub.repository import words_of
 from plainlora.json_files import read_mapping
 from plainlora.lora.interchange import LORA_WEIGHTS, PREFIX, read_config, saved_shapes
-from plainlora.lora.storage import is_finite
+from plainlora.lora.numerics import is_finite
 from plainlora.run.adapter_base import class_labels
 from plainlora.run.folder import ADAPTER, PICTURES, WHOLE_MODEL, holds_adapter
 from plainlora.settings.parsing import StrictLoader

@@ -10,13 +10,13 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from plainlora.lora import storage
 from plainlora.lora.config import check_supported
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.interchange import save_adapter
 from plainlora.lora.layer import LoRALinear
 from plainlora.lora.module_to_save import ModuleToSave
 from plainlora.lora.record import Injection, ModelT, injection, lora_layers, replace_module, saved_modules
+from plainlora.lora.storage import storage_of
 from plainlora.lora.targets import (
     check_patterns,
     condense,
@@ -52,7 +52,7 @@ def _resolve(model: nn.Module, config: LoraConfig, strict: bool) -> tuple[LoraCo
     targets = find_target_modules(model, config, strict)
     if strict:
         check_patterns(config, targets)
-    transposed = any(storage.is_conv1d(module) for module in targets.values())
+    transposed = any(storage_of(module).transposed for module in targets.values())
     if config.fan_in_fan_out and not transposed:
         raise LoRAError("fan_in_fan_out=True, but no target stores its weight as (in, out); leave it out, it is found")
     config.fan_in_fan_out = transposed
@@ -67,17 +67,17 @@ def _resolve(model: nn.Module, config: LoraConfig, strict: bool) -> tuple[LoraCo
 
 
 def _place(layer: LoRALinear, weight: torch.Tensor) -> None:
-    """Moves A and B beside W0: its device, and its dtype if that is wider than fp32.
+    """Moves the adapter beside W0: its device, and its dtype if that is wider than fp32.
 
     Half-precision bases get fp32 adapters whose start is rounded to the base's dtype, as PEFT's are.
     """
-    for matrix in (layer.lora_A, layer.lora_B):
-        values = matrix.weight.data
+    for parameter in layer.adapter_tensors().values():
+        values = parameter.data
         if not values.is_meta:
             values = values.to(weight.device)
         if weight.is_floating_point():
             values = values.to(weight.dtype)
-        matrix.weight.data = values.to(torch.promote_types(values.dtype, torch.float32))
+        parameter.data = values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _biases_to_train(model: nn.Module, bias: str, targets: Iterable[nn.Module]) -> list[nn.Parameter]:
@@ -110,18 +110,21 @@ def inject(
     strict: bool = True,
     new_weights: Collection[str] = (),
     low_cpu_mem_usage: bool = False,
+    layer_class: type[LoRALinear] = LoRALinear,
 ) -> ModelT:
     """Puts LoRA layers into a model, in place, and freezes everything else.
 
     Under one seed the new matrices are those of `peft.get_peft_model(model, config)`, bit for bit.
 
     Args:
-        model: Any model whose targets are `nn.Linear`, Transformers' `Conv1D`, or bitsandbytes' 4-bit or 8-bit layers.
+        model: Any model whose targets are `nn.Linear`, Transformers' `Conv1D`, bitsandbytes' 4-bit or 8-bit layers, or
+            torchao's int8: the kinds in `plainlora.lora.storage`.
         config: See the README for the supported fields; any other field away from its default is an error.
         strict: Whether every single name and pattern must match. Loading turns this off and checks the file's keys.
         new_weights: Names of the parameters that the base's checkpoint lacks, Transformers' `missing_keys`. They stay
             frozen and are saved with the adapter.
         low_cpu_mem_usage: As in PEFT, whether A and B are left on the meta device, for `load_adapter_weights` to fill.
+        layer_class: What takes the place of a target: `LoRALinear`, or a variant of it.
 
     Returns:
         The same model.
@@ -141,9 +144,9 @@ def inject(
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     for name, base in targets.items():
-        layer = LoRALinear(
+        layer = layer_class(
             base,
-            *storage.features(base),
+            *storage_of(base).features(base),
             r=value_for(resolved.rank_pattern or {}, name, resolved.r),
             lora_alpha=value_for(resolved.alpha_pattern or {}, name, resolved.lora_alpha),
             lora_dropout=resolved.lora_dropout,

@@ -23,12 +23,13 @@ from torch import nn
 
 from plainlora.lora.config import check_types
 from plainlora.lora.errors import LoRAError, some
+from plainlora.lora.numerics import is_finite
 from plainlora.lora.record import injection, lora_layers, saved_modules
-from plainlora.lora.storage import is_finite
 from plainlora.lora.targets import head_parameters
 
 PREFIX = "base_model.model."
 LORA_WEIGHTS = (".lora_A.weight", ".lora_B.weight")
+LORA_MARK = ".lora_"  # in the name of whatever a layer of PEFT's trains, a variant's too
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 TEXTS = ("base_model_name_or_path", "revision", "task_type")  # fields of a config that are names
 
@@ -43,8 +44,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     bias = record.config.bias
     state: dict[str, torch.Tensor] = {}
     for name, layer in lora_layers(model):
-        state[f"{name}.lora_A.weight"] = layer.lora_A.weight
-        state[f"{name}.lora_B.weight"] = layer.lora_B.weight
+        state |= {f"{name}.{key}": value for key, value in layer.adapter_tensors().items()}
         if bias == "lora_only" and layer.bias is not None:
             state[f"{name}.base_layer.bias"] = layer.bias
     if bias == "all":
@@ -204,7 +204,7 @@ def saved_head_weights(model: nn.Module, directory: str | os.PathLike[str]) -> l
         LoRAError: `adapter_model.safetensors` is missing or unreadable.
     """
     with _opened(directory) as file:
-        names = [name.removeprefix(PREFIX) for name in file.keys() if not name.endswith(LORA_WEIGHTS)]  # noqa: SIM118
+        names = [name.removeprefix(PREFIX) for name in file.keys() if LORA_MARK not in name]  # noqa: SIM118
     saved = {name.replace(".base_layer.", ".") for name in names}
     return [name for name in head_parameters(model) if name in saved] if saved else []
 
@@ -298,9 +298,10 @@ def load_adapter_weights(model: nn.Module, directory: str | os.PathLike[str]) ->
         if not is_finite(tensor):
             raise LoRAError(f"{path}: {name} holds values that are not finite; the training that wrote it diverged")
     for name, layer in lora_layers(model):
-        for key, matrix in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            if matrix.weight.is_meta:
-                tensor = read.pop(f"{PREFIX}{name}.{key}.weight")
-                matrix.weight = nn.Parameter(tensor.to(layer.weight.device, matrix.weight.dtype))
+        for key, parameter in layer.adapter_tensors().items():
+            if parameter.is_meta:
+                tensor = read.pop(f"{PREFIX}{name}.{key}").to(layer.weight.device, parameter.dtype)
+                owner, _, leaf = key.rpartition(".")
+                setattr(layer.get_submodule(owner), leaf, nn.Parameter(tensor))
     for name, tensor in read.items():
         own[name].copy_(tensor)

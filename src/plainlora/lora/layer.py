@@ -3,6 +3,7 @@
     h = W0 x + (alpha / r) B A x        A: (r, d_in)   B: (d_out, r)   W0 frozen
 
 `...` is any batch shape. Nothing here knows models, files or quantisation: the base layer is called, never opened.
+A variant of LoRA is a subclass that has its own `delta`, `delta_weight` and `add_delta`.
 
 The from-scratch form `h = W0 x + alpha * (x @ A' @ B')` with `A'` (d_in, r), `B'` (r, d_out) and alpha not divided
 by r is this one under `A = A'.T`, `B = B'.T` and `lora_alpha = alpha * r`; its `randn / sqrt(r)` or Kaiming-uniform
@@ -15,7 +16,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from plainlora.lora import storage
+from plainlora.lora import numerics
+from plainlora.lora.storage import storage_of
 
 
 class LoRALinear(nn.Module):
@@ -25,7 +27,7 @@ class LoRALinear(nn.Module):
     `lora.Linear`, so in fp32 on CPU the two agree to the last bit.
 
     Args:
-        base_layer: Any module computing `(..., d_in) -> (..., d_out)`.
+        base_layer: A linear layer, `(..., d_in) -> (..., d_out)`, of a kind in `plainlora.lora.storage`.
         d_in: Input features.
         d_out: Output features.
         r: Rank, at least 1.
@@ -73,12 +75,43 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`(..., d_in) -> (..., d_out)`, in the base's dtype; A and B compute in their own."""
+        """`h + delta(x)`, `(..., d_in) -> (..., d_out)`, in the base's dtype."""
         h = self.base_layer(x, *args, **kwargs)  # (..., d_out)
         if not self.enabled:
             return h
-        x = x.to(storage.dropped_dtype(self.base_layer, x, self.lora_A.weight.dtype))  # (..., d_in)
-        return (h + self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling).to(h.dtype)
+        return (h + self.delta(x)).to(h.dtype)
+
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        """What the adapter adds: `(alpha / r) B A dropout(x)`, `(..., d_in) -> (..., d_out)`, in its own dtype."""
+        x = x.to(storage_of(self.base_layer).dropped_dtype(x, self.lora_A.weight.dtype))
+        return self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling
+
+    def delta_weight(self) -> torch.Tensor:
+        """`(alpha / r) B A`, `(d_out, d_in)`: `delta(x)` is its product with x, but for dropout."""
+        return self.lora_B.weight @ self.lora_A.weight * self.scaling
+
+    def check_delta(self, weight: torch.Tensor) -> None:
+        """Checks that `add_delta` would not overflow.
+
+        Args:
+            weight: W0, `(d_out, d_in)`.
+
+        Raises:
+            LoRAError: It would.
+        """
+        numerics.check_product(weight, self.lora_B.weight, self.lora_A.weight, self.scaling)
+
+    def add_delta(self, weight: torch.Tensor) -> None:
+        """`W0 <- W0 + (alpha / r) B A`, in place, without making the matrix of `delta_weight`.
+
+        Args:
+            weight: W0, `(d_out, d_in)`.
+        """
+        numerics.add_product(weight, self.lora_B.weight, self.lora_A.weight, self.scaling)
+
+    def adapter_tensors(self) -> dict[str, nn.Parameter]:
+        """What is trained and saved, by name: `lora_A.weight`, `(r, d_in)`, and `lora_B.weight`, `(d_out, r)`."""
+        return {name: value for name, value in self.named_parameters() if not name.startswith("base_layer.")}
 
     @property
     def weight(self) -> torch.Tensor:

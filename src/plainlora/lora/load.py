@@ -6,10 +6,16 @@ from plainlora.lora.config import find_unsupported
 from plainlora.lora.errors import LoRAError, some
 from plainlora.lora.inject import inject, unwrap
 from plainlora.lora.interchange import load_adapter_weights, read_config, saved_head_weights
+from plainlora.lora.layer import LoRALinear
 from plainlora.lora.record import ModelT
 
 
-def load_adapter(model: ModelT, directory: str | os.PathLike[str], trainable: bool = False) -> ModelT:
+def load_adapter(
+    model: ModelT,
+    directory: str | os.PathLike[str],
+    trainable: bool = False,
+    layer_class: type[LoRALinear] = LoRALinear,
+) -> ModelT:
     """Injects the adapter that a directory describes and fills it with the saved weights: PEFT's or this package's.
 
     Weights of the head that were saved with the adapter, because the base's checkpoint lacks them, replace the base's
@@ -19,6 +25,7 @@ def load_adapter(model: ModelT, directory: str | os.PathLike[str], trainable: bo
         model: The base model, untouched so far.
         directory: Holds `adapter_config.json` and `adapter_model.safetensors`.
         trainable: Whether to go on training; otherwise every parameter is frozen and dropout is off.
+        layer_class: As for `inject`.
 
     Returns:
         The same model.
@@ -39,6 +46,7 @@ def load_adapter(model: ModelT, directory: str | os.PathLike[str], trainable: bo
         strict=False,
         new_weights=saved_head_weights(model, directory),
         low_cpu_mem_usage=True,  # what was saved takes the place of A and B, so none is drawn
+        layer_class=layer_class,
     )
     try:
         load_adapter_weights(model, directory)

@@ -4,10 +4,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from plainlora.lora import storage
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.inject import restore_identity
+from plainlora.lora.numerics import is_finite
 from plainlora.lora.record import ModelT, injection, lora_layers, replace_module, saved_modules
+from plainlora.lora.storage import storage_of
 
 
 def _untie_if_diverged(model: nn.Module) -> None:
@@ -42,12 +43,11 @@ def merge(model: ModelT) -> ModelT:
     record = injection(model)
     layers = list(lora_layers(model))
     for name, layer in layers:  # all are checked before the first weight changes
-        lora_b, lora_a = layer.lora_B.weight, layer.lora_A.weight
-        if not (storage.is_finite(lora_a) and storage.is_finite(lora_b)):
+        if not all(map(is_finite, layer.adapter_tensors().values())):
             raise LoRAError(f"the adapter of {name!r} holds values that are not finite; nothing was merged")
-        storage.check_addition(layer.base_layer, lora_b, lora_a, layer.scaling)
+        layer.check_delta(storage_of(layer.base_layer).writable_weight(layer.base_layer))
     for name, layer in layers:
-        storage.add_product(layer.base_layer, layer.lora_B.weight, layer.lora_A.weight, layer.scaling)
+        layer.add_delta(storage_of(layer.base_layer).writable_weight(layer.base_layer))
         replace_module(model, name, layer.base_layer)
     for name, module in list(saved_modules(model)):
         replace_module(model, name, module.trained_module)

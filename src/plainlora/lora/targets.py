@@ -19,9 +19,10 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEF
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from plainlora.lora.errors import LoRAError, some
-from plainlora.lora.storage import is_quantized, is_supported
+from plainlora.lora.storage import find_storage, is_quantized, is_supported
 
 # The new heads that PEFT trains and saves whole beside the adapters.
 TASK_HEADS: dict[str, tuple[str, ...]] = {
@@ -264,7 +265,7 @@ def find_target_modules(model: nn.Module, config: LoraConfig, strict: bool = Tru
             layers = ", ".join(sorted({_leaf(item) for item in linear}))
             advice = f"name others, or add {_leaf(name)!r} to exclude_modules" if strict else "load it with PEFT"
             raise LoRAError(
-                f"target_modules: {name!r} is a {type(modules[name]).__name__}; LoRA here adapts linear "
+                f"target_modules: {name!r} is {_what(modules[name])}; LoRA here adapts linear "
                 f"layers ({layers}); {advice}"
             )
     if lost := _lost_by_peft(model, config, found.selected):
@@ -274,6 +275,12 @@ def find_target_modules(model: nn.Module, config: LoraConfig, strict: bool = Tru
             f"on loading, as Transformers does; name others, or add {ends} to exclude_modules"
         )
     return {name: modules[name] for name in found.selected}
+
+
+def _what(module: nn.Module) -> str:
+    """`a Embedding`, or, of a linear layer, what is unknown about it: `a Linear whose weight is a Float8Tensor`."""
+    unknown = isinstance(module, (nn.Linear, Conv1D)) and find_storage(module) is None
+    return f"a {type(module).__name__}" + (f" whose weight is a {type(module.weight).__name__}" if unknown else "")
 
 
 def find_modules_to_save(model: nn.Module, config: LoraConfig, targets: Collection[str]) -> list[str]:

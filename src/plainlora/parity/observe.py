@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PrinterCallback
+from transformers import PreTrainedModel, PrinterCallback
 from trl import SFTTrainer
 
 from plainlora.lora.errors import LoRAError
-from plainlora.lora.storage import is_quantized
+from plainlora.lora.storage import dense_weight, is_quantized
+from plainlora.lora.storage.dense import inner_tensors, is_plain
 from plainlora.parity.case import Case, seed_everything
 from plainlora.parity.sides import Side
 
@@ -205,10 +207,24 @@ def _fingerprint(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} {digest[:16]}"
 
 
+def _dequantized(base: PreTrainedModel) -> PreTrainedModel:
+    """The base with its quantised weights made dense. Transformers does this for bitsandbytes' layers only.
+
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/quantizers/quantizer_torchao.py
+    """
+    quantized = [module for module in base.modules() if is_quantized(module)]
+    if any(type(module) is not nn.Linear for module in quantized):
+        return base.dequantize()
+    for module in quantized:
+        weight = cast(torch.Tensor, module.weight)
+        module.weight = nn.Parameter(dense_weight(module, weight.dtype), requires_grad=False)
+    return base
+
+
 def observe_merge(side: Side, case: Case, model: nn.Module, directory: Path) -> Observation:
     """Merged weights, and logits of the merged model. A quantised base is dequantised first: that can be merged."""
     if _is_quantized(model):
-        model = side.load(case.make_base().dequantize(), directory)
+        model = side.load(_dequantized(case.make_base()), directory)
     merged = side.merge(model).eval()
     logits = _logits(merged, case)
     facts: dict[str, object] = {
@@ -238,7 +254,7 @@ def _same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
 def _checksums(model: nn.Module) -> dict[str, float]:
     """A number for each frozen weight that changes when the weight does."""
     frozen = {_on_disk(name): p for name, p in model.named_parameters() if not p.requires_grad}
-    return {name: float(parameter.detach().double().abs().sum()) for name, parameter in frozen.items()}
+    return {name: float(sum(values.double().abs().sum() for values in inner_tensors(p))) for name, p in frozen.items()}
 
 
 def observe_trajectory(side: Side, case: Case) -> Observation:
@@ -276,7 +292,7 @@ def move_last_bits(model: nn.Module, seed: int) -> None:
     """Moves every floating-point weight to one of its two neighbours, drawn at random."""
     generator = torch.Generator().manual_seed(seed)
     for _, weight in sorted(model.named_parameters()):
-        if weight.is_floating_point():
+        if weight.is_floating_point() and is_plain(weight):
             up = torch.randint(2, weight.shape, generator=generator).to(weight.device)
             weight.copy_(torch.nextafter(weight, torch.where(up == 1, torch.inf, -torch.inf).to(weight.dtype)))
 

@@ -28,7 +28,8 @@ from transformers.trainer_callback import ExportableState
 from plainlora.errors import UserError
 from plainlora.interruption import Stopped, StopRequest, stop_at_once
 from plainlora.lora.errors import some
-from plainlora.lora.storage import is_finite
+from plainlora.lora.numerics import is_finite
+from plainlora.lora.storage.dense import inner_tensors
 from plainlora.run.checkpoints import newest_checkpoint
 
 OF_ALL_STEPS = ("train_loss", "train_samples_per_second", "train_steps_per_second")  # as Trainer names them
@@ -135,9 +136,12 @@ class FrozenWeights:
         digests = {}
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad and parameter.numel():
-                flat = parameter.detach().flatten()
-                sample = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].contiguous().cpu()
-                digests[name] = hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()
+                digest = hashlib.sha256()
+                for values in inner_tensors(parameter):
+                    flat = values.flatten()
+                    sample = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].contiguous().cpu()
+                    digest.update(sample.view(torch.uint8).numpy().tobytes())
+                digests[name] = digest.hexdigest()
         return digests
 
     def check(self, model: nn.Module) -> None:

@@ -1,0 +1,54 @@
+"""bitsandbytes' layers of 4 bits (NF4, FP4) and 8 bits. bitsandbytes is never imported from here."""
+
+import sys
+from typing import cast
+
+import torch
+from peft.utils.integrations import dequantize_module_weight
+from torch import nn
+
+from plainlora.lora.storage.interface import Storage
+
+
+class _Bitsandbytes(Storage):
+    quantized = True
+    class_name: str
+
+    def matches(self, module: nn.Module) -> bool:
+        """See `Storage`."""
+        bitsandbytes = sys.modules.get("bitsandbytes")
+        return bitsandbytes is not None and isinstance(module, getattr(bitsandbytes.nn, self.class_name))
+
+    def dropped_dtype(self, x: torch.Tensor, adapter: torch.dtype) -> torch.dtype:
+        """Where CUDA's autocast is on, PEFT leaves the cast to it and drops elements of `x` as it is.
+
+        https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/bnb.py (`requires_conversion`)
+        """
+        return x.dtype if torch.is_autocast_enabled("cuda") else adapter
+
+
+class Bits4(_Bitsandbytes):
+    """`Linear4bit`, whose weight is packed: two values a byte."""
+
+    class_name = "Linear4bit"
+
+    def dense_weight(self, module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+        """See `Storage`."""
+        weight = cast(torch.Tensor, module.weight)
+        state = module.weight.quant_state  # type: ignore[union-attr]
+        return sys.modules["bitsandbytes"].functional.dequantize_4bit(weight.data, state).to(dtype)
+
+
+class Bits8(_Bitsandbytes):
+    """`Linear8bitLt`. Its products are bitsandbytes' own, with the input's outliers apart."""
+
+    class_name = "Linear8bitLt"
+
+    def dense_weight(self, module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+        """See `Storage`."""
+        return dequantize_module_weight(module).data.to(dtype)
+
+    def is_fusable(self, module: nn.Module) -> bool:
+        """See `Storage`."""
+        del module
+        return False

@@ -1,0 +1,67 @@
+"""What is to be known of a kind of base layer."""
+
+from abc import ABC, abstractmethod
+from typing import cast
+
+import torch
+from torch import nn
+
+from plainlora.lora.errors import LoRAError
+
+
+class Storage(ABC):
+    """One way in which a linear layer stores its frozen W0, `(d_out, d_in)`.
+
+    Attributes:
+        transposed: Whether the weight lies as `(d_in, d_out)`: `fan_in_fan_out` of a `LoraConfig`.
+        quantized: Whether the weight is rounded to few bits, so that no delta is added to it.
+    """
+
+    transposed = False
+    quantized = False
+
+    @abstractmethod
+    def matches(self, module: nn.Module) -> bool:
+        """Whether the module stores its weight so. A library that is not imported yet has made no module."""
+
+    def features(self, module: nn.Module) -> tuple[int, int]:
+        """`(d_in, d_out)`."""
+        return cast(nn.Linear, module).in_features, cast(nn.Linear, module).out_features
+
+    @abstractmethod
+    def dense_weight(self, module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+        """W0 as `(d_out, d_in)`: a view where the weight is dense and of that dtype already."""
+
+    def is_fusable(self, module: nn.Module) -> bool:
+        """Whether the module computes `W0 x + b` with the W0 of `dense_weight`, so that `dx = dh W0`."""
+        del module
+        return True
+
+    def dropped_dtype(self, x: torch.Tensor, adapter: torch.dtype) -> torch.dtype:
+        """The dtype of `x` in `dropout(x)`, as PEFT has it: the adapter's, except where PEFT leaves it to autocast.
+
+        This is more than rounding: on CUDA a thread draws for 16 bytes of `x` at a time, so the mask depends on the
+        dtype.
+
+        https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/cuda/Dropout.cu (`get_vector_size`)
+
+        Args:
+            x: `(..., d_in)`.
+            adapter: The dtype of A.
+        """
+        del x
+        return adapter
+
+    def writable_weight(self, module: nn.Module) -> torch.Tensor:
+        """The stored weight itself as `(d_out, d_in)`, for a delta to be added to.
+
+        Raises:
+            LoRAError: The weight is quantised.
+        """
+        if self.quantized:
+            raise LoRAError(
+                "cannot merge into quantised weights: rounding the sum back to 4 or 8 bits can erase the adapter "
+                "(peft#2321); load the base in 16 bit, or call its dequantize() first"
+            )
+        weight = cast(torch.Tensor, module.weight).detach()
+        return weight.T if self.transposed else weight
