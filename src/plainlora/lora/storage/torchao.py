@@ -22,4 +22,4 @@ class Int8(Storage):
 
     def dense_weight(self, module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
         """See `Storage`."""
-        return module.weight.dequantize().to(dtype)  # type: ignore[union-attr, operator]
+        return module.weight.dequantize().to(dtype)  # type: ignore[operator]
