@@ -12,6 +12,7 @@ from plainlora.hub.model_card import write_sft_card
 from plainlora.plots import plot_loss
 from plainlora.report import describe_samples
 from plainlora.settings.arguments import SFTArguments
+from plainlora.settings.programs import Settings
 from plainlora.tasks.summary import classifier_summary, summary
 
 TRAIN = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
@@ -36,7 +37,7 @@ def arguments(folder: Path, **options: Any) -> tuple[SFTArguments, ScriptArgumen
 def card(folder: Path, template: bool = True, **options: Any) -> ModelCard:
     if template:
         (folder / "chat_template.jinja").write_text("{{ messages }}")
-    write_sft_card(folder, *arguments(folder, **options), {"eval_loss_adapter": 1.5, **RESULTS})
+    write_sft_card(folder, Settings(*arguments(folder, **options)), {"eval_loss_adapter": 1.5, **RESULTS})
     return ModelCard.load(folder / "README.md")
 
 
@@ -115,11 +116,11 @@ def test_sample_answers_stand_whole_in_the_card_whatever_is_in_them(tmp_path: Pa
     ]
     expected = [(base, adapter) for _, base, adapter in samples]
     assert answers_of(describe_samples(samples)) == expected
-    write_sft_card(tmp_path, *arguments(tmp_path), RESULTS, samples)
+    write_sft_card(tmp_path, Settings(*arguments(tmp_path)), RESULTS, samples)
     text = ModelCard.load(tmp_path / "README.md").text
     assert answers_of(text) == expected
     assert text.index("## Results") < text.index("## Sample answers") < text.index("Name a colour.")
-    assert text.index("<|im_end|>") < text.index("## Training")
+    assert text.index("<|im_end|>") < text.index("## Loading") < text.index("## Training")
     assert "Sample answers" not in card(tmp_path).text
 
 

@@ -18,6 +18,7 @@ from plainlora.hub.publication import collect_publication
 from plainlora.lora.interchange import save_adapter
 from plainlora.merging.merge import merge_adapter
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, SFTArguments
+from plainlora.settings.programs import Settings
 from tests.conftest import make_model, random_ids
 
 LOCAL = "PATH OF THIS ADAPTER"
@@ -46,7 +47,8 @@ def write_card(folder: Path, base: str, results: dict[str, Any] = RESULTS) -> st
     """The card of a language model's adapter."""
     training = SFTConfig(use_cpu=True, bf16=False, report_to="none", output_dir=str(folder))
     model = ModelConfig(model_name_or_path=base)
-    write_sft_card(folder, SFTArguments(), ScriptArguments(dataset_name="ann/rows"), training, model, results)
+    settings = Settings(SFTArguments(), ScriptArguments(dataset_name="ann/rows"), training, model)
+    write_sft_card(folder, settings, results)
     return (folder / "README.md").read_text()
 
 
@@ -85,12 +87,15 @@ def test_the_code_of_a_classifiers_card_runs(
     adapted = get_peft_model(model, lora).eval()
     adapted.save_pretrained(tmp_path)
     word_tokenizer.save_pretrained(tmp_path)
-    write_classifier_card(
-        tmp_path,
+    settings = Settings(
         ClassifyArguments(train_head=True),
         ScriptArguments(dataset_name="ann/texts"),
         ClassifyConfig(use_cpu=True, bf16=False, report_to="none", output_dir=str(tmp_path)),
         ModelConfig(model_name_or_path=base),
+    )
+    write_classifier_card(
+        tmp_path,
+        settings,
         config,
         lora,
         {"method": "lora", "labels": ["ham", "spam"], "test_accuracy": 0.9, "test_rows": 50, "rows_trained": 70}

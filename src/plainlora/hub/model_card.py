@@ -7,14 +7,15 @@ from typing import Any
 
 from peft import LoraConfig
 from transformers import PretrainedConfig, SchedulerType, TrainingArguments
-from trl import ModelConfig, ScriptArguments, SFTConfig
+from trl import ModelConfig, SFTConfig
 
 from plainlora.base.classifier import is_classifier
 from plainlora.data.datasets import hub_name, is_local
 from plainlora.markdown import table
 from plainlora.report import Sample, describe_samples
 from plainlora.run.folder import PICTURES
-from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, SFTArguments
+from plainlora.settings.arguments import SFTArguments
+from plainlora.settings.programs import ClassifySettings, SFTSettings
 
 HERE = "PATH OR HUB ID OF THIS MODEL"  # what loading examples say until the model is published
 
@@ -157,28 +158,27 @@ def _write(
 
 {_table(quality)}
 
-{answers}## Training
+{answers}## Loading
 
-{_table(settings)}
+{load}
+## Training
 
 {pictures}
 
-## Loading
+<details><summary>Settings</summary>
 
-{load}"""
+{_table(settings)}
+
+</details>
+"""
     (Path(output_dir) / "README.md").write_text(text, encoding="utf-8")
 
 
 def write_sft_card(
-    output_dir: str | Path,
-    recipe: SFTArguments,
-    script: ScriptArguments,
-    training: SFTConfig,
-    model: ModelConfig,
-    results: dict[str, Any],
-    samples: Sequence[Sample] = (),
+    output_dir: str | Path, run: SFTSettings, results: dict[str, Any], samples: Sequence[Sample] = ()
 ) -> None:
     """The card of an adapter for a causal language model, with sample answers if there are any."""
+    recipe, script, training, model = run.parts
     base, dataset = str(model.model_name_or_path), str(script.dataset_name)
     settings = _adapter_settings(recipe.lora_backend, model.lora_target_modules, model)
     settings |= {"base weights": _base_weights(model)} | _training_settings(training, results)
@@ -231,10 +231,7 @@ def _head_sentence(head: str, in_base: bool) -> str:
 
 def write_classifier_card(
     output_dir: str | Path,
-    recipe: ClassifyArguments,
-    script: ScriptArguments,
-    training: ClassifyConfig,
-    model: ModelConfig,
+    run: ClassifySettings,
     config: PretrainedConfig,
     lora: LoraConfig | None,
     results: dict[str, Any],
@@ -243,14 +240,12 @@ def write_classifier_card(
 
     Args:
         output_dir: Where it goes.
-        recipe: Method and data.
-        script: Which data set.
-        training: How it was trained.
-        model: Which base.
+        run: How it was trained.
         config: The classifier's, with its classes.
         lora: The adapter's; `None` for a whole model.
         results: Flat results; the confusion matrices are left to the picture, and what it cost to all_results.json.
     """
+    recipe, script, training, model = run.parts
     base, dataset = str(model.model_name_or_path), str(script.dataset_name)
     head = "trained whole" if recipe.train_head else "LoRA" if recipe.lora_head else "frozen as it started"
     settings: dict[str, Any] = {"method": recipe.method.replace("_", " ")}

@@ -249,7 +249,6 @@ def measure(
 
 def report(run: Run, results: Results, adapter: AdapterPlan) -> None:
     """Writes figures, curves, confusion and model card to the run's folder."""
-    recipe, script, training, model = run.settings.parts
     before, after = results.before, results.after
     shown = next(split for split in ("test", "validation", "training") if split in before)
     tables = {f"{shown} rows before": before[shown].confusion, "after": after[shown].confusion}
@@ -257,8 +256,7 @@ def report(run: Run, results: Results, adapter: AdapterPlan) -> None:
     base_loss = before["validation"].loss if "validation" in before else None
     plot_loss(results.history, base_loss, run.folder / "loss.png", unit="text", rows="validation")
     write_json(run.folder / "all_results.json", results.figures)
-    card = (recipe, script, training, model, adapter.config, adapter.lora, results.figures)
-    write_classifier_card(run.folder, *card)
+    write_classifier_card(run.folder, run.settings, adapter.config, adapter.lora, results.figures)
 
 
 def summarize(run: Run, results: Results) -> str:

@@ -250,11 +250,10 @@ def measure(
 
 def report(run: Run, results: Results) -> None:
     """Writes figures, loss curve, answers and model card to the run's folder."""
-    recipe, script, training, model = run.settings.parts
     plot_loss(results.history, results.base_loss, run.folder / "loss.png")
     write_samples(run.folder / SAMPLES, results.samples)
     write_json(run.folder / "all_results.json", results.figures)
-    write_sft_card(run.folder, recipe, script, training, model, results.figures, results.samples)
+    write_sft_card(run.folder, run.settings, results.figures, results.samples)
 
 
 def summarize(run: Run, results: Results) -> str:

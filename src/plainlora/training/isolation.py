@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from plainlora.errors import UserError, first_line
-from plainlora.fast.loss_head import rounding_unit
 
 # Tokens of three documents: several, and longer than the convolutions of state space models, which reach 4 back.
 LENGTHS = (13, 9, 10)
@@ -168,30 +167,3 @@ def text_tokens(model: PreTrainedModel, special: Collection[int] = ()) -> list[i
     settings = vars(model.config) | vars(config)
     named = {value for name, value in settings.items() if name.endswith(("_id", "_index")) and isinstance(value, int)}
     return [token for token in range(int(config.vocab_size)) if token not in named and token not in special]
-
-
-def examine_isolation(model: PreTrainedModel) -> Isolation:
-    """The documents above and a model's logits, by its own forward, for a caller that has no trainer."""
-
-    def logits(batch: dict[str, Any]) -> torch.Tensor:
-        with torch.no_grad():
-            return model(**{name: value for name, value in batch.items() if name != "labels"}).logits
-
-    tokens = text_tokens(model)
-    return Isolation(logits, tokens, tokens[0], model.device, rounding_unit(model))
-
-
-def documents_are_isolated(model: PreTrainedModel) -> float:
-    """By how much a packed document's logits depend on those before it or differ from those that it gets alone.
-
-    Args:
-        model: A causal language model in evaluation mode.
-
-    Returns:
-        In parts of what text before it changes; about 1 if documents see each other, about 1e-6 in fp32 if not.
-
-    Raises:
-        Exception: Of any kind, where the model does not take what packed rows come with.
-    """
-    found = examine_isolation(model).packed()
-    return max(found.neighbours, found.company)
