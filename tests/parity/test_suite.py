@@ -12,6 +12,7 @@ from transformers import (
     GemmaConfig,
     GPTNeoXConfig,
     MistralConfig,
+    ModernBertDecoderConfig,
     OPTConfig,
     PhiConfig,
     PretrainedConfig,
@@ -56,6 +57,13 @@ OWN: dict[str, Callable[[], PretrainedConfig]] = {
     "Mistral": lambda: MistralConfig(**SIZES, intermediate_size=64, num_key_value_heads=1, head_dim=16),
     "Phi": lambda: PhiConfig(**SIZES, intermediate_size=64),
     "Gemma": lambda: GemmaConfig(**SIZES, intermediate_size=64, num_key_value_heads=1, head_dim=16),
+    # Its layers between the hidden states and the output embedding are none that a fused head knows.
+    "ModernBERT decoder": lambda: ModernBertDecoderConfig(
+        **SIZES,
+        intermediate_size=64,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1),
+        pad_token_id=0,
+    ),
     "BERT": lambda: BertConfig(**SIZES, intermediate_size=64),
     "RoBERTa": lambda: RobertaConfig(**SIZES, intermediate_size=64, pad_token_id=1),
 }

@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from plainlora import backends
 from plainlora.data.encoding import encode_rows
 from plainlora.fast.fuse import fuse
+from plainlora.fast.loss_head import use_own_loss
 from plainlora.lora import interchange, load, merge
 from plainlora.lora.record import lora_layers
 from plainlora.parity.case import Case
@@ -195,7 +196,9 @@ class Peft(Side):
         return model.merge_and_unload()
 
     def trainer(self, model: nn.Module, case: Case, output_dir: str) -> Trainer:
-        """Rows tokenised, masked, packed and trained by SFTTrainer itself.
+        """Rows tokenised, masked, packed and trained by SFTTrainer itself, with its own head.
+
+        Where that head does not give the model's own loss, the model's own forward computes it, as on the other side.
 
         Its cast of a quantised model's adapter to bf16 is undone here as on the other side: it is TRL's choice, not
         part of LoRA, and the comparison is of fp32 adapters.
@@ -207,9 +210,11 @@ class Peft(Side):
         settings.chat_template_path = settings.pad_token = settings.model_init_kwargs = None
         rows = case.rows if _is_tokenised(case.rows) else _as_trl_expects(case.rows, case.tokenizer, settings)
         with adapter_precision_kept(model):
-            return _SFTTrainer(
+            trainer = _SFTTrainer(
                 cast(PeftModel, model), args=settings, train_dataset=rows, processing_class=case.tokenizer
             )
+        use_own_loss(trainer, one_pass=False)
+        return trainer
 
 
 class _SFTTrainer(RowsInOrder, PredictedTokensCounted, SFTTrainer):
