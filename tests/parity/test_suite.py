@@ -59,10 +59,7 @@ OWN: dict[str, Callable[[], PretrainedConfig]] = {
     "Gemma": lambda: GemmaConfig(**SIZES, intermediate_size=64, num_key_value_heads=1, head_dim=16),
     # Its layers between the hidden states and the output embedding are none that a fused head knows.
     "ModernBERT decoder": lambda: ModernBertDecoderConfig(
-        **SIZES,
-        intermediate_size=64,
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1),
-        pad_token_id=0,
+        **SIZES, intermediate_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=1, cls_token_id=1, sep_token_id=1
     ),
     "BERT": lambda: BertConfig(**SIZES, intermediate_size=64),
     "RoBERTa": lambda: RobertaConfig(**SIZES, intermediate_size=64, pad_token_id=1),
