@@ -12,7 +12,7 @@ help:
 	@echo "make test        install, run the tests (no model hub, no GPU needed)"
 	@echo "make test-slow   the tests that make test leaves out: every architecture of Transformers; most of an hour"
 	@echo "make compare     the proof: the hand-written LoRA beside PEFT, level by level"
-	@echo "make bench       time and memory beside PEFT with TRL; about an hour on two cores"
+	@echo "make bench       time and memory beside PEFT with TRL; about an hour on two cores; options: make bench ARGS=--help"
 	@echo "make bench-gpu   the same on one GPU, with the tests that need one; at most ten minutes"
 	@echo "make quality     lint, formatting and types"
 	@echo "make style       mend what lint and formatting can mend"
@@ -41,10 +41,10 @@ compare: install
 	HF_HUB_OFFLINE=1 $(BIN)/plainlora compare
 
 bench: install
-	HF_HUB_OFFLINE=1 $(BIN)/plainlora bench
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(ARGS)
 
 bench-gpu: install
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.gpu
 
 style: install
 	$(BIN)/ruff check --fix $(CHECKED)

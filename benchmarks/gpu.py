@@ -1,13 +1,13 @@
-"""What a GPU shows, in one command of at most ten minutes: `make bench-gpu`, or `python benchmarks/gpu.py`.
+"""What a GPU shows, in one command of at most ten minutes: `make bench-gpu`, or `python -m benchmarks.gpu`.
 
 It needs this checkout and the libraries, no network and no file besides; without an installation `PYTHONPATH=src`.
 In this order: the tests that are marked `gpu`; the Llama-2-7b recipe's step, in fp16 as on the T4 of its source and in
 bf16; Qwen2-0.5B and GPT-2 on packed rows. Each has its own time, and what was measured is written as soon as it is
 there, into one JSON file and a Markdown file beside it.
 
-The two arms, this project's form and PEFT with TRL, are processes of their own, so that the allocator's peaks are each
-arm's own; they share the card and take turns, a step each. Both have the same random weights, at full size, the same
-rows in the same order, and what they train in fp32. The peak that the doctor predicts comes last.
+The two variants, this project's form and PEFT with TRL, are processes of their own, so that the allocator's peaks are
+each variant's own; they share the card, and their steps are timed interleaved. Both have the same random weights, at
+full size, the same rows in the same order, and what they train in fp32. The peak that the doctor predicts comes last.
 """
 
 import plainlora.quiet  # noqa: F401, I001
@@ -30,10 +30,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from plainlora.bench.case import FUSED, MATCHED, PEFT, Case
-from plainlora.bench.language import plan_run
-from plainlora.bench.race import Outcome, race
-from plainlora.bench.report import amount, describe_machine, duration, machine, ratio, to_json
+from benchmarks.case import FUSED, MATCHED, PEFT, Case
+from benchmarks.language import plan_run
+from benchmarks.interleave import Outcome, time_interleaved
+from benchmarks.report import amount, describe_machine, duration, machine, ratio, to_json
+from plainlora.errors import one_line_errors
 from plainlora.report import package_versions, write_json
 from plainlora.resources.footprint import estimate
 
@@ -41,7 +42,7 @@ ROOT = Path(__file__).parent.parent
 STEPS = {"full": 20, "tiny": 3}  # measured; one more comes first
 SECONDS = {"tests": 120, "llama2": 120, "qwen2": 70, "gpt2": 70}  # llama2 twice: 500 of 600; tiny takes what it needs
 COLUMNS = (
-    *("case", "arm", "trained in", "steps", "median", "min", "max", "time / peft", "tokens/s"),
+    *("case", "variant", "trained in", "steps", "median", "min", "max", "time / peft", "tokens/s"),
     *("peak", "reserved", "predicted", "first loss", "last loss"),
 )
 NAMES = {
@@ -62,8 +63,8 @@ def cases(size: str) -> list[Case]:
         options = shared | (llama2 if model == "llama2" else packed) | {"model": model, "dtype": dtype}
         training = {"learning_rate": 2e-4, "gradient_checkpointing": model == "llama2"}
         training |= {"fp16": dtype == "float16", "bf16": dtype == "bfloat16"}
-        arms = {arm: {"backend": arm, "training": training} for arm in (FUSED, PEFT)}
-        found.append(Case("gpu", name if size == "full" else f"tiny, in place of {name}", arms, options, MATCHED))
+        variants = {variant: {"backend": variant, "training": training} for variant in (FUSED, PEFT)}
+        found.append(Case("gpu", name if size == "full" else f"tiny, in place of {name}", variants, options, MATCHED))
     return found
 
 
@@ -88,19 +89,20 @@ def run_tests(seconds: float | None) -> dict[str, Any]:
 
 
 def measure(case: Case, device: str, size: str, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Races the arms of a case: what was measured of each, and how far their losses are apart."""
+    """Times the variants of a case: what was measured of each, and how far their losses are apart."""
     try:
         seconds = SECONDS[case.options["model"]] if size == "full" else math.inf
-        outcome = race("language", case, device, STEPS[size], progress=progress, seconds=seconds)
-        return to_json(outcome) | {"figures": {arm: figures(outcome, arm) for arm in case.arms}} | differences(outcome)
+        outcome = time_interleaved("language", case, device, STEPS[size], progress=progress, seconds=seconds)
+        found = {"figures": {variant: figures(outcome, variant) for variant in case.variants}}
+        return to_json(outcome) | found | differences(outcome)
     except Exception as error:  # whatever a library raises: the next case is measured all the same
         return {"name": case.name, "failed": f"{type(error).__name__}: {error}", "where": traceback.format_exc()}
 
 
-def figures(outcome: Outcome, arm: str) -> dict[str, Any]:
-    """What one arm's times come to: over PEFT's, round by round, and tokens with a label a second."""
-    seconds, tokens = outcome.seconds[arm], outcome.facts[arm]["tokens"]
-    middle, low, high = ratio(outcome, "time", arm, PEFT)
+def figures(outcome: Outcome, variant: str) -> dict[str, Any]:
+    """What one variant's times come to: over PEFT's, round by round, and tokens with a label a second."""
+    seconds, tokens = outcome.seconds[variant], outcome.facts[variant]["tokens"]
+    middle, low, high = ratio(outcome, "time", variant, PEFT)
     return {
         "time / peft": {"median": middle, "min": low, "max": high},
         "tokens a second": sum(tokens[1 : len(seconds) + 1]) / sum(seconds),  # the first is not measured
@@ -108,16 +110,16 @@ def figures(outcome: Outcome, arm: str) -> dict[str, Any]:
 
 
 def differences(outcome: Outcome) -> dict[str, float]:
-    """The relative difference of the arms' losses: at the first step, where B = 0, and the largest of all steps."""
+    """The relative difference of both losses: at the first step, where B = 0, and the largest of all steps."""
     pairs = zip(outcome.facts[FUSED]["losses"], outcome.facts[PEFT]["losses"], strict=True)
     found = [abs(ours - theirs) / abs(theirs) for ours, theirs in pairs]
     return {"first difference": found[0], "largest difference": max(found)}
 
 
-def predict(case: Case, arm: str, device: str) -> int | None:
-    """The peak that the doctor predicts for an arm, in bytes."""
+def predict(case: Case, variant: str, device: str) -> int | None:
+    """The peak that the doctor predicts for a variant, in bytes."""
     with tempfile.TemporaryDirectory() as folder:
-        return estimate(plan_run(case.options | case.arms[arm], device, folder)).memory.peak
+        return estimate(plan_run(case.options | case.variants[variant], device, folder)).memory.peak
 
 
 def card() -> str | None:
@@ -129,26 +131,26 @@ def card() -> str | None:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The tests, a table of every arm, and the losses."""
+    """The tests, a table of every variant, and the losses."""
     tests, done = found["tests"], [case for case in found["cases"] if "figures" in case]
     counts = ", ".join(f"{len(tests[name])} {name}" for name in ("passed", "failed", "not run"))
     lines = [f"Card: {found['card']}; CUDA {found['cuda']}; {found['described']}", ""]
     lines += [f"Tests marked `gpu`: {counts}; ended {tests['ended']}."]
     lines += [f"- failed: {test}" for test in tests["failed"]]
     lines += ["", f"| {' | '.join(COLUMNS)} |", f"|---|---|{'---:|' * (len(COLUMNS) - 2)}"]
-    lines += [f"| {' | '.join(cells(case, arm))} |" for case in done for arm in case["figures"]]
-    lines += ["", "Relative difference of the two arms' losses, at the first step and at most:", ""]
+    lines += [f"| {' | '.join(cells(case, variant))} |" for case in done for variant in case["figures"]]
+    lines += ["", "Relative difference of the two variants' losses, at the first step and at most:", ""]
     lines += [f"- {case['name']}: {case['first difference']:.1e}, {case['largest difference']:.1e}" for case in done]
     lines += [f"- not measured: {case['name']}: {case['failed']}" for case in found["cases"] if "failed" in case]
     return "\n".join([*lines, ""])
 
 
-def cells(case: dict[str, Any], arm: str) -> list[str]:
-    """One arm's row of the table."""
-    facts, figure, times = case["facts"][arm], case["figures"][arm], case["summary"][arm]
+def cells(case: dict[str, Any], variant: str) -> list[str]:
+    """One variant's row of the table."""
+    facts, figure, times = case["facts"][variant], case["figures"][variant], case["summary"][variant]
     sizes = [facts["peak"], facts.get("peak reserved"), figure.get("predicted")]
     return [
-        *(case["name"], arm, ", ".join(facts["trained in"]), str(len(case["seconds"][arm]))),
+        *(case["name"], variant, ", ".join(facts["trained in"]), str(len(case["seconds"][variant]))),
         *(duration(times[name]) for name in ("median", "min", "max")),
         "{median:.2f} ({min:.2f} to {max:.2f})".format(**figure["time / peft"]),
         f"{figure['tokens a second']:,.0f}",
@@ -185,9 +187,9 @@ def main() -> int:
         found["cases"].append(measure(case, device, arguments.size, progress))
         write()
     for case, measured in zip(chosen, found["cases"], strict=True):
-        for arm, figure in measured.get("figures", {}).items():
-            progress(f"predicted memory: {case.name}, {arm}")
-            figure["predicted"] = predict(case, arm, device)
+        for variant, figure in measured.get("figures", {}).items():
+            progress(f"predicted memory: {case.name}, {variant}")
+            figure["predicted"] = predict(case, variant, device)
             write()
     bar.close()
     print(markdown(found))
@@ -195,4 +197,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with one_line_errors():
+        sys.exit(main())

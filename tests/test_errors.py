@@ -32,3 +32,10 @@ def test_a_name_that_is_too_long_for_a_file_is_said_in_one_line_and_another_faul
     assert "File name too long" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError), one_line_errors():
         (tmp_path / "missing").stat()
+
+
+def test_ctrl_c_ends_a_command_with_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised, one_line_errors():
+        raise KeyboardInterrupt
+    assert raised.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"

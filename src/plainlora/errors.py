@@ -47,7 +47,8 @@ def _shortened(line: str) -> str:
 def one_line_errors() -> Iterator[None]:
     """Turns the errors this package raises on purpose into a line each on standard error and exit code 2.
 
-    Everything else keeps its traceback: it is a bug here, and the traceback is what a report needs.
+    Ctrl-C ends with a word and exit code 130. Everything else keeps its traceback: it is a bug here, and the traceback
+    is what a report needs.
     """
     try:
         yield
@@ -58,6 +59,9 @@ def one_line_errors() -> Iterator[None]:
         for fault in error.args if isinstance(error, UserError) else [error]:
             print("error: " + _shortened(one_line(str(fault))), file=sys.stderr)
         raise SystemExit(EXIT_CODE) from error
+    except KeyboardInterrupt as error:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from error
 
 
 def run_program(main: Callable[[], None]) -> None:

@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from plainlora.bench.case import Case
+from benchmarks.case import Case
 from tests.conftest import ROOT
 
-ARMS = {"fused", "peft"}
+VARIANTS = {"fused", "peft"}
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], str]:
     """What the JSON file held from one writing to the next, and the Markdown at the end."""
     path = tmp_path_factory.mktemp("gpu") / "new" / "gpu.json"
-    command = [sys.executable, "benchmarks/gpu.py", "--size", "tiny", "--json", str(path)]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--size", "tiny", "--json", str(path)]
     run = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, stdout=subprocess.DEVNULL)
     states: list[dict[str, Any]] = []
     while run.poll() is None:
@@ -38,10 +38,10 @@ def test_every_case_is_measured_on_both_sides(written: tuple[list[dict[str, Any]
     found = written[0][-1]
     assert [case["name"] for case in found["cases"]] == [case.name for case in gpu.cases("tiny")]
     for case in found["cases"]:
-        assert case["figures"].keys() == case["facts"].keys() == case["seconds"].keys() == ARMS
-        for arm in ARMS:
-            facts, figures = case["facts"][arm], case["figures"][arm]
-            assert len(case["seconds"][arm]) == gpu.STEPS["tiny"]
+        assert case["figures"].keys() == case["facts"].keys() == case["seconds"].keys() == VARIANTS
+        for variant in VARIANTS:
+            facts, figures = case["facts"][variant], case["figures"][variant]
+            assert len(case["seconds"][variant]) == gpu.STEPS["tiny"]
             assert len(facts["losses"]) == len(facts["tokens"]) == gpu.STEPS["tiny"] + 1
             assert facts["trained in"] == ["float32"]
             assert figures["tokens a second"] > 0
@@ -65,12 +65,13 @@ def test_what_is_measured_is_written_at_once(written: tuple[list[dict[str, Any]]
     assert all("tests" in state for state in written[0])
 
 
-def test_the_table_has_a_row_for_every_arm(written: tuple[list[dict[str, Any]], str]) -> None:
+def test_the_table_has_a_row_for_every_variant(written: tuple[list[dict[str, Any]], str]) -> None:
     states, table = written
     rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
     assert rows[0] == list(gpu.COLUMNS)
     cases = states[-1]["cases"]
-    assert [row[:3] for row in rows[1:]] == [[case["name"], arm, "float32"] for case in cases for arm in case["facts"]]
+    expected = [[case["name"], variant, "float32"] for case in cases for variant in case["facts"]]
+    assert [row[:3] for row in rows[1:]] == expected
     assert all(row[0].startswith("tiny, in place of ") for row in rows[1:])
     assert table.startswith("Card: None; CUDA ")
     assert "Tests marked `gpu`: 0 passed, 0 failed, " in table
@@ -79,10 +80,10 @@ def test_the_table_has_a_row_for_every_arm(written: tuple[list[dict[str, Any]], 
 
 def test_a_case_that_fails_is_told_with_its_place_and_the_others_go_on() -> None:
     case = gpu.cases("tiny")[0]
-    broken = Case("gpu", "broken", case.arms, case.options | {"p": 2.0})
+    broken = Case("gpu", "broken", case.variants, case.options | {"p": 2.0})
     found = gpu.measure(broken, "cpu", "tiny")
     assert found["failed"].startswith("UserError: bench: gpu, broken, fused stopped (LoRAError: lora_dropout must lie")
-    assert "in take_part" in found["where"]
+    assert "in run_variant" in found["where"]
     tests = {"passed": [], "failed": ["tests/test_gpu.py::test_one"], "not run": [], "ended": "with exit code 1"}
     table = gpu.markdown({"card": None, "cuda": None, "described": "", "tests": tests, "cases": [found]})
     assert "- not measured: broken: UserError: " in table
@@ -128,10 +129,10 @@ def test_without_a_gpu_the_full_size_is_refused_in_one_line(
 
 def test_the_headline_recipe_is_measured_in_both_half_precisions_within_ten_minutes() -> None:
     full = gpu.cases("full")
-    halves = [[name for name in ("fp16", "bf16") if case.arms["peft"]["training"][name]] for case in full]
+    halves = [[name for name in ("fp16", "bf16") if case.variants["peft"]["training"][name]] for case in full]
     assert halves == [["fp16"], ["bf16"], ["bf16"], ["bf16"]]
     assert [case.options.get("rows") for case in full] == ["guanaco", "guanaco", "alpaca", "alpaca"]
     for case in full:
-        assert case.arms["fused"]["training"] == case.arms["peft"]["training"]
+        assert case.variants["fused"]["training"] == case.variants["peft"]["training"]
         assert case.options["length"] == 1024
     assert gpu.SECONDS["tests"] + sum(gpu.SECONDS[case.options["model"]] for case in full) <= 510

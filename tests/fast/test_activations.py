@@ -5,8 +5,8 @@ import torch
 from peft import LoraConfig
 from torch.nn import functional
 
+from benchmarks.counting import count
 from plainlora import inject
-from plainlora.bench.counting import count
 from plainlora.fast.activations import swiglu
 from plainlora.fast.fuse import unfuse
 from tests.conftest import fused_in_place, make_model, random_ids

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from trl import ModelConfig, ScriptArguments
 
+import benchmarks.__main__
 from plainlora.commands import build_parser
 from plainlora.errors import UserError
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, SFTArguments, SFTRecipeConfig
@@ -37,6 +38,10 @@ def check(command: str) -> str:
     words = shlex.split(command, comments=True)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), command
+        for word in words[2:]:
+            name, _, given = word.partition("=")
+            assert (words[1], name) == ("bench", "ARGS"), command
+            benchmarks.__main__.build_parser().parse_args(shlex.split(given))
         return "make"
     if words[0] == "plainlora":
         build_parser().parse_args(words[1:])
@@ -62,13 +67,15 @@ def test_every_command_of_the_pages_is_valid(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(ROOT)
     kinds = [check(command) for command in commands()]
     found = {kind: kinds.count(kind) for kind in kinds}
-    assert found == {"make": 11, "launch": 10, "plainlora": 25, "flag": 23, "plain": 2}, "a page changed: count again"
+    assert found == {"make": 15, "launch": 10, "plainlora": 22, "flag": 23, "plain": 2}, "a page changed: count again"
 
 
 def test_a_wrong_command_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for wrong in (
         "make coffee",
+        "make bench ARGS='--suite layers'",
+        "make test ARGS=-x",
         "plainlora merge --adaptor x --output y",
         "accelerate launch recipes/sft.py --config recipes/none.yaml",
         "--lora_rank 4",

@@ -1,16 +1,14 @@
 """`plainlora VERB`: what is not training. One thin file a verb; heavy imports happen inside the verb."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
 import plainlora
-from plainlora.errors import INTERRUPTED, UserError, one_line_errors
+from plainlora.errors import UserError, one_line_errors
 
 VERBS = {
-    "bench": "measure time and memory beside PEFT with TRL",
     "compare": "show how far the hand-written LoRA is from PEFT",
     "doctor": "say what would go wrong in training, before a weight is loaded",
     "generate": "answer a prompt with the base and with an adapter, side by side",
@@ -23,16 +21,17 @@ VERBS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Reports a bad flag as this project reports everything: one line, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
+        """Overrides the usage that argparse prints."""
         raise UserError(f"{message}; see {self.prog} --help")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs. Each verb's module has `add_arguments(parser)` and `run(arguments)`."""
-    parser = _Parser(prog="plainlora", description=(plainlora.__doc__ or "").splitlines()[0])
+    parser = Parser(prog="plainlora", description=(plainlora.__doc__ or "").splitlines()[0])
     parser.add_argument("--version", action="version", version=f"plainlora {plainlora.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, description in VERBS.items():
@@ -53,11 +52,7 @@ def _check_texts(parsed: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `plainlora` command."""
-    try:
-        with one_line_errors():
-            parsed = build_parser().parse_args(sys.argv[1:] if arguments is None else arguments)
-            _check_texts(parsed)
-            import_module(f"plainlora.commands.{parsed.verb}").run(parsed)
-    except KeyboardInterrupt as error:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from error
+    with one_line_errors():
+        parsed = build_parser().parse_args(arguments)
+        _check_texts(parsed)
+        import_module(f"plainlora.commands.{parsed.verb}").run(parsed)

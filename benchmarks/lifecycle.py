@@ -9,9 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from benchmarks.case import FUSED, PEFT, Case, Target
+from benchmarks.timer import Timer
 from plainlora.backends import BACKENDS
-from plainlora.bench.case import FUSED, PEFT, Case, Target
-from plainlora.bench.turns import Turns
 from plainlora.lora.inject import unwrap
 from plainlora.lora.merge import merge
 
@@ -31,7 +31,7 @@ def cases(size: str, device: str) -> list[Case]:
         Case(
             suite="lifecycle",
             name=f"{operation}, 32 blocks, r=8 on {name}",
-            arms={FUSED: {}, PEFT: {}},
+            variants={FUSED: {}, PEFT: {}},
             options={
                 "operation": operation,
                 "targets": targets,
@@ -90,13 +90,13 @@ VERBS = {
 }
 
 
-def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
+def run_variant(variant: str, options: dict[str, Any], timer: Timer) -> None:
     """Does the operation again and again; what leads up to it and away from it is not timed.
 
     Each is as the first of its process: what the one before has freed goes back to the system.
     """
-    base = _base(options["width"], options["mlp"], options["blocks"], turns.device)
-    verbs, operation, folder = VERBS[arm], options["operation"], f"{turns.scratch}/{arm}"
+    base = _base(options["width"], options["mlp"], options["blocks"], timer.device)
+    verbs, operation, folder = VERBS[variant], options["operation"], f"{timer.scratch}/{variant}"
 
     def attach() -> Any:
         config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=options["targets"])
@@ -110,13 +110,13 @@ def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
         _fill(model)
         save(model)
         verbs.release(model)
-        turns.ready()
+        timer.ready()
         while True:
             if operation in ("save", "merge"):
                 model = attach()
                 _fill(model)
-            turns.meter.start()
-            turns.begin()
+            timer.memory.start()
+            timer.begin()
             if operation == "inject":
                 model = attach()
             elif operation == "load":
@@ -125,6 +125,6 @@ def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
                 save(model)
             else:
                 verbs.merge(model)
-            turns.end()
+            timer.end()
             if operation != "merge":
                 verbs.release(model)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from plainlora.bench.case import FLOOR, FUSED, PEFT, REFERENCE, Case, Target
-from plainlora.bench.race import Outcome
+from benchmarks.case import FLOOR, FUSED, PEFT, REFERENCE, Case, Target
+from benchmarks.interleave import Outcome
 from plainlora.markdown import table
 from plainlora.report import package_versions, write_json
 
@@ -20,21 +20,21 @@ COLOURS = ("#c2410c", "#9aa5b1", "#1f4e79", "#4d7c5a", "#e3a857", "#7c5295", "#a
 MEMORY = ("peak", "peak above weights", "peak reserved", "tensor bytes", "saved bytes")
 
 
-def ratio(outcome: Outcome, metric: str, arm: str, against: str) -> tuple[float, float, float]:
-    """Median, lowest and highest of `arm / against` (dimensionless); of one number where the metric does not vary.
+def ratio(outcome: Outcome, metric: str, variant: str, against: str) -> tuple[float, float, float]:
+    """Median, lowest and highest of `variant / against` (dimensionless); of one number where the metric does not vary.
 
     Times are divided round by round: whatever slowed the machine for a while slowed both.
     """
     if metric == "time":
-        each = [a / b for a, b in zip(outcome.seconds[arm], outcome.seconds[against], strict=True)]
+        each = [a / b for a, b in zip(outcome.seconds[variant], outcome.seconds[against], strict=True)]
         return median(each), min(each), max(each)
-    one = outcome.facts[arm][metric] / (outcome.facts[against][metric] if against else 1)
+    one = outcome.facts[variant][metric] / (outcome.facts[against][metric] if against else 1)
     return one, one, one
 
 
 def is_met(outcome: Outcome, target: Target) -> bool:
     """Whether the median ratio, or the number, is within the target."""
-    return ratio(outcome, target.metric, target.arm, target.against)[0] <= target.at_most
+    return ratio(outcome, target.metric, target.variant, target.against)[0] <= target.at_most
 
 
 def amount(value: float) -> str:
@@ -47,8 +47,8 @@ def duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.2f} ms"
 
 
-def _per_pass(outcome: Outcome, arm: str) -> list[float]:
-    return [seconds / outcome.facts[arm].get("passes a turn", 1) for seconds in outcome.seconds[arm]]
+def _per_pass(outcome: Outcome, variant: str) -> list[float]:
+    return [seconds / outcome.facts[variant].get("passes per iteration", 1) for seconds in outcome.seconds[variant]]
 
 
 def _title(case: Case) -> str:
@@ -57,12 +57,12 @@ def _title(case: Case) -> str:
 
 def target_line(outcome: Outcome, target: Target) -> tuple[str, str, str, str]:
     """What is asked, what was measured, the limit, and whether it is met."""
-    middle, low, high = ratio(outcome, target.metric, target.arm, target.against)
+    middle, low, high = ratio(outcome, target.metric, target.variant, target.against)
     met = "met" if middle <= target.at_most else "missed"
     if not target.against:
-        return f"{target.metric}, {target.arm}", amount(middle), amount(target.at_most), met
+        return f"{target.metric}, {target.variant}", amount(middle), amount(target.at_most), met
     spread = f" ({low:.2f} to {high:.2f})" if low != high else ""
-    return f"{target.metric}, {target.arm} / {target.against}", f"{middle:.2f}{spread}", f"{target.at_most:g}", met
+    return f"{target.metric}, {target.variant} / {target.against}", f"{middle:.2f}{spread}", f"{target.at_most:g}", met
 
 
 def figures(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
@@ -71,16 +71,16 @@ def figures(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
     if outcome.case.suite == "layer":
         memory = ["saved bytes"]  # of one layer the process's peak says nothing
     rows = []
-    for arm in outcome.case.arms:
-        seconds = _per_pass(outcome, arm)
-        middle, low, high = ratio(outcome, "time", arm, PEFT)
+    for variant in outcome.case.variants:
+        seconds = _per_pass(outcome, variant)
+        middle, low, high = ratio(outcome, "time", variant, PEFT)
         row = [
-            arm,
+            variant,
             *map(duration, (median(seconds), min(seconds), max(seconds))),
             f"{middle:.2f} ({low:.2f} to {high:.2f})",
         ]
-        rows.append(row + [amount(outcome.facts[arm][name]) for name in memory])
-    return ["arm", "median", "min", "max", "time / peft", *memory], rows
+        rows.append(row + [amount(outcome.facts[variant][name]) for name in memory])
+    return ["variant", "median", "min", "max", "time / peft", *memory], rows
 
 
 def terminal(outcome: Outcome) -> str:
@@ -88,13 +88,7 @@ def terminal(outcome: Outcome) -> str:
     case = outcome.case
     if case.not_run:
         return f"\n{_title(case)}\n  not run: {case.not_run}"
-    columns, rows = figures(outcome)
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    lines = ["", _title(case)]
-    lines += [
-        "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-        for row in [columns, *rows]
-    ]
+    lines = ["", _title(case), *_aligned(*figures(outcome))]
     for target in case.targets:
         what, measured, limit, met = target_line(outcome, target)
         lines.append(f"  {what}: {measured}, target at most {limit}: {met}")
@@ -125,11 +119,11 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
 
 
 def profile_rows(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the profiled turns: seconds of each kind of operation, by arm; none if nothing was."""
-    profiles = {arm: facts["profile"] for arm, facts in outcome.facts.items() if "profile" in facts}
+    """Columns and rows of the profile: seconds of each kind of operation, by variant; none if none was profiled."""
+    profiles = {variant: facts["profile"] for variant, facts in outcome.facts.items() if "profile" in facts}
     kinds: dict[str, float] = next(iter(profiles.values()), {})
     rows = [[kind, *(duration(profile[kind]) for profile in profiles.values())] for kind in kinds]
-    return ["one turn", *profiles], rows
+    return ["one iteration", *profiles], rows
 
 
 def machine() -> dict[str, Any]:
@@ -163,12 +157,12 @@ def describe_machine() -> str:
 
 
 def plot(outcomes: Sequence[Outcome], path: Path) -> None:
-    """A bar an arm for every case: its time over PEFT's, with the lowest and highest round; PEFT is the line at 1."""
+    """A bar for each variant: its time over PEFT's, with the lowest and highest round; PEFT is the line at 1."""
     ran = [outcome for outcome in outcomes if not outcome.case.not_run]
-    bars = sum(len(outcome.case.arms) + 1 for outcome in ran)
+    bars = sum(len(outcome.case.variants) + 1 for outcome in ran)
     figure = Figure(figsize=(9, 1.2 + 0.24 * bars), layout="constrained")
     axes = figure.add_subplot()
-    shown = dict.fromkeys(arm for outcome in ran for arm in outcome.case.arms)
+    shown = dict.fromkeys(variant for outcome in ran for variant in outcome.case.variants)
     names = list(dict.fromkeys((FUSED, PEFT, REFERENCE, FLOOR, *shown)))  # in every picture, each has its own colour
     place = 0.0
     for outcome in ran:
@@ -181,9 +175,9 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
             va="center",
         )
         place += 1
-        for arm in outcome.case.arms:
-            middle, low, high = ratio(outcome, "time", arm, PEFT)
-            axes.barh(place, middle, color=COLOURS[names.index(arm) % len(COLOURS)], height=0.8)
+        for variant in outcome.case.variants:
+            middle, low, high = ratio(outcome, "time", variant, PEFT)
+            axes.barh(place, middle, color=COLOURS[names.index(variant) % len(COLOURS)], height=0.8)
             axes.plot((low, high), (place, place), color="#111827", linewidth=1)
             axes.annotate(
                 f"{middle:.2f}",
@@ -195,7 +189,7 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
             )
             place += 1
         place += 0.4
-    handles = [axes.barh(0, 0, color=COLOURS[names.index(arm) % len(COLOURS)], label=arm) for arm in shown]
+    handles = [axes.barh(0, 0, color=COLOURS[names.index(variant) % len(COLOURS)], label=variant) for variant in shown]
     axes.axvline(1, color="#9aa5b1", linestyle=":")
     axes.set(xlabel="time / PEFT's time", ylim=(place, -1))
     axes.set_yticks([])
@@ -210,25 +204,22 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
     known: dict[str, Any] = asdict(case)
     if case.not_run:
         return known
-    known["seconds"] = {arm: _per_pass(outcome, arm) for arm in case.arms}
+    known["seconds"] = {variant: _per_pass(outcome, variant) for variant in case.variants}
     known["facts"] = outcome.facts
     known["summary"] = {
-        arm: {
+        variant: {
             "median": median(seconds),
             "min": min(seconds),
             "max": max(seconds),
             "spread": max(seconds) / min(seconds),
         }
-        for arm, seconds in known["seconds"].items()
+        for variant, seconds in known["seconds"].items()
     }
-    known["targets"] = [
-        asdict(target)
-        | dict(
-            zip(("ratio", "lowest", "highest"), ratio(outcome, target.metric, target.arm, target.against), strict=True)
-        )
-        | {"met": is_met(outcome, target)}
-        for target in case.targets
-    ]
+    known["targets"] = []
+    for target in case.targets:
+        middle, low, high = ratio(outcome, target.metric, target.variant, target.against)
+        measured = {"ratio": middle, "lowest": low, "highest": high, "met": is_met(outcome, target)}
+        known["targets"].append(asdict(target) | measured)
     return known
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from plainlora.bench.classify import choose_rows
-from plainlora.bench.rows import LENGTHS, draw_lengths, make_rows
+from benchmarks.classify import choose_rows
+from benchmarks.rows import LENGTHS, draw_lengths, make_rows
 
 
 @pytest.mark.parametrize("data", LENGTHS)

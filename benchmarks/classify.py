@@ -14,12 +14,12 @@ from transformers import (
     TrainingArguments,
 )
 
+from benchmarks.case import AS_SHIPPED, FLOOR, FUSED, MATCHED, PEFT, REFERENCE, Case, Target
+from benchmarks.rows import draw_lengths, make_rows
+from benchmarks.step_timer import StepTimer
+from benchmarks.timer import Timer
 from plainlora.backends import BACKENDS
 from plainlora.base.dropout import set_dropouts
-from plainlora.bench.baton import Baton
-from plainlora.bench.case import AS_SHIPPED, FLOOR, FUSED, MATCHED, PEFT, REFERENCE, Case, Target
-from plainlora.bench.rows import draw_lengths, make_rows
-from plainlora.bench.turns import Turns
 from plainlora.parity.tiny import byte_tokenizer
 from plainlora.training.trainers import ClassifierTrainer
 
@@ -52,7 +52,7 @@ def cases(size: str, device: str) -> list[Case]:
         batch, count = batches[model]
         options = {"model": model, "data": data, "size": size, "batch": batch, "batches": count}
         options |= {"adapter": adapters[model]}
-        matched = {arm: {"backend": arm, "grouped": True} for arm in (FUSED, PEFT, REFERENCE, FLOOR)}
+        matched = {variant: {"backend": variant, "grouped": True} for variant in (FUSED, PEFT, REFERENCE, FLOOR)}
         shipped: dict[str, dict[str, Any]] = {
             FUSED: {"backend": FUSED, "grouped": True},
             NO_DROPOUT: {"backend": FUSED, "grouped": True, "base_dropout": 0.0},
@@ -70,7 +70,7 @@ def cases(size: str, device: str) -> list[Case]:
 def choose_rows(lengths: list[int], batch: int, batches: int, grouped: bool) -> list[int]:
     """Row numbers of a sample of an epoch, in the order of training.
 
-    The same rows for every arm: those of `batches` batches, evenly spread, of rows grouped by length.
+    The same rows for every variant: those of `batches` batches, evenly spread, of rows grouped by length.
 
     Args:
         lengths: Of all rows.
@@ -86,9 +86,9 @@ def choose_rows(lengths: list[int], batch: int, batches: int, grouped: bool) -> 
     return chosen
 
 
-def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
-    """Trains epochs of the sample until there are no more turns."""
-    del arm
+def run_variant(variant: str, options: dict[str, Any], timer: Timer) -> None:
+    """Trains epochs of the sample until no more are asked for."""
+    del variant
     config = _config(options["model"], options["size"] == "full")
     if options.get("base_dropout") is not None:
         set_dropouts(config, options["base_dropout"])
@@ -96,9 +96,9 @@ def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
     lengths = draw_lengths(options["data"], 50 * options["batch"], 512 if options["size"] == "full" else 16)
     chosen = choose_rows(lengths, options["batch"], options["batches"], options["grouped"])
     rows = make_rows([lengths[row] for row in chosen], config.vocab_size, labels=2)
-    turns.facts["tokens an epoch"] = sum(lengths[row] for row in chosen)
+    timer.facts["tokens an epoch"] = sum(lengths[row] for row in chosen)
     arguments = TrainingArguments(
-        output_dir=turns.scratch,
+        output_dir=timer.scratch,
         per_device_train_batch_size=options["batch"],
         train_sampling_strategy="sequential",  # the order is chosen above
         num_train_epochs=1_000_000,
@@ -106,15 +106,15 @@ def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
         save_strategy="no",
         disable_tqdm=True,
         logging_strategy="no",
-        use_cpu=turns.device == "cpu",
-        dataloader_pin_memory=turns.device != "cpu",
+        use_cpu=timer.device == "cpu",
+        dataloader_pin_memory=timer.device != "cpu",
     )
     padding: dict[str, Any] = {"padding": "max_length", "max_length": 120} if options.get("padded_to") else {}
     common: dict[str, Any] = {
         "args": arguments,
         "train_dataset": rows,
         "data_collator": DataCollatorWithPadding(byte_tokenizer(), **padding),
-        "callbacks": [Baton(turns, "epoch")],
+        "callbacks": [StepTimer(timer, "epoch")],
     }
     lora = LoraConfig(task_type="SEQ_CLS", lora_alpha=16, **options["adapter"])
     backend = options["backend"]

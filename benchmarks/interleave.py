@@ -1,4 +1,4 @@
-"""The race: every arm in a process of its own, one turn each, A B C D A B C D."""
+"""Interleaved timing: each variant in a process of its own, one iteration of each a round, A B C D A B C D."""
 
 import math
 import multiprocessing
@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
-from plainlora.bench.case import Case
-from plainlora.bench.worker import Failure, Job, work
+from benchmarks.case import Case
+from benchmarks.worker import Failure, Job, run_job
 from plainlora.errors import UserError
 
-PRELOADED = ("plainlora.quiet", "plainlora.bench.suites")
+PRELOADED = ("plainlora.quiet", "benchmarks.suites")
 GRACE = 30.0  # seconds: what is left of a round may take so much longer than the time there is for it
 
 
@@ -24,8 +24,8 @@ class Outcome:
 
     Attributes:
         case: What was measured.
-        seconds: Of every turn, by arm; turn number i of each arm belongs to the same round.
-        facts: Peak memory, and what was counted, by arm.
+        seconds: Of every iteration, by variant; iteration i of each variant belongs to the same round.
+        facts: Peak memory, and what was counted, by variant.
     """
 
     case: Case
@@ -33,17 +33,19 @@ class Outcome:
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def _ask(pipe: Connection, what: str, word: str, deadline: float) -> Any:
-    """Gives the word and waits for the answer, if need be a little beyond the deadline."""
+def _ask(pipe: Connection, what: str, request: str, deadline: float) -> Any:
+    """Sends a request and waits for the answer, if need be a little beyond the deadline."""
     try:
         with suppress(BrokenPipeError):  # it has stopped; what it sent last says why
-            pipe.send(word)
+            pipe.send(request)
         left = deadline + GRACE - time.monotonic()
         if not pipe.poll(max(0.0, left) if math.isfinite(left) else None):
             raise UserError(f"bench: {what} did not answer in time")
         message = pipe.recv()
     except (EOFError, ConnectionError) as error:
-        raise UserError(f"bench: {what} was killed; most likely there is too little memory for its arms") from error
+        raise UserError(
+            f"bench: {what} was killed; most likely there is too little memory for all variants at once"
+        ) from error
     if isinstance(message, Failure):
         stopped = UserError(f"bench: {what} stopped ({message.reason})")
         stopped.add_note(message.where)
@@ -58,7 +60,7 @@ def _worker(job: Job) -> Iterator[Connection]:
     if job.device != "cuda":
         context.set_forkserver_preload(list(PRELOADED))
     pipe, theirs = context.Pipe()
-    process = context.Process(target=work, args=(job, theirs), daemon=True)
+    process = context.Process(target=run_job, args=(job, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -73,7 +75,7 @@ def _worker(job: Job) -> Iterator[Connection]:
         process.join()
 
 
-def race(
+def time_interleaved(
     module: str,
     case: Case,
     device: str,
@@ -82,49 +84,49 @@ def race(
     progress: Callable[[str], None] = lambda _: None,
     seconds: float = math.inf,
 ) -> Outcome:
-    """Runs every arm of a case in turn.
+    """Times the variants of a case, one iteration of each in every round.
 
-    Arms load one after the other, so that what one takes to load is free again before the next one does.
+    Variants load one after the other, so that what one takes to load is free again before the next one does.
 
     Args:
-        module: Of `plainlora.bench`, with `take_part(arm, options, turns)`.
+        module: Of `benchmarks`, with `run_variant(variant, options, timer)`.
         case: What to measure.
         device: `cpu` or `cuda`.
         repeats: How many rounds are counted; one more comes first, in which everything warms up.
-        profile: Whether each arm has one more turn at the end, whose operations are timed by kind.
+        profile: Whether each variant has one more iteration at the end, whose operations are timed by kind.
         progress: Told what happens.
         seconds: The time there is: a round that would end later does not start.
 
     Raises:
-        UserError: An arm stopped, or did not answer in time.
+        UserError: A variant stopped, or did not answer in time.
     """
     deadline = time.monotonic() + seconds
-    outcome = Outcome(case, {arm: [] for arm in case.arms})
+    outcome = Outcome(case, {variant: [] for variant in case.variants})
     name = f"{case.suite}, {case.name}"
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
-        progress(f"{name}: {len(case.arms)} processes start")
+        progress(f"{name}: {len(case.variants)} processes start")
         pipes = {
-            arm: stack.enter_context(_worker(Job(module, arm, case.options | options, device, scratch)))
-            for arm, options in case.arms.items()
+            variant: stack.enter_context(_worker(Job(module, variant, case.options | options, device, scratch)))
+            for variant, options in case.variants.items()
         }
-        for arm, pipe in pipes.items():
-            progress(f"{name}: loads, {arm}")
-            _ask(pipe, f"{name}, {arm}", "load", deadline)  # it answers when it is ready
+        for variant, pipe in pipes.items():
+            progress(f"{name}: loads, {variant}")
+            _ask(pipe, f"{name}, {variant}", "load", deadline)  # it answers when it is ready
         longest = 0.0
         for number in range(repeats + 1):
             started = time.monotonic()
             if number > 1 and started + longest > deadline:
                 break
-            for arm, pipe in pipes.items():
-                progress(f"{name}: round {number} of {repeats}, {arm}")
-                turn = _ask(pipe, f"{name}, {arm}", "go", deadline)
+            for variant, pipe in pipes.items():
+                progress(f"{name}: round {number} of {repeats}, {variant}")
+                elapsed = _ask(pipe, f"{name}, {variant}", "time", deadline)
                 if number:
-                    outcome.seconds[arm].append(turn)
+                    outcome.seconds[variant].append(elapsed)
             longest = max(longest, time.monotonic() - started)
-        for arm, pipe in pipes.items():
+        for variant, pipe in pipes.items():
             if profile:
-                progress(f"{name}: profile, {arm}")
-                _ask(pipe, f"{name}, {arm}", "profile", deadline)
-            outcome.facts[arm] = _ask(pipe, f"{name}, {arm}", "stop", deadline)
+                progress(f"{name}: profile, {variant}")
+                _ask(pipe, f"{name}, {variant}", "profile", deadline)
+            outcome.facts[variant] = _ask(pipe, f"{name}, {variant}", "stop", deadline)
     return outcome

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from plainlora.bench import classify, head, language, layer, lifecycle
-from plainlora.bench.case import Case
+from benchmarks import classify, head, language, layer, lifecycle
+from benchmarks.case import Case
 
-# suite: (module that takes part, its cases for a size and a device)
+# suite: (module whose `run_variant` is called, its cases for a size and a device)
 SUITES: dict[str, tuple[str, Callable[[str, str], list[Case]]]] = {
     "layer": ("layer", layer.cases),
     "head": ("head", head.cases),
@@ -20,7 +20,7 @@ SUITES: dict[str, tuple[str, Callable[[str, str], list[Case]]]] = {
 
 
 def list_cases(suite: str, size: str, device: str) -> list[tuple[str, Case]]:
-    """A suite's cases, each with the module that takes part.
+    """A suite's cases, each with the module whose `run_variant` is called.
 
     At size `tiny` a case says so wherever it is named, and is held to no target: its figures mean nothing.
     """

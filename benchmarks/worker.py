@@ -1,4 +1,4 @@
-"""One arm of one case, in a process of its own."""
+"""One variant of one case, in a process of its own."""
 
 import os
 import traceback
@@ -11,15 +11,15 @@ from typing import Any
 import torch
 import transformers
 
-from plainlora.bench.turns import Over, Turns
+from benchmarks.timer import Finished, Timer
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker does: `take_part(arm, options, turns)` of a module of this package."""
+    """What a worker does: `run_variant(variant, options, timer)` of a module of this package."""
 
     module: str
-    arm: str
+    variant: str
     options: dict[str, Any]
     device: str
     scratch: str
@@ -33,7 +33,7 @@ class Failure:
     where: str
 
 
-def settle_allocator() -> None:
+def warm_up_allocator() -> None:
     """Brings the C library's allocator into the state that it has in a process that trains.
 
     glibc raises the size from which it asks the system for memory, and gives it back, to that of the largest block
@@ -43,10 +43,10 @@ def settle_allocator() -> None:
     torch.empty(32 * 2**20 - 2**16, dtype=torch.uint8).fill_(0)
 
 
-def work(job: Job, pipe: Connection) -> None:
-    """Takes part until there are no more turns; what a library prints goes nowhere, an error goes to the parent.
+def run_job(job: Job, pipe: Connection) -> None:
+    """Runs a variant until no more is asked for; what a library prints goes nowhere, an error goes to the parent.
 
-    All workers import at the same time, and load one after the other: each when the parent says so.
+    All workers import at the same time, and load one after the other: each when the parent asks.
     """
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
@@ -54,17 +54,17 @@ def work(job: Job, pipe: Connection) -> None:
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    settle_allocator()
+    warm_up_allocator()
     torch.manual_seed(0)
-    turns = Turns(job.device, pipe, job.scratch)
+    timer = Timer(job.device, pipe, job.scratch)
     try:
-        take_part = import_module(f"plainlora.bench.{job.module}").take_part
+        run_variant = import_module(f"benchmarks.{job.module}").run_variant
         pipe.recv()
-        take_part(job.arm, job.options, turns)
-    except Over:
-        turns.close()
+        run_variant(job.variant, job.options, timer)
+    except Finished:
+        timer.close()
     except EOFError:
-        pass  # another arm failed, and the parent has left
+        pass  # another variant failed, and the parent has left
     except Exception as error:  # whatever a library raises
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         pipe.send(Failure(reason, traceback.format_exc()))

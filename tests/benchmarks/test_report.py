@@ -6,17 +6,17 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from plainlora.bench import report
-from plainlora.bench.case import Case, Target
-from plainlora.bench.race import Outcome
-from plainlora.bench.suites import SUITES, list_cases
+from benchmarks import report
+from benchmarks.case import Case, Target
+from benchmarks.interleave import Outcome
+from benchmarks.suites import SUITES, list_cases
 
 TARGETS = (Target("time", "peft", 0.5), Target("peak", "peft", 0.8), Target("peak", "", 2e9))
 
 
 def make(fused: list[float]) -> Outcome:
     case = Case("head", "one", {"fused": {}, "peft": {}}, table="matched", targets=TARGETS)
-    facts = {"fused": {"peak": 1e9, "passes a turn": 2}, "peft": {"peak": 4e9, "passes a turn": 2}}
+    facts = {"fused": {"peak": 1e9, "passes per iteration": 2}, "peft": {"peak": 4e9, "passes per iteration": 2}}
     return Outcome(case, {"fused": fused, "peft": [10.0, 20.0, 40.0]}, facts)
 
 
@@ -64,8 +64,8 @@ def test_size_tiny_says_so_in_every_table_and_picture_and_judges_no_target(tmp_p
     assert not any(case.targets for case in tiny)
     assert [case.name for case in tiny] == [f"tiny, in place of {case.name}" for case in full]
     for case in {case.suite: case for case in tiny}.values():
-        facts = {arm: {"peak": 1e9, "saved bytes": 1e6} for arm in case.arms}
-        outcome = Outcome(case, {arm: [1.0, 2.0] for arm in case.arms}, facts)
+        facts = {variant: {"peak": 1e9, "saved bytes": 1e6} for variant in case.variants}
+        outcome = Outcome(case, {variant: [1.0, 2.0] for variant in case.variants}, facts)
         picture = tmp_path / "picture.svg"
         with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
             report.plot([outcome], picture)

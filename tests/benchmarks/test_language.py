@@ -1,4 +1,4 @@
-"""The arms of a language model: one recipe, one base and one precision on both sides."""
+"""The variants of a language model: one recipe, one base and one precision on both sides."""
 
 import gc
 from dataclasses import replace
@@ -10,18 +10,19 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from plainlora.bench.case import Case
-from plainlora.bench.language import CONFIGS, plan_run, random_base, row_lengths
-from plainlora.bench.race import race
+from benchmarks.case import Case
+from benchmarks.interleave import time_interleaved
+from benchmarks.language import CONFIGS, plan_run, random_base, row_lengths
 
 LLAMA2: dict[str, Any] = {"model": "llama2", "size": "tiny", "r": 8, "p": 0.1, "nf4": True, "length": 32, "batch": 4}
 TRAINING = {"gradient_checkpointing": True, "bf16": False, "learning_rate": 1e-3}
 
 
-def test_both_arms_of_a_quantised_base_train_fp32_adapters_to_the_same_losses() -> None:
+def test_both_variants_of_a_quantised_base_train_fp32_adapters_to_the_same_losses() -> None:
     """SFTTrainer by itself would cast PEFT's adapter to bf16."""
-    arms = {arm: {"backend": arm, "training": TRAINING} for arm in ("fused", "peft")}
-    facts = race("language", Case("llama2", "small", arms, LLAMA2 | {"rows": "guanaco", "count": 16}), "cpu", 4).facts
+    variants = {form: {"backend": form, "training": TRAINING} for form in ("fused", "peft")}
+    case = Case("llama2", "small", variants, LLAMA2 | {"rows": "guanaco", "count": 16})
+    facts = time_interleaved("language", case, "cpu", 4).facts
     assert facts["fused"]["trained in"] == facts["peft"]["trained in"] == ["float32"]
     assert facts["fused"]["tokens"] == facts["peft"]["tokens"]
     ours, theirs = facts["fused"]["losses"], facts["peft"]["losses"]
@@ -32,11 +33,11 @@ def test_both_arms_of_a_quantised_base_train_fp32_adapters_to_the_same_losses() 
 
 def test_each_step_counts_its_tokens_and_batches_are_grouped_by_length() -> None:
     """As Transformers' own sampler groups them."""
-    arms = {"fused": {"backend": "fused", "training": TRAINING}}
+    variants = {"fused": {"backend": "fused", "training": TRAINING}}
     options = LLAMA2 | {"rows": "guanaco", "count": 12, "length": 1024}
-    tokens = race("language", Case("llama2", "small", arms, options), "cpu", 2).facts["fused"]["tokens"]
+    facts = time_interleaved("language", Case("llama2", "small", variants, options), "cpu", 2).facts
     lengths = row_lengths(options)
-    assert tokens == [sum(lengths[start : start + 4]) for start in (0, 4, 8)]
+    assert facts["fused"]["tokens"] == [sum(lengths[start : start + 4]) for start in (0, 4, 8)]
     grouped = get_length_grouped_indices(lengths, 4, mega_batch_mult=50)
     assert lengths == [lengths[row] for row in grouped]
     assert lengths[0] == max(lengths) > 800
@@ -58,6 +59,7 @@ def test_a_quantised_base_is_what_its_checkpoint_would_give_and_leaves_nothing_d
         left.append(sum(isinstance(each, torch.Tensor) and each.shape == dense for each in gc.get_objects()))
 
     monkeypatch.setattr(torch.cuda, "empty_cache", count_dense)
+    gc.collect()  # what other tests left
     for _ in range(2):
         base = random_base(plan).state_dict()
         assert base.keys() == stored.keys()

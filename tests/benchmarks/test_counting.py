@@ -8,10 +8,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from trl.trainer.utils import add_fused_lm_head
 
+from benchmarks.counting import count
+from benchmarks.head import make_model
 from plainlora import inject
-from plainlora.bench.counting import count
-from plainlora.bench.head import make_model
-from plainlora.bench.turns import Meter
 from plainlora.fast.fuse import fuse
 from plainlora.fast.head import CHUNK
 from plainlora.fast.loss_head import LossHead
@@ -88,13 +87,3 @@ def test_a_whole_model_keeps_less(kind: str) -> None:
         ids = random_ids()
         kept.append(count(lambda m=model, i=ids: m(input_ids=i).logits.sum(), model.parameters())["saved bytes"])
     assert kept[0] < kept[1]
-
-
-def test_the_meter_sees_what_was_held_for_a_moment_alone() -> None:
-    size = 300 * 2**20
-    meter = Meter("cpu")
-    meter.start()
-    torch.ones(size, dtype=torch.uint8)
-    assert 0.99 * size < meter.peak() - meter.before < 1.1 * size  # some of what was there before may go
-    meter.start()
-    assert meter.peak() - meter.before < 0.1 * size

@@ -19,13 +19,13 @@ from transformers import (
 )
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
+from benchmarks.case import AS_SHIPPED, FLOOR, FUSED, MATCHED, PEFT, REFERENCE, Case, Target
+from benchmarks.rows import draw_lengths, make_rows
+from benchmarks.step_timer import StepTimer
+from benchmarks.timer import Timer
 from plainlora.backends import BACKENDS, Backend
 from plainlora.base.dropout import set_dropouts
 from plainlora.base.loading import keep_4bit_weights_unpacked
-from plainlora.bench.baton import Baton
-from plainlora.bench.case import AS_SHIPPED, FLOOR, FUSED, MATCHED, PEFT, REFERENCE, Case, Target
-from plainlora.bench.rows import draw_lengths, make_rows
-from plainlora.bench.turns import Turns
 from plainlora.fast.fuse import fuse
 from plainlora.parity.case import seed_everything
 from plainlora.parity.tiny import byte_tokenizer, random_model
@@ -57,8 +57,8 @@ def cases(suite: str, size: str, device: str) -> list[Case]:
     options = {"model": suite, "size": size, "r": 2, "rows": "alpaca", "length": 1024 if size == "full" else 64}
     options |= {"packed": True}
     lean = {"gradient_checkpointing": False, "bf16": device == "cuda"}
-    matched = {arm: {"backend": arm, "training": lean, "base_dropout": 0.0} for arm in (FUSED, PEFT, FLOOR)}
-    if suite == "gpt2":  # two more arms of Qwen2 would not fit into 24 GiB beside these
+    matched = {form: {"backend": form, "training": lean, "base_dropout": 0.0} for form in (FUSED, PEFT, FLOOR)}
+    if suite == "gpt2":  # two more variants of Qwen2 would not fit into 24 GiB beside these
         matched[REFERENCE] = matched[FUSED] | {"backend": REFERENCE}
         matched[TWO_LINES] = matched[PEFT] | {"two_lines": True}
     own_dropout = 0.0 if suite == "gpt2" else None  # as the recipe says
@@ -91,7 +91,7 @@ def _llama2_cases(size: str, device: str) -> list[Case]:
         Case(
             suite="llama2",
             name="Llama-2-7b NF4, r=8 on q_proj and v_proj, 4 x 512",
-            arms={
+            variants={
                 FUSED: {"backend": FUSED, "training": with_gc},
                 NO_CHECKPOINTING: {"backend": FUSED, "training": without},
                 PEFT: {"backend": PEFT, "training": with_gc},
@@ -112,13 +112,13 @@ def _llama2_cases(size: str, device: str) -> list[Case]:
 
 
 def plan_run(options: dict[str, Any], device: str, folder: str) -> Plan:
-    """An arm's run: base, adapter, rows and arguments, before a weight is made.
+    """A variant's run: base, adapter, rows and arguments, before a weight is made.
 
     The floor is the frozen base: an adapter of rank 1 in its first block alone, so that the gradient passes through
     the whole of it.
 
     Args:
-        options: Of the case and the arm.
+        options: Of the case and the variant.
         device: `cpu` or `cuda`.
         folder: For whatever the trainer writes.
     """
@@ -138,7 +138,7 @@ def plan_run(options: dict[str, Any], device: str, folder: str) -> Plan:
         max_length=options["length"],
         packing=packed,
         max_steps=1_000_000,
-        train_sampling_strategy="sequential",  # each arm's step number i is over the same rows
+        train_sampling_strategy="sequential",  # each variant's step number i is over the same rows
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
@@ -196,7 +196,7 @@ def random_base(plan: Plan) -> PreTrainedModel:
 
 
 def make_trainer(plan: Plan, form: str, rows: Dataset, callbacks: list[TrainerCallback]) -> SFTTrainer:
-    """The base in an arm's form, in the trainer that goes with it; what is trained is fp32 in every arm.
+    """The base in a variant's form, in the trainer that goes with it; what is trained is fp32 in every variant.
 
     Args:
         plan: The run.
@@ -215,10 +215,10 @@ def make_trainer(plan: Plan, form: str, rows: Dataset, callbacks: list[TrainerCa
 
 
 class StepRecord(TrainerCallback):
-    """Keeps the loss of each step, and how many tokens had a label; both are read after the turn.
+    """Keeps the loss of each step, and how many tokens had a label; both are read after the clock has stopped.
 
     Args:
-        trainer: Whose steps; it has its `Baton` already, whose turn ends first.
+        trainer: Whose steps; its `StepTimer` comes first, and stops the clock.
         facts: Where `losses` (nats per token) and `tokens` are kept.
     """
 
@@ -242,15 +242,15 @@ class StepRecord(TrainerCallback):
         self.tokens.append(int((labels != -100).sum()))
 
 
-def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
-    """Trains until there are no more turns."""
-    del arm
-    plan = plan_run(options, turns.device, turns.scratch)
+def run_variant(variant: str, options: dict[str, Any], timer: Timer) -> None:
+    """Trains until no more steps are asked for."""
+    del variant
+    plan = plan_run(options, timer.device, timer.scratch)
     rows = make_rows(row_lengths(options), plan.config.vocab_size)
-    trainer = make_trainer(plan, options["backend"], rows, [Baton(turns, "step")])
+    trainer = make_trainer(plan, options["backend"], rows, [StepTimer(timer, "step")])
     if options.get("two_lines"):
         fuse(trainer)
     trained = (parameter for parameter in cast(nn.Module, trainer.model).parameters() if parameter.requires_grad)
-    turns.facts["trained in"] = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained})
-    StepRecord(trainer, turns.facts)
+    timer.facts["trained in"] = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained})
+    StepRecord(trainer, timer.facts)
     trainer.train()

@@ -1,41 +1,47 @@
-"""`plainlora bench`: time and memory of this package, of PEFT with TRL, and of the floor, in one run."""
+"""Time and memory of this project, of PEFT with TRL, and of the floor: `make bench`, or `python -m benchmarks`."""
+
+import plainlora.quiet  # noqa: F401, I001
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-SUITES = ("layer", "head", "gpt2", "qwen2", "llama2", "classify", "lifecycle")
+import torch
+from tqdm import tqdm
+
+from benchmarks import report
+from benchmarks.interleave import Outcome, time_interleaved
+from benchmarks.suites import SUITES, list_cases
+from plainlora.commands import Parser
+from plainlora.errors import UserError, one_line_errors
+from plainlora.settings.checks import check_writable
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags."""
+def build_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = Parser(prog="python -m benchmarks", description=__doc__, allow_abbrev=False)
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES), help="default: all of them")
     parser.add_argument("--case", nargs="+", help="only the cases whose name or table holds one of these")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--repeats", type=int, default=9, help="measured turns of every arm (default: 9)")
+    parser.add_argument("--repeats", type=int, default=9, help="timed iterations of each variant (default: 9)")
     parser.add_argument(
         "--size", choices=("full", "tiny"), default="full", help="tiny: to see that it runs; its figures mean nothing"
     )
     parser.add_argument(
-        "--profile", action="store_true", help="one more turn of every arm, whose time is shown by kind of operation"
+        "--profile", action="store_true", help="one more iteration of each variant, its time by kind of operation"
     )
     parser.add_argument(
         "--json", default="outputs/bench/bench.json", help="the file to write; Markdown and pictures beside it"
     )
+    return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Races every case, shows it as it comes, writes what was measured."""
-    import plainlora.quiet  # noqa: F401, I001
+    """Times every case, shows it as it comes, writes what was measured.
 
-    import torch
-    from tqdm import tqdm
-
-    from plainlora.bench import report
-    from plainlora.bench.race import Outcome, race
-    from plainlora.bench.suites import list_cases
-    from plainlora.settings.checks import check_writable
-    from plainlora.errors import UserError
-
+    Raises:
+        UserError: An option cannot be honoured, or a variant stopped.
+    """
     if arguments.repeats < 1:
         raise UserError(f"--repeats must be at least 1, not {arguments.repeats}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -57,7 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
         if case.not_run:
             outcomes.append(Outcome(case))
         else:
-            outcomes.append(race(module, case, device, arguments.repeats, arguments.profile, bar.set_description_str))
+            progress = bar.set_description_str
+            outcomes.append(time_interleaved(module, case, device, arguments.repeats, arguments.profile, progress))
         with tqdm.external_write_mode():
             print(report.terminal(outcomes[-1]), flush=True)
         written = report.write(outcomes, path)  # after every case: what is measured is kept
@@ -66,3 +73,13 @@ def run(arguments: argparse.Namespace) -> None:
     not_run = sum(bool(outcome.case.not_run) for outcome in outcomes)
     judged = "tiny: no target is judged" if arguments.size == "tiny" else f"{met} of {len(asked)} targets met"
     print(f"\n{judged}; {not_run} cases not run\n{', '.join(map(str, written))}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `python -m benchmarks`."""
+    with one_line_errors():
+        run(build_parser().parse_args(arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Where the time of one turn goes, by kind of operation."""
+"""Where the time of one iteration goes, by kind of operation."""
 
 import torch
 
@@ -25,7 +25,7 @@ def kind_of(operator: str) -> str:
 
 
 def sort_operations(profile: torch.profiler.profile, device: str, seconds: float) -> dict[str, float]:
-    """Seconds of each kind, of operators alone; what is left of the turn's time is `OTHER`."""
+    """Seconds of each kind, of operators alone; what is left of the iteration's time is `OTHER`."""
     found = dict.fromkeys([*KINDS, OTHER], 0.0)
     for event in profile.key_averages():
         micro = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total

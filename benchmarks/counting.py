@@ -31,7 +31,7 @@ def count(forward: Callable[[], torch.Tensor], weights: Iterable[torch.Tensor]) 
     """Counts one forward and backward pass.
 
     Args:
-        forward: The pass; its output is summed and taken back.
+        forward: The forward pass; the backward pass starts from its output's sum.
         weights: Tensors that are there anyway, and are not counted as kept.
 
     Returns:

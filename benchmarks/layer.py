@@ -7,9 +7,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from plainlora.bench.case import FLOOR, FUSED, PEFT, REFERENCE, Case, Target
-from plainlora.bench.counting import count
-from plainlora.bench.turns import Turns
+from benchmarks.case import FLOOR, FUSED, PEFT, REFERENCE, Case, Target
+from benchmarks.counting import count
+from benchmarks.timer import Timer
 from plainlora.fast.fuse import fuse
 from plainlora.lora.inject import inject
 
@@ -22,7 +22,7 @@ SHAPES = {
     "Llama-2-7b q_proj": (4096, 4096, 8, False),
     "Llama-2-7b gate_proj": (4096, 11008, 8, False),
 }
-TURN_FLOPS = 2e10  # a turn repeats a small layer until it is about this long
+ITERATION_FLOPS = 2e10  # an iteration repeats a small layer until it is about this long
 
 
 def cases(size: str, device: str) -> list[Case]:
@@ -34,13 +34,13 @@ def cases(size: str, device: str) -> list[Case]:
         for p in (0.0, 0.1):
             limits = [Target("time", PEFT, 0.88 if p == 0 else 1.0)]
             limits.append(Target("saved bytes", PEFT, 0.63) if p else Target("time", FLOOR, 1.12))
-            passes = max(1, round(TURN_FLOPS / (4 * tokens * d_in * d_out))) if size == "full" else 1
+            passes = max(1, round(ITERATION_FLOPS / (4 * tokens * d_in * d_out))) if size == "full" else 1
             shape = {"d_in": d_in // factor, "d_out": d_out // factor, "r": r, "transposed": transposed}
             found.append(
                 Case(
                     suite="layer",
                     name=f"{name} {d_in} -> {d_out}, r={r}, dropout {p:g}",
-                    arms={arm: {} for arm in (FUSED, PEFT, REFERENCE, FLOOR)},
+                    variants={variant: {} for variant in (FUSED, PEFT, REFERENCE, FLOOR)},
                     options=shape | {"p": p, "tokens": tokens, "passes": passes},
                     targets=tuple(limits),
                 )
@@ -48,29 +48,29 @@ def cases(size: str, device: str) -> list[Case]:
     return found
 
 
-def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
-    """Makes the layer in the arm's form, counts one pass, and runs."""
+def run_variant(variant: str, options: dict[str, Any], timer: Timer) -> None:
+    """Makes the layer in the variant's form, counts one pass, and runs."""
     d_in, d_out, tokens = options["d_in"], options["d_out"], options["tokens"]
     base = Conv1D(d_out, d_in) if options["transposed"] else nn.Linear(d_in, d_out)
     model: nn.Module = nn.ModuleDict({"layer": base.requires_grad_(False)})
     config = LoraConfig(r=options["r"], lora_alpha=16, lora_dropout=options["p"], target_modules=["layer"])
-    if arm == PEFT:
+    if variant == PEFT:
         model = get_peft_model(model, config).get_base_model()
-    elif arm != FLOOR:
+    elif variant != FLOOR:
         model = inject(model, config)
-    if arm == FUSED:
+    if variant == FUSED:
         fuse(model)
-    layer = model.to(turns.device).train().get_submodule("layer")
-    x = torch.randn(1, tokens, d_in, device=turns.device, requires_grad=True)
-    gradient = torch.randn(1, tokens, d_out, device=turns.device)
-    turns.facts |= count(lambda: layer(x), model.parameters())
+    layer = model.to(timer.device).train().get_submodule("layer")
+    x = torch.randn(1, tokens, d_in, device=timer.device, requires_grad=True)
+    gradient = torch.randn(1, tokens, d_out, device=timer.device)
+    timer.facts |= count(lambda: layer(x), model.parameters())
     trained = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
-    turns.facts["passes a turn"] = options["passes"]
-    turns.ready()
+    timer.facts["passes per iteration"] = options["passes"]
+    timer.ready()
     while True:
-        turns.begin()
+        timer.begin()
         for _ in range(options["passes"]):
             for tensor in trained:
                 tensor.grad = None
             layer(x).backward(gradient)
-        turns.end()
+        timer.end()

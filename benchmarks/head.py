@@ -7,9 +7,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from plainlora.bench.case import FLOOR, FUSED, PEFT, REFERENCE, Case, Target
-from plainlora.bench.counting import count
-from plainlora.bench.turns import Turns
+from benchmarks.case import FLOOR, FUSED, PEFT, REFERENCE, Case, Target
+from benchmarks.counting import count
+from benchmarks.timer import Timer
 from plainlora.fast.loss_head import LossHead
 
 STATISTICS = "fused, with accuracy and entropy"
@@ -25,7 +25,7 @@ def cases(size: str, device: str) -> list[Case]:
         Case(
             suite="head",
             name=f"{name} {d} x {vocabulary:,}, {tokens} tokens",
-            arms={arm: {} for arm in (FUSED, STATISTICS, PEFT, REFERENCE, FLOOR)},
+            variants={variant: {} for variant in (FUSED, STATISTICS, PEFT, REFERENCE, FLOOR)},
             options={"d": d // factor, "vocabulary": vocabulary // factor, "tokens": tokens // factor},
             targets=(
                 Target("time", PEFT, 0.45),
@@ -48,35 +48,35 @@ def make_model(d: int, vocabulary: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).requires_grad_(False).train()
 
 
-def take_part(arm: str, options: dict[str, Any], turns: Turns) -> None:
+def run_variant(variant: str, options: dict[str, Any], timer: Timer) -> None:
     """Runs one form of the head: in one pass, TRL's own, with all logits at once, or two bare products of matrices."""
-    model = make_model(options["d"], options["vocabulary"]).to(turns.device)  # type: ignore[arg-type]
-    if arm in (FUSED, STATISTICS, PEFT):
+    model = make_model(options["d"], options["vocabulary"]).to(timer.device)  # type: ignore[arg-type]
+    if variant in (FUSED, STATISTICS, PEFT):
         add_fused_lm_head(model, outputs=TRL_FIELDS)
-    if arm in (FUSED, STATISTICS):
-        LossHead(model).with_statistics = arm == STATISTICS
-    hidden = torch.randn(1, options["tokens"], options["d"], device=turns.device, requires_grad=True)
-    labels = torch.randint(options["vocabulary"], (1, options["tokens"]), device=turns.device)
+    if variant in (FUSED, STATISTICS):
+        LossHead(model).with_statistics = variant == STATISTICS
+    hidden = torch.randn(1, options["tokens"], options["d"], device=timer.device, requires_grad=True)
+    labels = torch.randint(options["vocabulary"], (1, options["tokens"]), device=timer.device)
     head: nn.Linear = model.get_output_embeddings()
 
     def run() -> torch.Tensor:
-        if arm == REFERENCE:
+        if variant == REFERENCE:
             return model(inputs_embeds=hidden, labels=labels, use_cache=False).loss
         return model(inputs_embeds=hidden, labels=labels, fused_lm_head=True).loss
 
-    if arm != FLOOR:
-        turns.facts |= count(run, [*model.parameters(), hidden, labels])
+    if variant != FLOOR:
+        timer.facts |= count(run, [*model.parameters(), hidden, labels])
     else:
-        turns.facts |= {"tensor bytes": 4 * (labels.numel() * options["vocabulary"] + hidden.numel())}
-    turns.ready()
+        timer.facts |= {"tensor bytes": 4 * (labels.numel() * options["vocabulary"] + hidden.numel())}
+    timer.ready()
     while True:
         hidden.grad = None
-        turns.begin()
-        if arm == FLOOR:
+        timer.begin()
+        if variant == FLOOR:
             with torch.no_grad():
                 logits = hidden[0] @ head.weight.T
                 logits @ head.weight
                 del logits
         else:
             run().backward()
-        turns.end()
+        timer.end()

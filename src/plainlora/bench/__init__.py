@@ -1,1 +1,0 @@
-"""The benchmark: this package, PEFT with TRL, the plain form and the floor, side by side in one run."""
