@@ -10,7 +10,6 @@ from tests.conftest import ROOT
 # folder. A module outside of the folders is named as one; those not named here are of `others`.
 HOUSE = [
     {"commands"},
-    {"bench"},
     {"doctor", "parity", "experiments"},
     {"tasks"},
     {"training", "merging", "hub", "prediction"},
@@ -34,15 +33,20 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imported(path: Path) -> set[str]:
-    """Names of this package's modules that a file imports, at its top or inside a function."""
+def names_imported(path: Path) -> set[str]:
+    """What a file imports, at its top or inside a function."""
     names = set()
-    known = set(modules())
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def imported(path: Path) -> set[str]:
+    """Those of them that are this package's modules."""
+    known, names = set(modules()), names_imported(path)
     inside = {name.removeprefix("plainlora").lstrip(".") for name in names if name.split(".")[0] == "plainlora"}
     return {name for name in inside if name in known and name}
 
@@ -80,7 +84,7 @@ def test_the_method_imports_none_of_its_siblings_and_no_trainer() -> None:
         assert not any(f"import {library}" in text or f"from {library}" in text for library in ("trl", "datasets"))
 
 
-def test_recipes_are_never_imported_and_there_is_no_drawer_for_everything() -> None:
+def test_the_package_imports_nothing_else_of_the_checkout_and_there_is_no_drawer_for_everything() -> None:
     for path in (ROOT / "src").rglob("*.py"):
-        assert "recipes" not in {name.split(".")[0] for name in imported(path)}
+        assert not {"recipes", "benchmarks", "tests"} & {name.split(".")[0] for name in names_imported(path)}, path
         assert path.name != "utils.py"
