@@ -46,7 +46,7 @@ SECONDS = {"a_run": 120, "a_merge": 300, "a_comparison": 60, "a_diagnosis": 60}
 CHAT = [{"messages": [{"role": "user", "content": f"a{n}"}, {"role": "assistant", "content": "b"}]} for n in range(4)]
 PROMPTS = ["", " ", "\0", "\udcff", "🦙\u2028\r", "x" * 3000, "<|endoftext|>" * 9, "{{ x }}", "a\n\n### Input:\nb"]
 RUN = {
-    "command": ["recipes/missing.py", "--config", "lora.yaml", "--seed", "1"],
+    "command": ["recipes/sft.py", "--config", "lora.yaml", "--seed", "1"],
     "config": {"seed": 1, "output_dir": "out", "lora_r": 2},
     "processes": 1,
     "threads": 2,

@@ -9,6 +9,8 @@ import pytest
 
 from plainlora.errors import UserError
 from plainlora.experiments import runs
+from tests.conftest import ROOT
+from tests.refusals import Run
 
 CONFIG = "recipes/distilbert-imdb/lora.yaml"
 
@@ -44,11 +46,24 @@ def test_a_yaml_with_no_such_method(tmp_path: Path) -> None:
         runs.resolve(str(tmp_path / "a.yaml"), [], {})
 
 
-def test_without_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(runs, "PROGRAM", tmp_path / "recipes" / "classify.py")
-    with pytest.raises(UserError, match=r"there is no .*classify.py; work in a checkout"):
-        runs.run_recipe(CONFIG, [], tmp_path / "run")
+@pytest.mark.parametrize("verb", [["table"], ["sweep", "--search", "lora_r=4|8"]], ids=["table", "sweep"])
+def test_outside_a_checkouts_root_nothing_is_run(
+    verb: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plainlora: Run
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = plainlora(*verb, "--config", ROOT / CONFIG)
+    assert said == "error: there is no recipes/classify.py here; call this from the root of a checkout"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_program_of_the_checkout_is_started_in_which_the_command_is_called(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "classify.py").write_text("raise SystemExit('error: another program')")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^another program \(log: run.log\)$"):
+        runs.run_recipe(str(ROOT / CONFIG), [], Path("run"))
 
 
 def test_one_command_at_a_time_in_a_folder(tmp_path: Path) -> None:

@@ -234,11 +234,12 @@ def test_bad_arguments_run_nothing(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], said: str
 ) -> None:
     (tmp_path / "lora.yaml").write_text("lora_query: true\n")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
     printed, line = fail(capfd, "sweep", "--config", "lora.yaml", *arguments)
     assert re.search(said, line)
     assert printed == ""
-    assert [path.name for path in tmp_path.iterdir()] == ["lora.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora.yaml", "recipes"]
 
 
 def processes_of(folder: Path) -> list[int]:

@@ -12,6 +12,7 @@ from plainlora.commands import main
 from plainlora.errors import UserError
 from plainlora.experiments.runs import run_recipe
 from plainlora.experiments.table import Arm, find_arms, mean_and_half_width, percent
+from tests.conftest import ROOT
 
 
 def write_recipe(path: Path, backbone: Path, texts: Path, **changes: object) -> Path:
@@ -131,11 +132,12 @@ def test_bad_arguments_run_nothing(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], said: str
 ) -> None:
     given = folder_of(tmp_path, lora="")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
     printed, line = fail(capfd, "table", "--config", given, *arguments)
     assert re.search(said, line)
     assert printed == ""
-    assert [path.name for path in tmp_path.iterdir()] == ["lora.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora.yaml", "recipes"]
 
 
 def test_a_failing_run_loses_no_other_and_a_finished_one_is_not_run_again(

@@ -39,6 +39,21 @@ def test_u17_a_run_is_reproduced_to_the_byte_and_another_is_told_apart(trained: 
     assert "OTHER  trained weights at the end" in done.stdout
 
 
+def test_the_program_is_the_checkouts_whatever_path_was_recorded(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plainlora: Run
+) -> None:
+    recorded = json.loads((trained / "run.json").read_text())
+    evil = tmp_path / "elsewhere" / "sft.py"
+    evil.parent.mkdir()
+    evil.write_text(f"open({str(tmp_path / 'started')!r}, 'w')")
+    (trained / "run.json").write_text(json.dumps(recorded | {"command": [str(evil), *recorded["command"][1:]]}))
+    assert all(stage.equal for stage in reproduce(trained, tmp_path / "again"))
+    monkeypatch.chdir(tmp_path)
+    said = plainlora("reproduce", trained)
+    assert said == "error: there is no recipes/sft.py here; call this from the root of a checkout"
+    assert not (tmp_path / "started").exists()
+
+
 PLACES = {
     "base weights": ("base", "weights"),
     "training rows": ("rows", "train", "sha256"),

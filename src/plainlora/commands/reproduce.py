@@ -9,7 +9,9 @@ from plainlora.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    parser.add_argument("folder", help="output_dir of the run; start from where that run was started")
+    parser.add_argument(
+        "folder", help="output_dir of the run; call this from a checkout's root, where that run was started"
+    )
     parser.add_argument("--output", help="folder to keep the second run in; by default it is deleted at the end")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the model's own code, as the run did")
 

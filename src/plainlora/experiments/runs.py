@@ -14,18 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trl import ModelConfig, ScriptArguments
-
 from plainlora.errors import INTERRUPTED, UserError
 from plainlora.interruption import end_with_parent
 from plainlora.json_files import read_mapping
 from plainlora.report import write_json
 from plainlora.run.folder import list_checkpoints
-from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig
 from plainlora.settings.checks import check_writable
-from plainlora.settings.parsing import StrictParser, read_yaml
+from plainlora.settings.parsing import read_yaml
+from plainlora.settings.programs import CLASSIFY
 
-PROGRAM = Path(__file__).parents[3] / "recipes" / "classify.py"
 METHODS = ("last_layers", "lora", "full")
 RESULTS, RECORD = "all_results.json", "command.json"
 QUIET = ("--disable_tqdm=true", "--report_to=none")  # flags after these win
@@ -50,11 +47,6 @@ class Outcome:
     seconds: float | None
 
 
-def recipe_parser() -> StrictParser:
-    """The parser of `recipes/classify.py`."""
-    return StrictParser((ClassifyArguments, ScriptArguments, ClassifyConfig, ModelConfig))
-
-
 def flag_names(flags: Sequence[str]) -> set[str]:
     """`["--lora_r", "4", "--seed=1"]` -> `{"lora_r", "seed"}`."""
     return {word[2:].partition("=")[0].replace("-", "_") for word in flags if word.startswith("--")}
@@ -71,13 +63,13 @@ def resolve(config: str, flags: Sequence[str], refused: Mapping[str, str]) -> di
     Raises:
         UserError: A flag is refused or is none of the recipe's; the config cannot be read or names no method.
     """
-    parser, names, reasons = recipe_parser(), flag_names(flags), OWN_FLAGS | dict(refused)
+    parser, names, reasons = CLASSIFY.parser(), flag_names(flags), OWN_FLAGS | dict(refused)
     for name in sorted(names & reasons.keys()):
         raise UserError(f"--{name} cannot stand after the --: {reasons[name]}")
     typed, unknown = parser.parse_known_args(list(flags))
     if unknown:
         raise UserError(
-            f"{unknown[0]!r} is no flag of recipes/classify.py; its flags stand after a --, as in -- --bf16 true"
+            f"{unknown[0]!r} is no flag of {CLASSIFY.path}; its flags stand after a --, as in -- --bf16 true"
         )
     settings = vars(parser.parse_known_args([])[0]) | read_yaml(config)
     settings |= {name: value for name, value in vars(typed).items() if name in names}
@@ -100,8 +92,7 @@ def run_recipe(config: str, flags: Sequence[str], output_dir: Path) -> Outcome:
     Raises:
         UserError: The program is not there or did not get to its end; or the config cannot be read.
     """
-    if not PROGRAM.is_file():
-        raise UserError(f"there is no {PROGRAM}; work in a checkout of the repository, installed with make install")
+    program = CLASSIFY.find()
     try:
         digest = hashlib.sha256(Path(config).read_bytes()).hexdigest()
     except OSError as error:
@@ -114,7 +105,7 @@ def run_recipe(config: str, flags: Sequence[str], output_dir: Path) -> Outcome:
     record.unlink(missing_ok=True)  # before the results change, or it would vouch for another run's
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     log = output_dir.with_name(output_dir.name + ".log")
-    command = [sys.executable, str(PROGRAM), "--config", config, *QUIET, *flags, f"--output_dir={output_dir}"]
+    command = [sys.executable, str(program), "--config", config, *QUIET, *flags, f"--output_dir={output_dir}"]
     started = time.monotonic()
     with log.open("w", encoding="utf-8") as stream:
         # subprocess.run ends the child when anything, such as Ctrl-C, ends the waiting.

@@ -10,8 +10,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from plainlora.base.config import load_config
 from plainlora.errors import UserError
-from plainlora.experiments.runs import OWN_FLAGS, recipe_parser
+from plainlora.experiments.runs import OWN_FLAGS
 from plainlora.settings.arguments import PROJECTIONS
+from plainlora.settings.programs import CLASSIFY
 from plainlora.tasks.projections import ARCHITECTURES
 
 # What a sweep tries unless it is told. A name with + in it is several flags that take the same value.
@@ -83,7 +84,7 @@ def parse_search(words: Sequence[str], fixed: set[str]) -> dict[str, str]:
         UserError: No `NAME=SPEC`; an unknown name; a value that the name cannot take; a name that is fixed by a flag.
     """
     search: dict[str, str] = {}
-    parser = recipe_parser()
+    parser = CLASSIFY.parser()
     known = vars(parser.parse_known_args([])[0])
     seen: set[str] = set()
     for word in words:
@@ -93,7 +94,7 @@ def parse_search(words: Sequence[str], fixed: set[str]) -> dict[str, str]:
         for flag in name.split("+"):
             if flag not in known:
                 near = difflib.get_close_matches(flag, known, n=1)
-                hint = f"did you mean {near[0]}?" if near else "see recipes/classify.py --help"
+                hint = f"did you mean {near[0]}?" if near else f"see {CLASSIFY.path} --help"
                 raise UserError(f"--search {word}: {flag} is no option; {hint}")
             if flag in seen:
                 raise UserError(f"--search: {flag} stands there twice; keep one of them")
@@ -116,7 +117,7 @@ def _examples(distribution: BaseDistribution) -> Sequence[Any]:
 
 def own_values(space: dict[str, BaseDistribution], settings: dict[str, Any]) -> dict[str, Any]:
     """The config's own values, as far as they lie in the space: what a sweep should be better than."""
-    parser = recipe_parser()
+    parser = CLASSIFY.parser()
     values: dict[str, Any] = {}
     for name, distribution in space.items():
         flag = name.split("+")[0]

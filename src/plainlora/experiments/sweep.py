@@ -26,6 +26,7 @@ from plainlora.markdown import table
 from plainlora.plots import plot_trials
 from plainlora.report import package_versions, write_json
 from plainlora.settings.parsing import read_yaml
+from plainlora.settings.programs import CLASSIFY
 
 FAILURES_IN_A_ROW = 3  # then it is the config, or the machine, rather than the combination
 
@@ -145,7 +146,8 @@ def sweep(
         flags: More of the recipe's flags, for every trial.
 
     Raises:
-        UserError: Bad arguments; the first run fails, or several in a row; a run has no such figure.
+        UserError: Bad arguments; this is no checkout's root; the first run fails, or several in a row; a run has no
+            such figure.
     """
     if trials < 1:
         raise UserError(f"--trials must be at least 1, not {trials}")
@@ -163,6 +165,7 @@ def sweep(
     plan = Plan(config, settings, specs, metric, list(flags))
     if output_dir is None:
         output_dir = f"outputs/{Path(config).absolute().parent.name}-{Path(config).stem}-sweep"
+    CLASSIFY.find()
     with held(output_dir) as output:
         study = open_study(plan, output, seed)
         try:
@@ -238,7 +241,7 @@ def _short(value: object) -> str:
 def best_command(plan: Plan, parameters: dict[str, Any]) -> str:
     """The command line of one trial, to paste."""
     launch = ["accelerate", "launch", "--config_file", "accelerate_configs/single_gpu.yaml"]
-    return shlex.join([*launch, "recipes/classify.py", "--config", plan.config, *plan.flags, *to_flags(parameters)])
+    return shlex.join([*launch, str(CLASSIFY.path), "--config", plan.config, *plan.flags, *to_flags(parameters)])
 
 
 def _state(trial: FrozenTrial) -> str:

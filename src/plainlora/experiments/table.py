@@ -15,6 +15,7 @@ from plainlora.experiments.runs import METHODS, duration, held, resolve, run_rec
 from plainlora.markdown import table
 from plainlora.plots import plot_methods
 from plainlora.report import package_versions, write_json
+from plainlora.settings.programs import CLASSIFY
 
 CONFIDENCE = 0.95
 OTHERWISE = {"seed": "use --seeds", "method": "every method is an arm; for some, give several --config"}
@@ -156,13 +157,14 @@ def make_table(configs: Sequence[str], seeds: Sequence[int], output_dir: str | N
         flags: More of the recipe's flags, for every run.
 
     Raises:
-        UserError: Bad arguments; or a run failed, after all the others.
+        UserError: Bad arguments; this is no checkout's root; or a run failed, after all the others.
     """
     if len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise UserError(f"--seeds are different whole numbers from 0, not {' '.join(map(str, seeds))}")
     arms = find_arms(configs, flags)
     if output_dir is None:
         output_dir = f"outputs/{Path(configs[0]).absolute().parent.name}-table"
+    CLASSIFY.find()
     with held(output_dir) as output:
         runs, failures = _run_all(arms, seeds, output, flags)
         if runs:

@@ -15,10 +15,10 @@ from plainlora.errors import EXIT_CODE, UserError
 from plainlora.folders import sha256_of
 from plainlora.report import package_versions
 from plainlora.run.adapter_base import read_run
+from plainlora.settings.programs import CLASSIFY, SFT, Program
 
-PROGRAMS = Path(__file__).parents[3] / "recipes"
 MOST = 1024  # processes or threads of one machine
-PROGRAM_NAMES = ("sft.py", "classify.py")
+PROGRAMS: dict[str, Program[Any]] = {program.name: program for program in (SFT, CLASSIFY)}
 # Where it writes, what comes after training, and what would run code: leave to do so is not taken from a file.
 DROPPED = (
     "config",
@@ -64,7 +64,7 @@ class Recorded:
     """What a finished run's `run.json` says of how it was started.
 
     Attributes:
-        program: File name in `recipes/`.
+        program: Which of the two; of the recorded path the file's name alone decides.
         flags: What followed it.
         config: The recipe's content, if there was one.
         processes: How many trained.
@@ -73,7 +73,7 @@ class Recorded:
         versions: Of the packages that decide about the bytes.
     """
 
-    program: str
+    program: Program[Any]
     flags: list[str]
     config: dict[str, Any] | None
     processes: int
@@ -104,7 +104,7 @@ def read_recorded(folder: str | Path) -> Recorded:
     command, config, versions, device = run["command"], run["config"], run.get("versions"), run.get("device")
     processes, threads = run["processes"], run["threads"]
     for name, right in (
-        ("command", _holds_names(command) and bool(command) and Path(command[0]).name in PROGRAM_NAMES),
+        ("command", _holds_names(command) and bool(command) and Path(command[0]).name in PROGRAMS),
         ("config", isinstance(config, dict | None) and _holds_names((config or {}).get("env", []))),
         ("processes and threads", all(isinstance(count, int) and 0 < count <= MOST for count in (processes, threads))),
         ("device", isinstance(device, str)),
@@ -114,7 +114,8 @@ def read_recorded(folder: str | Path) -> Recorded:
             raise UserError(f"{folder} cannot be made again: the {name} in its run.json cannot be right")
     for _, path in COMPARED:
         _look_up(run, path, folder)
-    return Recorded(Path(command[0]).name, command[1:], config, processes, threads, str(device), versions or {})
+    program = PROGRAMS[Path(command[0]).name]
+    return Recorded(program, command[1:], config, processes, threads, str(device), versions or {})
 
 
 def remaining_flags(command: Sequence[str]) -> list[str]:
@@ -131,10 +132,7 @@ def remaining_flags(command: Sequence[str]) -> list[str]:
     return kept
 
 
-def _command(run: Recorded, config: Path, output: Path, trust_remote_code: bool) -> list[str]:
-    program = PROGRAMS / run.program
-    if not program.is_file():
-        raise UserError(f"there is no {program}; work in a checkout of the repository, installed with make install")
+def _command(run: Recorded, program: Path, config: Path, output: Path, trust_remote_code: bool) -> list[str]:
     flags = [*remaining_flags(run.flags), "--output_dir", str(output), "--report_to", "none"]
     flags += ["--trust_remote_code", "true"] if trust_remote_code else []
     start = [sys.executable]
@@ -148,6 +146,8 @@ def reproduce(
 ) -> list[Stage]:
     """Trains again what a folder's `run.json` describes, from the folder in which the first run was started.
 
+    It starts the program of the checkout whose root is the working directory, never the one that `run.json` names.
+
     Args:
         folder: Of the first run.
         output: Where the second run writes; it must not exist.
@@ -155,10 +155,11 @@ def reproduce(
         trust_remote_code: Whether code that came with the model may run.
 
     Raises:
-        UserError: The first run did not end, was not recorded, or the second one fails.
+        UserError: The first run did not end, was not recorded, this is no checkout's root, or the second one fails.
     """
     folder, output = Path(folder), Path(output)
     run, versions = read_recorded(folder), package_versions()
+    program = run.program.find()
     for name, then in run.versions.items():
         if then != versions.get(name):
             log(f"{name} was {then} and is {versions.get(name)}")
@@ -172,7 +173,7 @@ def reproduce(
         environment = os.environ | {"OMP_NUM_THREADS": str(run.threads)}
         if run.device == "cpu":
             environment["ACCELERATE_USE_CPU"] = "true"
-        command = _command(run, config, output, trust_remote_code)
+        command = _command(run, program, config, output, trust_remote_code)
         code = subprocess.run(command, env=environment, check=False).returncode
     if code:
         raise UserError(f"the second run ended with exit code {code}{'' if code == EXIT_CODE else ', see above'}")

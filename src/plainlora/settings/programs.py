@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from transformers import TrainingArguments
@@ -82,6 +83,25 @@ class Program(Generic[SettingsT]):
     kinds: tuple[Any, ...]
     faults: Callable[..., Iterator[str]]
 
+    @property
+    def path(self) -> Path:
+        """Its file, from a checkout's root."""
+        return Path("recipes", self.name)
+
+    def find(self) -> Path:
+        """The same, where the working directory is a checkout's root.
+
+        Raises:
+            UserError: It is none.
+        """
+        if not self.path.is_file():
+            raise UserError(f"there is no {self.path} here; call this from the root of a checkout")
+        return self.path
+
+    def parser(self) -> StrictParser:
+        """What reads its flags."""
+        return StrictParser(self.kinds)
+
     def parse(self, words: Sequence[str] | None = None, **standard: Any) -> SettingsT:
         """The settings of a command line that has nothing wrong.
 
@@ -103,7 +123,7 @@ class Program(Generic[SettingsT]):
         Raises:
             UserError: There is nothing to read: the file is no YAML mapping, for one.
         """
-        parser = StrictParser(self.kinds)
+        parser = self.parser()
         parser.set_defaults(**standard)
         parts = parser.read(words)
         said = (fault for fault in self.faults(*parts) if _setting_of(fault) not in parser.left_out)
