@@ -76,7 +76,7 @@ def measure(recipe: str, flags: list[str]) -> dict[str, Any]:
         predicted = json.loads(doctor)["footprint"]["memory"]
         run("recipes/sft.py", "--config", recipe, *flags)
         measured = json.loads((Path(folder) / "all_results.json").read_text())["peak_memory_bytes"]
-    names = ("peak", "libraries", "weights", "adapters", "optimizer", "holes", "mapped", "checkpointing")
+    names = ("peak", "libraries", "weights", "adapters", "optimizer", "margin", "mapped", "checkpointing")
     names += ("activations", "activations_checkpointed", "evaluation", "loss_head")
     return {
         "predicted": predicted["peak"],

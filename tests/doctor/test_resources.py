@@ -40,10 +40,16 @@ def with_free(footprint: Footprint, free: int) -> Footprint:
 
 
 def test_what_fits_is_said_to_fit_and_what_does_not_is_an_error(footprint: Footprint) -> None:
-    needed = footprint.memory.needed
+    needed, margin = footprint.memory.needed, footprint.memory.margin
     assert needed is not None
+    assert margin is not None
     assert levels(footprint) == {"memory": "ok", "disk": "ok"}
-    for free, level in ((needed, "ok"), (int(needed / 1.1), "warning"), (needed // 2, "error")):
+    for free, level in (
+        (needed, "ok"),
+        (needed - 1, "warning"),
+        (needed - margin, "warning"),
+        (needed - margin - 1, "error"),
+    ):
         assert levels(with_free(footprint, free))["memory"] == level
     unknown = replace(footprint.memory, needed=None, peak=None, fits=None)
     assert levels(replace(footprint, memory=unknown))["memory"] == "note"

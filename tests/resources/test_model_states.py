@@ -1,12 +1,11 @@
 """What stands in memory beside a step is what a real model, its scales and a real optimizer hold."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from transformers import BitsAndBytesConfig, Trainer
+from transformers import Trainer
 
 from plainlora.backends import BACKENDS, attach_adapter
 from plainlora.resources.model_states import count_model_states, optimizer_bytes
@@ -39,10 +38,9 @@ def test_the_bytes_beside_a_step_are_those_of_a_real_model_in_nf4(
     name: str, accumulated: int, model_dirs: dict[str, Path], tmp_path: Path
 ) -> None:
     training = settings(tmp_path, gradient_accumulation_steps=accumulated)
-    step = make_plan(CONFIGS["llama"](), training).step()
-    quantization = BitsAndBytesConfig(**QUANTIZATIONS[name])
-    bare = replace(step, prepare=lambda base: None).build()
-    counted = count_model_states(bare, step.build(), training, quantization, torch.float32)
+    stored = {"load_in_4bit": True, "use_bnb_nested_quant": name == "NF4 double"}
+    plan = make_plan(CONFIGS["llama"](), training, model=stored)
+    counted = count_model_states(plan, *plan.build())
 
     real = load_quantized(model_dirs["llama"], **QUANTIZATIONS[name])
     states = [parameter.quant_state for parameter in real.parameters() if hasattr(parameter, "quant_state")]

@@ -11,6 +11,7 @@ from trl import SFTConfig
 
 from plainlora.errors import UserError
 from plainlora.resources.memory import free_memory
+from plainlora.resources.peak import MARGIN
 from plainlora.resources.weights import weight_bytes
 from tests.conftest import CONFIGS, SPECIAL, VOCABULARY
 from tests.resources.plans import ask, settings
@@ -28,8 +29,9 @@ def test_peak_and_verdict_are_the_sum_of_the_parts(tmp_path: Path) -> None:
     memory = found.memory
     assert memory.activations is not None
     assert memory.activations_checkpointed is not None
-    assert memory.holes is not None
-    parts = memory.weights + memory.adapters + memory.optimizer + memory.activations + memory.holes
+    assert memory.evaluation is not None
+    assert memory.margin == int(MARGIN * max(memory.activations, memory.evaluation)) > 0
+    parts = memory.weights + memory.adapters + memory.optimizer + memory.activations + memory.margin
     assert memory.peak == memory.libraries + parts
     assert memory.weights < memory.at_least < parts
     assert memory.activations_checkpointed < memory.activations

@@ -5,11 +5,12 @@ from plainlora.resources.disk import DiskNeed
 from plainlora.resources.footprint import Footprint
 from plainlora.resources.peak import MemoryNeed
 
-LEEWAY = 1.15  # the estimate is held to 15 % of a measured peak
-
 
 def examine_resources(footprint: Footprint, examination: Examination) -> None:
-    """Says whether the run fits; how much of what it needs stands in the footprint's own table."""
+    """Says whether the run fits; how much of what it needs stands in the footprint's own table.
+
+    What is alive must fit: else it is an error. Where the margin alone does not, it is a warning.
+    """
     _examine_memory(footprint.memory, footprint.device, examination)
     _examine_disk(footprint.disk, examination)
 
@@ -26,7 +27,7 @@ def _examine_memory(memory: MemoryNeed, device: str, examination: Examination) -
         return
     said += "; lower per_device_train_batch_size or max_length"
     said += "" if memory.checkpointing else ", or set gradient_checkpointing"
-    if least or needed > LEEWAY * memory.free:
+    if least or needed - (memory.margin or 0) > memory.free:
         examination.add("error", "resources", "memory", said)
     else:
         examination.add("warning", "resources", "memory", said)

@@ -8,7 +8,7 @@ import copy
 import logging
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -30,9 +30,6 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from plainlora.base.remote_code import code_options
 from plainlora.fast.head import LabelledTokens, TokenLogProbs, chunk_size, is_covered
-from plainlora.resources.heap import count_resident_bytes
-
-HOLES = 0.55  # of those that a CPU's heap would have if no tensor ever took the place of one of its size: 0.3 to 0.9
 
 # TRL's own head works on tiles of at most so many tokens and words, in fp32 at the most.
 # https://github.com/huggingface/trl/blob/v1.16.0/trl/kernels/chunked_logprob.py
@@ -83,7 +80,6 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         now: Bytes alive.
         peak: Bytes alive at most.
-        events: `(number of a storage, its bytes)` where it is made, `(number, -bytes)` where it goes.
     """
 
     _innermost: "LiveBytes | None" = None
@@ -92,8 +88,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self._most, self._operations = most, 0
         self._known = {tensor.untyped_storage()._cdata for tensor in others}
-        self.now = self.peak = self._made = 0
-        self.events: list[tuple[int, int]] = []
+        self.now = self.peak = 0
 
     def __enter__(self) -> "LiveBytes":
         self._outer, LiveBytes._innermost = LiveBytes._innermost, self
@@ -119,14 +114,11 @@ class LiveBytes(TorchDispatchMode):
         if address not in self._known:
             self._known.add(address)
             self.now += size
-            self._made += 1
-            self.events.append((self._made, size))
-            weakref.finalize(storage, self._forget, address, size, self._made)
+            weakref.finalize(storage, self._forget, address, size)
 
-    def _forget(self, address: int, size: int, number: int) -> None:
+    def _forget(self, address: int, size: int) -> None:
         self._known.discard(address)
         self.now -= size
-        self.events.append((number, -size))
 
 
 def _to_device(model: nn.Module, device: torch.device) -> None:
@@ -264,9 +256,10 @@ def _count_head(step: Step, base: PreTrainedModel, like: torch.Tensor, tokens: i
     with LiveBytes((source, *weights)) as alive:
         hidden = source.clone()
         loss = _loss_of_tiles(step, base, hidden)
+        before = alive.now
         del hidden
         total, forward = alive.now, alive.peak
-        keeps_hidden = (1, -size) not in alive.events
+        keeps_hidden = total == before
         if not loss.requires_grad:
             return _HeadBytes(0, forward - size, 0, keeps_hidden=False)
         alive.peak = 0
@@ -324,43 +317,8 @@ def _forward(step: Step, base: PreTrainedModel, inputs: dict[str, torch.Tensor])
     return _token_loss(step, base, base.base_model(**inputs, use_cache=False).last_hidden_state)
 
 
-@dataclass(frozen=True)
-class Held:
-    """What a step holds at most, weights and optimizer apart.
-
-    Attributes:
-        alive: Bytes of tensors that are alive at the same time, gradients as far as the step makes them.
-        events: When they come and go, see `LiveBytes`.
-        pinned_until: The number of the event at which the backward pass begins; 0 where there is none.
-        on_cpu: Whether all of it lies in a process's heap.
-    """
-
-    alive: int
-    events: list[tuple[int, int]]
-    pinned_until: int
-    on_cpu: bool
-
-    @property
-    def resident(self) -> int:
-        """Bytes of memory that the step holds: on a CPU with the holes in its heap."""
-        return self.resident_with(())
-
-    def resident_with(self, later: Sequence[tuple[int, int]]) -> int:
-        """The same of this step and what comes after it. On a CPU the holes of the one stay there in the other.
-
-        Args:
-            later: The events of the other.
-        """
-        if not self.on_cpu:
-            return self.alive
-        offset = len(self.events)  # at least as many as there are numbers
-        events = [*self.events, *((number + offset, size) for number, size in later)]
-        holes = max(0, count_resident_bytes(events, self.pinned_until) - self.alive)
-        return self.alive + int(HOLES * holes)
-
-
-def _run(step: Step, base: PreTrainedModel, forward: Callable[[], torch.Tensor]) -> Held:
-    """What `forward`, and `backward` where gradients are asked for, hold.
+def _run(step: Step, base: PreTrainedModel, forward: Callable[[], torch.Tensor]) -> int:
+    """Bytes that `forward`, and `backward` where gradients are asked for, hold at most.
 
     Raises:
         RuntimeError: It takes more than `OPERATIONS`: the model's code goes through the tokens one by one.
@@ -371,10 +329,9 @@ def _run(step: Step, base: PreTrainedModel, forward: Callable[[], torch.Tensor])
     with LiveBytes((*base.parameters(), *base.buffers()), OPERATIONS) as alive:
         with mixed, _one_row_not_taken_for_packed_ones():
             loss = forward()
-        pinned_until = len(alive.events) if loss.requires_grad else 0
         if loss.requires_grad:
             loss.backward()
-    return Held(alive.peak, list(alive.events), pinned_until, step.device.type == "cpu")
+    return alive.peak
 
 
 @contextmanager
@@ -394,8 +351,8 @@ def _without_values() -> Iterator[None]:
         logger.disabled = before
 
 
-def count_peak_bytes(step: Step, *, checkpointing: bool = False) -> Held:
-    """What a training step holds at most.
+def count_peak_bytes(step: Step, *, checkpointing: bool = False) -> int:
+    """Bytes alive in a training step at most, weights and optimizer apart, gradients as far as the step makes them.
 
     Args:
         step: What is counted.
@@ -413,8 +370,8 @@ def count_peak_bytes(step: Step, *, checkpointing: bool = False) -> Held:
         return _run(step, base, lambda: _forward(step, base, inputs))
 
 
-def count_evaluation_bytes(step: Step) -> Held:
-    """What an evaluation step holds at most; errors are those above."""
+def count_evaluation_bytes(step: Step) -> int:
+    """Bytes alive in an evaluation step at most; errors are those above."""
     base = step.build().eval()
     with _without_values(), torch.no_grad():
         _to_device(base, step.device)
@@ -439,8 +396,8 @@ def least_bytes(step: Step, model: nn.Module) -> int:
     return kept * step.batch.rows * step.batch.length * width * itemsize
 
 
-def count_head_bytes(step: Step) -> Held:
-    """What the loss of a language model's largest batch holds at most, from the last hidden state on."""
+def count_head_bytes(step: Step) -> int:
+    """Bytes that the loss of a language model's largest batch holds at most, from the last hidden state on."""
     base = step.build()
     with _without_values():
         _to_device(base, step.device)

@@ -5,7 +5,7 @@ hand-written injection puts the adapter in, Transformers' own quantiser says whi
 optimizer's own code makes its state, and `plainlora.resources.activations` runs the step.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -94,10 +94,9 @@ class Footprint:
                         f"{self.optim} {_size(memory.optimizer)}"),
             ("activations", f"{kept}, {again} with gradient checkpointing{head}"),
         ]  # fmt: skip
-        if memory.libraries:
-            also = f", pages of the checkpoint {_size(memory.mapped)}" if memory.mapped else ""
-            text = f"libraries and rows {_size(memory.libraries)}, holes in the heap {_size(memory.holes)}{also}"
-            rows.append(("else", text))
+        named = {"libraries and rows": memory.libraries, "pages of the checkpoint": memory.mapped}
+        parts = [f"{name} {_size(size)}" for name, size in named.items() if size]
+        rows.append(("else", ", ".join([*parts, f"margin {_size(memory.margin)}"])))
         how = "with" if memory.checkpointing else "without"
         verdict = {True: "fits", False: "DOES NOT FIT", None: "unknown whether it fits"}[memory.fits]
         free = "an unknown amount" if memory.free is None else _size(memory.free)
@@ -166,8 +165,7 @@ def estimate(plan: Plan) -> Footprint:
         UserError: The optimizer cannot be made here, or the adapter does not fit the model.
         LoRAError: The adapter does not fit the model.
     """
-    step = plan.step()
-    base, model = replace(step, prepare=lambda base: None).build(), step.build()
+    base, model = plan.build()
     memory = count_memory(plan, base, model)
     trainable, total = count_parameters(model)
     return Footprint(

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 
 STATUS = Path("/proc/self/status")
@@ -64,6 +65,11 @@ def free_memory(device: torch.device) -> int | None:
     if device.type != "cpu" or not Path("/proc/meminfo").is_file():
         return None
     return min([_read_fields(Path("/proc/meminfo"))["MemAvailable:"] * 1024, *_left_to_cgroups()])
+
+
+def of_this_process(free: int | None, device: torch.device) -> int | None:
+    """Of a device's free bytes those for one process: a CPU's memory is shared by all, a GPU has one process."""
+    return None if free is None else free // PartialState().num_processes if device.type == "cpu" else free
 
 
 def _read_fields(path: Path) -> dict[str, int]:

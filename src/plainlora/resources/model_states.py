@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from plainlora.errors import UserError, first_line
+from plainlora.resources.plan import Plan
 from plainlora.resources.weights import count_bytes, quantized_weights, weight_bytes
 from plainlora.settings.arguments import optim_name
 
@@ -25,6 +26,7 @@ class ModelStates:
         adapters: What is trained beside the base.
         gradients: Of all that is trained.
         optimizer: State of the optimizer.
+        initial: A copy of the trained weights as they were, kept on the CPU where the model's own are trained.
         dense: Of the largest quantised weight in the type of the base: one at a time is made dense.
         beside_step: What stands beside the tensors that a step makes, which are its gradients too unless they are
             accumulated: then they stand from the step before.
@@ -34,43 +36,40 @@ class ModelStates:
     adapters: int
     gradients: int
     optimizer: int
+    initial: int
     dense: int
     beside_step: int
 
 
-def count_model_states(
-    base: PreTrainedModel,
-    model: PreTrainedModel,
-    training: TrainingArguments,
-    quantization: BitsAndBytesConfig | None,
-    dtype: torch.dtype,
-) -> ModelStates:
+def count_model_states(plan: Plan, base: PreTrainedModel, model: PreTrainedModel) -> ModelStates:
     """Adds up what one process holds beside a step.
 
     Args:
-        base: The bare base, on the `meta` device.
+        plan: The run.
+        base: Its base, on the `meta` device.
         model: The same with what is trained.
-        training: Optimizer and accumulation.
-        quantization: Of the base.
-        dtype: Of the base's weights that are not quantised.
 
     Raises:
         UserError: The optimizer cannot be made here.
     """
-    quantized = {} if quantization is None else quantized_weights(base, quantization, dtype)
+    quantized = {} if plan.quantization is None else quantized_weights(base, plan.quantization, plan.dtype)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients, optimizer = count_bytes(trainable), optimizer_bytes(training, trainable)
-    weights = weight_bytes(base, quantization, dtype)
+    gradients, optimizer = count_bytes(trainable), optimizer_bytes(plan.training, trainable)
+    weights = weight_bytes(base, plan.quantization, plan.dtype)
     adapters = count_bytes(model.parameters()) - count_bytes(base.parameters())
-    dense = max((parameter.numel() for parameter in quantized.values()), default=0) * dtype.itemsize
-    accumulated = gradients if training.gradient_accumulation_steps > 1 else 0
+    initial = 0 if plan.lora is not None else gradients
+    dense = max((parameter.numel() for parameter in quantized.values()), default=0) * plan.dtype.itemsize
+    beside_step = weights + adapters + optimizer + dense
+    beside_step += gradients if plan.training.gradient_accumulation_steps > 1 else 0
+    beside_step += initial if plan.device.type == "cpu" else 0
     return ModelStates(
         weights=weights,
         adapters=adapters,
         gradients=gradients,
         optimizer=optimizer,
+        initial=initial,
         dense=dense,
-        beside_step=weights + adapters + optimizer + dense + accumulated,
+        beside_step=beside_step,
     )
 
 

@@ -4,18 +4,32 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from plainlora.resources.activations import (
-    Held,
-    count_evaluation_bytes,
-    count_head_bytes,
-    count_peak_bytes,
-    least_bytes,
-)
-from plainlora.resources.checkpointing import fits_beside, of_this_process
-from plainlora.resources.memory import free_memory, resident_memory
-from plainlora.resources.model_states import count_model_states
+from plainlora.resources.activations import count_evaluation_bytes, count_head_bytes, count_peak_bytes, least_bytes
+from plainlora.resources.memory import free_memory, of_this_process, resident_memory
+from plainlora.resources.model_states import ModelStates, count_model_states
 from plainlora.resources.plan import Plan
 from plainlora.resources.weights import bytes_by_format, weight_bytes
+
+MARGIN = 0.35  # TO CHOOSE
+
+
+def margin(alive: int) -> int:
+    """Bytes left for what is not counted in a step: an allocator's fragments, and what libraries set aside.
+
+    Args:
+        alive: Bytes of the step's tensors at most.
+    """
+    return int(MARGIN * alive)
+
+
+def needed_bytes(states: ModelStates, alive: int) -> int:
+    """Bytes that a run needs: what stands beside its steps, what is alive in the largest of them, and the margin.
+
+    Args:
+        states: What stands beside a step.
+        alive: Bytes of the step's tensors at most.
+    """
+    return states.beside_step + alive + margin(alive)
 
 
 @dataclass(frozen=True)
@@ -29,17 +43,17 @@ class MemoryNeed:
         gradients: Of all that is trained.
         optimizer: State of the optimizer.
         initial: A copy of the trained weights as they were, kept on the CPU where the model's own are trained.
-        activations: What a step holds at most without gradient checkpointing, gradients as far as it makes them.
+        activations: What is alive in a step at most without gradient checkpointing, gradients as far as it makes them.
         activations_checkpointed: The same with it.
-        evaluation: What an evaluation step holds at most.
-        loss_head: What the loss of a language model holds at most, a part of the activations.
-        holes: Of a CPU's heap, see `plainlora.resources.activations.Held`.
+        evaluation: What is alive in an evaluation step at most.
+        loss_head: The same of the loss of a language model, a part of the activations.
+        margin: Beside what is alive in the largest step, see `MARGIN`.
         libraries: What this process holds already on a CPU: libraries and rows.
         mapped: Of a checkpoint on disk, pages that stay resident on a CPU beside the layers quantised from them.
         checkpointing: Whether the run computes activations again: as it was told to, or where they do not fit.
         at_least: What no such run does without, of `needed`, known without running the model's code.
         needed: What the run will hold beside what it holds already and beside pages that can go.
-        peak: The most that the device's memory holds; on a CPU all that is resident.
+        peak: The most that the device's memory holds, margin included; on a CPU all that is resident.
         free: What is free of it, for each process.
         fits: Whether what is needed is not more than that; also known where what is needed at least is more.
     """
@@ -54,7 +68,7 @@ class MemoryNeed:
     activations_checkpointed: int | None
     evaluation: int | None
     loss_head: int | None
-    holes: int | None
+    margin: int | None
     libraries: int
     mapped: int
     checkpointing: bool
@@ -69,10 +83,10 @@ class MemoryNeed:
 class _Activations:
     """What `_count_activations` found; `None` where a model's code does not run without values."""
 
-    kept: Held | None = None
-    checkpointed: Held | None = None
-    evaluation: Held | None = None
-    head: Held | None = None
+    kept: int | None = None
+    checkpointed: int | None = None
+    evaluation: int | None = None
+    head: int | None = None
 
 
 def _count_activations(plan: Plan) -> _Activations:
@@ -86,10 +100,6 @@ def _count_activations(plan: Plan) -> _Activations:
         )
     except Exception:  # whatever a model's code raises when its tensors have no values
         return _Activations()
-
-
-def _alive(held: Held | None) -> int | None:
-    return None if held is None else held.alive
 
 
 def count_memory(plan: Plan, base: PreTrainedModel, model: PreTrainedModel) -> MemoryNeed:
@@ -106,40 +116,35 @@ def count_memory(plan: Plan, base: PreTrainedModel, model: PreTrainedModel) -> M
     Raises:
         UserError: The optimizer cannot be made here.
     """
-    training, on_cpu = plan.training, plan.device.type == "cpu"
-    counted = _count_activations(plan)
-    states = count_model_states(base, model, training, plan.quantization, plan.dtype)
-    initial = 0 if plan.lora is not None else states.gradients
-    parts = states.beside_step + (initial if on_cpu else 0)
-
+    on_cpu = plan.device.type == "cpu"
+    counted, states = _count_activations(plan), count_model_states(plan, base, model)
     free = of_this_process(free_memory(plan.device), plan.device)
-    checkpointing = training.gradient_checkpointing
+    checkpointing = plan.training.gradient_checkpointing
     if checkpointing is None:
-        checkpointing = counted.kept is None or free is None or not fits_beside(counted.kept, parts, free)
-    held = counted.checkpointed if checkpointing else counted.kept
+        checkpointing = counted.kept is None or free is None or needed_bytes(states, counted.kept) > free
+    training = counted.checkpointed if checkpointing else counted.kept
     # A checkpoint stays mapped on a CPU as long as one tensor of it is used as it lies there; where layers are
     # quantised, that is beside what they became. Such pages are resident, but go when others need them.
     stays = on_cpu and states.dense and plan.stored_dtype == plan.dtype
     mapped = weight_bytes(base, None, plan.dtype) if stays else 0
     libraries = resident_memory() if on_cpu else 0
-    at_least = parts + least_bytes(plan.step(), model)
-    needed = holes = None
-    if held is not None and counted.evaluation is not None:
-        steps_held = max(held.resident_with(counted.evaluation.events), counted.evaluation.resident)
-        holes = steps_held - max(held.alive, counted.evaluation.alive)
-        needed = parts + steps_held
+    at_least = states.beside_step + least_bytes(plan.step(), model)
+    needed = left = None
+    if training is not None and counted.evaluation is not None:
+        alive = max(training, counted.evaluation)
+        needed, left = needed_bytes(states, alive), margin(alive)
     return MemoryNeed(
         weights=states.weights,
         weights_by_format=bytes_by_format(base, plan.dtype),
         adapters=states.adapters,
         gradients=states.gradients,
         optimizer=states.optimizer,
-        initial=initial,
-        activations=_alive(counted.kept),
-        activations_checkpointed=_alive(counted.checkpointed),
-        evaluation=_alive(counted.evaluation),
-        loss_head=_alive(counted.head),
-        holes=holes,
+        initial=states.initial,
+        activations=counted.kept,
+        activations_checkpointed=counted.checkpointed,
+        evaluation=counted.evaluation,
+        loss_head=counted.head,
+        margin=left,
         libraries=libraries,
         mapped=mapped,
         checkpointing=bool(checkpointing),

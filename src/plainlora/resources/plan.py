@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import LoraConfig
@@ -107,6 +107,11 @@ class Plan:
         training = self.training
         batches = math.ceil(self._sequences / (training.per_device_train_batch_size * training.world_size))
         return max(1, math.ceil(batches / training.gradient_accumulation_steps))
+
+    def build(self) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """The base, and what is trained of it, on the `meta` device: names, shapes and types without values."""
+        step = self.step()
+        return replace(step, prepare=lambda base: None).build(), step.build()
 
     def step(self, evaluates: bool = False) -> Step:
         """The step over the largest batch, which holds no more rows than there are.
