@@ -17,7 +17,7 @@ from plainlora.lora.config import BOOKKEEPING_FIELDS
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.layer import LoRALinear
 from plainlora.lora.module_to_save import ModuleToSave
-from plainlora.lora.record import injection, lora_layers, saved_modules
+from plainlora.lora.record import adapter_state, lora_layers, saved_modules
 from tests.lora.oracle import (
     Q_LIN,
     assert_equal_tensors,
@@ -99,7 +99,7 @@ def test_a_supported_field_does_what_it_does_in_peft(case: str) -> None:
 
 def test_fan_in_fan_out_is_found_as_in_peft() -> None:
     ours, theirs = assert_same_as_peft("gpt2")
-    assert injection(ours).config.fan_in_fan_out is theirs.peft_config["default"].fan_in_fan_out is True
+    assert adapter_state(ours).config.fan_in_fan_out is theirs.peft_config["default"].fan_in_fan_out is True
 
 
 def test_modules_trained_whole_keep_the_base_s_dtype_as_in_peft() -> None:

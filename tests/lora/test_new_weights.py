@@ -18,7 +18,7 @@ from plainlora import disabled, load_adapter, merge, save_adapter, unwrap
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.inject import inject
 from plainlora.lora.interchange import adapter_state_dict, load_adapter_weights
-from plainlora.lora.record import injection
+from plainlora.lora.record import adapter_state
 from tests.conftest import random_ids
 from tests.lora.oracle import (
     HEAD,
@@ -152,7 +152,7 @@ def test_resuming_puts_the_head_back(backbones: dict[str, Path], tmp_path: Path)
     save_adapter(model, tmp_path)
     saved, needed = snapshot(model), requires_grad(model)
     move(model)
-    for parameter in injection(model).new_weights:
+    for parameter in adapter_state(model).new_weights:
         parameter.data.add_(1)
     load_adapter_weights(model, tmp_path)
     assert_equal_tensors(snapshot(model), saved)

@@ -33,7 +33,7 @@ from transformers import (
 
 from plainlora import inject
 from plainlora.lora.errors import LoRAError
-from plainlora.lora.record import injection, lora_layers
+from plainlora.lora.record import adapter_state, lora_layers
 from plainlora.lora.targets import condense, find_targets
 from tests.lora.oracle import assert_same_as_peft, config, make, requires_grad, snapshot
 
@@ -77,7 +77,7 @@ def test_a_config_selects_what_peft_selects(selection: str) -> None:
     names = {name.removeprefix("base_model.model.") for name in theirs.base_model.targeted_module_names}
     assert {name for name, _ in lora_layers(ours)} == names
     # What is written down selects the same again.
-    assert set(find_targets(make(kind), injection(ours).config)) == names
+    assert set(find_targets(make(kind), adapter_state(ours).config)) == names
 
 
 def refused(kind: str, match: str, **options: object) -> None:

@@ -1,4 +1,4 @@
-"""Which `LoraConfig` fields are implemented. Any other, away from its default, is an error that names it."""
+"""Which `LoraConfig` fields are implemented. Any other field that is not at its default is an error that names it."""
 
 import math
 import re
@@ -36,7 +36,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_pattern(value: object) -> bool:
-    """Module names to whole numbers; each number is checked with the one it replaces."""
+    """A mapping with module names as keys. Its numbers are checked in `_wrong_numbers`, with `r` and `lora_alpha`."""
     return isinstance(value, dict) and all(isinstance(name, str) for name in value)
 
 
@@ -48,7 +48,7 @@ def _is_name_or_names(value: object) -> bool:
     return isinstance(value, str) or _is_names(value)
 
 
-# PEFT takes whatever a file says, and stumbles over it later.
+# PEFT accepts any value and fails on it later.
 TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
     "target_modules": (_is_name_or_names, "a list of names, or one pattern"),
     "exclude_modules": (_is_name_or_names, "a list of names, or one pattern"),
@@ -71,7 +71,7 @@ def _wrong_types(config: LoraConfig) -> Iterator[tuple[str, str]]:
 
 
 def _broken_patterns(config: LoraConfig) -> Iterator[tuple[str, str]]:
-    """Every text that is matched as a regular expression must be one."""
+    """Fields whose text is used as a regular expression and is not one."""
     whole = {name: getattr(config, name) for name in ("target_modules", "exclude_modules", "layers_pattern")}
     patterns = [(name, value) for name, value in whole.items() if isinstance(value, str)]
     for name in ("rank_pattern", "alpha_pattern", "modules_to_save"):
@@ -89,7 +89,7 @@ def _unreadable(config: LoraConfig) -> Iterator[tuple[str, str]]:
 
 
 def check_types(config: LoraConfig) -> None:
-    """Raises `LoRAError` for a field whose value PEFT itself would stumble over."""
+    """Raises `LoRAError` for a field of the wrong type, on which PEFT itself would fail."""
     for _, fault in _unreadable(config):
         raise LoRAError(fault)
 
@@ -111,7 +111,7 @@ def _wrong_numbers(config: LoraConfig) -> Iterator[tuple[str, str]]:
 
 
 def find_unsupported(config: LoraConfig) -> dict[str, str]:
-    """The fields that this package does not implement, each as it would be written."""
+    """The fields that are set and not implemented here: name -> `name=value`."""
     found = {}
     for field in fields(config):
         if field.name in SUPPORTED_FIELDS | BOOKKEEPING_FIELDS:
@@ -128,10 +128,10 @@ def find_unsupported(config: LoraConfig) -> dict[str, str]:
 
 
 def find_faults(config: LoraConfig) -> Iterator[tuple[str, str]]:
-    """What no back end of this package takes, whatever the model: the field, and what is wrong with it."""
+    """Yields each faulty field and what is wrong with it, as far as that does not depend on the model."""
     unsupported = find_unsupported(config)
-    said = f"this LoRA does not implement {', '.join(unsupported.values())}, with either back end; leave it out"
-    yield from ((name, said) for name in unsupported)
+    message = f"this LoRA does not implement {', '.join(unsupported.values())}, with either back end; leave it out"
+    yield from ((name, message) for name in unsupported)
     unreadable = list(_unreadable(config))
     yield from unreadable or _wrong_numbers(config)
     if config.bias not in ("none", "all", "lora_only"):
@@ -139,6 +139,6 @@ def find_faults(config: LoraConfig) -> Iterator[tuple[str, str]]:
 
 
 def check_supported(config: LoraConfig) -> None:
-    """Raises `LoRAError` naming every field of the config that this package does not implement."""
+    """Raises `LoRAError` if the config sets a field that is not implemented here, or has a wrong value."""
     for _, fault in find_faults(config):
         raise LoRAError(fault)

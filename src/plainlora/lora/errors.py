@@ -6,7 +6,7 @@ SHOWN = 3  # names
 
 
 class LoRAError(ValueError):
-    """A model, an adapter config or an adapter file that cannot be used, in one line that says what to do."""
+    """A model, an adapter config or an adapter file cannot be used. The message is one line and says what to do."""
 
 
 def some(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Wrap and unwrap: put LoRA layers into a model, freeze the rest, and take everything out again."""
+"""`inject` puts LoRA layers into a model and freezes the rest; `unwrap` takes them out again."""
 
 import copy
 from collections.abc import Collection, Iterable, Iterator
@@ -15,7 +15,7 @@ from plainlora.lora.errors import LoRAError
 from plainlora.lora.interchange import save_adapter
 from plainlora.lora.layer import LoRALinear
 from plainlora.lora.module_to_save import ModuleToSave
-from plainlora.lora.record import Injection, ModelT, injection, lora_layers, replace_module, saved_modules
+from plainlora.lora.record import AdapterState, ModelT, adapter_state, lora_layers, replace_module, saved_modules
 from plainlora.lora.storage import storage_of
 from plainlora.lora.targets import (
     check_patterns,
@@ -29,7 +29,7 @@ from plainlora.lora.targets import (
 
 
 def _refuse_tied(parameters: dict[str, nn.Parameter], targets: Iterable[str], strict: bool) -> None:
-    """A weight used under two names cannot carry a delta under one of them (peft#2018)."""
+    """Raises `LoRAError` if a target shares its weight with another module (peft#2018)."""
     owners: dict[nn.Parameter, list[str]] = {}
     for name, parameter in parameters.items():
         owners.setdefault(parameter, []).append(name.rpartition(".")[0])
@@ -45,7 +45,7 @@ def _refuse_tied(parameters: dict[str, nn.Parameter], targets: Iterable[str], st
 
 
 def _resolve(model: nn.Module, config: LoraConfig, strict: bool) -> tuple[LoraConfig, dict[str, nn.Module]]:
-    """A copy of the config that says explicitly what it selects on this model, and the selected modules by name."""
+    """A copy of the config with everything made explicit for this model, and the selected modules by name."""
     check_supported(config)
     config = copy.deepcopy(config)
     config.modules_to_save = modules_to_save(config) or config.modules_to_save
@@ -60,16 +60,16 @@ def _resolve(model: nn.Module, config: LoraConfig, strict: bool) -> tuple[LoraCo
         config.target_modules = condense(list(targets), model)
     else:
         config.target_modules = sorted(config.target_modules)
-    if isinstance(config.exclude_modules, set):  # PEFT's own class makes it one, which JSON has no word for
+    if isinstance(config.exclude_modules, set):  # PEFT makes it a set, which JSON cannot hold
         config.exclude_modules = sorted(config.exclude_modules)
     config.base_model_name_or_path = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     return config, targets
 
 
 def _place(layer: LoRALinear, weight: torch.Tensor) -> None:
-    """Moves the adapter beside W0: its device, and its dtype if that is wider than fp32.
+    """Moves A and B to W0's device, in fp32 or, if W0's dtype is wider, in that.
 
-    Half-precision bases get fp32 adapters whose start is rounded to the base's dtype, as PEFT's are.
+    On a half-precision base the initial values are rounded to the base's dtype and kept in fp32, as in PEFT.
     """
     for parameter in layer.adapter_tensors().values():
         values = parameter.data
@@ -81,7 +81,7 @@ def _place(layer: LoRALinear, weight: torch.Tensor) -> None:
 
 
 def _biases_to_train(model: nn.Module, bias: str, targets: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """The base's biases that train beside the adapters; those of modules trained whole are theirs already."""
+    """The base's biases that are trained beside A and B. Those of `modules_to_save` are left out."""
     if bias == "lora_only":
         return [module.bias for module in targets if isinstance(module.bias, nn.Parameter)]
     if bias == "none":
@@ -94,10 +94,10 @@ def _biases_to_train(model: nn.Module, bias: str, targets: Iterable[nn.Module]) 
 
 
 def _save_pretrained(model: nn.Module, save_directory: str, *, is_main_process: bool = True, **_: Any) -> None:
-    """Takes the place of the model's own `save_pretrained`.
+    """Replaces the model's own `save_pretrained`: writes the adapter, as `PeftModel.save_pretrained` does.
 
-    Transformers' would write the wrapped base under renamed keys, which `from_pretrained` then re-initialises without
-    an error. This writes the adapter, as `PeftModel.save_pretrained` does.
+    Transformers' own would write the wrapped base under renamed keys, and `from_pretrained` would re-initialise those
+    weights without an error.
     """
     if is_main_process:
         save_adapter(model, save_directory)
@@ -118,20 +118,20 @@ def inject(
 
     Args:
         model: Any model whose targets are `nn.Linear`, Transformers' `Conv1D`, bitsandbytes' 4-bit or 8-bit layers, or
-            torchao's int8: the kinds in `plainlora.lora.storage`.
-        config: See the README for the supported fields; any other field away from its default is an error.
+            torchao's int8 (see `plainlora.lora.storage`).
+        config: See the README for the supported fields; any other field that is not at its default is an error.
         strict: Whether every single name and pattern must match. Loading turns this off and checks the file's keys.
         new_weights: Names of the parameters that the base's checkpoint lacks, Transformers' `missing_keys`. They stay
             frozen and are saved with the adapter.
-        low_cpu_mem_usage: As in PEFT, whether A and B are left on the meta device, for `load_adapter_weights` to fill.
-        layer_class: What takes the place of a target: `LoRALinear`, or a variant of it.
+        low_cpu_mem_usage: As in PEFT: leaves A and B on the meta device, for `load_adapter_weights` to fill.
+        layer_class: The class that wraps each target: `LoRALinear`, or a variant of it.
 
     Returns:
         The same model.
 
     Raises:
         LoRAError: An unsupported field or module, a name that matches nothing, a tied target, a second injection, or a
-            new weight that cannot be saved with the adapter. Then the model is unchanged.
+            new weight that cannot be saved with the adapter. The model is then unchanged.
     """
     if getattr(model, "plainlora", None) is not None:
         raise LoRAError("this model already carries a PlainLoRA adapter; unwrap() or merge() it first")
@@ -164,7 +164,7 @@ def inject(
         parameter.requires_grad_(True)
         biases[parameter] = parameter.detach().clone()
     own_save = model.__dict__.get("save_pretrained")
-    model.plainlora = Injection(resolved, trainable, biases, new, own_save)  # type: ignore[assignment]
+    model.plainlora = AdapterState(resolved, trainable, biases, new, own_save)  # type: ignore[assignment]
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[assignment]
     return model
@@ -176,35 +176,35 @@ def unwrap(model: ModelT) -> ModelT:
     Raises:
         LoRAError: The model carries no adapter of this package.
     """
-    record = injection(model)
+    state = adapter_state(model)
     for name, layer in list(lora_layers(model)):
         replace_module(model, name, layer.base_layer)
     for name, module in list(saved_modules(model)):
         replace_module(model, name, module.original_module)
-    for bias, value in record.biases.items():
+    for bias, value in state.biases.items():
         bias.data.copy_(value)
-    restore_identity(model, record)
+    restore_identity(model, state)
     return model
 
 
-def restore_identity(model: nn.Module, record: Injection) -> None:
-    """Forgets the injection once its modules are out: trainable as before, `save_pretrained` its own again."""
+def restore_identity(model: nn.Module, state: AdapterState) -> None:
+    """Restores `requires_grad` and `save_pretrained` after the LoRA modules were taken out."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in record.trainable)
+        parameter.requires_grad_(name in state.trainable)
     model.__dict__.pop("plainlora")
     model.__dict__.pop("save_pretrained", None)
-    if record.save_pretrained is not None:
-        model.save_pretrained = record.save_pretrained  # type: ignore[assignment]
+    if state.save_pretrained is not None:
+        model.save_pretrained = state.save_pretrained  # type: ignore[assignment]
 
 
 @contextmanager
 def disabled(model: ModelT) -> Iterator[ModelT]:
-    """Within the block the model computes as its base.
+    """Switches the adapter off within the block: the model computes what its base computes.
 
     Raises:
         LoRAError: The model carries no adapter of this package.
     """
-    biases = injection(model).biases
+    biases = adapter_state(model).biases
     switched = [module for module in model.modules() if isinstance(module, (LoRALinear, ModuleToSave))]
     before = [module.enabled for module in switched]
     trained = {bias: bias.data for bias in biases}

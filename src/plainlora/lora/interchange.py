@@ -1,7 +1,7 @@
 """PEFT adapter directory <-> injected model.
 
-`adapter_config.json` and `adapter_model.safetensors` are PEFT's files, byte for byte PEFT's names: the modules here
-carry PEFT's attribute names, so saving is adding a prefix.
+`adapter_config.json` and `adapter_model.safetensors` are PEFT's files. The modules here have PEFT's attribute names,
+so a tensor's name in the file is its name in the model plus a prefix.
 """
 
 import copy
@@ -24,23 +24,23 @@ from torch import nn
 from plainlora.lora.config import check_types
 from plainlora.lora.errors import LoRAError, some
 from plainlora.lora.numerics import is_finite
-from plainlora.lora.record import injection, lora_layers, saved_modules
+from plainlora.lora.record import adapter_state, lora_layers, saved_modules
 from plainlora.lora.targets import head_parameters
 
 PREFIX = "base_model.model."
 LORA_WEIGHTS = (".lora_A.weight", ".lora_B.weight")
-LORA_MARK = ".lora_"  # in the name of whatever a layer of PEFT's trains, a variant's too
+LORA_MARK = ".lora_"  # in the name of every tensor that a LoRA layer of PEFT trains, variants included
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 TEXTS = ("base_model_name_or_path", "revision", "task_type")  # fields of a config that are names
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Everything the adapter owns, under PEFT's on-disk names. The tensors are the model's own, not copies.
+    """The adapter's tensors under their names in PEFT's file. They are the model's own, not copies.
 
     Raises:
         LoRAError: The model carries no adapter of this package.
     """
-    record = injection(model)
+    record = adapter_state(model)
     bias = record.config.bias
     state: dict[str, torch.Tensor] = {}
     for name, layer in lora_layers(model):
@@ -61,7 +61,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Runs `write(temporary path)` and renames: a reader sees the old file or the new one, never half of one."""
+    """Runs `write(temporary path)` and renames, so that a reader sees the old file or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.touch()
     mode = temporary.stat().st_mode
@@ -74,7 +74,7 @@ def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _write_tensors(directory: Path, state: dict[str, torch.Tensor]) -> None:
-    """Writes contiguous tensors of the CPU from where they lie; `save_file` would first look for shared storage."""
+    """Writes contiguous CPU tensors without a copy; `save_file` would first look for shared storage."""
     specs = {
         name: TensorSpec(
             dtype=str(tensor.dtype).removeprefix("torch."),
@@ -92,19 +92,19 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Args:
         model: A model from `inject` or `load_adapter`.
-        directory: Made if it is missing; other files in it are left alone.
+        directory: Created if it is missing; other files in it are left alone.
 
     Raises:
-        LoRAError: There is no adapter, or one of its values is not finite (then nothing is written).
+        LoRAError: There is no adapter, or one of its values is not finite. Nothing is then written.
     """
-    record = injection(model)
+    record = adapter_state(model)
     state = {name: tensor.contiguous().cpu() for name, tensor in adapter_state_dict(model).items()}
     for name, tensor in state.items():
         if not is_finite(tensor):
             raise LoRAError(f"{name} holds values that are not finite; nothing was saved")
     config = copy.copy(record.config)
-    config.inference_mode = True  # as PEFT writes it: loading does not train unless asked
-    if config.task_type is None:  # from this AutoPeftModel knows the class of the base
+    config.inference_mode = True  # as PEFT writes it
+    if config.task_type is None:  # AutoPeftModel then reads the base's class from `auto_mapping`
         config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
     target = Path(directory)
@@ -128,11 +128,11 @@ def read_config(directory: str | os.PathLike[str]) -> LoraConfig:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT's, about what it drops; see below
+            warnings.simplefilter("ignore")  # PEFT's, about the fields it drops: an error below
             config = PeftConfig.from_pretrained(str(directory))
-    except Exception as error:  # of any kind: PEFT hands what the file says to its own classes
+    except Exception as error:  # of any class: PEFT passes the file's values on unchecked
         raise LoRAError(f"{path} is not a PEFT adapter config ({error}); save the adapter again") from error
-    if not isinstance(content, dict) or type(config) is not LoraConfig:  # AdaLoRA's is a subclass
+    if not isinstance(content, dict) or type(config) is not LoraConfig:  # AdaLoraConfig is a subclass
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise LoRAError(
             f"{path} is not a LoRA config but of PEFT's type {kind}; this package reads LoRA adapters only; "
@@ -157,7 +157,7 @@ def read_config(directory: str | os.PathLike[str]) -> LoraConfig:
 
 
 def _dropped(content: dict[str, Any]) -> list[str]:
-    """The fields of a file that are set, and that PEFT leaves out with a warning: a newer PEFT's, for one."""
+    """The fields that the file sets and that PEFT drops with a warning, such as those of a newer PEFT."""
     known = {field.name for field in fields(LoraConfig)} - {"runtime_config"}
     unset: tuple[object, ...] = (None, False, "", [], {}, {"ephemeral_gpu_offload": False})
     return [f"{name}={value!r:.60}" for name, value in content.items() if name not in known and value not in unset]
@@ -165,7 +165,7 @@ def _dropped(content: dict[str, Any]) -> list[str]:
 
 @contextmanager
 def _opened(directory: str | os.PathLike[str]) -> Iterator[safe_open]:
-    """The file of tensors, to be read from the disk rather than mapped: whoever cuts it later harms no tensor."""
+    """Opens the safetensors file. It is read, not memory-mapped, so a later change of the file changes no tensor."""
     path = Path(directory) / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         pickle = Path(directory) / WEIGHTS_NAME
@@ -188,7 +188,7 @@ def _read_tensors(directory: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
 
 def add_tensors(directory: str | os.PathLike[str], tensors: dict[str, torch.Tensor]) -> None:
-    """Writes tensors into a saved adapter, beside those it holds.
+    """Adds tensors to a saved adapter's file.
 
     Raises:
         LoRAError: The directory has no `adapter_model.safetensors`, or an unreadable one.
@@ -198,7 +198,7 @@ def add_tensors(directory: str | os.PathLike[str], tensors: dict[str, torch.Tens
 
 
 def saved_head_weights(model: nn.Module, directory: str | os.PathLike[str]) -> list[str]:
-    """The untouched base's parameters outside its backbone that a saved adapter brings along, by name.
+    """Names of the parameters outside the backbone that a saved adapter holds.
 
     Raises:
         LoRAError: `adapter_model.safetensors` is missing or unreadable.
@@ -220,7 +220,7 @@ def saved_shapes(directory: str | os.PathLike[str]) -> dict[str, tuple[int, ...]
 
 
 def _drop_repeats(model: nn.Module, read: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Under `bias="all"` PEFT writes the bias of a module trained whole twice over, and its frozen original's."""
+    """Drops what PEFT repeats under `bias="all"`: the biases of a trained module's copy and of its frozen original."""
     copies = ("modules_to_save", "original_module")
     repeats = tuple(f"{PREFIX}{name}.{copied}." for name, _ in saved_modules(model) for copied in copies)
     return {name: tensor for name, tensor in read.items() if not name.startswith(repeats)}
@@ -229,7 +229,7 @@ def _drop_repeats(model: nn.Module, read: dict[str, torch.Tensor]) -> dict[str, 
 def _refuse_other_vocabulary(
     model: nn.Module, name: str, saved: torch.Tensor, needed: torch.Tensor, path: Path
 ) -> None:
-    """Raises `LoRAError` where a saved weight is the embeddings, or the head, of more or fewer tokens.
+    """Raises `LoRAError` if a saved embedding or output head has another number of tokens than the base's.
 
     PEFT saves them where tokens were added (`save_embedding_layers`), or where they are in `modules_to_save`.
     """
@@ -247,17 +247,19 @@ def _refuse_other_vocabulary(
 def _drop_copies(
     model: nn.Module, read: dict[str, torch.Tensor], own: dict[str, torch.Tensor], path: Path
 ) -> dict[str, torch.Tensor]:
-    """What was read, without copies of the base's own weights: `save_embedding_layers` has PEFT write such.
+    """Drops copies of the base's own weights, which PEFT writes under `save_embedding_layers`.
 
     Raises:
-        LoRAError: A weight of the base that the adapter neither wraps nor trains whole was changed.
+        LoRAError: Such a copy differs from the base's weight.
     """
     frozen = {PREFIX + name: value for name, value in model.named_parameters(remove_duplicate=False)}
     copies = sorted(read.keys() & frozen.keys() - own.keys())
     for name in copies:
-        saved, there = read[name], frozen[name]
-        _refuse_other_vocabulary(model, name, saved, there, path)
-        if saved.shape != there.shape or not (there.is_meta or torch.equal(saved.to(there), there)):
+        saved, own_weight = read[name], frozen[name]
+        _refuse_other_vocabulary(model, name, saved, own_weight, path)
+        if saved.shape != own_weight.shape or not (
+            own_weight.is_meta or torch.equal(saved.to(own_weight), own_weight)
+        ):
             raise LoRAError(
                 f"{path} holds {name}, a weight of the base with other values than this base's, and modules_to_save "
                 "does not name it; load it with PEFT, and use the merged model (merge_and_unload)"
@@ -267,13 +269,13 @@ def _drop_copies(
 
 @torch.no_grad()
 def load_adapter_weights(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Puts a saved adapter into a model that already carries one of the same shape.
+    """Loads a saved adapter into a model that already carries one of the same shape.
 
-    Values are copied into the model's own parameters; A and B on the meta device become the tensors that were read.
+    Values are copied into the model's own parameters. A and B on the meta device are replaced by the tensors read.
 
     Raises:
-        LoRAError: A file is missing or unreadable, or a key is missing, unexpected, wrongly shaped or not finite. Then
-            the model is unchanged.
+        LoRAError: A file is missing or unreadable, or a key is missing, unexpected, wrongly shaped or not finite. The
+            model is then unchanged.
     """
     own, read = adapter_state_dict(model), _drop_repeats(model, _read_tensors(directory))
     path = Path(directory) / SAFETENSORS_WEIGHTS_NAME

@@ -2,12 +2,12 @@
 
     h = W0 x + (alpha / r) B A x        A: (r, d_in)   B: (d_out, r)   W0 frozen
 
-`...` is any batch shape. Nothing here knows models, files or quantisation: the base layer is called, never opened.
-A variant of LoRA is a subclass that has its own `delta`, `delta_weight` and `add_delta`.
+`...` is any batch shape. Nothing here depends on models, files or quantisation: the base layer is only called.
+A variant of LoRA is a subclass with its own `delta`, `delta_weight` and `add_delta`.
 
 The from-scratch form `h = W0 x + alpha * (x @ A' @ B')` with `A'` (d_in, r), `B'` (r, d_out) and alpha not divided
-by r is this one under `A = A'.T`, `B = B'.T` and `lora_alpha = alpha * r`; its `randn / sqrt(r)` or Kaiming-uniform
-`A'` is copied into `lora_A.weight` after the transpose.
+by r is this one with `A = A'.T`, `B = B'.T` and `lora_alpha = alpha * r`. To start from its `A'` (`randn / sqrt(r)` or
+Kaiming-uniform), copy the transpose into `lora_A.weight`.
 """
 
 import math
@@ -27,15 +27,15 @@ class LoRALinear(nn.Module):
     `lora.Linear`, so in fp32 on CPU the two agree to the last bit.
 
     Args:
-        base_layer: A linear layer, `(..., d_in) -> (..., d_out)`, of a kind in `plainlora.lora.storage`.
+        base_layer: A linear layer, `(..., d_in) -> (..., d_out)`, that `plainlora.lora.storage` supports.
         d_in: Input features.
         d_out: Output features.
         r: Rank, at least 1.
         lora_alpha: Numerator of the scaling (dimensionless).
         lora_dropout: Probability of dropping an element of the adapter's input, in [0, 1).
         use_rslora: Scale by `alpha / sqrt(r)` (Kalajdzievski 2023, arXiv:2312.03732) instead of `alpha / r`.
-        init_lora_weights: How A and B start, see `reset_lora_parameters`.
-        device: Where A and B are made; on `"meta"` nothing is drawn, for weights that come from a file.
+        init_lora_weights: How A and B are initialised, see `reset_lora_parameters`.
+        device: Where A and B are created; `"meta"` if their values are loaded from a file.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class LoRALinear(nn.Module):
         self.enabled = True
 
     def reset_lora_parameters(self, init_lora_weights: bool | Literal["gaussian"]) -> None:
-        """Draws A and zeroes B, so that the adapter starts as the identity.
+        """Initialises A at random and B with zeros, so that the adapter adds nothing at first.
 
         `True`: A Kaiming-uniform with a = sqrt(5), that is U(-1/sqrt(d_in), 1/sqrt(d_in)), as in Microsoft's loralib.
-        `"gaussian"`: A from N(0, 1/r^2). `False`: both stay as `nn.Linear` draws them, so the adapter starts as noise.
+        `"gaussian"`: A from N(0, 1/r^2). `False`: both as in `nn.Linear`, so the adapter starts as noise.
         """
         if init_lora_weights is False:
             return
@@ -82,27 +82,24 @@ class LoRALinear(nn.Module):
         return (h + self.delta(x)).to(h.dtype)
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
-        """What the adapter adds: `(alpha / r) B A dropout(x)`, `(..., d_in) -> (..., d_out)`, in its own dtype."""
+        """`(alpha / r) B A dropout(x)`, `(..., d_in) -> (..., d_out)`, in the adapter's dtype."""
         x = x.to(storage_of(self.base_layer).dropped_dtype(x, self.lora_A.weight.dtype))
         return self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling
 
     def delta_weight(self) -> torch.Tensor:
-        """`(alpha / r) B A`, `(d_out, d_in)`: `delta(x)` is its product with x, but for dropout."""
+        """`(alpha / r) B A`, `(d_out, d_in)`: without dropout, `delta(x)` is its product with x."""
         return self.lora_B.weight @ self.lora_A.weight * self.scaling
 
     def check_delta(self, weight: torch.Tensor) -> None:
-        """Checks that `add_delta` would not overflow.
+        """Raises `LoRAError` if `add_delta` would overflow the weight's dtype.
 
         Args:
             weight: W0, `(d_out, d_in)`.
-
-        Raises:
-            LoRAError: It would.
         """
         numerics.check_product(weight, self.lora_B.weight, self.lora_A.weight, self.scaling)
 
     def add_delta(self, weight: torch.Tensor) -> None:
-        """`W0 <- W0 + (alpha / r) B A`, in place, without making the matrix of `delta_weight`.
+        """`W0 <- W0 + (alpha / r) B A`, in place, without allocating `delta_weight()`.
 
         Args:
             weight: W0, `(d_out, d_in)`.
@@ -110,7 +107,7 @@ class LoRALinear(nn.Module):
         numerics.add_product(weight, self.lora_B.weight, self.lora_A.weight, self.scaling)
 
     def adapter_tensors(self) -> dict[str, nn.Parameter]:
-        """What is trained and saved, by name: `lora_A.weight`, `(r, d_in)`, and `lora_B.weight`, `(d_out, r)`."""
+        """The trained parameters by name: `lora_A.weight`, `(r, d_in)`, and `lora_B.weight`, `(d_out, r)`."""
         return {name: value for name, value in self.named_parameters() if not name.startswith("base_layer.")}
 
     @property

@@ -1,4 +1,4 @@
-"""A saved adapter onto a base: inject what its config says, then fill it."""
+"""Loads a saved adapter onto a base: injects LoRA layers by its config, then loads their weights."""
 
 import os
 
@@ -16,23 +16,23 @@ def load_adapter(
     trainable: bool = False,
     layer_class: type[LoRALinear] = LoRALinear,
 ) -> ModelT:
-    """Injects the adapter that a directory describes and fills it with the saved weights: PEFT's or this package's.
+    """Loads an adapter that PEFT or this package saved onto its base model, in place.
 
-    Weights of the head that were saved with the adapter, because the base's checkpoint lacks them, replace the base's
-    own and stay when the adapter is taken out.
+    Head weights that were saved with the adapter, because the base's checkpoint lacks them, replace the base's own and
+    stay when the adapter is taken out.
 
     Args:
-        model: The base model, untouched so far.
+        model: The base model, without an adapter.
         directory: Holds `adapter_config.json` and `adapter_model.safetensors`.
-        trainable: Whether to go on training; otherwise every parameter is frozen and dropout is off.
+        trainable: Whether the adapter is to be trained further; otherwise every parameter is frozen and dropout off.
         layer_class: As for `inject`.
 
     Returns:
         The same model.
 
     Raises:
-        LoRAError: The config says what this package does not implement; or see `read_config`, `saved_head_weights`,
-            `inject` and `load_adapter_weights`. Then the model is as it was before.
+        LoRAError: The config sets a field that is not implemented here; or see `read_config`, `saved_head_weights`,
+            `inject` and `load_adapter_weights`. The model is then unchanged.
     """
     config = read_config(directory)
     if unsupported := find_unsupported(config):
@@ -45,7 +45,7 @@ def load_adapter(
         config,
         strict=False,
         new_weights=saved_head_weights(model, directory),
-        low_cpu_mem_usage=True,  # what was saved takes the place of A and B, so none is drawn
+        low_cpu_mem_usage=True,  # A and B are loaded, not initialised
         layer_class=layer_class,
     )
     try:

@@ -1,4 +1,4 @@
-"""Merge: W0 <- W0 + (alpha / r) B A, and no LoRA module left."""
+"""Merging: W0 <- W0 + (alpha / r) B A, after which no LoRA module is left."""
 
 import torch
 from torch import nn
@@ -7,14 +7,14 @@ from transformers import PreTrainedModel
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.inject import restore_identity
 from plainlora.lora.numerics import is_finite
-from plainlora.lora.record import ModelT, injection, lora_layers, replace_module, saved_modules
+from plainlora.lora.record import ModelT, adapter_state, lora_layers, replace_module, saved_modules
 from plainlora.lora.storage import storage_of
 
 
 def _untie_if_diverged(model: nn.Module) -> None:
-    """A head or embedding trained whole no longer equals its twin, so the saved config must not tie them again.
+    """Sets `tie_word_embeddings` to false if the head or the embeddings were trained whole.
 
-    Otherwise `save_pretrained` drops one of the two and `from_pretrained` copies the other over it
+    Otherwise `save_pretrained` would drop one of the two weights and `from_pretrained` would copy the other over it
     (transformers#45127).
     """
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
@@ -26,21 +26,21 @@ def _untie_if_diverged(model: nn.Module) -> None:
 
 @torch.no_grad()
 def merge(model: ModelT) -> ModelT:
-    """Folds every delta into its base weight, in place, and takes the LoRA modules out.
+    """Adds every delta to its base weight, in place, and takes the LoRA modules out.
 
-    A base weight that is not finite itself stays so: W0 is not read to check it.
+    Base weights are not checked: one that is not finite stays so.
 
     Args:
         model: A model from `inject` or `load_adapter`, its base unquantised.
 
     Returns:
-        The same model in its base architecture: its own `save_pretrained` writes a plain checkpoint.
+        The same model in its base architecture. Its `save_pretrained` writes a plain checkpoint.
 
     Raises:
         LoRAError: The base is quantised, the adapter or the sum is not finite, or there is no adapter.
-            Then the model is unchanged.
+            The model is then unchanged.
     """
-    record = injection(model)
+    state = adapter_state(model)
     layers = list(lora_layers(model))
     for name, layer in layers:  # all are checked before the first weight changes
         if not all(map(is_finite, layer.adapter_tensors().values())):
@@ -51,6 +51,6 @@ def merge(model: ModelT) -> ModelT:
         replace_module(model, name, layer.base_layer)
     for name, module in list(saved_modules(model)):
         replace_module(model, name, module.trained_module)
-    restore_identity(model, record)
+    restore_identity(model, state)
     _untie_if_diverged(model)
     return model

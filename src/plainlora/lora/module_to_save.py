@@ -1,4 +1,4 @@
-"""`modules_to_save`: a module trained whole beside the adapters."""
+"""One of PEFT's `modules_to_save`: a module that is trained whole, beside the LoRA layers."""
 
 import copy
 from typing import Any, cast
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class ModuleToSave(nn.Module):
-    """A module trained whole beside the adapters: a trained copy in front of the frozen original."""
+    """A frozen module and a trained copy of it, which is called in its place."""
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Sums of a weight and a low-rank product, formed in place and rounded once; and what is finite."""
+"""Adds a low-rank product to a weight in place, rounded once; and checks for values that are not finite."""
 
 import math
 from collections.abc import Iterator
@@ -7,11 +7,11 @@ import torch
 
 from plainlora.lora.errors import LoRAError
 
-ROWS = 64  # of a weight, at a time, where a sum cannot be formed in place
+ROWS = 64  # of a weight, summed at a time where dtypes differ
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite. A finite sum has finite terms only, and is one read without a mask."""
+    """Whether no value is NaN or infinite. The sum is tried first: it needs no mask, and if finite all terms are."""
     precision = torch.promote_types(tensor.dtype, torch.float32)
     return math.isfinite(tensor.sum(dtype=precision)) or bool(torch.isfinite(tensor).all())
 
@@ -26,21 +26,20 @@ def _in_precision_of_sum(
 def _sums(
     weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling: float
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """`weight + scaling * left right`, `ROWS` rows at a time: those of the weight, and their sum before rounding."""
+    """Yields `ROWS` rows of the weight at a time, and the same rows of `weight + scaling * left right`, unrounded."""
     for rows, factor in zip(weight.split(ROWS), left.split(ROWS), strict=True):
         yield rows, torch.addmm(rows.to(factor.dtype), factor, right, alpha=scaling)
 
 
 def check_product(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling: float) -> None:
-    """Raises `LoRAError` where the sum that `add_product` forms would overflow the weight's dtype.
+    """Raises `LoRAError` if the sum that `add_product` forms would overflow the weight's dtype.
 
     No element of the product is larger than
 
         |scaling| max_i sum_k |left_ik| max_j |right_kj|
 
-    and less than half a unit in the last place of the largest number of the dtype lifts no finite weight beyond that
-    number. So the weight need not be read; only where the bound is above a quarter, as it is rounded too, is the sum
-    formed.
+    A finite weight cannot overflow by adding less than half a unit in the last place of the dtype's largest number.
+    So the weight is read only if the bound exceeds a quarter of that, which leaves room for the bound's own rounding.
 
     Args:
         weight: `(rows, columns)`.
@@ -59,7 +58,7 @@ def check_product(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor,
 
 
 def add_product(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling: float) -> None:
-    """`weight <- weight + scaling * left right`, in place, rounded once; nothing of the weight's size is allocated.
+    """`weight <- weight + scaling * left right`, in place and rounded once. Allocates nothing of the weight's size.
 
     Args:
         weight: `(rows, columns)`, any floating dtype and any strides.

@@ -1,4 +1,4 @@
-"""What an injected model carries: the record of the injection, its LoRA layers, its wholly trained modules."""
+"""What an injected model carries: its `AdapterState`, its LoRA layers and its `modules_to_save`."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 @dataclass
-class Injection:
-    """What `inject` did to a model, kept on the model as `model.plainlora`.
+class AdapterState:
+    """The adapter's config and what `unwrap` must restore, kept on the model as `model.plainlora`.
 
     Attributes:
-        config: The config as resolved: explicit target names, the classification head in `modules_to_save`.
-        trainable: Names of the parameters that required gradients before, a tied one's under each of its names.
-        biases: The base's own values of the biases that are trained (`bias` of the config), by parameter.
-        new_weights: Frozen parameters that the base's checkpoint lacks, so that they are saved with the adapter.
-        save_pretrained: The model's own, where it had one of its own; `None` where its class's is in force.
+        config: The resolved config: explicit target names, the classification head in `modules_to_save`.
+        trainable: Names of the parameters that required gradients before `inject`, a tied one under each name.
+        biases: The base's values of the biases that are trained (`bias` of the config), by parameter.
+        new_weights: Frozen parameters that the base's checkpoint lacks; they are saved with the adapter.
+        save_pretrained: The model's `save_pretrained`, if set on the instance; `None` if it is its class's.
     """
 
     config: LoraConfig
@@ -34,22 +34,22 @@ class Injection:
     save_pretrained: Callable[..., Any] | None = None
 
 
-def injection(model: nn.Module) -> Injection:
-    """The record of `inject`.
+def adapter_state(model: nn.Module) -> AdapterState:
+    """What `inject` recorded on a model.
 
     Raises:
         LoRAError: The model carries no adapter of this package.
     """
-    record = getattr(model, "plainlora", None)
-    if record is None:
+    state = getattr(model, "plainlora", None)
+    if state is None:
         raise LoRAError(
             f"this {type(model).__name__} carries no PlainLoRA adapter; call inject() or load_adapter() first"
         )
-    return record
+    return state
 
 
 def _wrappers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, LoRALinear | ModuleToSave]]:
-    """What `inject` put in, with full names; unlike `named_modules` it does not look inside them."""
+    """The modules that `inject` put in, with full names. Unlike `named_modules` it does not look inside them."""
     for key, child in module.named_children():
         if isinstance(child, (LoRALinear, ModuleToSave)):
             yield f"{prefix}{key}", child
@@ -63,11 +63,11 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 
 def saved_modules(model: nn.Module) -> Iterator[tuple[str, ModuleToSave]]:
-    """The wholly trained modules with their full names, in the model's own order."""
+    """The modules trained whole with their full names, in the model's own order."""
     return ((name, module) for name, module in _wrappers(model) if isinstance(module, ModuleToSave))
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts a module in the place of the one that has this full name."""
+    """Replaces the module of this full name."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)

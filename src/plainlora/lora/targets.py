@@ -1,4 +1,4 @@
-"""What a `LoraConfig` selects on a model: PEFT's own choice, every name of which must match a linear layer."""
+"""Which modules of a model a `LoraConfig` selects, by PEFT's own code. Every name must match a linear layer."""
 
 import difflib
 import itertools
@@ -37,22 +37,22 @@ class _Matched(Exception):
 
 
 class Selection(LoraModel):
-    """PEFT's resolution of a config on a model, up to where PEFT would begin to change the model.
+    """The modules that PEFT selects for a config on a model. The model is not changed.
 
-    That is `BaseTuner.inject_adapter` with a `_create_and_replace`, the method that each PEFT tuner defines, which
-    only notes the target. Conversions of module names between versions of Transformers are included.
+    This runs PEFT's `BaseTuner.inject_adapter`, with a `_create_and_replace` that only records each target. PEFT's
+    conversions of module names between versions of Transformers are included.
 
     https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/tuners_utils.py
 
     Args:
-        model: The base; it stays as it is.
-        config: The adapter.
+        model: The base; it is not changed.
+        config: The adapter's config.
 
     Attributes:
         selected: Full names of the modules that PEFT adapts, in the model's own order.
-        selected_parameters: Full names of the parameters that it adapts by themselves, in no linear layer.
-        target_parameters: What selects those: of some mixtures of experts PEFT makes such of the names of projections,
-            also where a model has no experts, and passes over the projections.
+        selected_parameters: Full names of the parameters that PEFT adapts outside linear layers.
+        target_parameters: The config's entries that select those. For some mixtures of experts PEFT turns the names of
+            projections into such entries, even if a model has no experts, and then skips the projections.
 
     Raises:
         ValueError: PEFT refuses the config.
@@ -80,7 +80,7 @@ class Selection(LoraModel):
             ) from error
 
     def set_adapter(self, *_: Any, **__: Any) -> NoReturn:
-        """The first that PEFT does once all targets are matched."""
+        """PEFT calls this first after all targets are matched."""
         raise _Matched
 
 
@@ -89,7 +89,7 @@ def _leaf(name: str) -> str:
 
 
 def _names(entry: str, module_name: str) -> bool:
-    """PEFT's rule for an entry of a list: the whole name, or its end after a dot."""
+    """PEFT's rule for an entry of a list: it is the whole name, or the end of the name after a dot."""
     return module_name == entry or module_name.endswith(f".{entry}")
 
 
@@ -106,14 +106,14 @@ def _pattern_hint(pattern: str, linear: Iterable[str]) -> str:
 
 
 def _matches(name: str, **fields: Any) -> object:
-    """Whether PEFT matches a module's name by some fields of a config alone."""
+    """Whether PEFT matches a module's name, given only these fields of a config."""
     return check_target_module_exists(
         SimpleNamespace(**{"target_modules": [], "target_parameters": None} | fields), name
     )
 
 
 def _check_layers(matched: list[str], config: LoraConfig) -> None:
-    """Raises `LoRAError` for a number of `layers_to_transform` in which no target lies."""
+    """Raises `LoRAError` if `layers_to_transform` names a layer without a target."""
     layers = config.layers_to_transform
     ends = set(map(_leaf, matched))
 
@@ -124,13 +124,13 @@ def _check_layers(matched: list[str], config: LoraConfig) -> None:
     for layer in [layers] if isinstance(layers, int) else layers or ():
         if not has_target(layer):
             numbers = sorted({int(part) for name in matched for part in name.split(".") if part.isdecimal()})
-            there = [number for number in numbers if has_target(number)]
-            has = f"they lie in the layers {there[0]} to {there[-1]}" if there else "they lie in no layer"
+            present = [number for number in numbers if has_target(number)]
+            has = f"they lie in the layers {present[0]} to {present[-1]}" if present else "they lie in no layer"
             raise LoRAError(f"layers_to_transform: there is no target module in layer {layer}; {has}")
 
 
 def check_expressions(model: nn.Module, config: LoraConfig) -> None:
-    """Raises `LoRAError` for a field whose regular expressions cannot be matched with a model's names."""
+    """Raises `LoRAError` for a field whose regular expressions fail on the names of a model's modules."""
     names = [name for name, _ in model.named_modules()]
     layers = {"target_modules": set(map(_leaf, names)), "layers_to_transform": 0}
     checks: list[tuple[str, Callable[[str], object]]] = [
@@ -145,12 +145,12 @@ def check_expressions(model: nn.Module, config: LoraConfig) -> None:
         try:
             for name in names:
                 match(name)
-        except (re.error, ValueError) as error:  # such as a group of a name, or a flag, that has no place there
+        except (re.error, ValueError) as error:  # such as a flag in the middle of the expression
             raise LoRAError(f"{field}: it cannot be matched with names of modules ({error})") from error
 
 
 def _check_names(model: nn.Module, config: LoraConfig, linear: list[str]) -> None:
-    """Raises `LoRAError` for a name or number that changes nothing: PEFT lets it pass (peft#3693)."""
+    """Raises `LoRAError` for a name or a layer number that matches nothing; PEFT ignores it (peft#3693)."""
     names, wanted = [name for name, _ in model.named_modules() if name], config.target_modules
     if wanted is not None and not isinstance(wanted, str):
         for entry in sorted(wanted):
@@ -168,7 +168,7 @@ def _model_type(model: nn.Module) -> str:
 
 
 def _explain_none(model: nn.Module, config: LoraConfig, linear: list[str]) -> LoRAError:
-    """What to say where PEFT finds no target."""
+    """The error for a config with which PEFT finds no target."""
     wanted: str | Sequence[str] | None = config.target_modules
     wanted = DEFAULT_TARGETS[_model_type(model)] if wanted is None else wanted
     everything = isinstance(wanted, str) and wanted.lower() == "all-linear"
@@ -185,7 +185,7 @@ def _explain_none(model: nn.Module, config: LoraConfig, linear: list[str]) -> Lo
 
 
 def _explain_parameters(model: nn.Module, found: Selection, strict: bool) -> LoRAError:
-    """What to say where PEFT also adapts parameters that are no linear layer's: experts and their router."""
+    """The error for a config with which PEFT adapts parameters outside linear layers: experts and their router."""
     parameters = found.selected_parameters or sorted(found.target_parameters)
     linear = [name for name in found.selected if is_supported(model.get_submodule(name))]
     advice = "name other modules"
@@ -199,7 +199,7 @@ def _explain_parameters(model: nn.Module, found: Selection, strict: bool) -> LoR
 
 
 def _lost_by_peft(model: nn.Module, config: LoraConfig, selected: Sequence[str]) -> list[str]:
-    """Modules whose A and B PEFT's loading would take for other weights of an older checkpoint's.
+    """Modules whose A and B PEFT would rename on loading, as if they came from an older checkpoint.
 
     https://github.com/huggingface/peft/blob/v0.21.2/src/peft/utils/transformers_weight_conversion.py
     """
@@ -212,7 +212,7 @@ def _lost_by_peft(model: nn.Module, config: LoraConfig, selected: Sequence[str])
 
 
 def condense(names: list[str], model: nn.Module) -> list[str]:
-    """The shortest ends of names that select exactly these modules: what a config file should say."""
+    """The shortest suffixes that select exactly these modules, for `target_modules` of a config file."""
     for parts in (1, 2):  # `c_proj`, or `mlp.c_proj`
         ends = sorted({".".join(name.split(".")[-parts:]) for name in names})
         selected = [name for name, _ in model.named_modules() if any(_names(end, name) for end in ends)]
@@ -227,16 +227,16 @@ def find_targets(model: nn.Module, config: LoraConfig, strict: bool = True) -> l
 
 
 def find_target_modules(model: nn.Module, config: LoraConfig, strict: bool = True) -> dict[str, nn.Module]:
-    """The modules that PEFT would adapt by full name, in the model's own order.
+    """The modules that PEFT would adapt, by full name, in the model's own order.
 
     Args:
-        model: The base model; its skeleton on the meta device will do.
+        model: The base model; one on the meta device will do.
         config: `target_modules` is a list of names, a regular expression, `"all-linear"`, or `None` for the default.
-        strict: Whether a single name of a list that matches nothing is an error (PEFT lets it pass, peft#3693).
+        strict: Whether a single name of a list that matches nothing is an error (PEFT ignores it, peft#3693).
 
     Raises:
         LoRAError: Nothing matches, a name matches nothing, a match is not a linear layer, or PEFT would also adapt
-            parameters that lie in none.
+            parameters outside linear layers.
     """
     check_expressions(model, config)
     modules = dict(model.named_modules())
@@ -278,13 +278,13 @@ def find_target_modules(model: nn.Module, config: LoraConfig, strict: bool = Tru
 
 
 def _what(module: nn.Module) -> str:
-    """`a Embedding`, or, of a linear layer, what is unknown about it: `a Linear whose weight is a Float8Tensor`."""
+    """The class for a message; for a linear layer also its weight's: `a Linear whose weight is a Float8Tensor`."""
     unknown = isinstance(module, (nn.Linear, Conv1D)) and find_storage(module) is None
     return f"a {type(module).__name__}" + (f" whose weight is a {type(module.weight).__name__}" if unknown else "")
 
 
 def find_modules_to_save(model: nn.Module, config: LoraConfig, targets: Collection[str]) -> list[str]:
-    """Full names of the modules trained whole beside the adapters (PEFT's rule: the name ends with the entry).
+    """Full names of the modules that `modules_to_save` selects (PEFT's rule: the name ends with the entry).
 
     Raises:
         LoRAError: An entry that the user wrote matches nothing, or a module that holds one of the targets.
@@ -313,13 +313,13 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig, targets: Collecti
 
 
 def modules_to_save(config: LoraConfig) -> list[str]:
-    """The entries of the config, and the heads that PEFT adds to them for its task: a new head must be trained."""
+    """`modules_to_save` of the config, with the heads that PEFT adds for its task type."""
     own = config.modules_to_save or []
     return [*own, *(head for head in TASK_HEADS.get(config.task_type or "", ()) if head not in own)]
 
 
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters outside the backbone, by name: what a task adds to a pretrained checkpoint."""
+    """The parameters outside the backbone, by name."""
     backbone = getattr(model, "base_model_prefix", "")
     if backbone and not hasattr(model, backbone):
         return {}  # the model is a backbone itself
@@ -327,17 +327,17 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def find_new_weights(model: nn.Module, config: LoraConfig, names: Collection[str]) -> set[nn.Parameter]:
-    """The parameters that must be saved with the adapter because neither the base's checkpoint nor it holds them.
+    """The frozen parameters that must be saved with the adapter because the base's checkpoint lacks them.
 
-    A head that is neither trained nor in a checkpoint would be drawn anew at every loading (peft#876).
+    Otherwise such a head would be initialised anew at every loading (peft#876).
 
     Args:
-        model: The base model, untouched.
-        config: A parameter of one of its `modules_to_save` is left out: the trained copy is saved.
+        model: The base model, without an adapter.
+        config: Parameters in its `modules_to_save` are left out: their trained copy is saved.
         names: Names of the parameters that the base's checkpoint lacks.
 
     Raises:
-        LoRAError: A name is no parameter's, or its parameter is quantised or inside the backbone.
+        LoRAError: There is no parameter of a name, or it is quantised or inside the backbone.
     """
     if not names:
         return set()
@@ -361,7 +361,7 @@ def find_new_weights(model: nn.Module, config: LoraConfig, names: Collection[str
     return found
 
 
-@cache  # there may be more keys than the 512 that `re` remembers
+@cache  # there may be more keys than the 512 that `re` caches
 def _end(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")
 
@@ -372,7 +372,7 @@ def value_for(pattern: dict[str, int], name: str, default: int) -> int:
 
 
 def check_patterns(config: LoraConfig, targets: Collection[str]) -> None:
-    """Raises `LoRAError` for a key of `rank_pattern` or `alpha_pattern` that fits no target."""
+    """Raises `LoRAError` for a key of `rank_pattern` or `alpha_pattern` that matches no target."""
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field) or {}:
             if not any(map(_end(key).match, targets)):

@@ -1,6 +1,6 @@
-"""How a base layer stores W0: one file a kind.
+"""How a base layer stores W0: one file for each kind of storage.
 
-A new kind is a class in a file of its own, and its place in `STORAGES`. Nothing else in the package names a kind.
+To add one, write a subclass of `Storage` in a file of its own and add it to `STORAGES`; nothing else names it.
 """
 
 from typing import cast
@@ -19,15 +19,15 @@ STORAGES: tuple[Storage, ...] = (Bits4(), Bits8(), Int8(), Transposed(), Dense()
 
 
 def find_storage(module: nn.Module) -> Storage | None:
-    """How a module stores its weight; `None` if it is no linear layer, or stores it in a way that none here knows."""
+    """The storage of a module's weight; `None` if it is not a linear layer, or its storage is not supported."""
     return next((storage for storage in STORAGES if storage.matches(module)), None)
 
 
 def storage_of(module: nn.Module) -> Storage:
-    """How a linear layer stores its weight.
+    """The storage of a linear layer's weight.
 
     Raises:
-        LoRAError: In a way that none here knows.
+        LoRAError: It is not supported.
     """
     storage = find_storage(module)
     if storage is None:
@@ -37,9 +37,10 @@ def storage_of(module: nn.Module) -> Storage:
 
 
 def is_supported(module: nn.Module) -> bool:
-    """Whether LoRA can wrap the module: a linear map, whatever its class.
+    """Whether LoRA can wrap the module, that is, whether it computes a linear map.
 
-    Some routers and grouped projections are subclasses of `nn.Linear` that return something else; a subclass is asked.
+    Some routers and grouped projections are subclasses of `nn.Linear` that compute something else, so a subclass is
+    run on zeros to see the shape of its output.
     """
     storage = find_storage(module)
     return storage is not None and (storage.quantized or storage.is_fusable(module) or _maps_linearly(module, storage))
@@ -47,7 +48,7 @@ def is_supported(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _maps_linearly(module: nn.Module, storage: Storage) -> bool:
-    """Whether `(2, d_in)` becomes `(2, d_out)`; nothing is computed on the meta device."""
+    """Whether the module maps `(2, d_in)` to `(2, d_out)`."""
     d_in, d_out = storage.features(module)
     weight = cast(torch.Tensor, module.weight)
     try:
@@ -58,13 +59,13 @@ def _maps_linearly(module: nn.Module, storage: Storage) -> bool:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether the module is a linear layer of few bits."""
+    """Whether the module is a linear layer with a quantised weight."""
     storage = find_storage(module)
     return storage is not None and storage.quantized
 
 
 def is_fusable(module: nn.Module) -> bool:
-    """Whether the input gradient of a frozen module is `dh W0`, with a W0 that `dense_weight` gives."""
+    """Whether the input gradient of a frozen module is `dh W0`, with the W0 of `dense_weight`."""
     storage = find_storage(module)
     return storage is not None and storage.is_fusable(module)
 

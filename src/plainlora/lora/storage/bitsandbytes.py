@@ -1,4 +1,4 @@
-"""bitsandbytes' layers of 4 bits (NF4, FP4) and 8 bits. bitsandbytes is never imported from here."""
+"""bitsandbytes' 4-bit (NF4, FP4) and 8-bit layers. bitsandbytes is not imported here."""
 
 import sys
 from typing import cast
@@ -20,7 +20,7 @@ class _Bitsandbytes(Storage):
         return bitsandbytes is not None and isinstance(module, getattr(bitsandbytes.nn, self.class_name))
 
     def dropped_dtype(self, x: torch.Tensor, adapter: torch.dtype) -> torch.dtype:
-        """Where CUDA's autocast is on, PEFT leaves the cast to it and drops elements of `x` as it is.
+        """Under CUDA's autocast PEFT does not cast `x` before the dropout.
 
         https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/bnb.py (`requires_conversion`)
         """
@@ -40,7 +40,7 @@ class Bits4(_Bitsandbytes):
 
 
 class Bits8(_Bitsandbytes):
-    """`Linear8bitLt`. Its products are bitsandbytes' own, with the input's outliers apart."""
+    """`Linear8bitLt`, which multiplies the input's outliers apart and so has its own backward pass."""
 
     class_name = "Linear8bitLt"
 

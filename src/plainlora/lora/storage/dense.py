@@ -1,4 +1,4 @@
-"""`nn.Linear`: W0 as it is, `(d_out, d_in)`."""
+"""`nn.Linear`: W0 stored as `(d_out, d_in)`."""
 
 from typing import cast
 
@@ -11,9 +11,9 @@ from plainlora.lora.storage.interface import Storage
 
 
 def is_plain(weight: object) -> bool:
-    """Whether a tensor holds the values that it shows. A subclass of `torch.Tensor` may hold anything in its place.
+    """Whether a tensor stores its values directly: a subclass of `torch.Tensor` may store something else.
 
-    Known to be plain are a tensor without values, by which memory is counted, and a shard of one (DTensor).
+    FakeTensor (with which memory is counted) and DTensor (a shard) count as plain.
     """
     if type(weight) in (nn.Parameter, torch.Tensor) or isinstance(weight, FakeTensor):
         return True
@@ -21,7 +21,7 @@ def is_plain(weight: object) -> bool:
 
 
 def inner_tensors(weight: torch.Tensor) -> list[torch.Tensor]:
-    """The plain tensors that hold a weight: itself, or what a tensor of another class is made of (int8 and scales).
+    """The plain tensors that hold a weight: itself, or the parts of a tensor subclass (int8 values and scales).
 
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/utils/_python_dispatch.py (`is_traceable_wrapper_subclass`)
     """

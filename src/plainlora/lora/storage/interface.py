@@ -1,4 +1,4 @@
-"""What is to be known of a kind of base layer."""
+"""The interface of a storage: what LoRA must know about a base layer."""
 
 from abc import ABC, abstractmethod
 from typing import cast
@@ -13,8 +13,8 @@ class Storage(ABC):
     """One way in which a linear layer stores its frozen W0, `(d_out, d_in)`.
 
     Attributes:
-        transposed: Whether the weight lies as `(d_in, d_out)`: `fan_in_fan_out` of a `LoraConfig`.
-        quantized: Whether the weight is rounded to few bits, so that no delta is added to it.
+        transposed: Whether the weight is stored as `(d_in, d_out)`: `fan_in_fan_out` of a `LoraConfig`.
+        quantized: Whether the weight is quantised, so that no delta can be added to it.
     """
 
     transposed = False
@@ -22,7 +22,7 @@ class Storage(ABC):
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
-        """Whether the module stores its weight so. A library that is not imported yet has made no module."""
+        """Whether the module stores its weight this way. If a library is not imported, no module is of its classes."""
 
     def features(self, module: nn.Module) -> tuple[int, int]:
         """`(d_in, d_out)`."""
@@ -38,10 +38,9 @@ class Storage(ABC):
         return True
 
     def dropped_dtype(self, x: torch.Tensor, adapter: torch.dtype) -> torch.dtype:
-        """The dtype of `x` in `dropout(x)`, as PEFT has it: the adapter's, except where PEFT leaves it to autocast.
+        """The dtype of `x` in `dropout(x)`, as in PEFT: the adapter's, unless PEFT leaves the cast to autocast.
 
-        This is more than rounding: on CUDA a thread draws for 16 bytes of `x` at a time, so the mask depends on the
-        dtype.
+        On CUDA the dropout mask depends on it: a thread draws for 16 bytes of `x` at a time.
 
         https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/cuda/Dropout.cu (`get_vector_size`)
 
@@ -53,7 +52,7 @@ class Storage(ABC):
         return adapter
 
     def writable_weight(self, module: nn.Module) -> torch.Tensor:
-        """The stored weight itself as `(d_out, d_in)`, for a delta to be added to.
+        """The stored weight itself as `(d_out, d_in)`, to be changed in place.
 
         Raises:
             LoRAError: The weight is quantised.

@@ -1,4 +1,4 @@
-"""torchao's int8: an `nn.Linear` whose weight is a tensor of another class. torchao is never imported from here."""
+"""torchao's int8: an `nn.Linear` whose weight is a tensor subclass. torchao is not imported here."""
 
 import sys
 
