@@ -1,1 +1,1 @@
-"""What makes it fast, each the same map as what it takes the place of: LoRA layers, loss heads, activations."""
+"""Faster forms of LoRA layers, loss heads and activations. Each computes the same function as what it replaces."""

@@ -1,10 +1,10 @@
-"""SwiGLU (Shazeer 2020, arXiv:2002.05202, section 2) that keeps its two inputs alone for the backward pass.
+"""SwiGLU (Shazeer 2020, arXiv:2002.05202, section 2) that keeps only its two inputs for the backward pass.
 
     y = silu(g) * u          silu(g) = g sigmoid(g)
 
     dg = dy u sigmoid(g) (1 + g (1 - sigmoid(g)))          du = dy silu(g)
 
-Written as two operations it keeps silu(g) as well, as large as either input.
+As two operations, silu and a product, autograd also keeps silu(g), which is as large as either input.
 """
 
 from typing import Any, cast

@@ -1,4 +1,4 @@
-"""`fuse(model or trainer)`: everything that has a fused form computes it, in place; `unfuse` undoes it."""
+"""`fuse(model or trainer)` replaces, in place, every forward pass that has a fused form; `unfuse` undoes it."""
 
 import logging
 import sys
@@ -41,7 +41,7 @@ def _forward_own(layer: LoRALinear, x: torch.Tensor, *args: Any, **kwargs: Any) 
 
 
 def _forward_peft(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """What PEFT's `lora.Linear.forward` computes for its active adapters; whatever else it can do, it does itself.
+    """PEFT's `lora.Linear.forward` for its active adapters; anything beyond that is left to PEFT's own forward.
 
     https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/layer.py
     """
@@ -52,7 +52,7 @@ def _forward_peft(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> tor
         return type(layer).forward(layer, x, *args, **kwargs)
     lora_a, lora_b = layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight
     scaling = layer.scaling[names[0]]
-    if len(names) > 1:  # one map of the sum of the ranks
+    if len(names) > 1:  # one LoRA whose rank is the sum of the ranks
         lora_a = torch.cat([layer.lora_A[name].weight for name in names])
         lora_b = torch.cat([layer.lora_B[name].weight * layer.scaling[name] for name in names], dim=1)
         scaling = 1.0
@@ -60,7 +60,7 @@ def _forward_peft(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> tor
 
 
 def _gelu(_: NewGELUActivation, x: torch.Tensor) -> torch.Tensor:
-    """`0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))` in one kernel that keeps x alone, not in eight.
+    """`0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))` in one kernel, not eight, that keeps only x.
 
     https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/activations.py
     """
@@ -73,7 +73,7 @@ def _gated(mlp: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _rest_of(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., torch.Tensor]]]:
-    """What else has a leaner form, and that form."""
+    """The activations and MLPs that have a fused form, each with it."""
     for module in model.modules():
         if isinstance(module, NewGELUActivation):
             yield module, _gelu
@@ -99,7 +99,7 @@ class FuseReport:
     """What `fuse` covered.
 
     Attributes:
-        fused: How many modules of each kind compute the fused form.
+        fused: How many modules of each kind are fused.
         unchanged: Names of the LoRA layers that keep their own forward pass.
     """
 
@@ -113,21 +113,21 @@ class FuseReport:
 
 
 def fuse(target: nn.Module | Trainer) -> FuseReport:
-    """Gives a model, or the model of a trainer, the fused forward pass of everything that has one; `unfuse` undoes it.
+    """Fuses a model, or the model of a trainer, in place; `unfuse` undoes it.
 
     LoRA layers become one autograd Function, GPT-2's GELU and SwiGLU keep fewer tensors for the backward pass, and the
-    loss of an SFTTrainer is computed in one pass wherever that is the model's own loss. Unsupported layers are left
-    unchanged: 8-bit layers, embeddings, convolutions; DoRA and other variants go PEFT's own way.
+    loss of an SFTTrainer is computed in one pass if that gives the model's own loss. Unsupported layers are left
+    unchanged: 8-bit layers, embeddings, convolutions, DoRA and other variants.
 
-    With an existing TRL + PEFT script it is one line after the trainer is made. A model may be fused where it is:
-    nothing is copied, and state dictionaries stay as they are.
+    In an existing TRL + PEFT script, add one line after the trainer is made. Nothing is copied, and state dictionaries
+    do not change.
 
     Args:
         target: A model from `plainlora.inject`, `plainlora.load_adapter`, `peft.get_peft_model` or
             `PeftModel.from_pretrained`, or any Trainer of Transformers or TRL that trains one.
 
     Returns:
-        What is fused, and what is left unchanged.
+        How much is fused, and which LoRA layers are left unchanged.
     """
     if not isinstance(target, nn.Module):
         return _fuse_trainer(target)
@@ -150,18 +150,18 @@ def fuse(target: nn.Module | Trainer) -> FuseReport:
 
 def _fuse_trainer(trainer: Trainer) -> FuseReport:
     report = fuse(cast(nn.Module, trainer.model))
-    trl = sys.modules.get("trl")  # which a trainer of it has imported
+    trl = sys.modules.get("trl")  # imported already if this is a trainer of TRL
     if trl is None or not isinstance(trainer, trl.SFTTrainer):
         return report
     from plainlora.fast.loss_head import use_one_pass_head  # noqa: PLC0415
 
-    if "loss_choice" not in vars(trainer):  # once: `unfuse` gives back the head that was there before
+    if "loss_choice" not in vars(trainer):  # only once, so that `unfuse` restores the trainer's own head
         use_one_pass_head(trainer)
     return FuseReport(report.fused | {"loss head": 1}, report.unchanged)
 
 
 def unfuse(target: nn.Module | Trainer) -> None:
-    """Gives every module its own forward pass again, and a trainer its own loss: the inverse of `fuse`.
+    """Restores every module's own forward pass, and a trainer's own loss: the inverse of `fuse`.
 
     Args:
         target: As for `fuse`.

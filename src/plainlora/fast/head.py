@@ -3,9 +3,9 @@
     z = W h + b             log p = z[y] - logsumexp(z)             d log p / dh = W[y] - softmax(z) W
 
 The head W is frozen, so the backward pass needs no logits: the gradient of each token's log-probability with respect
-to its own hidden state, `(N, d)`, is computed in the forward pass, chunk by chunk, and the backward pass is one
-product by the gradient of each log-probability. That is 4 N d V operations where recomputing the logits takes 6 N d V,
-and the logits of one chunk are all that is ever there. Tokens without a label are left out.
+to its own hidden state, `(N, d)`, is computed in the forward pass, chunk by chunk. The backward pass multiplies it by
+the gradient of each log-probability. That takes 4 N d V operations, where recomputing the logits takes 6 N d V, and
+only the logits of one chunk are in memory at a time. Tokens without a label are left out.
 """
 
 from dataclasses import dataclass
@@ -18,24 +18,25 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-# On a CPU: fewer make the products slower, more do not make them faster. On two cores and vocabularies of 32,000 to
-# 151,936 words, 128 took 1.05 to 1.20 of two bare products, 64 took 1.36 to 1.50.
+# Tokens on a CPU. Fewer make the products slower, more do not make them faster: on two cores and vocabularies of
+# 32,000 to 151,936 words, 128 took 1.05 to 1.20 times the time of the two products alone, 64 took 1.36 to 1.50.
 CHUNK = 128
-# On CUDA, counted and not measured: a chunk of n tokens takes 4 n d V operations and reads W twice, n operations for
-# each byte of it in half precision. An H100 computes 295 (989 TFLOPS) while it reads a byte (3.35 TB/s), a T4 about
-# 200: 128 tokens wait for memory, 1,024 do not. More help where d is small: the (n, d) product of 1,024 tokens and
-# d = 768 is 48 tiles of 128 by 128, fewer than an H100's 132 multiprocessors. The fp32 logits take as many bytes as
-# TRL's own tile in half precision, unless 1,024 tokens take more. Whether TRL's Triton head is faster is not known.
+# Tokens on CUDA, estimated and not measured. A chunk of n tokens takes 4 n d V operations and reads W twice, which is
+# n operations for each byte of W in half precision. An H100 computes 295 operations (989 TFLOPS) while it reads a byte
+# (3.35 TB/s), a T4 about 200: 128 tokens wait for memory, 1,024 do not. A larger chunk helps if d is small: the (n, d)
+# product of 1,024 tokens and d = 768 is 48 tiles of 128 by 128, fewer than an H100's 132 multiprocessors. The fp32
+# logits take as many bytes as TRL's own tile in half precision, unless 1,024 tokens take more. Whether TRL's Triton
+# head is faster is not known.
 LEAST_ON_CUDA, MOST_ON_CUDA = 1024, 4096
 LOGITS_ON_CUDA = 4096 * 32768 * 2  # bytes
 
 
 def chunk_size(device: str, vocabulary: int) -> int:
-    """Tokens whose logits are there at a time.
+    """How many tokens' logits are computed at a time.
 
     Args:
-        device: Its type.
-        vocabulary: Words.
+        device: The device's type.
+        vocabulary: Size of the vocabulary.
     """
     if device != "cuda":
         return CHUNK
@@ -44,21 +45,21 @@ def chunk_size(device: str, vocabulary: int) -> int:
 
 
 def gradient_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the gradients of hidden states are kept until that of the loss multiplies them.
+    """The dtype in which the gradients of hidden states are kept until the backward pass.
 
-    On CUDA at least fp32, in which its products of half precision are summed: so the product with the loss's gradient
-    is rounded once. In fp16 that gradient is the loss scale over the number of tokens, and may be above 65,504, the
-    largest number, where the product is not. On a CPU the hidden states' own.
+    On a CPU it is that of the hidden states. On CUDA it is at least fp32, in which products of half precision are
+    summed, so that the product with the loss's gradient is rounded only once. In fp16 the loss's gradient (the loss
+    scale divided by the number of tokens) may exceed 65,504, the largest number, even if the product does not.
 
     Args:
-        device: Its type.
-        dtype: Of the hidden states.
+        device: The device's type.
+        dtype: The dtype of the hidden states.
     """
     return torch.promote_types(dtype, torch.float32) if device == "cuda" else dtype
 
 
 def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
-    """`out = left @ right`, both in the dtype of `right`; on CUDA its fp32 sums of half precision are not rounded."""
+    """`out = left @ right`, both in the dtype of `right`; on CUDA an fp32 `out` gets the sums without rounding."""
     left = left.to(right.dtype)
     if right.dtype == out.dtype:
         torch.mm(left, right, out=out)
@@ -69,7 +70,7 @@ def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> Non
 
 
 def entropy_of(log_probs: torch.Tensor) -> torch.Tensor:
-    """`-sum p log p` in nats, `(n, V) -> (n,)`. Few rows at a time: it makes two tensors of their size beside them."""
+    """`-sum p log p` in nats, `(n, V) -> (n,)`. A few rows at a time, because it allocates twice their size."""
     return -torch.cat([torch.linalg.vecdot(rows.exp(), rows) for rows in log_probs.split(CHUNK)])
 
 
@@ -88,23 +89,23 @@ class TokenLogProbs(torch.autograd.Function):
         """Computes both the log-probabilities and their gradients.
 
         Args:
-            ctx: Keeps the gradients, `(N, d)`.
+            ctx: Saves the gradients, `(N, d)`.
             hidden: `(N, d)`.
             labels: `(N,)`, none of them -100.
             weight: `(V, d)`, frozen.
             bias: `(V,)`, frozen, or `None`.
-            statistics: `(2, N)` to be filled with entropy (nats) and whether the label is the likeliest token; `None`
-                to leave both out.
+            statistics: `(2, N)`, filled with entropy (nats) and whether the label is the likeliest token; `None` to
+                compute neither.
         """
         device = hidden.device.type
-        if torch.is_autocast_enabled(device):  # which would cast the weight anew for every chunk
+        if torch.is_autocast_enabled(device):  # cast the weight once, not for every chunk
             weight = weight.to(torch.get_autocast_dtype(device))
         precision = torch.promote_types(hidden.dtype, torch.float32)
         log_probs = hidden.new_empty(len(labels), dtype=precision)
         kept = gradient_dtype(device, hidden.dtype)
         gradient = torch.empty_like(hidden, dtype=kept) if ctx.needs_input_grad[0] else None
         size = chunk_size(device, len(weight))
-        all_logits = hidden.new_empty((min(size, len(labels)), len(weight)), dtype=precision)  # one buffer for all
+        all_logits = hidden.new_empty((min(size, len(labels)), len(weight)), dtype=precision)  # reused
         for start in range(0, len(labels), size):
             part = slice(start, start + size)
             chosen = labels[part, None]  # (n, 1)
@@ -130,7 +131,7 @@ class TokenLogProbs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Each token's gradient, times that of its log-probability."""
+        """Each token's saved gradient times the gradient of its log-probability."""
         (gradient,) = ctx.saved_tensors
         product = gradient * gradients[0].to(gradient.dtype).neg()[:, None]
         return product.to(ctx.dtype), None, None, None, None
@@ -138,12 +139,12 @@ class TokenLogProbs(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class LabelledTokens:
-    """The tokens whose next one has a label. They are looked for once: the host waits until a GPU says how many.
+    """The tokens whose next token has a label. Found once a batch, because finding them makes the host wait for a GPU.
 
     Attributes:
-        mask: Which tokens these are, the last of each row left out, `(batch, length - 1)`.
-        labels: Of the token after each, `(N,)`.
-        index: Where each is among all tokens of the batch, `(N,)`.
+        mask: Whether a token is one of them, `(batch, length - 1)`: the last of each row is left out.
+        labels: The label of the token after each, `(N,)`.
+        index: The position of each among all tokens of the batch, `(N,)`.
     """
 
     mask: torch.Tensor
@@ -166,13 +167,13 @@ class LabelledTokens:
         return states.flatten(0, 1).index_select(0, self.index)
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
-        """`(N,)` to `(batch, length - 1)`, 0 elsewhere; connected to the model even where no token has a label."""
-        rows = self.index // (self.mask.shape[1] + 1)  # each has one token less here
+        """`(N,)` to `(batch, length - 1)`, 0 elsewhere. The result has a graph even if no token has a label."""
+        rows = self.index // (self.mask.shape[1] + 1)  # each row of the mask is one token shorter
         return values.new_zeros(self.mask.numel()).index_copy(0, self.index - rows, values).view(self.mask.shape)
 
 
 def is_covered(model: PreTrainedModel) -> bool:
-    """Whether a model has a frozen W, and b, to read. Whether its logits are `W h + b`: see `fast.loss_head`."""
+    """Whether the output embedding is a frozen `nn.Linear`. `fast.loss_head` checks that it gives the logits."""
     head = model.get_output_embeddings()
     return type(head) is nn.Linear and not head.weight.requires_grad and head.weight.is_floating_point()
 
@@ -185,7 +186,7 @@ def one_pass_output(
     with_statistics: bool = True,
     **kwargs: Any,
 ) -> FusedCausalLMOutput:
-    """What TRL's fused head gives (`trl.trainer.utils.add_fused_lm_head`), in one pass.
+    """The output of TRL's fused head (`trl.trainer.utils.add_fused_lm_head`), computed in one pass.
 
     https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/utils.py
 
@@ -193,7 +194,7 @@ def one_pass_output(
         model: A causal language model whose logits are `W h + b`.
         *args: For its decoder.
         labels: `(batch, length)`, -100 where there is none.
-        num_items_in_batch: What the sum over tokens is divided by; their number if left out.
+        num_items_in_batch: The divisor of the sum over tokens; the number of tokens with a label if left out.
         with_statistics: Whether to compute token accuracy and entropy.
         **kwargs: For its decoder.
     """
@@ -214,14 +215,14 @@ def fused_output(
     is_top1: torch.Tensor,
     num_items_in_batch: Any = None,
 ) -> FusedCausalLMOutput:
-    """Figures of the tokens that have a label, `(N,)`, in the shape in which SFTTrainer reads them.
+    """Puts the figures of the tokens with a label, each `(N,)`, into the shape that SFTTrainer reads.
 
     Args:
-        tokens: Which these are.
-        log_probs: Of each label.
-        entropy: Of each distribution, in nats.
+        tokens: The tokens with a label.
+        log_probs: Log-probability of each label.
+        entropy: Entropy of each distribution, in nats.
         is_top1: Whether the label is the likeliest token.
-        num_items_in_batch: What the sum over tokens is divided by; their number if left out.
+        num_items_in_batch: The divisor of the sum over tokens; the number of tokens with a label if left out.
     """
     items = tokens.mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     every = tokens.spread(log_probs)

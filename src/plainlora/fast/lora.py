@@ -1,4 +1,4 @@
-"""The map of `layer.py` as one autograd Function: less time, less memory, the same result up to rounding.
+"""The LoRA layer of `lora/layer.py` as one autograd Function: less time, less memory, the same result up to rounding.
 
     h = W0 x + b + s B A (m * x)              s = scaling / (1 - p), m the dropout's mask, all ones without dropout
 
@@ -8,8 +8,8 @@
     dx = dh W0 + m * (s g A)                  (N, d_in)
 
 The reference form allocates four outputs, sums two input gradients, and saves a dropped copy of x with an fp32 mask.
-Here the low-rank product is accumulated into the base's own output (`addmm_`), the scaling is applied at rank r, one
-input gradient is accumulated in place, and x, the rank-r activation and a boolean mask are all that is saved.
+Here the low-rank product is accumulated into the base's own output (`addmm_`), the scaling is applied at rank r, and
+one input gradient is accumulated in place. Only x, the rank-r activation and a boolean mask are saved.
 """
 
 from typing import Any, NamedTuple, cast
@@ -27,7 +27,7 @@ class Dropped(NamedTuple):
     Attributes:
         kept: `(..., d_in)`, in x's dtype.
         mask: Which elements of x are kept, as booleans; `None` for all.
-        divisor: What is not divided by yet (dimensionless).
+        divisor: By which `kept` is still to be divided (dimensionless).
     """
 
     kept: torch.Tensor
@@ -36,30 +36,30 @@ class Dropped(NamedTuple):
 
 
 def drop(x: torch.Tensor, p: float, dtype: torch.dtype) -> Dropped:
-    """What `nn.Dropout(p)` makes of x, drawn from the same random stream.
+    """`nn.Dropout(p)` of x, with the same random numbers.
 
     Args:
         x: `(..., d_in)`.
         p: Probability of dropping an element, in [0, 1).
-        dtype: In which PEFT would drop them. A CPU draws the same for all.
+        dtype: The dtype in which PEFT applies the dropout. On a CPU the mask does not depend on it.
     """
     if p == 0:
         return Dropped(x, None, 1.0)
     if x.device.type == "cuda":
         return drop_in_one_kernel(x, p, dtype)
     mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
-    # A product by bytes; by booleans PyTorch would first make a copy of the mask in x's dtype.
+    # A product with bytes; with booleans PyTorch would first copy the mask in x's dtype.
     return Dropped(x * mask.view(torch.uint8), mask, 1 - p)
 
 
 def drop_in_one_kernel(x: torch.Tensor, p: float, dtype: torch.dtype) -> Dropped:
-    """As `drop`, for p > 0: CUDA's kernel gives the mask, and the elements kept divided by 1 - p."""
+    """As `drop`, for p > 0, by CUDA's own kernel, which has divided by 1 - p already."""
     dropped, mask = torch.native_dropout(x.to(dtype), p, True)
     return Dropped(dropped.to(x.dtype), mask, 1.0)
 
 
 class _LowRankSum(torch.autograd.Function):
-    """`h, x, A, B -> h + s B A (m * x)`, with `h = W0 x + b` computed here too."""
+    """`x, b, A, B -> W0 x + b + s B A (m * x)`."""
 
     @staticmethod
     def forward(
@@ -79,18 +79,18 @@ class _LowRankSum(torch.autograd.Function):
         h.view(-1, h.shape[-1]).addmm_(down.to(h.dtype), lora_b.to(h.dtype).T, alpha=scaling / divisor)
         ctx.save_for_backward(x, down, lora_a, lora_b, mask)
         ctx.base, ctx.scaling, ctx.scaling_of_down = base, scaling / (1 - p), scaling / divisor
-        return h.detach()  # a linear layer returns a view, which no model's code could then change in place
+        return h.detach()  # not a view, so that a model's code may change it in place
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of x, the bias, A and B. Their dtypes are said here, so the caller's autocast has no say."""
+        """Gradients of x, the bias, A and B, in dtypes set here: autocast is switched off."""
         with torch.autocast(gradients[0].device.type, enabled=False):
             return *_gradients(ctx, gradients[0].reshape(-1, gradients[0].shape[-1])), None, None, None
 
 
 def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """Of x, the bias, A and B, from `(N, d_out)`."""
+    """Gradients of x, the bias, A and B, from that of h, `(N, d_out)`."""
     x, down, lora_a, lora_b, mask = ctx.saved_tensors
     needs_x, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
     through_b = (grad @ lora_b.to(grad.dtype)).mul_(ctx.scaling)  # (N, r)
@@ -111,7 +111,7 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if mask is None:
             grad_x.addmm_(through_b, lora_a.to(grad.dtype))
         else:
-            through_a = torch.mm(through_b, lora_a.to(grad.dtype), out=kept)  # its memory is free by now
+            through_a = torch.mm(through_b, lora_a.to(grad.dtype), out=kept)  # `kept` is no longer needed
             grad_x.addcmul_(through_a, weights)
         grad_x = grad_x.view(x.shape)
     return grad_x, grad_bias, grad_a, grad_b

@@ -1,9 +1,9 @@
-"""The head that computes a run's loss: the fastest of those whose loss is the model's own.
+"""Chooses the head that computes a run's loss: the fastest one that gives the model's own loss.
 
-A fused head reads the last hidden states and the output embedding, and takes the logits to be `W h + b`, TRL's also
-scaled or capped by attributes that it knows by name. Architectures put layers, caps and factors between them that
-neither knows, and add terms to the loss. So each head is compared with the model's own forward, on tokens of the run
-and before its first step; one that gives another loss is not used.
+A fused head assumes that the logits are `W h + b`, with the last hidden states h and the output embedding W; TRL's
+also knows some scales and caps by name. Some architectures have other layers, caps or factors there, or add terms to
+the loss. So each head is compared with the model's own forward pass on tokens of the run, before the first step. A
+head that gives another loss is not used.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ from plainlora.errors import UserError, first_line
 from plainlora.fast.head import LabelledTokens, entropy_of, fused_output, is_covered, one_pass_output
 
 Form = Literal["one pass", "TRL", "own"]
-TOKENS = 32  # on which heads are compared
+TOKENS = 32  # with which heads are compared
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
@@ -33,7 +33,7 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and without gradients; every module's mode is put back."""
+    """Evaluation mode without gradients; every module's mode is restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -45,18 +45,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class LossHead:
-    """Takes the place of the head that SFTTrainer gives a model (`trl.trainer.utils.add_fused_lm_head`).
+    """Replaces the head that SFTTrainer gives a model (`trl.trainer.utils.add_fused_lm_head`).
 
     https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/utils.py
 
     Args:
         model: A causal language model that already has TRL's head.
-        form: `one pass`: `plainlora.fast.head`. `TRL`: TRL's own. `own`: the model's own forward, all logits at once.
+        form: `one pass`: `plainlora.fast.head`. `TRL`: TRL's. `own`: the model's own forward, all logits at once.
 
     Attributes:
         with_statistics: Whether to compute token accuracy and entropy; TRL's head always does.
-        extra: Whether the model's own loss has terms beyond cross entropy, which `own` then returns as `aux_loss`.
-        router: Whether the model is asked for them by `output_router_logits`.
+        extra: Whether the model's own loss has terms beyond cross entropy; `own` returns them as `aux_loss`.
+        router: Whether `output_router_logits` is passed to the model, for those terms.
     """
 
     def __init__(self, model: PreTrainedModel, form: Form = "one pass") -> None:
@@ -64,8 +64,8 @@ class LossHead:
         self._theirs: Callable[..., Any] = model.forward
         model.forward = MethodType(self._forward, model)
 
-    def give_back(self, model: PreTrainedModel) -> None:
-        """Puts the head that was there in place again."""
+    def undo(self, model: PreTrainedModel) -> None:
+        """Restores the head that the model had before."""
         model.forward = self._theirs
 
     def _forward(
@@ -106,17 +106,17 @@ class LossHead:
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """Of the last dimension, in at least fp32."""
+    """Over the last dimension, in at least fp32."""
     return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 @dataclass(frozen=True)
 class HeadLoss:
-    """What one head makes of one row.
+    """The loss of one row by one head.
 
     Attributes:
-        log_probs: Of each label, `(N,)`.
-        extra: What the loss has beyond the mean of their negatives.
+        log_probs: Log-probability of each label, `(N,)`.
+        extra: The terms of the loss beyond cross entropy.
     """
 
     log_probs: torch.Tensor
@@ -124,32 +124,33 @@ class HeadLoss:
 
     @property
     def loss(self) -> float:
-        """The loss in nats per token, further terms included."""
+        """The loss in nats per token, `extra` included."""
         return self.extra - float(self.log_probs.mean())
 
 
 @dataclass(frozen=True)
 class OwnLoss(HeadLoss):
-    """What the model's own forward makes of one row.
+    """The loss of one row by the model's own forward.
 
     Attributes:
-        rounding: By how much a log-probability may differ where the same is computed in another order.
-        extra_rounding: By how much the further terms may.
+        rounding: How much a log-probability may differ if the same is computed in another order.
+        extra_rounding: How much `extra` may differ.
     """
 
     rounding: float
     extra_rounding: float
 
     def differs(self, head: HeadLoss) -> float:
-        """By how many times the rounding a head's loss differs; at most 1 where it is the same."""
+        """The difference of a head's loss in units of the rounding: at most 1 if it is the same loss."""
         log_probs = float((head.log_probs - self.log_probs).abs().max()) / self.rounding
         return max(log_probs, abs(head.extra - self.extra) / self.extra_rounding)
 
 
 def rounding_unit(model: nn.Module) -> float:
-    """The distance from 1 to the next number, in the coarsest type that a model computes in.
+    """The distance from 1 to the next number in the coarsest dtype that a model computes in (dimensionless).
 
-    TRL's head computes in fp32 at the most. LLM.int8() rounds each row of activations to 8 bits.
+    It is never finer than fp32, in which TRL's head computes. A model with int8 weights counts as bf16, because
+    LLM.int8() rounds each row of activations to 8 bits.
     """
     parameters = list(model.parameters())
     types = {torch.float32} | {parameter.dtype for parameter in parameters if parameter.is_floating_point()}
@@ -162,16 +163,16 @@ def rounding_unit(model: nn.Module) -> float:
 
 
 def own_loss(model: nn.Module, ids: torch.Tensor, **options: Any) -> OwnLoss:
-    """The loss that a model's own forward gives with labels.
+    """The loss that a model's own forward computes from labels.
 
-    A logit in half precision is rounded once in each computation, by half a unit at most; a log-probability is the
-    difference of two of their size, so two of them differ by 2 units of the largest logit at most. In fp32 the order
-    of d sums counts instead: 64 units, the square root of 4096.
+    In half precision a logit is rounded once in each computation, by at most half a unit. A log-probability is the
+    difference of two numbers of a logit's size, so two of them differ by at most 2 units of the largest logit. In fp32
+    the order of the d sums matters instead: 64 units, the square root of 4096.
 
     Args:
-        model: With or without a `LossHead`, an adapter, and what a trainer wraps around it.
-        ids: `(1, length)`; each token but the first is a label.
-        **options: For its forward.
+        model: The model, with or without a `LossHead`, an adapter or a trainer's wrapper.
+        ids: `(1, length)`; every token but the first is a label.
+        **options: For the model's forward.
     """
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False, **options)
     logits = output.logits[0, :-1]
@@ -188,11 +189,11 @@ def own_loss(model: nn.Module, ids: torch.Tensor, **options: Any) -> OwnLoss:
 
 
 class LossChoice:
-    """Finds out, once, which head a trainer's loss comes from.
+    """Chooses, once, the head that computes a trainer's loss.
 
     Args:
         trainer: An SFTTrainer.
-        one_pass: Whether the one-pass head is to be tried before TRL's.
+        one_pass: Whether to try the one-pass head before TRL's.
     """
 
     def __init__(self, trainer: SFTTrainer, one_pass: bool) -> None:
@@ -201,15 +202,15 @@ class LossChoice:
         self._tried: list[Form] = ["one pass", "TRL"] if one_pass and is_covered(self.model) else ["TRL"]
 
     def undo(self) -> None:
-        """Gives model and trainer their own loss again."""
-        self.head.give_back(self.model)
+        """Restores the model's head and the trainer's own loss."""
+        self.head.undo(self.model)
         del self.trainer.compute_loss
 
     def make(self, model: nn.Module, ids: Sequence[int]) -> None:
-        """Compares the heads with the model's own forward; says so in one line if only that will do.
+        """Compares the heads with the model's own forward; prints a line if no head gives the same loss.
 
         Args:
-            model: What the trainer calls: the model, or what it has wrapped around it.
+            model: The model as the trainer calls it, possibly wrapped.
             ids: Tokens of the run, at least two; the first 32 are used.
         """
         trainer, head = self.trainer, self.head
@@ -227,7 +228,7 @@ class LossChoice:
                 head.form = form
                 try:
                     found = self._loss_of_head(model, row, options)
-                except Exception as error:  # no `last_hidden_state`, no such attribute: whatever a model's code raises
+                except Exception as error:  # such as a missing `last_hidden_state`: whatever a model's code raises
                     differs, fault = True, f"a fused head fails ({first_line(error)})"
                 else:
                     differs, fault = own.differs(found) > 1, f"a fused head gives {found.loss:.6f}"
@@ -235,7 +236,7 @@ class LossChoice:
                     return
         head.form, head.router = "own", bool(options)
         head.extra = abs(own.extra) > own.extra_rounding
-        # SFTTrainer adds `aux_loss`, times this, as a mean over the accumulated batches.
+        # SFTTrainer adds `aux_loss` times this coefficient, as a mean over the accumulated batches.
         trainer.aux_loss_enabled, trainer.router_aux_loss_coef = head.extra, 1.0
         trainer.accelerator.print(
             f"loss: {type(self.model).__name__}'s own forward gives {own.loss:.6f} where {fault}; its own loss is "
@@ -250,20 +251,20 @@ class LossChoice:
 
 
 def use_own_loss(trainer: SFTTrainer, one_pass: bool) -> LossChoice:
-    """Gives a trainer's model the fastest head whose loss is the model's own.
+    """Gives a trainer's model the fastest head that gives the model's own loss.
 
-    Heads are compared before the first loss is computed. SFTTrainer logs the means of lists to which it appends token
-    accuracy and entropy at every step. Other heads than TRL's compute them at logging steps only, and the entries of
-    the others are taken out again.
+    The heads are compared before the first loss is computed. SFTTrainer appends token accuracy and entropy to lists at
+    every step and logs their means. Other heads than TRL's compute the two at logging steps only, so the other steps'
+    entries are removed again.
 
     https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py (`compute_loss`)
 
     Args:
-        trainer: Of an injected model or a PeftModel, or of any causal language model.
-        one_pass: Whether the one-pass head is to be tried before TRL's.
+        trainer: An SFTTrainer of a causal language model, with or without an adapter.
+        one_pass: Whether to try the one-pass head before TRL's.
 
     Returns:
-        What makes the choice, and makes it earlier if asked to.
+        The choice, whose `make` may be called earlier.
     """
     choice, theirs = LossChoice(trainer, one_pass), cast(Callable[..., Any], trainer.compute_loss)
     head = choice.head
@@ -273,7 +274,7 @@ def use_own_loss(trainer: SFTTrainer, one_pass: bool) -> LossChoice:
         return step % max(every, 1) == 0 or (step == 1 and trainer.args.logging_first_step)
 
     def compute_loss(wrapped: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As SFTTrainer's; what was not computed is left out of the means that it logs."""
+        """SFTTrainer's `compute_loss`; figures that were not computed are removed from its logs."""
         if not choice.made:
             choice.make(wrapped, inputs["input_ids"].flatten().tolist())
         head.with_statistics = not wrapped.training or is_logged() or head.form == "TRL"
@@ -283,7 +284,7 @@ def use_own_loss(trainer: SFTTrainer, one_pass: bool) -> LossChoice:
                 logged = trainer._metrics["train"]
                 for name in ("entropy", "mean_token_accuracy"):
                     logged[name].pop()
-                    if not logged[name]:  # SFTTrainer divides by their number, when training ends between two logs
+                    if not logged[name]:  # SFTTrainer divides by their number if training ends between two logs
                         del logged[name]
             return loss
         finally:
@@ -294,14 +295,14 @@ def use_own_loss(trainer: SFTTrainer, one_pass: bool) -> LossChoice:
 
 
 def use_one_pass_head(trainer: SFTTrainer) -> SFTTrainer:
-    """Gives a trainer's model the one-pass head, and token accuracy and entropy at logging steps only.
+    """Gives a trainer's model the one-pass head, and computes token accuracy and entropy at logging steps only.
 
-    With an existing TRL + PEFT script this is one line after the trainer is made. A head that is trained or adapted,
-    or whose loss in one pass is not the model's own, keeps TRL's; where that is not the model's own either, the
-    model's own forward computes the loss. Which it is is measured before the first step.
+    In an existing TRL + PEFT script, add one line after the trainer is made. TRL's head stays if the output embedding
+    is trained or adapted, or if the one-pass head does not give the model's own loss. If TRL's head does not give it
+    either, the model's own forward computes the loss. Which one is used is measured before the first step.
 
     Args:
-        trainer: Of an injected model or a PeftModel, or of any causal language model with a frozen head.
+        trainer: An SFTTrainer of a causal language model, with or without an adapter.
 
     Returns:
         The same trainer.
