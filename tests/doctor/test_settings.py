@@ -14,7 +14,9 @@ from plainlora.settings.renames import RENAMES
 from tests.conftest import ROOT
 
 BASE = "model_name_or_path: m\ndataset_name: d\noutput_dir: out\n"
-NAMES = {program: {field.name for kind in program.kinds for field in fields(kind)} for program in (SFT, CLASSIFY)}
+NAMES = {
+    program: {field.name for kind in program.dataclass_types for field in fields(kind)} for program in (SFT, CLASSIFY)
+}
 
 
 @pytest.fixture(autouse=True)

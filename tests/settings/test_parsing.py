@@ -182,8 +182,8 @@ def test_u22_a_wrong_type_or_choice_is_refused_from_both_sides(name: str, value:
         ("sample_prompts: [a, null]", "an entry of the list is one value, not None"),
         ("sample_prompts: [[a]]", "an entry of the list is one value, not ['a']"),
         ("lora_layers_to_transform: [a]", "invalid literal for int()"),
-        ("model_name_or_path: x", "'model_name_or_path' stands there twice; keep one of them"),
-        ("env: {A: 1, A: 2}", "'A' stands there twice"),
+        ("model_name_or_path: x", "'model_name_or_path' is given twice; keep one of them"),
+        ("env: {A: 1, A: 2}", "'A' is given twice"),
         ("env: [A]", "env must be a mapping of variables, not a list"),
         ("env: {A=B: 1}", "env: 'A=B' cannot be set"),
         ("run_name: 2024-13-45", "is not valid YAML: month must be in 1..12"),
@@ -228,7 +228,7 @@ def test_a_windows_file_with_byte_order_mark_is_read() -> None:
         (["--config", "."], ". cannot be read: Is a directory"),
         (["--config"], "--config needs the path of a YAML file"),
         (["--config="], "--config needs the path of a YAML file"),
-        (["--config", "a.yaml", "--config=b.yaml"], "--config stands there twice"),
+        (["--config", "a.yaml", "--config=b.yaml"], "--config is given twice"),
     ],
 )
 def test_a_config_that_cannot_be_read_is_refused(typed: list[str], reason: str) -> None:
@@ -454,7 +454,7 @@ def test_a_recipe_parses_and_says_only_what_differs_from_the_defaults(path: Path
     parts = program_of(path).parse(["--config", str(path)]).parts
     settings = {name: value for part in parts for name, value in vars(part).items()}
     content = read_yaml(path)
-    standard = defaults(program_of(path).kinds)
+    standard = defaults(program_of(path).dataclass_types)
     said = content.keys() - {"env", "report_to", "output_dir", "learning_rate"}  # of which every recipe says its own
     assert sorted(name for name in said if content[name] == standard[name]) == []
     assert settings["output_dir"] == content["output_dir"]

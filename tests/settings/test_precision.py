@@ -21,7 +21,7 @@ NESTED = "4-bit NF4, its scales quantised too; what is not quantised in bfloat16
 
 def told(folder: Path, *flags: str) -> tuple[dict[str, str], Any, Any]:
     """What is told of a recipe with these flags, and its settings of the adapter and the base."""
-    recipe, _, training, model = StrictParser(SFT.kinds).parse(
+    recipe, _, training, model = StrictParser(SFT.dataclass_types).parse(
         ["--model_name_or_path", str(folder), "--output_dir", "out", "--use_cpu", *flags]
     )
     return list_precisions(training, model, load_config(str(folder)), recipe.adapter_dtype), recipe, model
@@ -80,7 +80,7 @@ def test_u16_mixed_precision_and_other_optimizers(model_dirs: dict[str, Path]) -
 
 def test_u16_a_classifiers_own_weights(backbone_dirs: dict[str, Path]) -> None:
     flags = ["--model_name_or_path", str(backbone_dirs["bert"]), "--output_dir", "out", "--method", "full"]
-    _, _, training, model = StrictParser(CLASSIFY.kinds).parse(flags)
+    _, _, training, model = StrictParser(CLASSIFY.dataclass_types).parse(flags)
     formats = list_precisions(training, model, load_config(str(backbone_dirs["bert"])), None)
     assert formats["trained weights"] == "float32"
     assert "adapter" not in formats

@@ -46,8 +46,8 @@ def read_settings(
     """
     settings = program.read(["--config", config, *flags])
     for fault in settings.faults:
-        went_on = f"; {fault.went_on}" if fault.went_on else ""
-        examination.add("error", "settings", fault.check, f"{fault.error}{went_on}")
+        read_as = f"; {fault.read_as}" if fault.read_as else ""
+        examination.add("error", "settings", fault.check, f"{fault.error}{read_as}")
     if not settings.faults:
         said = f"{len(settings.origins)} from {config} and the command line, none stale"
         examination.add("ok", "settings", "names", said + ", none that contradict each other")

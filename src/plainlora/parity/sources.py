@@ -101,7 +101,7 @@ def recipe_case(config: str, flags: list[str], steps: int, lora_backend: str | N
         UserError: As `recipes/sft.py` would, or the recipe says another back end.
     """
     # TRL's own config: it checkpoints where the recipe leaves that open, which changes memory and no number.
-    program = replace(SFT, kinds=(SFTArguments, ScriptArguments, SFTConfig, ModelConfig))
+    program = replace(SFT, dataclass_types=(SFTArguments, ScriptArguments, SFTConfig, ModelConfig))
     settings = _parse(program, config, flags, lora_backend)
     recipe, training = settings.recipe, settings.training
     base_config, tokenizer = sft.read_config(settings), sft.read_tokenizer(settings)
@@ -181,7 +181,7 @@ def adapter_case(adapter: str, prompt: str | None) -> Case:
     """A trained adapter, loaded into both sides, on a base stored as it was in training.
 
     Raises:
-        UserError: Its base cannot be had.
+        UserError: Its base cannot be loaded.
         LoRAError: The folder holds no LoRA adapter, or an unreadable one.
     """
     config = read_config(adapter)
@@ -227,7 +227,7 @@ def model_case(name: str, targets: list[str], steps: int) -> Case:
     A decoder is trained by SFTTrainer, a classifier by Transformers' Trainer.
 
     Raises:
-        UserError: The model cannot be had, or is neither.
+        UserError: The model cannot be loaded, or is neither.
     """
     config = load_config(name)
     _load(name)  # what cannot be loaded is the user's to know at once

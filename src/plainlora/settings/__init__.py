@@ -1,1 +1,1 @@
-"""A recipe's settings: which there are, how they are read, which of them cannot be honoured."""
+"""A recipe's settings: which there are, how they are read, and which of them are refused."""

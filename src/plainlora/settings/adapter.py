@@ -1,4 +1,4 @@
-"""A recipe's settings -> the one `peft.LoraConfig` of its adapter, and what of them no model could take."""
+"""A recipe's settings -> the `peft.LoraConfig` of its adapter, and the faults that do not depend on the model."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +12,7 @@ from plainlora.settings.arguments import RecipeArguments, parse_pattern
 
 
 def keep_names_a_list(targets: list[str] | str | None) -> list[str] | str | None:
-    """Undoes `ModelConfig`'s turning a list of one name into a string, which PEFT would read as a whole-name pattern.
+    """Makes one name a list again: `ModelConfig` turns it into a string, which PEFT would read as a pattern.
 
     https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/model_config.py (`__post_init__`)
     """
@@ -54,7 +54,7 @@ def build_lora_config(model: ModelConfig, recipe: RecipeArguments) -> LoraConfig
 
 
 def adapter_faults(model: ModelConfig, recipe: RecipeArguments) -> Iterator[tuple[str, str]]:
-    """What no back end takes, whatever the base: the setting, and what is wrong with it."""
+    """Yields each setting of the adapter that is refused whatever the base is, and what is wrong with it."""
     try:
         config = build_lora_config(model, recipe)
     except UserError as error:

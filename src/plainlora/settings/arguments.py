@@ -1,4 +1,4 @@
-"""The flags that TRL and Transformers lack."""
+"""The flags that this project adds to those of TRL and Transformers."""
 
 import json
 from dataclasses import dataclass, field
@@ -15,21 +15,21 @@ PROJECTIONS = ("query", "key", "value", "projection", "mlp", "head")  # each a f
 
 @dataclass
 class RecipeArguments:
-    """What both programs need beyond TRL's `ScriptArguments` and `ModelConfig`: the adapter, the rows, the folder."""
+    """The flags of both programs beyond TRL's `ScriptArguments` and `ModelConfig`."""
 
     lora_backend: Literal["fused", "reference", "peft", "peft_fused"] = field(
         default="fused",
         metadata={
             "help": "Which LoRA to train: `reference`, written by hand in plainlora.lora and equal to PEFT's to the "
-            "last bit; `fused`, the same map in less time and memory, equal up to rounding; `peft`; or `peft_fused`, "
-            "a PeftModel that computes the fused form."
+            "last bit; `fused`, the same in less time and memory, equal up to rounding; `peft`; or `peft_fused`, "
+            "a PeftModel with the fused layers."
         },
     )
     lora_bias: Literal["none", "all", "lora_only"] = field(
         default="none", metadata={"help": "Which biases to train, as in peft.LoraConfig."}
     )
     lora_init: Literal["true", "false", "gaussian"] = field(
-        default="true", metadata={"help": "How the adapter starts: init_lora_weights of peft.LoraConfig."}
+        default="true", metadata={"help": "How the adapter is initialised: init_lora_weights of peft.LoraConfig."}
     )
     lora_exclude_modules: list[str] | None = field(
         default=None, metadata={"help": "Names to leave out of lora_target_modules."}
@@ -49,8 +49,8 @@ class RecipeArguments:
     base_dropout: float | None = field(
         default=None,
         metadata={
-            "help": "Every dropout probability of the frozen base; the base's own if left out. lora_dropout, the "
-            "adapter's, is another one."
+            "help": "Every dropout probability of the frozen base; the base's own if left out. Not the adapter's, "
+            "which is lora_dropout."
         },
     )
     eval_dataset_name: str | None = field(
@@ -64,7 +64,7 @@ class RecipeArguments:
         default=False, metadata={"help": "Also write the merged model to output_dir/merged, and check it."}
     )
     hub_base_model: str | None = field(
-        default=None, metadata={"help": "Hub id of the base, for --push_to_hub of what was trained on a local folder."}
+        default=None, metadata={"help": "Hub id of the base, for --push_to_hub if the base is a local folder."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace the results of another run in output_dir."})
 
@@ -76,7 +76,7 @@ class RecipeArguments:
 
 @dataclass
 class SFTArguments(RecipeArguments):
-    """What `recipes/sft.py` needs beyond TRL's `ScriptArguments`, `SFTConfig` and `ModelConfig`."""
+    """The flags of `recipes/sft.py` beyond TRL's `ScriptArguments`, `SFTConfig` and `ModelConfig`."""
 
     max_train_rows: int | None = field(default=None, metadata={"help": "Train on the first rows only, for a trial."})
     prompt_template: str | None = field(
@@ -101,15 +101,15 @@ class SFTArguments(RecipeArguments):
 
 @dataclass
 class SFTRecipeConfig(SFTConfig):
-    """TRL's `SFTConfig`, in which `gradient_checkpointing` may be left open: `None` until the recipe has decided it.
+    """TRL's `SFTConfig`, in which `gradient_checkpointing` may be `None`: the program then decides it.
 
-    `activation_checkpointing`, Transformers' newer name for it, is `None` as long.
+    `activation_checkpointing`, Transformers' newer name for it, is then `None` too.
     """
 
     gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "Compute activations again in the backward pass instead of keeping them; if left out, only where "
+            "help": "Compute activations again in the backward pass instead of keeping them; if left out, only if "
             "they would not fit into the free memory.",
             "nargs": "?",
             "const": True,
@@ -120,10 +120,10 @@ class SFTRecipeConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.gradient_checkpointing_kwargs or self.activation_checkpointing_kwargs:  # how, but not whether
+        if self.gradient_checkpointing_kwargs or self.activation_checkpointing_kwargs:  # these imply it
             self.gradient_checkpointing = self.gradient_checkpointing is not False
         if self.greater_is_better is None and self.metric_for_best_model in ("perplexity", "eval_perplexity"):
-            self.greater_is_better = False  # Transformers takes every name that does not end in loss for a score
+            self.greater_is_better = False  # Transformers maximises every metric whose name does not end in loss
         is_open = self.gradient_checkpointing is None and self.activation_checkpointing is None
         super().__post_init__()
         if is_open:
@@ -132,13 +132,13 @@ class SFTRecipeConfig(SFTConfig):
 
 @dataclass
 class ClassifyArguments(RecipeArguments):
-    """What `recipes/classify.py` needs beyond `ScriptArguments`, `ClassifyConfig` and `ModelConfig`."""
+    """The flags of `recipes/classify.py` beyond `ScriptArguments`, `ClassifyConfig` and `ModelConfig`."""
 
     method: Literal["lora", "last_layers", "full"] = field(
         default="lora",
         metadata={
-            "help": "What to train: LoRA, the last layers only, or every weight. The last two leave lora_*, "
-            "train_head and adapter_dtype aside."
+            "help": "What to train: LoRA, the last layers only, or every weight. The last two do not use lora_*, "
+            "train_head and adapter_dtype."
         },
     )
     lora_query: bool = field(default=False, metadata={"help": "LoRA on the query projections."})
@@ -196,7 +196,7 @@ class ClassifyArguments(RecipeArguments):
 
 @dataclass
 class ClassifyConfig(TrainingArguments):
-    """Transformers' `TrainingArguments` with other defaults: batches of similar lengths, a log that can be read."""
+    """Transformers' `TrainingArguments` with other defaults: batches of similar lengths, a log every 10 steps."""
 
     train_sampling_strategy: str = field(
         default="group_by_length",
@@ -239,5 +239,5 @@ def dtype_of(name: str | None) -> torch.dtype | str:
 
 
 def optim_name(training: TrainingArguments) -> str:
-    """The optimizer as it is typed."""
+    """The optimizer's name on the command line."""
     return str(getattr(training.optim, "value", training.optim))

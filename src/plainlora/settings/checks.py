@@ -1,4 +1,4 @@
-"""Settings that this project cannot honour are refused by name, before anything is loaded or written."""
+"""Refuses settings that cannot be honoured, by name, before anything is loaded or written."""
 
 import math
 import os
@@ -37,7 +37,7 @@ from plainlora.settings.device import trains_on_cpu
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
-# Smallest and largest value, both allowed. The libraries would notice late, or not at all.
+# Smallest and largest value, both allowed. The libraries check these late, or not at all.
 BOUNDS: dict[str, tuple[float, float]] = {
     "max_length": (1, math.inf),
     "max_train_rows": (1, math.inf),
@@ -59,10 +59,10 @@ BOUNDS: dict[str, tuple[float, float]] = {
 }
 BELOW_1 = ("base_dropout", "adam_beta1", "adam_beta2")  # and at least 0
 
-# What of `from_pretrained` has a flag, and so has no place in model_init_kwargs.
+# Arguments of `from_pretrained` that have a flag of their own, so model_init_kwargs must not set them.
 OWN_FLAGS = {"revision", "dtype", "quantization", "attn_implementation", "trust_remote_code", "dropout"}
 
-# What is measured beside the loss: a classifier's validation, a language model's test rows.
+# Metrics beside the loss: of a classifier's validation rows, and of a language model's test rows.
 SCORES = ("accuracy", "f1")
 SFT_SCORES = ("perplexity", "entropy", "mean_token_accuracy")
 
@@ -70,7 +70,7 @@ SFT_SCORES = ("perplexity", "entropy", "mean_token_accuracy")
 def sft_faults(
     recipe: SFTArguments, script: ScriptArguments, training: SFTConfig, model: ModelConfig
 ) -> Iterator[str]:
-    """What of the settings of `recipes/sft.py` cannot be honoured, each with what to do."""
+    """Yields what is wrong with the settings of `recipes/sft.py`, each with what to do."""
     yield from common_faults(recipe, script, training, model)
     yield from _refused_by_trainer(training)
     if model.lora_task_type != "CAUSAL_LM":
@@ -98,7 +98,7 @@ def sft_faults(
 def classify_faults(
     recipe: ClassifyArguments, script: ScriptArguments, training: ClassifyConfig, model: ModelConfig
 ) -> Iterator[str]:
-    """What of the settings of `recipes/classify.py` cannot be honoured, each with what to do."""
+    """Yields what is wrong with the settings of `recipes/classify.py`, each with what to do."""
     yield from common_faults(recipe, script, training, model)
     yield from _unsupported(
         {
@@ -116,7 +116,7 @@ def classify_faults(
     if recipe.lora_head and recipe.train_head:
         yield "lora_head and train_head: the head carries LoRA or is trained whole, not both; give one"
     if recipe.method == "lora":
-        yield from _no_or_two_choices_of_layers(recipe, model)
+        yield from _unclear_layers(recipe, model)
     if recipe.method != "lora" and (model.load_in_4bit or model.load_in_8bit):
         yield f"method {recipe.method} trains the base's own weights, which 4 or 8 bits cannot be; use lora"
     if recipe.method != "lora" and recipe.merge:
@@ -125,22 +125,22 @@ def classify_faults(
         yield f"last_layers belongs to --method last_layers, not {recipe.method}"
 
 
-def _no_or_two_choices_of_layers(recipe: ClassifyArguments, model: ModelConfig) -> Iterator[str]:
-    kinds = [kind for kind in PROJECTIONS if getattr(recipe, f"lora_{kind}")]
-    if kinds and model.lora_target_modules:
+def _unclear_layers(recipe: ClassifyArguments, model: ModelConfig) -> Iterator[str]:
+    projections = [name for name in PROJECTIONS if getattr(recipe, f"lora_{name}")]
+    if projections and model.lora_target_modules:
         yield (
-            f"lora_target_modules and lora_{kinds[0]}: name modules or switch kinds on, not both; "
-            f"--lora_{kinds[0]} false switches one off"
+            f"lora_target_modules and lora_{projections[0]}: name modules or switch projections on, not both; "
+            f"--lora_{projections[0]} false switches one off"
         )
-    if not kinds and not model.lora_target_modules:
+    if not projections and not model.lora_target_modules:
         yield (
-            "LoRA has no layer to sit on: switch kinds on, as in --lora_query true --lora_value true, or name modules "
-            "with --lora_target_modules"
+            "LoRA has no layer to adapt: switch projections on, as in --lora_query true --lora_value true, or name "
+            "modules with --lora_target_modules"
         )
 
 
 def _refused_by_trainer(training: SFTConfig) -> Iterator[str]:
-    """What SFTTrainer would refuse when the base has been loaded.
+    """What SFTTrainer would refuse only after the base is loaded.
 
     https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py
     """
@@ -157,15 +157,15 @@ def _refused_by_trainer(training: SFTConfig) -> Iterator[str]:
 def common_faults(
     recipe: RecipeArguments, script: ScriptArguments, training: TrainingArguments, model: ModelConfig
 ) -> Iterator[str]:
-    """What neither program can honour, each with what to do."""
+    """Yields what is wrong with the settings that both programs have, each with what to do."""
     if not model.model_name_or_path:
         yield "model_name_or_path is missing: give a Hub id or a local folder"
     if not script.dataset_name:
         yield "dataset_name is missing: give a Hub id or a local file"
     refused = refused_values(recipe, script, training, model)
-    yield from dict.fromkeys(fault for _, fault in refused)  # one fault may be that of several settings
+    yield from dict.fromkeys(fault for _, fault in refused)  # several settings may have the same fault
     if not refused:
-        yield from _said_by(check_schedule, training)
+        yield from _fault_of(check_schedule, training)
     yield from _unsupported(
         {
             "dataset_streaming": (script.dataset_streaming, "rows are checked before training, so all are read first"),
@@ -178,9 +178,9 @@ def common_faults(
     if training.save_strategy == "best" and not training.metric_for_best_model:
         yield "save_strategy best needs metric_for_best_model: give one, such as loss"
     yield from _clashing_precisions(recipe, training, model)
-    yield from _said_by(check_writable, training.output_dir)
+    yield from _fault_of(check_writable, training.output_dir)
     for tracker in [training.report_to] if isinstance(training.report_to, str) else training.report_to or []:
-        yield from _said_by(check_tracker, tracker)
+        yield from _fault_of(check_tracker, tracker)
 
 
 def _unsupported(settings: dict[str, tuple[object, str]]) -> Iterator[str]:
@@ -198,24 +198,24 @@ def _unknown_metric(training: TrainingArguments, scores: tuple[str, ...]) -> Ite
 def refused_values(
     recipe: RecipeArguments, script: ScriptArguments, training: TrainingArguments, model: ModelConfig
 ) -> list[tuple[str, str]]:
-    """What is wrong with the value of one setting whatever the others are, and what to do, after its name."""
+    """Settings with a wrong value, whatever the other settings are: the name, and what is wrong and what to do."""
     found = list(_out_of_range(vars(recipe) | vars(script) | vars(training) | vars(model)))
-    if not found:  # a learning rate below 0, for one, is the optimizer's fault in no way
-        found += [("optim", said) for said in _said_by(check_optimizer, training)]
+    if not found:  # else a wrong value, such as a learning rate below 0, would be blamed on the optimizer
+        found += [("optim", message) for message in _fault_of(check_optimizer, training)]
     if getattr(recipe, "method", "lora") == "lora":
         found += adapter_faults(model, recipe)
-    found += [("attn_implementation", said) for said in _said_by(check_attention, model.attn_implementation)]
+    found += [("attn_implementation", message) for message in _fault_of(check_attention, model.attn_implementation)]
     options = getattr(training, "model_init_kwargs", None)
     if isinstance(options, dict) and (twice := options.keys() & OWN_FLAGS):
         found.append(("model_init_kwargs", f"model_init_kwargs: {min(twice)} has a flag of its own; set that"))
     if isinstance(options, dict) and "use_safetensors" in options:
-        said = "model_init_kwargs: use_safetensors is always true, as no pickle is ever read; leave it out"
-        found.append(("model_init_kwargs", said))
+        message = "model_init_kwargs: use_safetensors is always true, as no pickle is ever read; leave it out"
+        found.append(("model_init_kwargs", message))
     return found
 
 
 def _out_of_range(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """A number outside its bounds, `..._kwargs` that are no mapping, and what would train nothing."""
+    """Numbers outside their bounds, `..._kwargs` that are not mappings, and settings that would train nothing."""
     for name, (low, high) in BOUNDS.items():
         value = settings.get(name)
         if value is not None and (not low <= value <= high or value == math.inf):
@@ -246,24 +246,24 @@ def _trains_nothing(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def check_optimizer(training: TrainingArguments) -> None:
-    """Raises `UserError` if `optim` cannot be made here; Trainer would notice when the base has been loaded."""
+    """Raises `UserError` if `optim` cannot be made here; Trainer would fail only after the base is loaded."""
     weight: Any = nn.Linear(1, 1, device="meta")
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(training, weight)
-        if not options.keys() & {"params", "model", "optimizer_dict"}:  # it was made of the stand-in itself
+        if not options.keys() & {"params", "model", "optimizer_dict"}:  # made from the parameters given
             kind(weight.parameters(), **{name: value for name, value in options.items() if name != "fused"})
     except ImportError as error:
         raise UserError(f"optim {optim_name(training)}: {first_line(error)}; or choose another") from error
     except Exception as error:  # of many libraries
-        if not training.optim_target_modules:  # which name layers of the base, and the stand-in has none
+        if not training.optim_target_modules:  # these name layers of the base, which is not loaded
             reason = first_line(error)
             raise UserError(
-                f"optim {optim_name(training)}: it cannot be made here ({reason}); choose another, or mend optim_args"
+                f"optim {optim_name(training)}: it cannot be made here ({reason}); choose another, or fix optim_args"
             ) from error
 
 
 def check_schedule(training: TrainingArguments) -> None:
-    """Raises `UserError` if the learning rate's schedule cannot be made; Trainer would notice when training starts."""
+    """Raises `UserError` if the learning rate's schedule cannot be made; Trainer would fail when training starts."""
     try:
         get_scheduler(
             training.lr_scheduler_type,
@@ -278,9 +278,9 @@ def check_schedule(training: TrainingArguments) -> None:
 
 
 def check_attention(name: str | None) -> None:
-    """Raises `UserError` if no base can take this attention here: a package is missing, or there is none of the name.
+    """Raises `UserError` if this attention implementation is unknown, or its package is not installed.
 
-    One from the Hub, `owner/name`, is left to loading, which fetches it.
+    One from the Hub, `owner/name`, is fetched and checked when the base is loaded.
     """
     if name is None or "/" in name:
         return
@@ -293,14 +293,14 @@ def check_attention(name: str | None) -> None:
 
 
 def unusable_attention(name: str, error: Exception) -> UserError:
-    """What to say where an attention implementation is refused."""
+    """The error for an attention implementation that is refused."""
     return UserError(
         f"attn_implementation {name!r} cannot be used here ({first_line(error)}); leave it out, or give eager or sdpa"
     )
 
 
 def _misplaced(recipe: RecipeArguments, script: ScriptArguments, model: ModelConfig) -> Iterator[str]:
-    """What is for the Hub alone, said of this disk."""
+    """Settings that apply only to the Hub, given with local files."""
     sources = [getattr(recipe, name, None) for name in ("eval_dataset_name", "validation_dataset_name")]
     if script.dataset_config and all(is_local(name) for name in (script.dataset_name, *sources) if name):
         yield f"dataset_config {script.dataset_config}: local files have no configurations; leave it out"
@@ -310,7 +310,7 @@ def _misplaced(recipe: RecipeArguments, script: ScriptArguments, model: ModelCon
 
 
 def _unpinned_code(name: str, revision: str | None, merge: bool) -> Iterator[str]:
-    """A branch or a tag of the Hub can hold other code tomorrow than the code that was read today."""
+    """Code from the Hub must be pinned to a commit: a branch or a tag may later hold other code."""
     if not is_local(name) and not COMMIT.fullmatch(revision or ""):
         yield (
             f"trust_remote_code runs the code of {name} from the Hub: read it, and give the commit that you have read "
@@ -338,8 +338,8 @@ def _clashing_precisions(recipe: RecipeArguments, training: TrainingArguments, m
         yield f"dtype must be auto, float32, float16 or bfloat16, not {model.dtype}"
 
 
-def _said_by(check: Callable[[Any], None], value: object) -> Iterator[str]:
-    """What a check that raises has to say."""
+def _fault_of(check: Callable[[Any], None], value: object) -> Iterator[str]:
+    """The message of a check, if it raises."""
     try:
         check(value)
     except UserError as error:
@@ -347,7 +347,7 @@ def _said_by(check: Callable[[Any], None], value: object) -> Iterator[str]:
 
 
 def check_writable(folder: str | None, option: str = "output_dir") -> None:
-    """Raises `UserError` if the folder cannot be made or written to: better now than after hours of training."""
+    """Raises `UserError` if the folder cannot be created or written to."""
     if not folder:
         raise UserError(f"{option} is empty; give a folder")
     path = Path(folder).absolute()

@@ -1,4 +1,4 @@
-"""The number formats that a recipe gets on the device that runs it, where nobody typed them."""
+"""The number formats that a recipe gets on its device, unless they are given on the command line."""
 
 import os
 from argparse import Namespace
@@ -13,18 +13,18 @@ HALF = ("float16", "bfloat16")
 
 
 def trains_on_cpu(use_cpu: bool) -> bool:
-    """Whether there is no accelerator, or `use_cpu` or the Accelerate config turns it down."""
+    """Whether there is no accelerator, or `use_cpu` or the Accelerate config chooses the CPU."""
     chosen = use_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
     return chosen or not torch.accelerator.is_available()
 
 
 @dataclass(frozen=True)
 class Device:
-    """What trains.
+    """The device that trains.
 
     Attributes:
         kind: `cpu`, `cuda`, or another accelerator's name.
-        bf16: Whether it computes in bfloat16 itself. Cards before Ampere, a T4 for one, emulate it in float32.
+        bf16: Whether its hardware computes in bfloat16. Cards before Ampere, such as a T4, emulate it in float32.
         tf32: Whether it has TF32 products, 8 times as fast as those in float32 on an A100.
     """
 
@@ -43,53 +43,53 @@ def this_device(use_cpu: bool = False) -> Device:
 
 
 def fit_formats(
-    told: Namespace, given: Collection[str], typed: Collection[str], device: Device
+    parsed: Namespace, given: Collection[str], typed: Collection[str], device: Device
 ) -> dict[str, tuple[Any, str]]:
-    """The settings that are changed for a device, with their values and why. What was typed stays.
+    """The settings to change for a device: name -> new value and reason. Those on the command line are kept.
 
     Args:
-        told: Every setting, from the YAML, the command line and the defaults.
-        given: Names of those that are no defaults.
-        typed: Names of those on the command line.
-        device: What trains.
+        parsed: Every setting, from the YAML, the command line and the defaults.
+        given: Names of the settings that the YAML or the command line gives.
+        typed: Names of the settings on the command line.
+        device: The device that trains.
     """
     if device.kind == "cpu":
-        return _on_cpu(told, typed)
-    return _on_cuda(told, given, typed, device) if device.kind == "cuda" else {}
+        return _on_cpu(parsed, typed)
+    return _on_cuda(parsed, given, typed, device) if device.kind == "cuda" else {}
 
 
-def _on_cpu(told: Namespace, typed: Collection[str]) -> dict[str, tuple[Any, str]]:
-    """Float32: Accelerate refuses fp16 on a CPU, and bf16 (TRL's default) is slower than fp32 on most.
+def _on_cpu(parsed: Namespace, typed: Collection[str]) -> dict[str, tuple[Any, str]]:
+    """Float32, because Accelerate refuses fp16 on a CPU, and bf16 (TRL's default) is slower than fp32 on most.
 
-    Without `use_cpu`, processes launched on a CPU would not find each other.
+    `use_cpu` is needed for several processes on a CPU to find each other.
     """
     changes: dict[str, Any] = {"use_cpu": True} | {name: False for name in ("bf16", "fp16") if name not in typed}
-    if told.dtype in HALF and "dtype" not in typed:
+    if parsed.dtype in HALF and "dtype" not in typed:
         changes["dtype"] = "float32"
     return {name: (value, "no GPU here") for name, value in changes.items()}
 
 
 def _on_cuda(
-    told: Namespace, given: Collection[str], typed: Collection[str], device: Device
+    parsed: Namespace, given: Collection[str], typed: Collection[str], device: Device
 ) -> dict[str, tuple[Any, str]]:
-    """Mixed precision that the card has, and a base that is not cast anew at every product.
+    """A mixed precision that the card supports, and a base that autocast need not cast at every product.
 
-    Autocast keeps the casts of trained weights alone, so a frozen base in float32 would be cast in every forward pass
-    and again in every backward pass. As it is stored, most are in half precision, and none loses a bit.
+    Autocast caches the casts of trained weights only, so a frozen base in float32 would be cast in every forward pass
+    and again in every backward pass. Kept as it is stored, which is mostly half precision, the base loses nothing.
     """
     changes: dict[str, tuple[Any, str]] = {}
-    bf16 = told.bf16 or (told.bf16 is None and not told.fp16)  # SFTConfig's default
+    bf16 = parsed.bf16 or (parsed.bf16 is None and not parsed.fp16)  # SFTConfig's default
     if bf16 and not device.bf16 and not {"bf16", "fp16"} & {*typed}:
         why = "this GPU has no bfloat16"
         changes = {"bf16": (False, why), "fp16": (True, why)}
-        if told.dtype == "bfloat16" and "dtype" not in typed:
+        if parsed.dtype == "bfloat16" and "dtype" not in typed:
             changes["dtype"] = ("float16", why)
         bf16 = False
-    fp16 = told.fp16 or "fp16" in changes
+    fp16 = parsed.fp16 or "fp16" in changes
     if (bf16 or fp16) and "dtype" not in given:
-        # What TRL loads in 4 bits computes in `dtype`, so that is the format of mixed precision there.
+        # TRL's 4-bit layers compute in `dtype`, so it must be the format of mixed precision.
         compute = "bfloat16" if bf16 else "float16"
-        changes["dtype"] = (compute, "mixed precision") if told.load_in_4bit else ("auto", "as it is stored")
-    if not bf16 and not fp16 and told.tf32 is None and device.tf32 and not {"bf16", "fp16"} & {*typed}:
+        changes["dtype"] = (compute, "mixed precision") if parsed.load_in_4bit else ("auto", "as it is stored")
+    if not bf16 and not fp16 and parsed.tf32 is None and device.tf32 and not {"bf16", "fp16"} & {*typed}:
         changes["tf32"] = (True, "this GPU has TF32")
     return changes

@@ -1,6 +1,6 @@
-"""YAML first, command line last, nothing ignored, and every fault told at once.
+"""Reads settings: the YAML first, then the command line. Nothing is ignored, and all faults are reported at once.
 
-Both layers go through one argument parser, so a value from the YAML is checked exactly as a typed one.
+Both go through one argument parser, so a value from the YAML is checked exactly as one from the command line.
 """
 
 import argparse
@@ -30,22 +30,22 @@ OWNERS = {"sft.py": (SFTArguments, SFTConfig), "classify.py": (ClassifyArguments
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML's safe loader, but a key that stands twice is an error instead of the last one winning; so is an alias."""
+    """YAML's safe loader, in which a repeated key is an error (else the last one wins), and so is an alias."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Refuses a key that stands there twice."""
+        """Refuses a repeated key."""
         seen: set[Hashable] = set()
         for part, _ in node.value:
             key = self.construct_object(part, deep=True)
             if not isinstance(key, Hashable):
                 continue  # refused by the safe loader itself
             if key in seen:
-                raise UserError(f"{self.name}: {key!r} stands there twice; keep one of them")
+                raise UserError(f"{self.name}: {key!r} is given twice; keep one of them")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Refuses aliases: ten lines of them can stand for more values than memory holds, or for themselves."""
+        """Refuses aliases: a few nested ones can expand to more values than memory holds."""
         if self.check_event(yaml.AliasEvent):
             raise UserError(f"{self.name}: an alias (*{self.peek_event().anchor}) is not read; write the value out")
         return super().compose_node(parent, index)
@@ -64,7 +64,11 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(f"there is no file {path}; the recipes are recipes/*/*.yaml") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date such as 2024-13-45
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: not UTF-8, or an impossible date
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         found = "empty" if content is None else f"a {type(content).__name__}"
@@ -92,47 +96,47 @@ class Fault:
     """A setting that is refused.
 
     Attributes:
-        check: `env`, `name`, `value`, or `contradiction` with what is or with other settings.
+        check: `env`, `name`, `value`, or `contradiction` (with other settings or the machine).
         error: What is wrong, where, and what to do.
-        went_on: What it was read as nevertheless, in one clause; empty where the error says it all.
+        read_as: How the doctor reads it nevertheless, in one clause; may be empty.
     """
 
     check: str
     error: UserError
-    went_on: str = ""
+    read_as: str = ""
 
 
 class StrictParser(TrlParser):
     """`TrlParser` in which nothing is ignored: unknown keys, wrong types and bad choices are errors (trl#1564).
 
-    It reads on past every fault: a stale name is read under today's, and what cannot be read is left out.
+    It goes on after a fault, to find them all: an old name is read as its new one, other faulty settings are left out.
 
     Attributes:
         origins: After parsing, where each setting that is not a default came from.
-        faults: After parsing, all of them, in the order in which they were found.
+        faults: After parsing, all faults in the order in which they were found.
         left_out: After parsing, the settings that have their defaults because of a fault.
-        standard: The defaults.
+        defaults: The default of each setting.
     """
 
     def __init__(self, dataclass_types: Sequence[Any], **kwargs: Any) -> None:
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self._types = {name: kind for owner in dataclass_types for name, kind in get_type_hints(owner).items()}
-        self.standard = {action.dest: action.default for action in self._actions}
+        self.defaults = {action.dest: action.default for action in self._actions}
         self.origins: dict[str, str] = {}
         self.faults: list[Fault] = []
         self.left_out: set[str] = set()
 
     def error(self, message: str) -> NoReturn:
-        """Argparse would print the usage of some three hundred flags first."""
+        """Raises instead of printing the usage of some three hundred flags, as argparse does."""
         raise UserError(message)
 
     @cached_property
     def names(self) -> list[str]:
-        """Every setting."""
+        """The names of all settings."""
         return sorted({action.dest for action in self._actions if action.dest != "help"})
 
     def refuse_unknown(self, name: str, where: str) -> NoReturn:
-        """Raises `UserError` for a name that is none, with today's or the nearest."""
+        """Raises `UserError` for an unknown name, and suggests its new name or the nearest one."""
         name = name.replace("-", "_")
         near = difflib.get_close_matches(name, self.names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else "see --help for the names"
@@ -146,10 +150,12 @@ class StrictParser(TrlParser):
         raise UserError(f"{where} is not an option; {hint}")
 
     def as_words(self, path: str, name: str, value: Any) -> list[str]:
-        """One line of the YAML as if it had been typed, so that argparse checks it; a list or a null is a default.
+        """One line of the YAML as words of a command line, checked by argparse.
+
+        A list or a null is set as a default instead, and no words are returned.
 
         Raises:
-            UserError: The name is none, or the value cannot be its own.
+            UserError: The name is unknown, or the value is refused.
         """
         if name not in self.names:
             self.refuse_unknown(str(name), f"{path}: {name}")
@@ -177,7 +183,7 @@ class StrictParser(TrlParser):
         return words
 
     def _as_typed(self, name: str, value: Any) -> Any:
-        """A value as it would be typed. YAML reads `no` and `off` as false, which eval_strategy spells `no`."""
+        """A value as it would be typed. YAML reads `no` as false, which is undone for settings with a choice `no`."""
         if not isinstance(value, bool):
             return value
         choices = next(action.choices for action in self._actions if action.dest == name) or ()
@@ -188,10 +194,10 @@ class StrictParser(TrlParser):
         try:
             return json.dumps(value, default=str)
         except (TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"{where}: the mapping cannot be written as JSON ({error}); mend its names") from error
+            raise UserError(f"{where}: the mapping cannot be written as JSON ({error}); fix its names") from error
 
     def _convert(self, where: str, name: str, values: list[Any]) -> list[Any]:
-        """Every entry of a list as its option converts a typed one."""
+        """Converts every entry of a list as argparse would."""
         kind = next(action.type for action in self._actions if action.dest == name)
         converted = []
         for value in values:
@@ -204,7 +210,7 @@ class StrictParser(TrlParser):
         return converted
 
     def check_typed(self, words: Sequence[str]) -> None:
-        """Raises `UserError` for words of a command line that are no option, or no value of theirs."""
+        """Raises `UserError` for an unknown option or a wrong value on a command line."""
         _, unknown = self.parse_known_args(list(words))
         if unknown:
             word = unknown[0].partition("=")[0]
@@ -214,7 +220,7 @@ class StrictParser(TrlParser):
         """Parses `--config FILE` and the command line into the dataclasses, in their order.
 
         Raises:
-            UserError: Anything that would otherwise be ignored, or that a dataclass refuses; all of it.
+            UserError: Anything is unknown or refused by a dataclass; the error lists all faults.
         """
         parts = self.read(args)
         if self.faults:
@@ -222,10 +228,10 @@ class StrictParser(TrlParser):
         return parts
 
     def read(self, args: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """The same past every fault; `faults` holds them.
+        """As `parse`, but faults are only collected in `faults`.
 
         Raises:
-            UserError: There is nothing to read: the file is no YAML mapping, or `--config` stands there twice.
+            UserError: Nothing can be read: the file is not a YAML mapping, or `--config` is given twice.
         """
         path, typed = split_config(sys.argv[1:] if args is None else args)
         content: dict[str, Any] = {}
@@ -239,7 +245,7 @@ class StrictParser(TrlParser):
         return self._build(path, kept, from_yaml, list(self._read_words(typed)))
 
     def _read_yaml_lines(self, path: str, content: dict[str, Any]) -> tuple[list[str], list[str]]:
-        """The lines of a YAML as words, and the settings that they set."""
+        """The lines of a YAML as words of a command line, and the names of the settings read."""
         words: list[str] = []
         kept: list[str] = []
         for name, value in content.items():
@@ -247,7 +253,7 @@ class StrictParser(TrlParser):
                 words += self.as_words(path, name, value)
                 kept.append(name)
             except UserError as error:
-                today, meant = self._meant(str(name), value, {*content, *kept})
+                today, meant = self._as_renamed(str(name), value, {*content, *kept})
                 if today is not None:
                     try:
                         words += self.as_words(path, today, meant)
@@ -258,7 +264,7 @@ class StrictParser(TrlParser):
         return words, kept
 
     def _read_words(self, typed: Sequence[str]) -> Iterator[str]:
-        """The words of a command line that can be read, flag by flag, stale ones under today's name."""
+        """The valid words of a command line, flag by flag, with old names replaced."""
         groups: list[list[str]] = []
         for word in typed:
             if word.startswith("--") or not groups:
@@ -272,7 +278,7 @@ class StrictParser(TrlParser):
                 flag, _, glued = group[0].partition("=")
                 values = [glued] if glued else group[1:]
                 name = flag.lstrip("-").replace("-", "_")
-                today, meant = self._meant(name, values[0] if values else True, set())
+                today, meant = self._as_renamed(name, values[0] if values else True, set())
                 renamed = [f"--{today}", str(meant), *values[1:]]
                 if today is not None:
                     with suppress(UserError):
@@ -282,12 +288,12 @@ class StrictParser(TrlParser):
 
     def _add_fault(self, name: str, error: UserError, today: str | None, meant: object) -> None:
         if today is None:
-            self.left_out.add(_todays(name))
-        went_on = "left out here" if today is None else f"read here as {today}: {meant}"
-        self.faults.append(Fault("value" if name in self.names else "name", error, went_on))
+            self.left_out.add(_current_name(name))
+        read_as = "left out here" if today is None else f"read here as {today}: {meant}"
+        self.faults.append(Fault("value" if name in self.names else "name", error, read_as))
 
-    def _meant(self, name: str, value: Any, there: Collection[str]) -> tuple[str | None, Any]:
-        """Today's name and value of a stale setting; `None` where only its author knows, or it stands there too."""
+    def _as_renamed(self, name: str, value: Any, there: Collection[str]) -> tuple[str | None, Any]:
+        """The new name and value of an old setting; `None` if they cannot be derived, or the new name is set too."""
         rename = RENAMES.get(name.replace("-", "_"))
         if rename is None or rename.today not in self.names or rename.today in there or rename.translate is None:
             return None, None
@@ -300,48 +306,48 @@ class StrictParser(TrlParser):
         """The dataclasses, in their order.
 
         Args:
-            path: Of the YAML.
+            path: The YAML.
             kept: Names of its settings, in order.
-            from_yaml: The same as `as_words` returned them.
+            from_yaml: Its settings as words, from `as_words`.
             typed: The command line, checked.
         """
         explicit = {word[2:].partition("=")[0].replace("-", "_") for word in typed if word.startswith("--")}
-        told = self.parse_known_args([*from_yaml, *typed])[0]
-        fitted = fit_formats(told, {*kept, *explicit}, explicit, this_device(told.use_cpu))
+        parsed = self.parse_known_args([*from_yaml, *typed])[0]
+        fitted = fit_formats(parsed, {*kept, *explicit}, explicit, this_device(parsed.use_cpu))
         words = [f"--{name}={str(value).lower()}" for name, (value, _) in fitted.items()]
         self.origins = dict.fromkeys(kept, str(path)) | {name: why for name, (_, why) in fitted.items()}
         self.origins |= dict.fromkeys(explicit, "command line")
         self.left_out -= self.origins.keys()
         settings = vars(self.parse_known_args([*from_yaml, *words, *typed])[0])
         return tuple(
-            self._make_past_faults(kind, {field.name: settings[field.name] for field in fields(kind) if field.init})
+            self._make_accepted(kind, {field.name: settings[field.name] for field in fields(kind) if field.init})
             for kind in self.dataclass_types
         )
 
-    def _make_past_faults(self, kind: Any, settings: dict[str, Any]) -> Any:
-        """One of the dataclasses, without the settings that it refuses."""
-        standard = {name: self.standard[name] for name in settings}
+    def _make_accepted(self, kind: Any, settings: dict[str, Any]) -> Any:
+        """One of the dataclasses; settings that it refuses get their defaults."""
+        defaults = {name: self.defaults[name] for name in settings}
         while True:
             try:
                 return self._make(kind, settings)
             except UserError as error:
-                if settings == standard:
+                if settings == defaults:
                     raise
                 self.faults.append(Fault("contradiction", error))
-                fewer = next(self._with_fewer(kind, settings, str(error)), standard)
+                fewer = next(self._with_fewer(kind, settings, str(error)), defaults)
                 refused = [name for name in self.origins if name in settings and settings[name] != fewer[name]]
                 self.origins |= dict.fromkeys(refused, "default, because of the error above")
                 settings = fewer
 
-    def _with_fewer(self, kind: Any, settings: dict[str, Any], said: str) -> Iterator[dict[str, Any]]:
-        """The settings without one of those given: first what is accepted, then what is refused for another reason."""
+    def _with_fewer(self, kind: Any, settings: dict[str, Any], message: str) -> Iterator[dict[str, Any]]:
+        """Yields the settings with one of those given reset: accepted ones first, then those with another error."""
         refused = []
         for name in reversed([name for name in self.origins if name in settings]):
-            fewer = settings | {name: self.standard[name]}
+            fewer = settings | {name: self.defaults[name]}
             try:
                 self._make(kind, fewer)
             except UserError as error:
-                refused += [fewer] if str(error) != said else []
+                refused += [fewer] if str(error) != message else []
             else:
                 yield fewer
         yield from refused
@@ -350,30 +356,30 @@ class StrictParser(TrlParser):
         """One of the dataclasses.
 
         Raises:
-            UserError: What the libraries' dataclasses refuse settings with, which are other errors.
+            UserError: The dataclass refuses the settings.
         """
         try:
             return kind(**settings)
         except (ValueError, ArithmeticError, ImportError, OSError) as error:
             forget_deepspeed()
-            if isinstance(error, PackageNotFoundError):  # whose text has a preface of its own
+            if isinstance(error, PackageNotFoundError):  # its text has a preface
                 raise UserError(f"{str(error.name).strip()} Install it, or leave out what asks for it") from error
             raise UserError(str(error)) from error
 
 
-def _todays(name: str) -> str:
-    """Today's name of a setting, as far as there is one."""
+def _current_name(name: str) -> str:
+    """The new name of a setting that was renamed, else the name itself."""
     name = name.replace("-", "_")
     rename = RENAMES.get(name)
     return name if rename is None or rename.today is None else rename.today
 
 
 def forget_deepspeed() -> None:
-    """Takes back what arguments that were refused have set for the whole process.
+    """Unregisters the DeepSpeed config of refused arguments.
 
-    Transformers registers a DeepSpeed config before it reads it. Of arguments that are then refused a half-made one
-    stays registered as long as anything refers to it, the traceback for one, and every model that is made meanwhile
-    fails with an AttributeError:
+    Transformers registers a DeepSpeed config before it reads it. If the arguments are then refused, the incomplete
+    config stays registered while anything refers to it, such as the traceback, and every model made meanwhile fails
+    with an AttributeError:
     https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/deepspeed.py
     """
     unset_hf_deepspeed_config()
@@ -392,5 +398,5 @@ def split_config(words: Sequence[str]) -> tuple[str | None, list[str]]:
     if not "".join(typed[at + 1 : at + 2]):
         raise UserError("--config needs the path of a YAML file")
     if "--config" in typed[at + 1 :]:
-        raise UserError("--config stands there twice; keep one of them")
+        raise UserError("--config is given twice; keep one of them")
     return typed[at + 1], typed[:at] + typed[at + 2 :]

@@ -1,4 +1,4 @@
-"""In which number format what is stored and computed. Half the trouble with half precision is not knowing."""
+"""Lists the number formats in which a run stores and computes."""
 
 from transformers import PretrainedConfig, TrainingArguments
 from trl import ModelConfig
@@ -15,8 +15,8 @@ def list_precisions(
     Args:
         training: Mixed precision and the optimizer.
         model: How the base is stored.
-        config: The base's, which says what `dtype: auto` is; `None` if it could not be had.
-        adapter_dtype: Of the adapter; `None` where the base's own weights are trained.
+        config: The base's config, which resolves `dtype: auto`; `None` if it could not be read.
+        adapter_dtype: The adapter's dtype; `None` if the base's own weights are trained.
     """
     stored = model.dtype
     if stored in (None, "auto"):
@@ -50,5 +50,5 @@ def list_precisions(
 
 
 def precision_line(precisions: dict[str, str]) -> str:
-    """The same in one line."""
+    """The formats in one line."""
     return "number formats: " + ", ".join(f"{what} {stored}" for what, stored in precisions.items())

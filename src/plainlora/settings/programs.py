@@ -1,4 +1,4 @@
-"""The two programs of `recipes/`: what each is told, and which of them a recipe is for."""
+"""The two programs of `recipes/`: the settings of each, and which of them a recipe is for."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -25,15 +25,15 @@ TrainingT = TypeVar("TrainingT", bound=TrainingArguments)
 
 @dataclass(frozen=True)
 class Settings(Generic[RecipeT, TrainingT]):
-    """A recipe's settings, read past every fault.
+    """A recipe's settings.
 
     Attributes:
-        recipe: What this project adds.
-        script: The data set, as TRL's scripts name it.
-        training: How to train, and where to.
+        recipe: The flags that this project adds.
+        script: The data set.
+        training: How to train, and the output folder.
         model: The base, how it is stored, and the adapter.
         origins: Where each setting that is not a default came from.
-        faults: What the program refuses. What was refused has its default, so that the rest can be looked at.
+        faults: What the program refuses. Refused settings have their defaults, so that the rest can be examined.
     """
 
     recipe: RecipeT
@@ -45,7 +45,7 @@ class Settings(Generic[RecipeT, TrainingT]):
 
     @property
     def parts(self) -> tuple[RecipeT, ScriptArguments, TrainingT, ModelConfig]:
-        """The dataclasses, in the order in which a program takes them."""
+        """The dataclasses, in the order in which the program parses them."""
         return self.recipe, self.script, self.training, self.model
 
     @property
@@ -55,7 +55,7 @@ class Settings(Generic[RecipeT, TrainingT]):
 
     @property
     def inputs(self) -> dict[str, str | None]:
-        """What the run reads, by what it is."""
+        """The Hub ids and paths that the run reads."""
         return {
             "base model": self.model.model_name_or_path,
             "dataset": self.script.dataset_name,
@@ -75,76 +75,76 @@ class Program(Generic[SettingsT]):
 
     Attributes:
         name: Its file in `recipes/`.
-        kinds: The dataclasses of its settings, in the order in which `faults` takes them.
-        faults: What of the settings it cannot honour.
+        dataclass_types: The dataclasses of its settings, in the order in which `faults` takes them.
+        faults: Yields what is wrong with the settings.
     """
 
     name: str
-    kinds: tuple[Any, ...]
+    dataclass_types: tuple[Any, ...]
     faults: Callable[..., Iterator[str]]
 
     @property
     def path(self) -> Path:
-        """Its file, from a checkout's root."""
+        """The program's file, relative to a checkout's root."""
         return Path("recipes", self.name)
 
     def find(self) -> Path:
-        """The same, where the working directory is a checkout's root.
+        """The program's file, if the working directory is a checkout's root.
 
         Raises:
-            UserError: It is none.
+            UserError: It is not.
         """
         if not self.path.is_file():
             raise UserError(f"there is no {self.path} here; call this from the root of a checkout")
         return self.path
 
     def parser(self) -> StrictParser:
-        """What reads its flags."""
-        return StrictParser(self.kinds)
+        """A parser of the program's flags."""
+        return StrictParser(self.dataclass_types)
 
-    def parse(self, words: Sequence[str] | None = None, **standard: Any) -> SettingsT:
-        """The settings of a command line that has nothing wrong.
+    def parse(self, words: Sequence[str] | None = None, **defaults: Any) -> SettingsT:
+        """The settings of a command line.
 
         Args:
             words: The command line; this process's if left out.
-            **standard: Other defaults.
+            **defaults: Other defaults.
 
         Raises:
-            UserError: Every fault of the settings.
+            UserError: The settings have faults; the error lists all.
         """
-        settings = self.read(words, **standard)
+        settings = self.read(words, **defaults)
         if settings.faults:
             raise UserError(*(fault.error for fault in settings.faults)) from settings.faults[0].error
         return settings
 
-    def read(self, words: Sequence[str] | None = None, **standard: Any) -> SettingsT:
-        """The same past every fault.
+    def read(self, words: Sequence[str] | None = None, **defaults: Any) -> SettingsT:
+        """As `parse`, but faults are only collected in the settings' `faults`.
 
         Raises:
-            UserError: There is nothing to read: the file is no YAML mapping, for one.
+            UserError: Nothing can be read, for example because the file is not a YAML mapping.
         """
         parser = self.parser()
-        parser.set_defaults(**standard)
+        parser.set_defaults(**defaults)
         parts = parser.read(words)
-        said = (fault for fault in self.faults(*parts) if _setting_of(fault) not in parser.left_out)
-        faults = [*parser.faults, *(Fault("contradiction", UserError(fault)) for fault in said)]
-        _set_aside({name for name, _ in refused_values(*parts)} | parser.left_out, parts, parser)
+        messages = (fault for fault in self.faults(*parts) if _setting_of(fault) not in parser.left_out)
+        faults = [*parser.faults, *(Fault("contradiction", UserError(message)) for message in messages)]
+        _reset({name for name, _ in refused_values(*parts)} | parser.left_out, parts, parser)
         recipe, script, training, model = parts
         return cast(SettingsT, Settings(recipe, script, training, model, parser.origins, faults))
 
 
 def _setting_of(fault: str) -> str:
-    """A fault begins with the name of the setting."""
+    """The name of the setting, with which a fault begins."""
     return fault.split(maxsplit=1)[0].rstrip(":")
 
 
-def _set_aside(names: Collection[str], parts: Sequence[Any], parser: StrictParser) -> None:
-    """Gives refused settings their defaults. No length is one that could be meant: rows are then of any length."""
+def _reset(names: Collection[str], parts: Sequence[Any], parser: StrictParser) -> None:
+    """Gives refused settings their defaults, and a refused `max_length` no limit."""
     for name in names:
         for part in (part for part in parts if name in vars(part)):
-            setattr(part, name, None if name == "max_length" else parser.standard[name])
-            said = "open" if name == "max_length" else "default"
-            parser.origins[name] = f"{said}, because of the error above"
+            setattr(part, name, None if name == "max_length" else parser.defaults[name])
+            reset_to = "open" if name == "max_length" else "default"
+            parser.origins[name] = f"{reset_to}, because of the error above"
 
 
 SFT: Program[SFTSettings] = Program(
@@ -156,16 +156,18 @@ CLASSIFY: Program[ClassifySettings] = Program(
 
 
 def find_program(config: str, flags: Sequence[str] = ()) -> Program[Any]:
-    """Which program a recipe is for: the one that more of its settings belong to alone; `sft.py` if none does.
+    """The program that a recipe is for: it has more of the settings that the other one lacks. On a tie, `sft.py`.
 
     Args:
         config: The recipe's YAML.
         flags: More of the recipe's flags.
 
     Raises:
-        UserError: The file is no YAML mapping.
+        UserError: The file is not a YAML mapping.
     """
-    said = {flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")}
-    said |= read_yaml(config).keys()
-    sft, classify = ({field.name for kind in program.kinds for field in fields(kind)} for program in (SFT, CLASSIFY))
-    return CLASSIFY if len(said & (classify - sft)) > len(said & (sft - classify)) else SFT
+    given = {flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")}
+    given |= read_yaml(config).keys()
+    sft, classify = (
+        {field.name for kind in program.dataclass_types for field in fields(kind)} for program in (SFT, CLASSIFY)
+    )
+    return CLASSIFY if len(given & (classify - sft)) > len(given & (sft - classify)) else SFT

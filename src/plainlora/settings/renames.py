@@ -1,15 +1,15 @@
-"""Names that older recipes and other projects give to settings -> today's."""
+"""Names of settings in older recipes and in other projects -> their names here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 
-def _as_it_is(value: object) -> object:
+def _unchanged(value: object) -> object:
     return value
 
 
 def _if_set(choice: str) -> Callable[[object], object]:
-    """A switch of old that is one choice of today's setting; switched off, it says nothing."""
+    """For an old switch that is now one choice of a setting: that choice if it is on, nothing if it is off."""
     return lambda value: choice if str(value).lower() in ("true", "yes", "1") else None
 
 
@@ -24,14 +24,14 @@ class Rename:
 
     Attributes:
         today: Its name here; `None` if there is none.
-        why: What to know, or what to do instead, in one clause.
-        translate: The old value -> today's; `None` as a result leaves the setting out. `None` in its place means that
-            only the author of the recipe can say what the value would be.
+        why: The reason, or what to do instead, in one clause.
+        translate: Maps the old value to the new one; if it returns `None` the setting is left out. `None` instead of a
+            function means that the new value cannot be derived.
     """
 
     today: str | None
     why: str = ""
-    translate: Callable[[object], object] | None = _as_it_is
+    translate: Callable[[object], object] | None = _unchanged
 
     def hint(self) -> str:
         """What to do, in one clause."""
