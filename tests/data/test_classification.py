@@ -298,9 +298,9 @@ def test_a_number_is_a_name_where_classes_are_named_by_numbers(tmp_path: Path) -
     path = write(tmp_path / "a.jsonl", [("a", 1), ("b", 0), ("c", "1")])
     assert list(load(path, labels=["1", "0"]).train["label"]) == [0, 1, 0]
     path = write(tmp_path / "b.jsonl", [("a", 1), ("b", 2), ("c", 0)])
-    with pytest.raises(UserError, match="row 3: 'label' is 0, expected one of 1, 2; mend"):  # not the class number 0
+    with pytest.raises(UserError, match="row 3: 'label' is 0, expected one of 1, 2; fix"):  # not the class number 0
         load(path, labels=["1", "2"])
-    with pytest.raises(UserError, match="row 2: 'label' is 2, expected one of 0, 1; mend"):
+    with pytest.raises(UserError, match="row 2: 'label' is 2, expected one of 0, 1; fix"):
         load(path, labels=["0", "1"])
 
 
@@ -340,13 +340,13 @@ def test_a_class_label_named_by_numbers_keeps_them_apart_from_class_numbers(tmp_
     assert splits.test is not None
     assert list(splits.test["label"]) == [0, 1]
     write(tmp_path / "test.jsonl", [("c", 1), ("d", 0)])
-    with pytest.raises(UserError, match="row 2: 'label' is 0, expected one of bad, good; mend"):
+    with pytest.raises(UserError, match="row 2: 'label' is 0, expected one of bad, good; fix"):
         load(tmp_path, labels=["bad", "good"])
 
 
 NAMES = ["neg", "pos"]
 BAD_LABELS = {
-    "a number below": (-1, NAMES, r"row 3: 'label' is -1, expected one of neg \(0\), pos \(1\); mend or remove"),
+    "a number below": (-1, NAMES, r"row 3: 'label' is -1, expected one of neg \(0\), pos \(1\); fix or remove"),
     "a number above": (2, NAMES, r"row 3: 'label' is 2, expected one of"),
     "null": (None, NAMES, r"row 3: 'label' is missing or null, expected one of neg \(0\), pos \(1\)"),
     "an unknown name": ("po", NAMES, r"row 3: 'label' is 'po', expected one of"),
@@ -404,7 +404,7 @@ def test_a_classifier_needs_two_classes_each_named_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no class but 'ham'"):
         load(write_parquet(tmp_path / "a.parquet", [("a", 0)], ["ham"]))
     for names in (["ham", "spam", " ham"], ["ham", " "]):
-        with pytest.raises(UserError, match=r"labels: a class name is empty or there twice \(ham, "):
+        with pytest.raises(UserError, match=r"labels: a class name is empty or given twice \(ham, "):
             load(path, labels=names)
     with pytest.raises(UserError, match="as train rows: no row of the class spam"):
         load(path, labels=["ham", "spam"], balance=True)
@@ -430,7 +430,7 @@ def test_rows_without_text_are_dropped_kept_or_refused(tmp_path: Path) -> None:
     assert list(splits.train["label"]) == [0, 1, 0, 1]
     assert (splits.dropped_empty, splits.kept_empty) == (0, 3)
     assert "3 without text kept" in splits.line()
-    with pytest.raises(UserError, match=r"train.jsonl row 2: 'text' is empty; mend the row, or set on_empty to drop"):
+    with pytest.raises(UserError, match=r"train.jsonl row 2: 'text' is empty; fix the row, or set on_empty to drop"):
         load(tmp_path, on_empty="error")
 
 
@@ -462,9 +462,7 @@ def test_a_missing_column_lists_the_columns_and_names_the_flag(tmp_path: Path) -
         match=r"columns ham, x{40}, and no 'text'; set --text_column, or, if .* no header .*--dataset_columns$",
     ):
         load(headless)
-    with pytest.raises(
-        UserError, match=r"columns label, sms, and no 'text'; set --text_column, or mend --dataset_col"
-    ):
+    with pytest.raises(UserError, match=r"columns label, sms, and no 'text'; set --text_column, or fix --dataset_col"):
         load(headless, columns=["label", "sms"])
 
 

@@ -245,7 +245,7 @@ BAD = {
     "CSV with a field too many": ("a.csv", "a,b\n1,2\n1,2,3\n", r"a.csv line 3: 3 fields, the header has 2"),
     "CSV whose every line has one": ("a.csv", "a,b\n1,2,3\n4,5,6\n", r"a.csv line 2: 3 fields, the header has 2"),
     "CSV that never closes a quote": ("a.csv", 'a,b\n1,2\n"3,4\n5,6\n', r"a.csv line 3: malformed csv"),
-    "CSV with a column twice": ("a.csv", "a,a\n1,2\n", r"a column name stands there twice \(a, a\)"),
+    "CSV with a column twice": ("a.csv", "a,a\n1,2\n", r"a column name is given twice \(a, a\)"),
     "TSV with a field too many": ("a.tsv", "a\tb\n1\t2\t3\n", r"a.tsv line 2: 3 fields, the header has 2"),
     "Latin-1": ("a.csv", "a,b\n1,é\n".encode("latin-1"), r"a.csv line 2: not UTF-8 text .* save the file as UTF-8"),
     "UTF-16": ("a.jsonl", ROW.encode("utf-16"), r"a.jsonl line 1: not UTF-8 text"),
@@ -357,7 +357,9 @@ def test_two_files_for_one_split_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "nothing"])
 def test_an_unreachable_hub_id_names_the_ways_out(name: str) -> None:
-    with pytest.raises(UserError, match=f"{name}' cannot be had from the Hub .*--dataset_name PATH.*make quickstart"):
+    with pytest.raises(
+        UserError, match=f"{name}' cannot be loaded from the Hub .*--dataset_name PATH.*make quickstart"
+    ):
         load(name)
 
 

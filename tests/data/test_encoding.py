@@ -182,7 +182,7 @@ def test_u05_the_share_suggested_is_enough_for_any_counts(
 def test_empty_answers_are_counted_and_nothing_else_is_an_error(
     alpaca: PreTrainedTokenizerFast, row: dict[str, Any]
 ) -> None:
-    with pytest.raises(UserError, match="no row has an answer, so the model would learn to say nothing"):
+    with pytest.raises(UserError, match="no row has an answer, so the model would learn to answer nothing"):
         encode([row], alpaca)
     assert encode(ROWS[:3], alpaca)[1].empty_answers == 0
 
@@ -304,7 +304,7 @@ def test_ids_and_labels_are_those_of_trl(
         ({"messages": CHAT, "tools": {"name": "a"}}, "'tools' must be a list of JSON schemas of functions"),
         ({"messages": CHAT, "tools": ["a"]}, "'tools' must be a list of JSON schemas of functions"),
         ({"messages": CHAT, "chat_template_kwargs": "a"}, "'chat_template_kwargs' must be an object, not str"),
-        ({"messages": CHAT, "chat_template_kwargs": {"tokenize": True}}, "sets 'tokenize', which is no variable"),
+        ({"messages": CHAT, "chat_template_kwargs": {"tokenize": True}}, "sets 'tokenize', which is not a variable"),
         ({"messages": [{"role": "system", "content": "a"}, *CHAT]}, "roles user and assistant, not system"),
         ({"prompt": "a", "completion": None}, "two texts or two lists of messages, not str and null"),
         ({"prompt": 5, "completion": 6}, "two texts or two lists of messages, not int and int"),

@@ -149,7 +149,7 @@ def test_a_tokenizers_damaged_template_is_no_rows_fault(fresh: PreTrainedTokeniz
     fresh.chat_template = "{{ messages }"
     rows = Dataset.from_list([{"messages": TURN}])
     options = {"text_column": "text", "answers_only": True, "max_length": None, "on_overflow": "drop"}
-    with pytest.raises(UserError, match=r"^the chat template of .*fresh is none: unexpected '}'"):
+    with pytest.raises(UserError, match=r"^the chat template of .*fresh is not valid: unexpected '}'"):
         encode_rows(rows, fresh, where="rows.jsonl", max_truncated=0.0, **options)
 
 

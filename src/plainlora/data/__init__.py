@@ -1,1 +1,1 @@
-"""Rows: read, checked, rendered by one template, turned into tokens."""
+"""Reads rows, checks them, renders them with the chat template and turns them into tokens."""

@@ -1,4 +1,4 @@
-"""Whether rows of plain text begin as the prompts do that the saved chat template makes for inference."""
+"""Checks that rows of plain text begin like the prompts that the chat template renders for inference."""
 
 import json
 import re
@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from plainlora.data.prompts import render_prompt, without_bos
 from plainlora.errors import UserError
 
-BOS = "{{- bos_token -}}"  # how a built-in template spells the tokenizer's
+BOS = "{{- bos_token -}}"  # how a built-in template writes the tokenizer's BOS
 QUESTION = "QxxQ"
-SPECIAL = re.compile(r"<\|[^|<>\s]+\|>|<s>|<bos>")  # how tokenizers write what begins a text
+SPECIAL = re.compile(r"<\|[^|<>\s]+\|>|<s>|<bos>")  # special tokens with which texts begin
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Beginnings:
     """How rows of plain text begin. Rows are counted from 1.
 
     Attributes:
-        prompt: What prompts of the chat template begin with; empty if there is no template, or nothing before the
+        prompt: The beginning of the chat template's prompts; empty if there is no template, or nothing before the
             question.
-        others: Rows that do not begin with it.
-        first_other: The first of them.
-        foreign: A special token of another tokenizer that rows begin with, if any: here it is plain characters.
-        foreign_rows: Rows that begin with it.
-        first_foreign: The first of them.
+        others: Number of rows that do not begin with it.
+        first_other: The first such row.
+        foreign: A special token of another tokenizer with which rows begin, if any; here it is plain characters.
+        foreign_rows: Number of rows that begin with it.
+        first_foreign: The first such row.
     """
 
     prompt: str
@@ -38,14 +38,14 @@ class Beginnings:
 
 
 def compare_beginnings(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Beginnings:
-    """Compares the rows with the template's prompts, and makes the template begin as all rows do where it can.
+    """Compares the rows with the template's prompts. If all rows have the same extra prefix, the template gets it too.
 
-    Rows that were written for another tokenizer begin with its BOS, `<s>` for one. Training keeps it as characters, so
-    whatever all rows have before the template's own beginning is put before the template's prompts too.
+    Rows that were written for another tokenizer begin with its BOS, such as `<s>`. Here it is trained as plain
+    characters, so prompts must begin with it as well.
 
     Args:
-        texts: What the rows begin with, as they are.
-        tokenizer: Its chat template is changed as said.
+        texts: The rows' texts.
+        tokenizer: Its chat template may be changed.
     """
     texts = [without_bos(text, tokenizer) for text in texts]
     prompt = _beginning(tokenizer)
@@ -64,7 +64,7 @@ def compare_beginnings(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase)
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the template's prompts begin with, without the BOS that the tokenizer puts before texts too."""
+    """The beginning of the template's prompts, without a BOS that the tokenizer adds itself."""
     if tokenizer.chat_template is None:
         return ""
     try:

@@ -1,4 +1,4 @@
-"""Rows of text and label -> token ids and class numbers, every row accounted for."""
+"""Rows of text and label -> token ids and class numbers, with a count of every row that is left out."""
 
 import math
 import random
@@ -24,17 +24,17 @@ NAME_FLAGS = {"validation": "validation_dataset_name", "test": "eval_dataset_nam
 
 @dataclass
 class LabelledSplits:
-    """Rows to train and test a classifier on, each a `text` and a `label` from 0 to `len(labels) - 1`.
+    """A classifier's rows. Each has a `text` and a `label` from 0 to `len(labels) - 1`.
 
     Attributes:
         train: Training rows.
         validation: Rows to choose a checkpoint by, if there are any.
         test: Rows to report on, if there are any.
         labels: Name of each class, by number.
-        dropped_empty: Rows dropped because their text was empty or white space, over all files read.
-        kept_empty: Such rows that were kept instead.
-        leaked: Test rows whose text, but for white space around it, is also that of a training row.
-        contradicting: Training rows whose text is also that of a training row of another class.
+        dropped_empty: Number of rows dropped because their text was empty or white space, over all files read.
+        kept_empty: Number of such rows that were kept.
+        leaked: Number of test rows whose text, apart from surrounding white space, is also in a training row.
+        contradicting: Number of training rows whose text another training row gives another class.
     """
 
     train: Dataset
@@ -47,7 +47,7 @@ class LabelledSplits:
     contradicting: int
 
     def class_counts(self) -> dict[str, dict[str, int]]:
-        """Rows of each class in each split there is."""
+        """Number of rows of each class in each split."""
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
         counts = {split: Counter(rows["label"]) for split, rows in splits.items() if rows is not None}
         return {split: {name: of[at] for at, name in enumerate(self.labels)} for split, of in counts.items()}
@@ -70,15 +70,15 @@ class LabelledSplits:
 
 @dataclass
 class TextReport:
-    """What became of the texts. Lengths are in tokens, special tokens included, before anything was cut.
+    """Counts of tokenised texts. Lengths are in tokens, special tokens included, before truncation.
 
     Attributes:
-        rows: Rows, all of them kept.
-        cut: Rows cut to `max_length`.
-        longest: Tokens of the longest row.
-        median: Median tokens of a row.
-        mean: Mean tokens of a row.
-        percentile_95: 95 % of the rows have no more tokens.
+        rows: Number of rows; all are kept.
+        cut: Number of rows cut to `max_length`.
+        longest: Length of the longest row.
+        median: Median length.
+        mean: Mean length.
+        percentile_95: Length that 95 % of the rows do not exceed.
         largest_id: The largest token id in the rows.
     """
 
@@ -119,7 +119,7 @@ def _find_tables(
     config: str | None,
     columns: list[str] | None,
 ) -> dict[str, Table]:
-    """The training rows, and of each other part the rows that there are: of its own dataset, or of its split."""
+    """The rows of `train` and of each other part that exists: from its own dataset, or from its split."""
     for part, (own, split) in others.items():
         if own is None and split == train_split:
             raise UserError(
@@ -147,16 +147,16 @@ def _find_tables(
 
 
 def _check_texts(table: Table, text_column: str, label_column: str, named: bool) -> None:
-    """Both columns must be there, and every text a text; `named` is whether dataset_columns names the columns."""
+    """Checks that both columns exist and every text is a string; `named`: dataset_columns names the columns."""
     for flag, column in (("--text_column", text_column), ("--label_column", label_column)):
         if column not in table.rows.column_names:
             advice = f"set {flag}"
             if named:
-                advice += ", or mend --dataset_columns"
+                advice += ", or fix --dataset_columns"
             elif table.where.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
                 advice += ", or, if the file has no header line, name its columns with --dataset_columns"
-            there = listed(table.rows.column_names)
-            raise UserError(f"{table.where} has the columns {there}, and no {column!r}; {advice}")
+            columns = listed(table.rows.column_names)
+            raise UserError(f"{table.where} has the columns {columns}, and no {column!r}; {advice}")
     check_text_columns(table.rows, [text_column], table.where)
 
 
@@ -166,7 +166,7 @@ def _counts(rows: Dataset, classes: int) -> list[int]:
 
 
 def _draw(rows: Dataset, quotas: list[int], seed: int) -> tuple[Dataset, Dataset]:
-    """Random rows, `quotas[c]` of each class c, and the rest; both shuffled."""
+    """Draws `quotas[c]` random rows of each class c; returns them and the rest, both shuffled."""
     classes, left = rows["label"][:], list(quotas)
     drawn: list[int] = []
     rest: list[int] = []
@@ -177,7 +177,7 @@ def _draw(rows: Dataset, quotas: list[int], seed: int) -> tuple[Dataset, Dataset
 
 
 def _stratified(rows: Dataset, size: int, classes: int) -> list[int]:
-    """How many rows of each class make `size` rows with the shares that they have in all rows."""
+    """How many of `size` rows belong to each class if classes have the same shares as in all rows."""
     parts = [divmod(count * size, len(rows)) for count in _counts(rows, classes)]
     quotas = [whole for whole, _ in parts]
     by_remainder = sorted(range(classes), key=lambda number: -parts[number][1])
@@ -201,7 +201,7 @@ def _check_classes(rows: Dataset, names: list[str], what: str, advice: str) -> N
 
 
 def _hold_out(parts: dict[str, Dataset], sizes: dict[str, float], names: list[str], seed: int) -> None:
-    """Moves rows from `parts["train"]` to further parts."""
+    """Moves rows from `parts["train"]` to held-out sets of these sizes."""
     rows = parts["train"]
     counts = {part: _row_count(part, size, len(rows)) for part, size in sizes.items()}
     if sum(counts.values()) >= len(rows):
@@ -218,14 +218,42 @@ def _hold_out(parts: dict[str, Dataset], sizes: dict[str, float], names: list[st
 
 
 def _clean(table: Table, text_column: str, classes: Classes, on_empty: OnEmpty) -> tuple[Dataset, int]:
-    """The rows as `text` and `label`, and how many of those read had no text."""
+    """The rows as `text` and `label`, and the number of empty texts."""
     texts = [text.rstrip("\r\n") for text in table.rows[text_column]]
     full = [at for at, text in enumerate(texts) if text.strip()]
     rows = Dataset.from_dict({"text": texts, "label": classes.numbers(table)})
     if on_empty == "error" and len(full) < len(texts):
         row = next(at for at, text in enumerate(texts, 1) if not text.strip())
-        raise UserError(f"{table.where} row {row}: {text_column!r} is empty; mend the row, or set on_empty to drop")
+        raise UserError(f"{table.where} row {row}: {text_column!r} is empty; fix the row, or set on_empty to drop")
     return rows if on_empty == "keep" else rows.select(full), len(texts) - len(full)
+
+
+def _clean_all(
+    tables: dict[str, Table], text_column: str, classes: Classes, on_empty: OnEmpty
+) -> tuple[dict[str, Dataset], int]:
+    """The rows of every part as `text` and `label`, each with all classes, and the number of empty texts."""
+    parts = {}
+    empty = 0
+    for part, table in tables.items():
+        parts[part], count = _clean(table, text_column, classes, on_empty)
+        empty += count
+        remedy = "labels to the others" if part == "train" else f"{NAME_FLAGS[part]} to other rows"
+        advice = f"add some, or set {remedy}"
+        if table.where.endswith("])"):  # a slice on the Hub
+            advice = "a slice of a sorted split lacks classes, max_train_rows and max_eval_rows draw from all"
+        _check_classes(parts[part], classes.names, f"{table.where} as {part} rows", advice)
+    return parts, empty
+
+
+def _limit(
+    parts: dict[str, Dataset], max_train_rows: int | None, max_eval_rows: int | None, names: list[str], seed: int
+) -> None:
+    """Keeps at most so many rows of each part, drawn at random and stratified by label."""
+    for part, rows in parts.items():
+        most, flag = (max_train_rows, "max_train_rows") if part == "train" else (max_eval_rows, "max_eval_rows")
+        if most is not None and most < len(rows):
+            parts[part], _ = _draw(rows, _stratified(rows, most, len(names)), seed)
+            _check_classes(parts[part], names, f"{most} of the {part} rows", f"raise {flag}, or set balance_classes")
 
 
 def _leaked(train: Dataset, test: Dataset) -> int:
@@ -262,10 +290,10 @@ def load_labelled(
     max_eval_rows: int | None,
     seed: int,
 ) -> LabelledSplits:
-    """Training rows, and validation and test rows if there are any, with checked texts and numbered labels.
+    """Reads training rows, and validation and test rows if there are any, with checked texts and numbered labels.
 
-    Validation and test rows are a dataset of their own, else the split of that name, else held out of the training
-    rows. A label is a class name, or the number of a class where no class is named by a number.
+    Validation and test rows come from a dataset of their own, else from the split of that name, else from a held-out
+    set of the training rows. A label is a class name; or a class number, if no class is named by a number.
 
     Args:
         name: Hub id, local folder or local file. A file is the split `train`.
@@ -273,26 +301,26 @@ def load_labelled(
         train_split: Split to train on.
         validation_split: Split for validation rows. In a local folder `validation` is also `valid`, `val` or `dev`.
         test_split: Split for test rows.
-        validation_name: Hub id or path of the validation rows, if that is another.
-        test_name: Hub id or path of the test rows, if that is another.
-        validation_size: Validation rows to hold out where there are none: a number of rows, or below 1 a share of all
-            training rows as they were before anything was held out. Stratified by label.
-        test_size: Test rows to hold out where there are none, likewise.
+        validation_name: Hub id or path of the validation rows, if it is another dataset.
+        test_name: Hub id or path of the test rows, if it is another dataset.
+        validation_size: Size of the held-out validation set, if there are no validation rows: a number of rows, or
+            below 1 a share of the training rows before any are held out. Stratified by label.
+        test_size: The same for test rows.
         columns: Names of the columns of csv or tsv files without a header line.
-        text_column: The column of texts. Newlines that end a text are removed.
+        text_column: The column of texts. Newlines at the end of a text are removed.
         label_column: The column of labels.
         labels: Names of the classes, in order; `None` for a ClassLabel's names, or else the training rows' sorted
             distinct labels.
-        balance: Whether every class is cut to the size of the smallest before anything is held out. Validation and
-            test rows that were not held out stay as they are.
+        balance: Whether every class is cut to the size of the smallest, before rows are held out. Validation and
+            test rows of their own are not cut.
         on_empty: What happens to rows whose text is empty or white space.
-        max_train_rows: Training rows to keep. They are drawn at random, stratified by label, and not the first: files
+        max_train_rows: How many training rows to keep. They are drawn at random, stratified by label, because files
             are often sorted by class, as IMDb is on the Hub.
-        max_eval_rows: Validation rows and test rows to keep, drawn likewise.
-        seed: Of everything that is drawn.
+        max_eval_rows: How many validation rows and test rows to keep, drawn in the same way.
+        seed: Seed of all random draws.
 
     Raises:
-        UserError: The rows cannot be had, a row cannot be used (it is named), or a split would lack a class.
+        UserError: The rows cannot be read, a row cannot be used (it is named), or a split would lack a class.
     """
     if text_column == label_column:
         raise UserError(f"text_column and label_column are both {text_column!r}")
@@ -304,28 +332,13 @@ def load_labelled(
     for table in tables.values():
         _check_texts(table, text_column, label_column, named=columns is not None)
     classes = Classes(tables["train"], label_column, labels)
-    parts = {}
-    empty = 0
-    for part, table in tables.items():
-        parts[part], count = _clean(table, text_column, classes, on_empty)
-        empty += count
-        remedy = "labels to the others" if part == "train" else f"{NAME_FLAGS[part]} to other rows"
-        advice = f"add some, or set {remedy}"
-        if table.where.endswith("])"):  # a slice on the Hub
-            advice = "a slice of a sorted split lacks classes, max_train_rows and max_eval_rows draw from all"
-        _check_classes(parts[part], classes.names, f"{table.where} as {part} rows", advice)
+    parts, empty = _clean_all(tables, text_column, classes, on_empty)
     if balance:
         counts = _counts(parts["train"], len(classes.names))
         parts["train"], _ = _draw(parts["train"], [min(counts)] * len(counts), seed)
     shares = {"test": test_size, "validation": validation_size}
     _hold_out(parts, {part: size for part, size in shares.items() if size and part not in parts}, classes.names, seed)
-    for part, rows in parts.items():
-        most, flag = (max_train_rows, "max_train_rows") if part == "train" else (max_eval_rows, "max_eval_rows")
-        if most is not None and most < len(rows):
-            parts[part], _ = _draw(rows, _stratified(rows, most, len(classes.names)), seed)
-            _check_classes(
-                parts[part], classes.names, f"{most} of the {part} rows", f"raise {flag}, or set balance_classes"
-            )
+    _limit(parts, max_train_rows, max_eval_rows, classes.names, seed)
     return LabelledSplits(
         train=parts["train"],
         validation=parts.get("validation"),
@@ -341,9 +354,9 @@ def load_labelled(
 def tokenize_texts(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> tuple[list[list[int]], list[int]]:
-    """Token ids of every text as a classifier reads it, and how many there were before it was cut to `max_length`.
+    """Token ids of every text, cut to `max_length`, and the number of tokens before the cut.
 
-    Text that spells a special token does not become one: a review must not end a sequence.
+    Text that spells a special token does not become that token.
 
     Raises:
         UserError: An empty text has no tokens.
@@ -367,10 +380,10 @@ def encode_texts(
     """Tokenises every text, with the special tokens that the tokenizer adds itself.
 
     Args:
-        rows: With `text` and `label`, as `load_labelled` returns them.
-        tokenizer: The model's.
-        max_length: Tokens that a row is cut to, special tokens included; `None` for no limit.
-        num_proc: Processes that tokenise.
+        rows: Rows with `text` and `label`, from `load_labelled`.
+        tokenizer: The model's tokenizer.
+        max_length: Length to which a row is cut, in tokens, special tokens included; `None` for no limit.
+        num_proc: Number of processes that tokenise.
 
     Returns:
         The rows with `input_ids`, `labels` (the class number) and `length` (tokens), and the report.
@@ -388,7 +401,7 @@ def encode_texts(
         largest = [max(ids) for ids in encoded]
         return {"input_ids": encoded, "labels": batch["label"], "length": lengths, "uncut": uncut, "largest": largest}
 
-    # Not from the cache: its fingerprint does not see a change in this project's code.
+    # No cache: its fingerprint does not change with this project's code.
     encoded = rows.map(
         encode,
         batched=True,
@@ -412,7 +425,7 @@ def encode_texts(
 
 
 def _token_for_nothing(tokenizer: PreTrainedTokenizerBase) -> int:
-    """GPT-2 makes no token of an empty text, and a model cannot read none."""
+    """The one token of an empty text: GPT-2's tokenizer makes none, and a model needs at least one."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if isinstance(token, int):
             return token

@@ -1,8 +1,7 @@
-"""What of a conversation does not reach the text that its chat template makes: a template drops what it does not know.
+"""Finds what a chat template leaves out of a conversation: a template drops roles and fields that it does not know.
 
-The template is asked, not read: every text of a conversation is replaced by a mark of its own, the conversation is
-rendered, and the marks that are missing are what is lost. Conversations of one outline (the same roles and fields) are
-rendered once.
+Every text of a conversation is replaced by a mark of its own and the conversation is rendered. The texts whose marks
+are missing are left out. Conversations with the same outline (roles and fields) are rendered once.
 """
 
 import json
@@ -18,20 +17,20 @@ from plainlora.data.prompts import Message, render
 from plainlora.errors import UserError
 
 Kind = Literal["answer", "message", "tool call", "tools", "template options", "roles", "thinking", "fields", "quoted"]
-QUOTED = json.dumps(json.dumps({"key": ""}))[1:-4]  # how arguments begin that are text and are made JSON once more
-THOUGHT = "</think>"  # ends the thinking of DeepSeek-R1, Qwen3 and others where it stands in the content
+QUOTED = json.dumps(json.dumps({"key": ""}))[1:-4]  # how arguments begin that were encoded as JSON twice
+THOUGHT = "</think>"  # ends the thinking of DeepSeek-R1, Qwen3 and others inside the content
 KNOWN = {"role", "content", *CALLS, *THINKING}  # a message's fields that are marked
 
 
 @dataclass(frozen=True)
-class Loss:
-    """Something of the rows that the chat template leaves out.
+class Omission:
+    """Something that the chat template leaves out of rows.
 
     Attributes:
-        kind: What it is; an `answer` that is left out must not be trained on.
+        kind: What it is. A row without its `answer` must not be trained on.
         what: The same as a clause.
-        rows: Rows that lose it.
-        first: Number of the first of them, from 1.
+        rows: Number of rows without it.
+        first: Number of the first such row, from 1.
     """
 
     kind: Kind
@@ -41,7 +40,7 @@ class Loss:
 
 
 class _Marks:
-    """Marks in place of texts, each with the message that it stands in and the kind of text that it stands for."""
+    """Marks in place of texts, each with the number of its message and the kind of text."""
 
     def __init__(self) -> None:
         self.made: list[tuple[str, int, str]] = []
@@ -52,22 +51,22 @@ class _Marks:
         return self.made[-1][0]
 
     def id(self, written: str) -> str:
-        """The same for every row's first id, second id, ...; nine letters, as Mistral's templates demand."""
+        """The same ids in every row; nine letters, as Mistral's templates demand."""
         return self.ids.setdefault(written, f"id{len(self.ids):07}")
 
     def reached(self, text: str, at: int, kind: str) -> list[bool]:
-        """Whether each mark of this kind stands in the text."""
+        """Whether each mark of this kind is in the text."""
         return [mark in text for mark, message, name in self.made if (message, name) == (at, kind)]
 
 
 def _outline(message: Message, at: int, marks: _Marks) -> Message:
-    """The message with a mark in place of each of its texts."""
+    """The message with a mark in place of each text."""
     outline = {key: value for key, value in message.items() if value is not None}
     content = message.get("content")
     if isinstance(content, str) and content.strip():
-        thought, end, said = content.rpartition(THOUGHT)
+        thought, end, rest = content.rpartition(THOUGHT)
         head = f"{'<think>' if '<think>' in thought else ''}{marks.new(at, 'thinking')}{THOUGHT}\n\n" if end else ""
-        outline["content"] = head + (marks.new(at, "content") if said.strip() else "")
+        outline["content"] = head + (marks.new(at, "content") if rest.strip() else "")
     elif isinstance(content, list):
         outline["content"] = [
             part | {"text": marks.new(at, "content")} if isinstance(part, dict) and part.get("text") else part
@@ -77,7 +76,7 @@ def _outline(message: Message, at: int, marks: _Marks) -> Message:
         outline["content"] = {key: marks.new(at, "content") for key in content}
     thinking = [key for key in THINKING if isinstance(message.get(key), str) and message[key].strip()]
     if thinking:
-        outline |= dict.fromkeys(thinking, marks.new(at, "thinking"))  # one thought, whatever it is called
+        outline |= dict.fromkeys(thinking, marks.new(at, "thinking"))  # the same thought under several names
     if isinstance(message.get("tool_call_id"), str):
         outline["tool_call_id"] = marks.id(message["tool_call_id"])
     if isinstance(message.get("tool_calls"), list):
@@ -111,10 +110,10 @@ def _outline_tools(marks: _Marks) -> list[dict[str, Any]]:
 
 
 class Coverage:
-    """Finds what of a conversation its chat template leaves out.
+    """Finds what the chat template leaves out of a conversation.
 
     Args:
-        tokenizer: Carries the template.
+        tokenizer: A tokenizer with a chat template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -122,11 +121,11 @@ class Coverage:
         self.known: dict[str, list[tuple[Kind, str]]] = {}
 
     def __call__(self, messages: list[Message], options: dict[str, Any]) -> list[tuple[Kind, str]]:
-        """What is lost, each as its kind and in words.
+        """What is left out, each as its kind and in words.
 
         Args:
             messages: The whole conversation.
-            options: What the template is given beside it, and another `chat_template` in place of the tokenizer's.
+            options: The template's other variables, and possibly a `chat_template` to use instead of the tokenizer's.
         """
         marks = _Marks()
         outline = [_outline(message, at, marks) for at, message in enumerate(messages)]
@@ -135,13 +134,13 @@ class Coverage:
         if key not in self.known:
             try:
                 text = render(outline, self.tokenizer, options=given)
-            except UserError:  # a template that looks into the texts; it rendered the row itself
+            except UserError:  # the template checks the texts, and refuses the marks
                 return []
             self.known[key] = [*_lost(outline, marks, text, self._words(given)), *self._unread(outline, given)]
         return self.known[key]
 
     def _words(self, given: dict[str, Any]) -> set[str]:
-        """The words of the template's source: what it does not name it cannot read."""
+        """The words of the template's source: a variable that it does not name it does not read."""
         source = self.tokenizer.get_chat_template(given.get("chat_template"), given.get("tools"))
         return set(re.findall(r"\w+", source))
 
@@ -159,7 +158,7 @@ class Coverage:
 def _lost(outline: list[Message], marks: _Marks, text: str, words: set[str]) -> Iterator[tuple[Kind, str]]:
     answers = [at for at, message in enumerate(outline) if message["role"] == "assistant"]
     last = answers[-1] if answers else len(outline) - 1  # as in `split_row`
-    thinks = bool({*THINKING, "think"} & words)  # then it strips earlier thoughts on purpose
+    thinks = bool({*THINKING, "think"} & words)  # then it may strip earlier thoughts on purpose
     for at, message in enumerate(outline):
         role = message["role"]
         content, call, thought = (marks.reached(text, at, kind) for kind in ("content", "tool call", "thinking"))

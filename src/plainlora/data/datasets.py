@@ -21,7 +21,7 @@ from trl.trainer.utils import remove_none_values
 
 from plainlora.errors import UserError, first_line
 
-KINDS = ("json", "jsonl", "csv", "tsv", "parquet")
+FORMATS = ("json", "jsonl", "csv", "tsv", "parquet")
 
 
 def _suffix(path: Path) -> str:
@@ -30,28 +30,30 @@ def _suffix(path: Path) -> str:
 
 
 def is_local(name: str) -> bool:
-    """Whether a dataset or model name means this disk: it exists, or is written as a path, not as a Hub id."""
-    return os.path.exists(name) or name.startswith(("/", ".", "~")) or _suffix(Path(name)) in KINDS
+    """Whether a dataset or model name is a local path: it exists, or is not written as a Hub id."""
+    return os.path.exists(name) or name.startswith(("/", ".", "~")) or _suffix(Path(name)) in FORMATS
 
 
 def find_local_file(name: str, split: str) -> Path | None:
     """The file of a split: the file itself, or `SPLIT.json` and the like in a folder. `None` if there is none.
 
     Raises:
-        UserError: There is no such path, or its kind is not one that can be read.
+        UserError: There is no such path, or its format is not supported.
     """
     path = Path(os.path.expanduser(name))
     if os.path.isdir(path):
-        found = sorted(file for file in path.iterdir() if file.name.split(".")[0] == split and _suffix(file) in KINDS)
+        found = sorted(
+            file for file in path.iterdir() if file.name.split(".")[0] == split and _suffix(file) in FORMATS
+        )
         if len(found) > 1:
             raise UserError(
                 f"{path} holds several files for {split}: {', '.join(file.name for file in found)}; keep one"
             )
         return found[0] if found else None
     if not os.path.isfile(path):
-        raise UserError(f"there is no file {name}; give a Hub id, a folder, or a {', '.join(KINDS)} file")
-    if _suffix(path) not in KINDS:
-        raise UserError(f"{path} is of no kind that can be read: {', '.join(KINDS)}, each also as .gz")
+        raise UserError(f"there is no file {name}; give a Hub id, a folder, or a {', '.join(FORMATS)} file")
+    if _suffix(path) not in FORMATS:
+        raise UserError(f"{path} has no format that can be read: {', '.join(FORMATS)}, each also as .gz")
     return path
 
 
@@ -79,7 +81,7 @@ def _read_text(path: Path) -> str:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Rows of a JSON list or of JSON lines, each with where it stands."""
+    """Rows of a JSON list or of JSON lines, each with its position."""
     text = _read_text(path)
     first = 1
     try:
@@ -118,14 +120,14 @@ def _read_json(path: Path) -> Dataset:
         for name, values in columns.items():
             values.append(row.get(name))
     try:
-        # What differs from row to row is kept as it is, for the row checks to name; it may be a column of no interest.
+        # Mixed types in a column are allowed: the checks of rows name them, and the column may not be read at all.
         return Dataset.from_dict(columns, on_mixed_types="use_json")
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: {_unstorable(columns)} cannot be stored ({error})") from error
 
 
 def _unstorable(columns: dict[str, list[Any]]) -> str:
-    """The first value that Arrow has no place for: a number of more than 64 bits, half of a surrogate pair."""
+    """The first value that Arrow cannot store, such as a number of more than 64 bits or half of a surrogate pair."""
     for name, values in columns.items():
         for number, value in enumerate(values, 1):
             try:
@@ -136,7 +138,7 @@ def _unstorable(columns: dict[str, list[Any]]) -> str:
 
 
 def _read_csv(path: Path, columns: list[str] | None = None) -> Dataset:
-    """Every field is text. A tsv has no quoting: SMS and tweets hold unbalanced quotes."""
+    """Every field is text. A tsv is read without quoting, because SMS and tweets hold unbalanced quotes."""
     tabs = _suffix(path) == "tsv"
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(
@@ -151,7 +153,7 @@ def _read_csv(path: Path, columns: list[str] | None = None) -> Dataset:
     try:
         for row in reader:
             if header is None:
-                header = row or None  # a blank line is none
+                header = row or None  # skips blank lines
             elif columns is not None and row == columns:
                 raise UserError(f"{path} line {start} is a header line; leave dataset_columns out")
             elif columns is not None and row and len(row) != len(columns):
@@ -168,7 +170,7 @@ def _read_csv(path: Path, columns: list[str] | None = None) -> Dataset:
         raise UserError(f"{path} line {start}: malformed {_suffix(path)} ({error})") from error
     header = header or []  # a byte order mark and nothing else
     if len(set(header)) < len(header):
-        raise UserError(f"{path} line 1: a column name stands there twice ({', '.join(header)})")
+        raise UserError(f"{path} line 1: a column name is given twice ({', '.join(header)})")
     fields_of = {name: [row[at] if at < len(row) else None for row in rows] for at, name in enumerate(header)}
     return Dataset.from_dict(fields_of, features=datasets.Features(dict.fromkeys(header, datasets.Value("string"))))
 
@@ -177,16 +179,16 @@ def _read_parquet(path: Path) -> Dataset:
     content = _read_bytes(path)
     try:
         table = parquet.ParquetFile(BufferReader(content)).read()
-        table.validate(full=True)  # text that is not UTF-8, offsets that lead elsewhere
+        table.validate(full=True)  # finds text that is not UTF-8, and wrong offsets
         return without_filled_nulls(Dataset(InMemoryTable(table)))
-    except Exception as error:  # of any kind: Arrow's own, and those of the types that a damaged schema names
+    except Exception as error:  # of many classes, if the schema is damaged
         raise UserError(f"{path} cannot be read as parquet: {error}") from error
 
 
 def without_filled_nulls(rows: Dataset) -> Dataset:
-    """The rows without the nulls that Arrow puts where a message or a tool lacks a field that another one has.
+    """The rows without the nulls that Arrow adds if a message or a tool lacks a field that another one has.
 
-    JSON files are read as they are written and need none of this.
+    Rows of JSON files have no such nulls.
     https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/utils.py (`remove_none_values`)
     """
     nested = any(not isinstance(feature, datasets.Value) for feature in rows.features.values())
@@ -194,18 +196,18 @@ def without_filled_nulls(rows: Dataset) -> Dataset:
 
 
 def read_file(path: Path, columns: list[str] | None = None) -> Dataset:
-    """Reads one local file into memory, where the rows are checked and tokenised anyway.
+    """Reads one local file into memory.
 
-    The `datasets` builders (5.2.0) are not used: they change values without a word. Of JSON they make a text that is a
-    date a `datetime`, in messages too, and round numbers to nine decimals; of a csv whose lines hold a field too many
-    they drop the first field and shift the rest. Nor can they say which line is malformed.
+    The `datasets` builders (5.2.0) are not used because they change values silently: in JSON they turn a text that is
+    a date into a `datetime`, in messages too, and round numbers to nine decimals; in a csv whose lines have an extra
+    field they drop the first field and shift the rest. They also do not say which line is malformed.
 
     Args:
         path: The file.
-        columns: Names of the columns of a csv or tsv without a header line; its first line is then a row.
+        columns: Names of the columns of a csv or tsv without a header line.
 
     Raises:
-        UserError: The file is malformed (the line is named) or empty, or has column names of its own.
+        UserError: The file is malformed (the line is named) or empty, or it has column names and `columns` is given.
     """
     kind = _suffix(path)
     if columns is None:
@@ -220,19 +222,19 @@ def read_file(path: Path, columns: list[str] | None = None) -> Dataset:
 
 
 def load_split(name: str, split: str, config: str | None = None, columns: list[str] | None = None) -> Dataset | None:
-    """The rows of a split, from the Hub or from this disk; `None` if there is no such split.
+    """The rows of a split, from the Hub or a local path; `None` if there is no such split.
 
     Args:
         name: Hub id, local folder or local file. A file is the split `train`.
         split: `train`, `test`, ... On the Hub also a slice such as `train[:1%]`.
         config: Configuration name on the Hub.
-        columns: Names of the columns of a csv or tsv on this disk that has no header line.
+        columns: Names of the columns of a local csv or tsv without a header line.
 
     Raises:
-        UserError: The rows cannot be had, or there are none.
+        UserError: The rows cannot be read, or there are none.
     """
     if is_local(name):
-        if "[" in split:  # a slice of the Hub's kind
+        if "[" in split:  # a slice, as on the Hub
             whole, _, first = split.removesuffix("]").partition("[:")
             raise UserError(
                 f"{name} is on this disk, where no split can be sliced ({split!r}); name the split "
@@ -255,7 +257,7 @@ def load_split(name: str, split: str, config: str | None = None, columns: list[s
         except Exception as error:  # connection, authentication and not-found errors of several libraries
             reason = first_line(error)
             raise UserError(
-                f"the dataset {name!r} cannot be had from the Hub ({reason}); give a local file with "
+                f"the dataset {name!r} cannot be loaded from the Hub ({reason}); give a local file with "
                 "--dataset_name PATH, or run `make quickstart`, which needs no Hub"
             ) from error
     if len(rows) == 0:
@@ -264,20 +266,20 @@ def load_split(name: str, split: str, config: str | None = None, columns: list[s
 
 
 def check_text_columns(rows: Dataset, columns: list[str], where: str, optional: bool = False) -> None:
-    """Every row must hold a string in each of these columns, or nothing at all where that is `optional`.
+    """Checks that every row has a string in each of these columns, or null if `optional`.
 
     Raises:
-        UserError: Naming the file and the row, counted from 1.
+        UserError: A row has not. The error names the file and the row, counted from 1.
     """
     for column in columns:
         for number, value in enumerate(rows[column], 1):
             if not isinstance(value, str) and not (optional and value is None):
                 what = "is missing or null" if value is None else f"is of type {type(value).__name__}, not text"
-                raise UserError(f"{where} row {number}: {column!r} {what}; mend or remove the row")
+                raise UserError(f"{where} row {number}: {column!r} {what}; fix or remove the row")
 
 
 def no_training_split(name: str, split: str) -> UserError:
-    """The error to raise where `load_split` found no training rows: what there is instead."""
+    """The error for a training split that `load_split` did not find; it names what there is instead."""
     folder = Path(os.path.expanduser(name))
     if folder.is_file():
         return UserError(f"{name} is the split 'train', not {split!r}; leave dataset_train_split out")
@@ -297,7 +299,7 @@ def load_train_and_test(
     seed: int,
     check: Callable[[Dataset, str], object] | None = None,
 ) -> tuple[Dataset, Dataset | None]:
-    """Training rows, and test rows if there are any: an own dataset, a split of the same, or a share held out.
+    """Reads training rows, and test rows if there are any: another dataset, another split, or a held-out set.
 
     Args:
         name: Hub id, local folder or local file.
@@ -305,13 +307,13 @@ def load_train_and_test(
         train_split: The split to train on.
         test_split: The split to test on, if there is one.
         test_name: Another dataset to test on.
-        test_split_size: How many rows, or which share, to hold out where there is no test split.
-        max_train_rows: The first rows only.
-        seed: Draws what is held out.
-        check: Called with the rows and what to call them before any are held out; raises if they will not do.
+        test_split_size: Size of the held-out set if there is no test split: a number of rows, or a share below 1.
+        max_train_rows: How many of the first training rows to keep.
+        seed: Seed of the held-out set.
+        check: Called with the training rows and their name before any are held out; raises if they cannot be used.
 
     Raises:
-        UserError: See `load_split`; also a missing training split and a hold-out that leaves nothing to train on.
+        UserError: See `load_split`; or there is no training split, or the held-out set leaves nothing to train on.
     """
     train = load_split(name, train_split, config)
     if train is None:
@@ -336,5 +338,5 @@ def load_train_and_test(
 
 
 def hub_name(name: str) -> str | None:
-    """The Hub id, for the model card; `None` for a path."""
+    """The name if it is a Hub id, for the model card; `None` if it is a path."""
     return None if is_local(name) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) else name

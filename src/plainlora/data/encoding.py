@@ -1,10 +1,9 @@
-"""Rows -> token ids and labels, with a count of everything that was left out.
+"""Rows -> token ids and labels, with a count of everything that is left out.
 
-A label of -100 is not trained (PyTorch's `ignore_index`). Every row that is kept trains at least one EOS, so the model
-learns to stop; labels come from the row's own length, so a pad token equal to EOS does not mask it (trl#1623).
+A label of -100 is not trained (PyTorch's `ignore_index`). Labels come from the length of a row, not from padding,
+so EOS is trained even if it is the pad token (trl#1623).
 """
 
-import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
-from plainlora.data.coverage import Coverage, Loss
+from plainlora.data.coverage import Coverage, Omission
 from plainlora.data.layouts import (
     Schema,
     find_schema,
@@ -31,37 +30,37 @@ from plainlora.data.spans import assistant_mask
 from plainlora.errors import UserError
 
 IGNORED = -100
-ROUNDING = 1e-6  # of a row: 0.29 * 100 is less than 29
+ROUNDING = 1e-6  # rows; 0.29 * 100 is less than 29
 Overflow = Literal["drop", "truncate"]
 
 
 @dataclass(frozen=True)
 class EncodingReport:
-    """What became of the rows. Lengths are in tokens, before anything was cut.
+    """Counts of encoded rows. Lengths are in tokens, before truncation.
 
     Attributes:
         where: The file or the Hub id, and the split.
         max_length: Longest row allowed; `None` for no limit.
         on_overflow: What happened to longer rows.
         max_truncated: Share of longer rows above which it is an error.
-        eos_token: What the tokenizer ends answers with.
-        rows: Rows read.
-        kept: Rows trained on.
-        too_long: Rows longer than `max_length`: dropped, or truncated.
-        eos_cut_off: Rows that are trained without their last EOS, because truncation cut it off.
-        empty_answers: Rows whose answer is empty or white space.
-        answers_cut_off: Rows dropped because truncation left no trained token of theirs.
-        untrained: Rows dropped because no token of theirs would be trained, truncated or not.
-        without_eos: Rows whose answer the template does not end with EOS.
-        first_without_eos: Number of the first of them, from 1.
-        merged_boundaries: Rows that do not begin with the tokens that inference asks with: the prompt's last token
-            merges with the answer, or the template renders the prompt alone otherwise.
-        first_merged: Number of the first of them, from 1.
-        longest: The longest row.
-        median: A row in the middle.
-        percentile_95: 95 % of the rows are no longer.
-        tokens: Tokens in the kept rows.
-        trained_tokens: Those of them that are trained.
+        eos_token: The tokenizer's EOS.
+        rows: Number of rows read.
+        kept: Number of rows trained on.
+        too_long: Number of rows longer than `max_length`, which were dropped or truncated.
+        eos_cut_off: Number of rows trained without their last EOS, because truncation cut it off.
+        empty_answers: Number of rows whose answer is empty or white space.
+        answers_cut_off: Number of rows dropped because truncation left no trained token.
+        untrained: Number of rows dropped because they had no trained token before truncation.
+        without_eos: Number of rows whose answer the template does not end with EOS.
+        first_without_eos: Number of the first such row, from 1.
+        merged_boundaries: Number of rows that do not begin with the tokens of the prompt at inference: the prompt's
+            last token merges with the answer, or the template renders the prompt alone in another way.
+        first_merged: Number of the first such row, from 1.
+        longest: Length of the longest row.
+        median: Median length.
+        percentile_95: Length that 95 % of the rows do not exceed.
+        tokens: Number of tokens in the kept rows.
+        trained_tokens: Number of trained tokens among them.
         largest_id: The largest token id in the rows.
         losses: What the chat template leaves out of the rows.
     """
@@ -88,7 +87,7 @@ class EncodingReport:
     tokens: int
     trained_tokens: int
     largest_id: int
-    losses: tuple[Loss, ...] = ()
+    losses: tuple[Omission, ...] = ()
 
     def line(self, what: str) -> str:
         """The report in one line."""
@@ -109,15 +108,15 @@ class EncodingReport:
         return "; ".join(parts)
 
     def faults(self) -> dict[str, str]:
-        """Why these rows must not be trained on, by the name of the check, each with what to do."""
+        """Why these rows must not be trained on, each with what to do, by the name of the check."""
         found = {}
-        named = "name the roles user and assistant, " * any(loss.kind == "roles" for loss in self.losses)
-        for loss in self.losses:
-            if loss.kind == "answer":
+        named = "name the roles user and assistant, " * any(omission.kind == "roles" for omission in self.losses)
+        for omission in self.losses:
+            if omission.kind == "answer":
                 found["answer"] = (
-                    f"{self.where} row {loss.first}: {loss.what}, so an empty answer would be trained "
-                    f"({loss.rows:,} of {self.rows:,} rows); {named}set prompt_template to one that renders it, or "
-                    "remove such rows"
+                    f"{self.where} row {omission.first}: {omission.what}, so an empty answer would be trained "
+                    f"({omission.rows:,} of {self.rows:,} rows); {named}set prompt_template to one that renders it, "
+                    "or remove such rows"
                 )
         if self.without_eos:
             found["eos"] = (
@@ -127,7 +126,7 @@ class EncodingReport:
             )
         if self.empty_answers == self.rows:
             found["empty"] = (
-                f"{self.where}: no row has an answer, so the model would learn to say nothing; look at the rows"
+                f"{self.where}: no row has an answer, so the model would learn to answer nothing; look at the rows"
             )
         if self.too_long > self.max_truncated * self.rows + ROUNDING:
             percent = -(-100 * self.too_long // self.rows)  # rounded up
@@ -143,26 +142,26 @@ class EncodingReport:
         return found
 
     def check(self) -> None:
-        """Raises `UserError` if these rows must not be trained on, with the first reason."""
+        """Raises `UserError` with the first reason why these rows must not be trained on, if there is one."""
         for fault in self.faults().values():
             raise UserError(fault)
 
 
 class Encoder:
-    """Turns a row into `input_ids` and `labels`: those that SFTTrainer makes of it.
+    """Turns a row into `input_ids` and `labels`, the same as SFTTrainer's.
 
     https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py (`tokenize_fn`, `build_labels`)
 
     Args:
-        tokenizer: With the template installed and an EOS token.
+        tokenizer: A tokenizer with the chat template installed and an EOS token.
         schema: The layout of the rows.
         text_column: The column of plain text, for the schema `text`.
-        answers_only: Whether only the answer is trained: what follows the prompt, and of `messages` every message of
-            the assistant.
-        assistant_only: Whether, of what is trained, the assistant's tokens alone are (TRL's `assistant_only_loss`).
+        answers_only: Whether only answers are trained: the text after the prompt, or all assistant messages of
+            `messages`.
+        assistant_only: Whether only the assistant's tokens are trained (TRL's `assistant_only_loss`).
 
     Raises:
-        UserError: The rows do not tell the answer from the prompt.
+        UserError: The rows do not separate the answer from the prompt.
     """
 
     def __init__(
@@ -176,7 +175,7 @@ class Encoder:
         if schema == "text" and (answers_only or assistant_only):
             raise UserError(
                 f"{'completion' if answers_only else 'assistant'}_only_loss needs rows that tell the answer from the "
-                f"prompt; the column {text_column!r} holds both in one text"
+                f"prompt; the column {text_column!r} holds both as one text"
             )
         self.tokenizer, self.schema, self.text_column = tokenizer, schema, text_column
         if schema == "instruction":  # its one answer is the assistant's
@@ -186,13 +185,13 @@ class Encoder:
 
     @cached_property
     def template(self) -> str | None:
-        """The template that makes the rows' text, if it is not the tokenizer's."""
+        """The template that renders the rows; `None` for the tokenizer's own."""
         return training_template(self.tokenizer) if self.masks_others else None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row's `input_ids` and `labels`; whether its prompt's tokens begin them, and whether its EOS is trained.
+        """The row's `input_ids` and `labels`, and two checks.
 
-        The last two are `prompt_is_prefix` and `trains_eos`.
+        `prompt_is_prefix`: the row begins with the tokens of its prompt. `trains_eos`: its EOS is trained.
         """
         if self.schema == "text":
             ids = self.tokenizer(without_bos(row[self.text_column], self.tokenizer), verbose=False).input_ids
@@ -205,30 +204,32 @@ class Encoder:
         prompt, answer = split_row(row, self.schema)
         options = {"chat_template": self.template, **template_options(row)}
         ids = self._tokenize(render([*prompt, *answer], self.tokenizer, options=options))
-        begun, prefix = self._inference_prefix(prompt, template_options(row), ids)
+        prompt_length, prefix = self._inference_prefix(prompt, template_options(row), ids)
         labels = list(ids)
         if self.masks_prompt:
-            shared = begun if self.template is None else common_prefix_length(self._asked(prompt, options), ids)
+            shared = prompt_length
+            if self.template is not None:
+                shared = common_prefix_length(self._prompt_tokens(prompt, options), ids)
             labels = [IGNORED] * shared + ids[shared:]
         if self.masks_others:
             mask = assistant_mask([*prompt, *answer], ids, self.tokenizer, options)
             labels = [label if trained else IGNORED for label, trained in zip(labels, mask, strict=True)]
-        trains_eos = self.tokenizer.eos_token_id in labels[begun:]
+        trains_eos = self.tokenizer.eos_token_id in labels[prompt_length:]
         return {"input_ids": ids, "labels": labels, "prompt_is_prefix": prefix, "trains_eos": trains_eos}
 
-    def _asked(self, prompt: list[Message], options: dict[str, Any]) -> list[int]:
-        """The tokens that ask for the answer."""
+    def _prompt_tokens(self, prompt: list[Message], options: dict[str, Any]) -> list[int]:
+        """The tokens of the prompt at inference, with the generation prompt."""
         return self._tokenize(render(prompt, self.tokenizer, for_generation=True, options=options))
 
     def _inference_prefix(self, prompt: list[Message], options: dict[str, Any], ids: list[int]) -> tuple[int, bool]:
-        """How many of the row's first tokens inference asks with, and whether that is all it asks with.
+        """How many first tokens the row shares with its prompt at inference, and whether these are the whole prompt.
 
-        Inference renders by the template that is saved, whichever made the row.
+        The prompt is rendered with the saved template, even if another one rendered the row.
         """
-        if self.schema == "messages" and not prompt:  # a conversation that begins with its answer is not asked for
+        if self.schema == "messages" and not prompt:  # a conversation that begins with its answer has no prompt
             return 0, True
         try:
-            asked = self._asked(prompt, options)
+            asked = self._prompt_tokens(prompt, options)
         except BrokenTemplate:
             raise
         except UserError:
@@ -239,7 +240,7 @@ class Encoder:
         return shared, shared == len(asked)
 
     def _encode_texts(self, prompt: str, completion: str) -> dict[str, Any]:
-        """One text after the other, as they are, with the tokenizer's own special tokens, as TRL (`add_eos`)."""
+        """The two texts joined without a template, with the tokenizer's own special tokens, as TRL (`add_eos`)."""
         if self.masks_others:
             raise UserError("assistant_only_loss needs messages; a prompt and a completion of text have no roles")
         eos = str(self.tokenizer.eos_token)
@@ -257,26 +258,76 @@ class Encoder:
 
 
 def trains_answers_only(schema: Schema, completion_only_loss: bool | None) -> bool:
-    """What `completion_only_loss` is where it is left open, as in TRL: on for rows of a prompt and a completion."""
+    """`completion_only_loss`, or TRL's default for it: true for rows with a prompt and a completion."""
     return schema == "prompt" if completion_only_loss is None else completion_only_loss
 
 
 def _trains(labels: list[int]) -> bool:
-    """Whether a row trains anything. Its first label has no position before it to predict it from."""
+    """Whether a row has a trained token. The first token is never predicted, so its label does not count."""
     return any(label != IGNORED for label in labels[1:])
 
 
 def _first(flags: list[bool]) -> int | None:
-    """Number of the first that is set, from 1."""
+    """Number of the first flag that is set, from 1."""
     return flags.index(True) + 1 if True in flags else None
 
 
-def _count_losses(rows: Iterable[list[Any]]) -> tuple[Loss, ...]:
+def _count_omissions(rows: Iterable[list[Any]]) -> tuple[Omission, ...]:
     found: dict[tuple[Any, str], list[int]] = {}
     for number, lost in enumerate(rows, 1):
         for kind, what in dict.fromkeys(map(tuple, lost)):
             found.setdefault((kind, what), []).append(number)
-    return tuple(Loss(kind, what, len(numbers), numbers[0]) for (kind, what), numbers in found.items())
+    return tuple(Omission(kind, what, len(numbers), numbers[0]) for (kind, what), numbers in found.items())
+
+
+def _encode(rows: Dataset, encoder: Encoder, where: str, num_proc: int | None) -> Dataset:
+    """Every row as `Encoder` returns it, with what `encode_rows` counts.
+
+    Raises:
+        UserError: A bad row; it is named.
+    """
+    coverage = Coverage(encoder.tokenizer)
+
+    def encode(row: dict[str, Any], number: int) -> dict[str, Any]:
+        try:
+            encoded = encoder(row)
+        except BrokenTemplate:  # not the fault of a row
+            raise
+        except UserError as error:
+            raise UserError(f"{where} row {number + 1}: {error}") from error
+        found = {"length": len(encoded["input_ids"]), "largest": max(encoded["input_ids"], default=0)}
+        found |= {"trained": _trains(encoded["labels"]), "answered": has_answer(row, encoder.schema)}
+        if is_rendered(row, encoder.schema):
+            prompt, answer = split_row(row, encoder.schema)
+            lost = coverage([*prompt, *answer], {"chat_template": encoder.template, **template_options(row)})
+        else:
+            lost = []
+        return encoded | found | {"lost": [list(omission) for omission in lost]}
+
+    # No cache: its fingerprint does not change with this project's code.
+    return rows.map(
+        encode,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        num_proc=num_proc,
+        keep_in_memory=True,
+        load_from_cache_file=False,
+        desc=f"Tokenizing {where}",
+    ).with_format(None)
+
+
+def _truncate(encoded: Dataset, max_length: int, keep_end: bool, eos: int) -> Dataset:
+    """The rows cut to `max_length`; `eos_cut_off` is whether a row is trained without its last EOS."""
+
+    def cut(row: dict[str, Any]) -> dict[str, Any]:
+        ids, labels = row["input_ids"], row["labels"]
+        if row["length"] <= max_length:
+            return {"input_ids": ids, "labels": labels, "eos_cut_off": False}
+        kept = slice(-max_length, None) if keep_end else slice(None, max_length)
+        lost = eos in labels[max_length:] and not keep_end and _trains(labels[kept])
+        return {"input_ids": ids[kept], "labels": labels[kept], "eos_cut_off": lost}
+
+    return encoded.map(cut, keep_in_memory=True, load_from_cache_file=False, desc="Truncating long rows")
 
 
 def encode_rows(
@@ -293,21 +344,21 @@ def encode_rows(
     num_proc: int | None = None,
     assistant_only: bool = False,
 ) -> tuple[Dataset, EncodingReport]:
-    """Renders and tokenises every row, then drops or truncates what is too long.
+    """Renders and tokenises every row, then drops or truncates rows that are too long.
 
-    Whether the rows may be trained on is for `EncodingReport.faults` to say.
+    Whether the rows may be trained on is not checked here; see `EncodingReport.faults`.
 
     Args:
-        rows: As read.
-        tokenizer: With the template installed.
-        where: What to call the rows in messages: the file or the Hub id.
+        rows: The rows as read.
+        tokenizer: A tokenizer with the chat template installed.
+        where: The rows' name in messages: the file or the Hub id.
         text_column: The column of plain text, if the rows are plain text.
         answers_only: Whether only answers are trained; see `Encoder`.
         max_length: Longest row in tokens; `None` for no limit.
         on_overflow: What happens to longer rows.
         max_truncated: Share of longer rows above which it is a fault.
         keep_end: Whether truncation keeps the end of a row instead of its start.
-        num_proc: Processes that tokenise.
+        num_proc: Number of processes that tokenise.
         assistant_only: Whether only the assistant's tokens are trained; see `Encoder`.
 
     Returns:
@@ -318,59 +369,26 @@ def encode_rows(
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token, so the model would never learn to stop; set eos_token")
-    eos = tokenizer.eos_token_id
     schema = find_schema(rows, text_column, where)
     try:
         encoder = Encoder(tokenizer, schema, text_column, answers_only, assistant_only)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    coverage = Coverage(tokenizer)
-
-    def encode(row: dict[str, Any], number: int) -> dict[str, Any]:
-        try:
-            encoded = encoder(row)
-        except BrokenTemplate:  # which is no row's fault
-            raise
-        except UserError as error:
-            raise UserError(f"{where} row {number + 1}: {error}") from error
-        found = {"length": len(encoded["input_ids"]), "largest": max(encoded["input_ids"], default=0)}
-        found |= {"trained": _trains(encoded["labels"]), "answered": has_answer(row, encoder.schema)}
-        if is_rendered(row, encoder.schema):
-            prompt, answer = split_row(row, encoder.schema)
-            lost = coverage([*prompt, *answer], {"chat_template": encoder.template, **template_options(row)})
-        else:
-            lost = []
-        return encoded | found | {"lost": [list(loss) for loss in lost]}
-
-    def cut(row: dict[str, Any]) -> dict[str, Any]:
-        ids, labels, long = row["input_ids"], row["labels"], row["length"] > (max_length or math.inf)
-        kept = slice(-(max_length or 0), None) if keep_end else slice(None, max_length)
-        if not long:
-            return {"input_ids": ids, "labels": labels, "eos_cut_off": False}
-        lost = eos in labels[max_length:] and not keep_end and _trains(labels[kept])
-        return {"input_ids": ids[kept], "labels": labels[kept], "eos_cut_off": lost}
-
-    # Not from the cache: its fingerprint does not see a change in this project's code.
-    encoded = rows.map(
-        encode,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        num_proc=num_proc,
-        keep_in_memory=True,
-        load_from_cache_file=False,
-        desc=f"Tokenizing {where}",
-    ).with_format(None)
+    encoded = _encode(rows, encoder, where, num_proc)
     lengths, merged = encoded["length"][:], [not is_prefix for is_prefix in encoded["prompt_is_prefix"]]
     without_eos = [trains and not ends for trains, ends in zip(encoded["trained"], encoded["trains_eos"], strict=True)]
-    largest = max(encoded["largest"])
     too_long = sum(max_length is not None and length > max_length for length in lengths)
     left = encoded
-    if too_long and on_overflow == "drop":
-        left = encoded.filter(
-            lambda length: length <= max_length, input_columns="length", keep_in_memory=True, desc="Dropping long rows"
-        )
-    elif too_long:
-        left = encoded.map(cut, keep_in_memory=True, load_from_cache_file=False, desc="Truncating long rows")
+    if too_long and max_length is not None:
+        if on_overflow == "drop":
+            left = encoded.filter(
+                lambda length: length <= max_length,
+                input_columns="length",
+                keep_in_memory=True,
+                desc="Dropping long rows",
+            )
+        else:
+            left = _truncate(encoded, max_length, keep_end, tokenizer.eos_token_id)
     trainable = left.filter(
         _trains, input_columns="labels", keep_in_memory=True, desc="Looking for rows without a trained token"
     )
@@ -397,7 +415,7 @@ def encode_rows(
         percentile_95=percentile_95(lengths),
         tokens=sum(len(ids) for ids in trainable["input_ids"]),
         trained_tokens=sum(label != IGNORED for labels in trainable["labels"] for label in labels),
-        largest_id=largest,
-        losses=_count_losses(encoded["lost"]),
+        largest_id=max(encoded["largest"]),
+        losses=_count_omissions(encoded["lost"]),
     )
     return trainable.select_columns(["input_ids", "labels"]), report

@@ -1,4 +1,4 @@
-"""Labels as they were written -> class numbers."""
+"""Labels as written in the rows -> class numbers."""
 
 import re
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ class Table:
 
 
 def listed(names: list[str]) -> str:
-    """The names as they go into a message: the first dozen, each cut where it is really a text."""
+    """The names for a message: at most twelve, each cut to 40 characters."""
     return ", ".join(f"{name:.40}" for name in names[:12]) + (", ..." if len(names) > 12 else "")
 
 
@@ -29,7 +29,7 @@ def _own_names(table: Table, column: str) -> list[str]:
 
 
 def _spell(table: Table, column: str) -> Iterator[tuple[int, Any, str | None]]:
-    """Each row's number from 1, its label, and the class name that this spells: `None` if it can be no name."""
+    """Each row's number from 1, its label, and the class name of the label: `None` if it cannot be a name."""
     own = _own_names(table, column)
     for row, value in enumerate(table.rows[column], 1):
         name = None
@@ -46,11 +46,11 @@ def _is_number(name: str) -> bool:
 
 def _bad_label(where: str, column: str, value: object, expected: str) -> UserError:
     what = "is missing or null" if value is None else f"is {value!r:.60}"
-    return UserError(f"{where}: {column!r} {what}, expected {expected}; mend or remove the row")
+    return UserError(f"{where}: {column!r} {what}, expected {expected}; fix or remove the row")
 
 
 def _distinct(table: Table, column: str) -> list[str]:
-    """The labels that there are: sorted, as numbers if all are."""
+    """The distinct labels, sorted; as numbers if all are numbers."""
     found: dict[str, str] = {}
     for row, value, name in _spell(table, column):
         where = f"{table.where} row {row}"
@@ -64,7 +64,7 @@ def _distinct(table: Table, column: str) -> list[str]:
 
 
 class Classes:
-    """The classes' names, and which number each spelling of a label means.
+    """The names of the classes, and the class number of each label.
 
     Args:
         table: Training rows.
@@ -72,14 +72,14 @@ class Classes:
         given: The names, in order; `None` for a ClassLabel's names, or else the distinct labels of the rows.
 
     Raises:
-        UserError: Fewer than two classes, a name twice, or a label that can be no name.
+        UserError: There are fewer than two classes, a name is given twice, or a label cannot be a name.
     """
 
     def __init__(self, table: Table, column: str, given: list[str] | None) -> None:
         own = _own_names(table, column)
         names = [name.strip() for name in given] if given else own or _distinct(table, column)
         if len(set(names)) < len(names) or "" in names:
-            raise UserError(f"labels: a class name is empty or there twice ({listed(names)})")
+            raise UserError(f"labels: a class name is empty or given twice ({listed(names)})")
         if len(names) < 2:
             raise UserError(
                 f"{table.where}: {column!r} has no class but {names[0]!r:.60}, and a classifier needs two; "
@@ -89,7 +89,7 @@ class Classes:
         self._numbers = {name: number for number, name in enumerate(names)}
         if not any(map(_is_number, [*names, *own])):  # "1" would be a name in one row and the second class in another
             self._numbers |= {str(number): number for number in range(len(names))}
-        # Other words for a ClassLabel's classes. "Ham" for "ham" is no other word: it may stand in another place.
+        # `given` renames a ClassLabel's classes. Not if the case alone differs: the order may be another.
         if len(own) == len(names) and not {name.casefold() for name in own} & {name.casefold() for name in names}:
             self._numbers |= {name: number for number, name in enumerate(own)}
 
@@ -107,13 +107,13 @@ class Classes:
                 for near in self.names:
                     if name is not None and near.casefold() == name.casefold():
                         expected = f"{near!r} (only the case differs) or another of {listed(self.names)}"
-                shown = value if name in (None, str(value)) else name  # a ClassLabel's name says more than its number
+                shown = value if name in (None, str(value)) else name  # a ClassLabel's name rather than its number
                 raise _bad_label(f"{table.where} row {row}", self.column, shown, expected)
             found.append(number)
         return found
 
     def _accepted(self) -> list[str]:
-        """Each name, with its number where that is accepted too."""
+        """Each name, with its number if that is accepted too."""
         accepted = self._numbers.items()
         return [
             f"{name} ({at})" if (str(at), at) in accepted and name != str(at) else name

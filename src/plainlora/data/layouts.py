@@ -1,4 +1,4 @@
-"""The layouts that a row may have, and what of a row is asked, answered and handed to the chat template."""
+"""The layouts that a row may have: its prompt, its answer, and the variables for the chat template."""
 
 import inspect
 import json
@@ -17,22 +17,22 @@ Schema = Literal["messages", "prompt", "instruction", "text"]
 # Names of a message's thinking: https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/utils/chat_template_utils.py
 THINKING = ("reasoning_content", "thinking", "reasoning")
 
-# Names of a message's calls; the second is OpenAI's before tools.
+# Names of a message's calls; the second is OpenAI's older one.
 CALLS = ("tool_calls", "function_call")
 
-# What a row's chat_template_kwargs may set: a template's variables, not how the tokenizer is called.
+# Arguments of `apply_chat_template`, which a row's chat_template_kwargs must not set.
 CALL = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
     *("tools", "documents", "chat_template", "kwargs")
 }
 
 
 def find_schema(rows: Dataset, text_column: str, where: str) -> Schema:
-    """Which of the four layouts of a row this dataset has, checked for missing and non-text fields.
+    """The layout of a dataset's rows, whose text columns are checked.
 
     ShareGPT's `conversations` are `messages` by another name.
 
     Raises:
-        UserError: None fits (the columns are listed), or a row lacks a field, or there are images.
+        UserError: No layout fits (the columns are listed), a row lacks a field, or there are images.
     """
     columns = rows.column_names
     for column in {"image", "images"} & set(columns):
@@ -58,7 +58,7 @@ def find_schema(rows: Dataset, text_column: str, where: str) -> Schema:
 
 
 def unread_columns(rows: Dataset, schema: Schema, text_column: str) -> list[str]:
-    """Columns that neither the layout nor the chat template is given."""
+    """Columns that neither the layout nor the chat template uses."""
     read = {
         "prompt": {"prompt", "completion"},
         "messages": {"messages" if "messages" in rows.column_names else "conversations"},
@@ -70,42 +70,42 @@ def unread_columns(rows: Dataset, schema: Schema, text_column: str) -> list[str]
     return [column for column in rows.column_names if column not in read]
 
 
-def _kind(value: object) -> str:
+def _type_name(value: object) -> str:
     return "null" if value is None else type(value).__name__
 
 
 def text_pair(row: dict[str, Any], schema: Schema) -> tuple[str, str] | None:
-    """The prompt and the completion of a row that has both as plain text, which no template touches, as in TRL."""
+    """The prompt and the completion of a row that has both as plain text, without a template (as in TRL)."""
     if schema == "prompt" and isinstance(row["prompt"], str) and isinstance(row["completion"], str):
         return row["prompt"], row["completion"]
     return None
 
 
 def is_rendered(row: dict[str, Any], schema: Schema) -> bool:
-    """Whether the chat template makes the row's text."""
+    """Whether the row is rendered by the chat template."""
     return schema != "text" and text_pair(row, schema) is None
 
 
 def split_row(row: dict[str, Any], schema: Schema) -> tuple[list[Message], list[Message]]:
     """The row's prompt and its answer as chat messages.
 
-    The answer of a conversation begins with its last message of the assistant; where there is none, it is the last
-    message. Rows of plain text have no messages: see `text_pair`.
+    The answer of a conversation begins with its last assistant message; if there is none, it is the last message.
+    Rows of plain text have no messages: see `text_pair`.
 
     Raises:
-        UserError: The row's messages are no conversation.
+        UserError: The row's messages are not a conversation.
     """
     if schema == "instruction":
         return [user_message(row["instruction"], row.get("input") or "")], [assistant_message(row["output"])]
     if schema == "prompt":
         prompt, completion = row["prompt"], row["completion"]
         if not isinstance(prompt, list) or not isinstance(completion, list):
-            kinds = " and ".join(_kind(side) for side in (prompt, completion))
-            raise UserError(f"'prompt' and 'completion' must be two texts or two lists of messages, not {kinds}")
+            types = " and ".join(_type_name(side) for side in (prompt, completion))
+            raise UserError(f"'prompt' and 'completion' must be two texts or two lists of messages, not {types}")
         return _as_messages(prompt), _as_messages(completion)
     name = "messages" if "messages" in row else "conversations"
     if not isinstance(row[name], list) or not row[name]:
-        what = "empty" if row[name] == [] else _kind(row[name])
+        what = "empty" if row[name] == [] else _type_name(row[name])
         advice = "; give a json, jsonl or parquet file, which hold lists" if isinstance(row[name], str) else ""
         raise UserError(f"{name!r} must be a list of messages, not {what}{advice}")
     messages = _as_messages(row[name])
@@ -115,9 +115,9 @@ def split_row(row: dict[str, Any], schema: Schema) -> tuple[list[Message], list[
     return messages[:last], messages[last:]
 
 
-def _as_messages(said: list[Any]) -> list[Message]:
-    """Messages with a role and a content, also from ShareGPT's `from` and `value`; checked."""
-    copies = [dict(message) if isinstance(message, dict) else message for message in said]
+def _as_messages(conversation: list[Any]) -> list[Message]:
+    """Checked messages with a role and a content, converted from ShareGPT's `from` and `value` if need be."""
+    copies = [dict(message) if isinstance(message, dict) else message for message in conversation]
     messages: list[Message] = maybe_convert_to_chatml({"messages": copies})["messages"]
     for message in messages:
         if (
@@ -135,12 +135,12 @@ def _as_messages(said: list[Any]) -> list[Message]:
 
 
 def template_options(row: dict[str, Any]) -> dict[str, Any]:
-    """What the chat template is given beside the messages: the row's `tools` and `chat_template_kwargs`, as in TRL.
+    """The chat template's variables beside the messages: the row's `tools` and `chat_template_kwargs`, as in TRL.
 
     https://huggingface.co/docs/trl/v1.16.0/en/dataset_formats#tool-calling
 
     Raises:
-        UserError: They are not a list of functions (or that list as JSON text), and an object.
+        UserError: `tools` is not a list of functions (or its JSON), or `chat_template_kwargs` is not an object.
     """
     tools, given = row.get("tools"), row.get("chat_template_kwargs")
     if isinstance(tools, str):
@@ -151,21 +151,21 @@ def template_options(row: dict[str, Any]) -> dict[str, Any]:
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise UserError(f"'tools' must be a list of JSON schemas of functions, not {tools!r}")
     if not isinstance(given, dict | None):
-        raise UserError(f"'chat_template_kwargs' must be an object, not {_kind(given)}")
+        raise UserError(f"'chat_template_kwargs' must be an object, not {_type_name(given)}")
     if reserved := CALL & set(given or {}):
-        raise UserError(f"'chat_template_kwargs' sets {min(reserved)!r}, which is no variable of a chat template")
+        raise UserError(f"'chat_template_kwargs' sets {min(reserved)!r}, which is not a variable of a chat template")
     return {"tools": tools, **(given or {})}
 
 
 def text_of(content: Any) -> str:
-    """A message's content as text: of a list its parts' texts, joined; of an object its JSON; nothing for null."""
+    """A message's content as text: a list's texts joined, an object as JSON, null as the empty text."""
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         return "".join(str(part.get("text") or "") for part in content)
     return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False) if content else ""
 
 
 def has_answer(row: dict[str, Any], schema: Schema) -> bool:
-    """Whether the answer is more than white space. A plain text has none of its own; an empty one trains nothing."""
+    """Whether the answer is more than white space. Plain text counts as answered: its answer cannot be separated."""
     if schema == "text":
         return True
     texts = text_pair(row, schema)
@@ -176,7 +176,7 @@ def has_answer(row: dict[str, Any], schema: Schema) -> bool:
 
 
 def prompts_of(rows: Dataset, schema: Schema, text_column: str) -> list[str]:
-    """What each row asks, to compare rows by; the whole text, where nothing tells the question from the answer."""
+    """The prompt of each row, to compare rows; the whole text if prompt and answer are not separate."""
     if schema == "text":
         return [text.strip() for text in rows[text_column]]
     asked = []

@@ -1,4 +1,4 @@
-"""How long rows are."""
+"""Statistics of the lengths of rows."""
 
 import math
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """One renderer for training, evaluation and generation: the tokenizer's chat template.
 
-The template that trained a model is saved with its tokenizer (`chat_template.jinja`), so a server renders as training
-did. The built-in templates are the files in `templates/`.
+The template used in training is saved with the tokenizer (`chat_template.jinja`), so a server renders prompts in the
+same way. The built-in templates are the files in `templates/`.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ INPUT_MARK = "\n\n### Input:\n"  # the Alpaca template looks for it; see templat
 
 
 class BrokenTemplate(UserError):
-    """A chat template that will not do, whatever the messages."""
+    """A chat template that cannot be used, whatever the messages are."""
 
 
 def user_message(instruction: str, context: str = "") -> Message:
@@ -43,17 +43,17 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def without_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Takes a spelled-out BOS off a text to which the tokenizer adds one, so that there are not two."""
+    """Removes a written BOS from a text if the tokenizer adds one, so that there are not two."""
     return text.removeprefix(str(tokenizer.bos_token)) if adds_bos(tokenizer) else text
 
 
 def plain_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Plain text with the BOS spelled out that the tokenizer adds in training, for tokenising without it."""
+    """Plain text with the BOS written out, if the tokenizer adds one in training; to be tokenised without adding."""
     return (str(tokenizer.bos_token) if adds_bos(tokenizer) else "") + without_bos(prompt, tokenizer)
 
 
 def install_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
-    """Makes the tokenizer render with a built-in template, a file, or, if `None`, its own.
+    """Sets the tokenizer's chat template to a built-in one or a file; `None` leaves its own.
 
     Raises:
         UserError: There is no such template.
@@ -71,21 +71,21 @@ def install_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -
         raise UserError(f"prompt_template: {path} cannot be read: {error}") from error
     try:
         _compile_jinja_template(source)
-    except Exception as error:  # of any kind, as in `apply_template`
+    except Exception as error:  # of any class, as in `apply_template`
         raise BrokenTemplate(f"prompt_template: {path} is no chat template: {_fault(error)}") from error
-    # The tokenizer adds no BOS to rendered text, so a built-in template spells it out where the model expects it.
+    # The tokenizer adds no BOS to rendered text, so a built-in template writes it if the model expects one.
     bos = "{{- bos_token -}}" if path == built_in and adds_bos(tokenizer) else ""
     tokenizer.chat_template = bos + source
 
 
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """TRL's template that marks the assistant's tokens; `None` for the tokenizer's own, if it does or TRL has none.
+    """TRL's template that marks the assistant's tokens; `None` if the tokenizer's own does, or TRL has none for it.
 
     https://huggingface.co/docs/trl/v1.16.0/en/chat_templates#training-templates
 
     Raises:
         UserError: The tokenizer has no template.
-        BrokenTemplate: It is none.
+        BrokenTemplate: The template has a syntax error.
     """
     if tokenizer.chat_template is None:
         raise UserError(NO_TEMPLATE)
@@ -94,24 +94,24 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
         return None if has_generation_markers(tokenizer.chat_template) else get_training_chat_template(tokenizer)
     except TemplateSyntaxError as error:
         raise _no_template(tokenizer, error) from error
-    except Exception:  # TRL has none, or what it asks the template is none that it can render
+    except Exception:  # TRL has none, or the template fails on TRL's example
         return None
 
 
 def apply_template(
     messages: list[Message], tokenizer: PreTrainedTokenizerBase, tokenize: bool = False, **options: Any
 ) -> Any:
-    """`tokenizer.apply_chat_template`, whose errors name the roles: a template is a program from elsewhere.
+    """`tokenizer.apply_chat_template` with errors that name the conversation's roles.
 
     Args:
         messages: The conversation.
-        tokenizer: Carries the template.
+        tokenizer: A tokenizer with a chat template.
         tokenize: Whether the text is tokenised too.
         **options: For `apply_chat_template`.
 
     Raises:
         UserError: The template refuses the messages.
-        BrokenTemplate: It is no template.
+        BrokenTemplate: The template has a syntax error.
     """
     try:
         return tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
@@ -125,7 +125,7 @@ def apply_template(
 
 
 def _no_template(tokenizer: PreTrainedTokenizerBase, error: TemplateSyntaxError) -> BrokenTemplate:
-    return BrokenTemplate(f"the chat template of {tokenizer.name_or_path} is none: {_fault(error)}")
+    return BrokenTemplate(f"the chat template of {tokenizer.name_or_path} is not valid: {_fault(error)}")
 
 
 def _fault(error: Exception) -> str:
@@ -142,9 +142,9 @@ def render(
 
     Args:
         messages: The conversation.
-        tokenizer: Carries the template.
-        for_generation: Whether the text ends where the assistant's answer would begin.
-        options: What else the template is given, and another `chat_template` in place of the tokenizer's.
+        tokenizer: A tokenizer with a chat template.
+        for_generation: Whether to add the generation prompt.
+        options: The template's other variables, and possibly a `chat_template` to use instead of the tokenizer's.
 
     Raises:
         UserError: The tokenizer has no template, or see `apply_template`.
@@ -156,7 +156,7 @@ def render(
 
 
 def render_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, context: str = "") -> str:
-    """A single prompt as training rendered it; as it is, where training had plain text and no template."""
+    """A single prompt rendered as in training; without a chat template, as plain text."""
     if tokenizer.chat_template is None:
         return plain_prompt(prompt + context, tokenizer)
     return render([user_message(prompt, context)], tokenizer, for_generation=True)

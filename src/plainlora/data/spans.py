@@ -1,4 +1,4 @@
-"""Which tokens of a rendered conversation are the assistant's: the template marks them, or they are derived."""
+"""Finds the assistant's tokens in a rendered conversation: the template marks them, or they are derived."""
 
 from typing import Any
 
@@ -17,11 +17,11 @@ def assistant_mask(
     Args:
         messages: The whole conversation.
         ids: Its tokens.
-        tokenizer: Carries the template.
-        options: What the template is given, and another `chat_template` in place of the tokenizer's.
+        tokenizer: A tokenizer with a chat template.
+        options: The template's other variables, and possibly a `chat_template` to use instead of the tokenizer's.
 
     Raises:
-        UserError: No token is the assistant's, or it cannot be told which are.
+        UserError: No token is the assistant's, or the tokens cannot be derived.
     """
     source = tokenizer.get_chat_template(options.get("chat_template"), options.get("tools"))
     if has_generation_markers(source):
@@ -43,14 +43,14 @@ def assistant_mask(
 def derive_mask(
     messages: list[Message], ids: list[int], tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
 ) -> list[int]:
-    """The mask of a template without markers: what each answer adds to the tokens that ask for it.
+    """The mask for a template without markers: the tokens that each answer adds to its prompt.
 
-    For the message `i` of the assistant, that is from the end of `messages[:i]` with the generation prompt to the end
-    of `messages[:i + 1]`. Both must be the first tokens of the whole conversation. Arguments are those of
+    For an assistant message `i` these are the tokens from the end of `messages[:i]` with the generation prompt to the
+    end of `messages[:i + 1]`. Both must be prefixes of the whole conversation. Arguments are those of
     `assistant_mask`.
 
     Raises:
-        UserError: They are not, so the tokens of an answer cannot be told from the others.
+        UserError: One of them is not a prefix, so the answer's tokens cannot be derived.
     """
 
     def tokens(prefix: list[Message], for_generation: bool) -> int:

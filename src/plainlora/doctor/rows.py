@@ -10,7 +10,7 @@ from plainlora.doctor.tokens import examine_ids, examine_padding, examine_saving
 from plainlora.tasks.rows import PreparedRows
 
 # What to do about what the chat template leaves out. An answer that it leaves out is a fault of the report's.
-LOSSES: dict[Kind, tuple[Level, str]] = {
+OMISSIONS: dict[Kind, tuple[Level, str]] = {
     "message": ("warning", "set prompt_template to one that renders it, or take it out of the rows"),
     "tool call": ("warning", "set prompt_template to one that renders it, or the model will not learn to make it"),
     "tools": ("warning", "set prompt_template to one that renders them, or the model will call what it is not shown"),
@@ -30,7 +30,7 @@ def examine_rows(
     Args:
         rows: As they go to the trainer.
         tokenizer: With the template installed.
-        config: The base's; `None` if it could not be had.
+        config: The base's; `None` if it could not be loaded.
     """
     examination = Examination()
     if rows.missing:
@@ -107,12 +107,12 @@ def _examine_split(subject: str, report: EncodingReport, rendered: bool, examina
 
 
 def _examine_losses(subject: str, report: EncodingReport, examination: Examination) -> None:
-    for loss in report.losses:
-        if loss.kind == "answer":
+    for omission in report.losses:
+        if omission.kind == "answer":
             continue
-        level, advice = LOSSES[loss.kind]
-        said = f"in {loss.rows:,} of {report.rows:,} {loss.what} (first in row {loss.first:,}); {advice}"
-        examination.add(level, subject, loss.kind, said, rows=loss.rows, first=loss.first)
+        level, advice = OMISSIONS[omission.kind]
+        said = f"in {omission.rows:,} of {report.rows:,} {omission.what} (first in row {omission.first:,}); {advice}"
+        examination.add(level, subject, omission.kind, said, rows=omission.rows, first=omission.first)
 
 
 def _examine_beginnings(found: Beginnings, tokenizer: PreTrainedTokenizerBase, examination: Examination) -> None:
