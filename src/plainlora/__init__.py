@@ -1,15 +1,15 @@
 """PlainLoRA: LoRA you can read in five minutes, proved equal to PEFT, and faster than PEFT.
 
-    model = inject(model, LoraConfig(...))      # beside peft.get_peft_model(model, LoraConfig(...))
+    model = inject(model, LoraConfig(...))      # as peft.get_peft_model(model, LoraConfig(...))
     save_adapter(model, directory)              # PEFT's files
     model = load_adapter(model, directory)      # PEFT's files
-    with disabled(model): ...                   # the base alone
-    model = merge(model)                        # the base architecture with the deltas folded in
+    with disabled(model): ...                   # the base without the adapter
+    model = merge(model)                        # the base architecture with the deltas added to its weights
     model = unwrap(model)                       # the base again
-    fuse(model)                                 # ours or PEFT's: the same map, faster and leaner; unfuse undoes it
-    fuse(trainer)                               # the same of a trainer's model, and an SFTTrainer's loss in one pass
+    fuse(model)                                 # an injected model or a PeftModel: less time and memory; see unfuse
+    fuse(trainer)                               # the same for a trainer's model, and for the loss of an SFTTrainer
 
-Names are resolved on first use, so that `plainlora --help` need not wait for torch.
+Names are imported on first use, so that `plainlora --help` does not wait for torch.
 """
 
 from importlib import import_module

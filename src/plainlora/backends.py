@@ -1,4 +1,4 @@
-"""The single switch between the hand-written LoRA and PEFT. Nothing else in the project asks which one it is."""
+"""The single switch between the hand-written LoRA and PEFT. No other module distinguishes them."""
 
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
@@ -25,11 +25,11 @@ FIXED_BY_CHECKPOINT = (
     *("r", "lora_alpha", "use_rslora", "lora_dropout", "bias", "rank_pattern", "alpha_pattern", "modules_to_save"),
     *("exclude_modules", "layers_to_transform", "base_model_name_or_path"),
 )
-CONDENSED_FROM = 20  # names: from here on PEFT replaces target_modules by shorter ones that match the same
+CONDENSED_FROM = 20  # names; PEFT replaces so many target_modules by shorter ones that match the same modules
 
 
 class Attach(Protocol):
-    """What puts a fresh adapter into a base model."""
+    """A function that puts a new adapter into a base model."""
 
     def __call__(self, model: PreTrainedModel, config: LoraConfig, new_weights: Collection[str] = ()) -> nn.Module:
         """See `plainlora.inject`."""
@@ -37,14 +37,14 @@ class Attach(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of LoRA behind one set of verbs.
+    """One implementation of LoRA.
 
     Attributes:
-        attach: Puts a fresh adapter into a base model.
+        attach: Puts a new adapter into a base model.
         load: Puts a saved adapter into a base model, for inference.
-        reload: Copies a saved adapter into a model that already carries one, and goes on training.
-        disabled: A context in which the model computes as its base.
-        one_pass_head: Whether a frozen output head computes its loss in one pass, by `plainlora.fast.head`.
+        reload: Copies a saved adapter into a model that already carries one, to resume training.
+        disabled: A context in which the adapter is switched off.
+        one_pass_head: Whether to try the one-pass loss of `plainlora.fast.head`.
     """
 
     attach: Attach
@@ -67,7 +67,7 @@ def _save_pretrained(
     is_main_process: bool = True,
     **options: Any,
 ) -> None:
-    """PEFT's own, then the weights that the base's checkpoint lacks, which PEFT would leave out.
+    """PEFT's `save_pretrained`, which also saves the weights that the base's checkpoint lacks.
 
     https://github.com/huggingface/peft/issues/876
     """
@@ -79,7 +79,7 @@ def _save_pretrained(
 
 def _peft_attach(model: PreTrainedModel, config: LoraConfig, new_weights: Collection[str] = ()) -> nn.Module:
     check_supported(config)
-    find_targets(model, config)  # PEFT lets a name that matches nothing pass; here it is an error
+    find_targets(model, config)  # raises for a name that matches nothing, which PEFT ignores
     new = find_new_weights(model, config, new_weights)
     try:
         adapted = get_peft_model(model, config)
@@ -93,9 +93,9 @@ def _peft_attach(model: PreTrainedModel, config: LoraConfig, new_weights: Collec
 
 
 def _check_readable(model: nn.Module, directory: str | Path) -> None:
-    """Raises `LoRAError` where PEFT would fail otherwise, or would unpickle `adapter_model.bin`.
+    """Raises `LoRAError` if PEFT would fail on the files, or would unpickle `adapter_model.bin`.
 
-    It does that without whole safetensors beside it.
+    PEFT unpickles it if there is no `adapter_model.safetensors`.
 
     https://github.com/huggingface/peft/blob/v0.21.0/src/peft/utils/save_and_load.py (`load_peft_weights`)
     """
@@ -151,7 +151,7 @@ BACKENDS = {
 
 
 def _comparable(name: str, value: Any) -> Any:
-    """A config's value such that two that mean the same are equal."""
+    """A config's value in a form in which equivalent values are equal."""
     if name in ("modules_to_save", "exclude_modules"):
         return value if isinstance(value, str) else sorted(value or ())
     if name in ("rank_pattern", "alpha_pattern"):
@@ -162,12 +162,12 @@ def _comparable(name: str, value: Any) -> Any:
 
 
 def check_same_adapter(checkpoint: str | Path, config: LoraConfig) -> None:
-    """A run goes on with the adapter it began with: another alpha would be taken silently, another r would not fit.
+    """Checks that a resumed run has the adapter of its checkpoint: another alpha, for one, would be used silently.
 
-    `target_modules` is compared only as two short lists: PEFT stores others resolved or condensed.
+    `target_modules` are compared only if both are short lists, because PEFT stores others resolved or condensed.
 
     Raises:
-        UserError: Naming the first setting that differs, with both values.
+        UserError: A setting differs; the error names the first, with both values.
         LoRAError: The checkpoint's config cannot be read.
     """
     saved = interchange.read_config(checkpoint)
@@ -187,9 +187,9 @@ def check_same_adapter(checkpoint: str | Path, config: LoraConfig) -> None:
 
 
 def refuse_adapted_head(model: nn.Module) -> None:
-    """TRL's fused loss reads `lm_head.weight` and never calls the module, so an adapter there would not train.
+    """Refuses LoRA on the output head: TRL's fused loss reads `lm_head.weight` without calling the module.
 
-    TRL guards PEFT models only: https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py
+    TRL checks PEFT models only: https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py
 
     Raises:
         UserError: The output embedding carries LoRA.
@@ -209,18 +209,18 @@ def attach_adapter(
     dtype: str = "float32",
     new_weights: Collection[str] = (),
 ) -> nn.Module:
-    """Puts a fresh adapter into a base model and sets its precision.
+    """Puts a new adapter into a base model and sets its dtype.
 
     Args:
-        model: The base, already quantised if it is to be.
-        config: The adapter.
-        backend: Which implementation.
-        dtype: Of the trained weights: `float32`, or `bfloat16` for half the optimizer memory.
+        model: The base, already quantised if need be.
+        config: The adapter's config.
+        backend: The implementation of LoRA.
+        dtype: The dtype of the trained weights: `float32`, or `bfloat16` for half the optimizer memory.
         new_weights: Names of the parameters that the base's checkpoint lacks; they are saved with the adapter.
 
     Raises:
         UserError: The adapter does not fit the model.
-        LoRAError: Likewise.
+        LoRAError: The adapter does not fit the model.
     """
     adapted = backend.attach(model, config, new_weights)
     refuse_adapted_head(adapted)
@@ -232,7 +232,7 @@ def attach_adapter(
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """`(trainable, total)`; a 4-bit weight counts as the values it stands for, not as the bytes it is packed in."""
+    """`(trainable, total)`; a 4-bit weight counts as the number of its values, not of its packed bytes."""
     trainable = total = 0
     for parameter in model.parameters():
         shape = getattr(getattr(parameter, "quant_state", None), "shape", None)

@@ -9,15 +9,15 @@ from plainlora.interruption import Stopped, ended_by_signals, stop_with_launcher
 from plainlora.lora.errors import LoRAError
 
 EXIT_CODE = 2
-LONGEST = 1500  # letters of a line
-INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+LONGEST = 1500  # characters of a line
+INTERRUPTED = 130  # a shell's exit code for a program that Ctrl-C ended
 
 
 class UserError(Exception):
-    """What is wrong, where, and what to do, in one line; faults that were found together are one line each.
+    """What is wrong, where, and what to do: one line for each fault.
 
     Args:
-        *faults: One or several.
+        *faults: One or more messages.
     """
 
     def __str__(self) -> str:
@@ -25,13 +25,13 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its kind if it has none: libraries write paragraphs."""
+    """The first line of an error's text, or the name of its class if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def one_line(text: str) -> str:
-    """A text as one line that a terminal may be shown: a letter that steers it is spelled out."""
+    """A text as one line, with control characters escaped."""
     line = " ".join(text.split())
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in line
@@ -39,21 +39,20 @@ def one_line(text: str) -> str:
 
 
 def _shortened(line: str) -> str:
-    """What repeats a very long value keeps its beginning and its advice."""
+    """A very long line without its middle."""
     return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns the errors this package raises on purpose into a line each on standard error and exit code 2.
+    """Prints `UserError` and `LoRAError` as one line on standard error, and exits with code 2.
 
-    Ctrl-C ends with a word and exit code 130. Everything else keeps its traceback: it is a bug here, and the traceback
-    is what a report needs.
+    Ctrl-C prints `interrupted` and exits with code 130. Any other error is a bug and keeps its traceback.
     """
     try:
         yield
     except (UserError, LoRAError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:  # which only what was typed can be
+        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:  # a path on the command line
             raise
         sys.stdout.flush()
         for fault in error.args if isinstance(error, UserError) else [error]:
@@ -65,7 +64,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def run_program(main: Callable[[], None]) -> None:
-    """Runs a training program's `main` under `one_line_errors`; Ctrl-C and SIGTERM say how to go on."""
+    """Runs a training program's `main` under `one_line_errors`. Ctrl-C and SIGTERM print how to resume."""
     stop_with_launcher()
     try:
         with ended_by_signals(), one_line_errors():

@@ -1,7 +1,7 @@
-"""A file or a folder that is written appears whole or not at all, and can be told from a damaged one later.
+"""Writes files and folders atomically, with a manifest by which damage is found later.
 
-Everything goes to a temporary place on the same disk, is flushed, and is renamed; a rename is atomic (POSIX). What a
-power cut or a kill leaves is either the old content or the new.
+Everything is written to a temporary place on the same disk, flushed, and renamed, which is atomic (POSIX). After a
+power cut or a kill there is either the old content or the new.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Waits until the disk has what was written; of a folder, the names in it."""
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -44,10 +44,10 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def write_durably(path: str | Path, content: str | bytes) -> None:
-    """Writes a file such that a reader sees the old one or the new one, never half of one.
+    """Writes a file atomically: a reader sees the old content or the new.
 
     Raises:
-        OSError: The disk is full or cannot be written to. Then what was there is untouched.
+        OSError: The disk is full or cannot be written to. The old content is then unchanged.
     """
     path = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -85,8 +85,7 @@ def write_manifest(folder: str | Path) -> None:
 def find_damage(folder: str | Path) -> str | None:
     """What is wrong with the files that a folder's manifest names, in one clause; `None` if nothing is.
 
-    A folder without a manifest has nothing to be compared with. Files that the manifest does not name are not looked
-    at.
+    A folder without a manifest and files that the manifest does not name are not checked.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
@@ -108,16 +107,16 @@ def find_damage(folder: str | Path) -> str | None:
 
 @contextmanager
 def staged(target: str | Path) -> Iterator[Path]:
-    """A scratch folder beside `target` that takes its place, whole and with a manifest, when the block ends well.
+    """A scratch folder that replaces `target`, with a manifest, when the block ends without an error.
 
-    What was there is set aside first and removed last. If the block raises, the scratch folder goes and `target` is as
-    it was.
+    The old folder is moved away first and removed last. If the block raises, it is removed and `target` is
+    unchanged.
 
     Args:
-        target: The folder to be written. Its parents are made.
+        target: The folder to write. Its parents are created.
 
     Raises:
-        UserError: `target` cannot be replaced: it is a mount point, for one.
+        UserError: `target` cannot be replaced, for example because it is a mount point.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -159,9 +158,9 @@ def put_in_place(scratch: Path, target: Path) -> None:
 
 
 def move_in(scratch: Path, folder: Path) -> None:
-    """Moves the files of `scratch` into a folder that holds others too, each by a rename, the manifest last.
+    """Moves the files of `scratch` into a folder that holds other files too, one by one, the manifest last.
 
-    A kill in between leaves a manifest that does not fit the files, which `find_damage` tells.
+    After a kill in between the manifest does not fit the files, which `find_damage` reports.
     """
     write_manifest(scratch)
     for path in sorted(_files_in(scratch), key=lambda path: path.name == MANIFEST):

@@ -1,4 +1,4 @@
-"""Greedy answers, rendered by the template that training used."""
+"""Greedy generation, with prompts rendered as in training."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,18 +19,18 @@ from plainlora.errors import UserError
 
 
 def _stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """Every id that ends an answer: chat models often stop at more tokens than the tokenizer's EOS."""
+    """All ids that end an answer: chat models often have more end tokens than the tokenizer's EOS."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
     return sorted({token for token in ids if token is not None}) or None
 
 
 @contextmanager
-def _own_settings_set_aside(model: nn.Module) -> Iterator[None]:
-    """Within, the model's own generation settings are the library's.
+def _default_generation_config(model: nn.Module) -> Iterator[None]:
+    """Replaces the model's own generation config by the library's default within the block.
 
-    Otherwise Transformers fills what is left open from them, and an answer may be penalised for repeating itself or
-    searched with beams: it is not greedy then.
+    Otherwise Transformers takes unset options from it, such as a repetition penalty or beam search, and the answer is
+    not greedy.
     https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/generation/utils.py
     (`_prepare_generation_config`)
     """
@@ -57,12 +57,12 @@ def generate(
     """Continues each prompt greedily until an EOS of the model or of the tokenizer, or the end of the context.
 
     Args:
-        model: Any causal language model, with an adapter or without.
-        tokenizer: Of that model.
-        prompts: Rendered already: no special token is added.
+        model: A causal language model, with or without an adapter.
+        tokenizer: The model's tokenizer.
+        prompts: Rendered prompts; no special token is added.
         max_new_tokens: Longest continuation.
-        batch_size: Prompts at a time.
-        description: Shown beside a progress bar; no bar if left out.
+        batch_size: Number of prompts at a time.
+        description: The label of a progress bar; no bar if left out.
 
     Returns:
         The continuations without special tokens, stripped, in the order of the prompts.
@@ -96,7 +96,7 @@ def generate(
                 if longest >= context:
                     raise UserError(f"a prompt has {longest} tokens, and the model's context is {context}; shorten it")
                 settings.max_new_tokens = min(max_new_tokens, context - longest)
-            with _own_settings_set_aside(model):
+            with _default_generation_config(model):
                 output = model.generate(  # type: ignore[operator]
                     input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=settings
                 )
@@ -111,17 +111,17 @@ def generate(
 
 
 class ExactMatch:
-    """Test rows whose answer must be given to the letter.
+    """Test rows whose answers are compared exactly.
 
     Args:
-        rows: Test rows with an answer of their own (not plain text).
-        count: How many of the first rows to ask.
-        tokenizer: Carries the template.
+        rows: Test rows with separate answers (not plain text).
+        count: How many of the first rows to use.
+        tokenizer: A tokenizer with a chat template.
 
     Attributes:
-        questions: Theirs, as text.
-        prompts: The same, rendered.
-        expected: Their answers.
+        questions: The questions as text.
+        prompts: The questions rendered.
+        expected: The expected answers.
     """
 
     def __init__(self, rows: Dataset, count: int, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -129,11 +129,11 @@ class ExactMatch:
         if schema == "text":
             raise UserError("exact_match_rows needs rows with an answer of their own, not plain text")
         self.tokenizer = tokenizer
-        asked = [self._ask(row, schema) for row in rows.select(range(min(count, len(rows))))]
-        self.questions, self.prompts, self.expected = map(list, zip(*asked, strict=True))
+        parts = [self._split(row, schema) for row in rows.select(range(min(count, len(rows))))]
+        self.questions, self.prompts, self.expected = map(list, zip(*parts, strict=True))
 
-    def _ask(self, row: dict[str, Any], schema: Schema) -> tuple[str, str, str]:
-        """The row's question, the text that asks it as training did, and the answer that training gave it."""
+    def _split(self, row: dict[str, Any], schema: Schema) -> tuple[str, str, str]:
+        """The row's question, its prompt as rendered in training, and its answer."""
         texts = text_pair(row, schema)
         if texts is not None:
             prompt, completion = texts
@@ -146,7 +146,7 @@ class ExactMatch:
         prompt = render(messages, self.tokenizer, for_generation=True, options=options)
         answered = self._ids(render([*messages, *answers], self.tokenizer, options=options))
         ids = answered[common_prefix_length(self._ids(prompt), answered) :]
-        if self.tokenizer.eos_token_id in ids:  # what the template writes after it is not the model's to say
+        if self.tokenizer.eos_token_id in ids:  # the template may write more after it
             ids = ids[: ids.index(self.tokenizer.eos_token_id)]
         expected = str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
         return text_of(messages[-1].get("content")), prompt, expected
@@ -155,5 +155,5 @@ class ExactMatch:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def score(self, answers: Sequence[str]) -> float:
-        """The share of answers that are right to the letter."""
+        """The share of answers that match exactly."""
         return sum(answer == expected for answer, expected in zip(answers, self.expected, strict=True)) / len(answers)

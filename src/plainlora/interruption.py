@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end training after the step at hand, with a checkpoint, instead of losing what was learnt."""
+"""SIGTERM and Ctrl-C end training after the current step, with a checkpoint."""
 
 import ctypes
 import os
@@ -12,33 +12,33 @@ from types import FrameType
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-ECHO = 5.0  # seconds in which a signal may come again although it was sent once
-AGAIN = 0.5  # seconds after which a stop that was caught on its way is asked for again
+ECHO = 5.0  # seconds in which a signal sent once may arrive several times
+AGAIN = 0.5  # seconds after which a signal is sent again if its `Stopped` was caught
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 Handler = Callable[[int, FrameType | None], object]
 
 
 class Stopped(BaseException):
-    """Training was asked to stop and did. No `Exception`, so that no library takes it for an error of its own.
+    """Training was stopped by a signal. Not an `Exception`, so that libraries do not handle it.
 
     Args:
-        number: Of the signal.
-        message: Where things stand and how to go on, in one line; empty where another process says it.
+        number: The signal's number.
+        message: What was saved and how to resume, in one line; empty if another process prints it.
     """
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
-        self.exit_code = 128 + number  # what a shell reports for a program that a signal ended
+        self.exit_code = 128 + number  # a shell's exit code for a program that a signal ended
 
 
 class _Reminder:
-    """Sends this process the signal again, as long as the stop that it asks for has not arrived.
+    """Sends this process the signal again until `Stopped` reaches the end of `ended_by_signals`.
 
-    A bare `except:` catches a stop, such as those around the pickling of functions in
+    A bare `except:` catches `Stopped`, such as those around the pickling of functions in
     https://github.com/huggingface/datasets/blob/5.2.0/src/datasets/fingerprint.py
 
     Attributes:
-        number: Of the signal; 0 if no stop is on its way.
+        number: The signal's number; 0 if none is to be sent.
     """
 
     number: int = 0
@@ -61,7 +61,7 @@ _reminder = _Reminder()
 
 
 def stop_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
-    """Raises `Stopped` for a signal's number, and again as long as it does not reach the end of `ended_by_signals`."""
+    """Raises `Stopped`, and again until it reaches the end of `ended_by_signals`."""
     _reminder.start(number)
     raise Stopped(
         number,
@@ -72,7 +72,7 @@ def stop_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
 
 @contextmanager
 def _handled_by(handler: Handler) -> Iterator[None]:
-    """Within, the signals go to `handler`. One that is ignored stays so: SIGINT is in a shell's background job."""
+    """Handles the signals by `handler` within the block. An ignored signal, as in a background job, stays ignored."""
     found = {number: signal.getsignal(number) for number in SIGNALS}
     before = {number: old for number, old in found.items() if old not in (None, signal.SIG_IGN)}
     try:
@@ -86,7 +86,7 @@ def _handled_by(handler: Handler) -> Iterator[None]:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Within, SIGTERM and Ctrl-C raise `Stopped`; afterwards they do what they did before."""
+    """Within the block SIGTERM and Ctrl-C raise `Stopped`; afterwards the old handlers are restored."""
     with _handled_by(stop_at_once):
         try:
             yield
@@ -95,35 +95,35 @@ def ended_by_signals() -> Iterator[None]:
 
 
 class StopRequest:
-    """Whether a signal has asked for a stop.
+    """Records whether a signal has asked for a stop.
 
     Attributes:
-        number: Of that signal; 0 as long as none has come.
+        number: The signal's number; 0 if none has arrived.
     """
 
     number: int = 0
     _since: float = 0.0
 
     def note(self, number: int, frame: FrameType | None = None) -> None:
-        """Notes a signal; one that comes after more than `ECHO` seconds stops at once.
+        """Records a signal. Another one after more than `ECHO` seconds stops at once.
 
-        A launcher hands on what its whole process group was sent, and dies of it, which `stop_with_launcher` makes
-        another signal: one Ctrl-C arrives up to three times.
+        One Ctrl-C can arrive three times: directly, passed on by the launcher, and, when the launcher dies of it, by
+        `stop_with_launcher`.
         """
         if self.number and time.monotonic() - self._since > ECHO:
             stop_at_once(number)
         if not self.number:
             self.number, self._since = number, time.monotonic()
             name = signal.Signals(number).name
-            # Not print: a handler that interrupts another print to the same stream raises an error in its place.
+            # Not print, which raises if the handler interrupts another print to the same stream.
             os.write(2, f"\n{name}: ending this step, then saving; again after {ECHO:.0f} s: at once\n".encode())
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, signals are noted; afterwards they do what they did before.
+        """Within the block signals are recorded; afterwards the old handlers are restored.
 
         Raises:
-            Stopped: A stop that was asked for earlier is still on its way; something has caught it.
+            Stopped: An earlier `Stopped` was caught by other code.
         """
         with _handled_by(self.note):
             if _reminder.number:
@@ -132,15 +132,15 @@ class StopRequest:
 
 
 def end_with_parent(number: int) -> None:
-    """Has this process sent a signal when its parent dies. Linux only: prctl(2), PR_SET_PDEATHSIG = 1."""
+    """Makes the kernel send this process a signal when its parent dies. Linux only: prctl(2), PR_SET_PDEATHSIG = 1."""
     if _LIBC is not None:
         _LIBC.prctl(1, number)
 
 
 def stop_with_launcher() -> None:
-    """Lets a program that `accelerate launch` started get SIGTERM when the launcher dies, instead of living on alone.
+    """Makes a program that `accelerate launch` started get SIGTERM when the launcher dies.
 
-    The launcher does not pass a signal on that it alone is sent.
+    The launcher does not pass on a signal that only it receives.
     """
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         end_with_parent(signal.SIGTERM)

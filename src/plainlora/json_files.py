@@ -1,4 +1,4 @@
-"""JSON files that hold a mapping, read as what anybody may have written."""
+"""Reads JSON files that hold a mapping, and may be damaged."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping that a file holds.
 
     Args:
-        path: Of the file, which is there.
+        path: An existing file.
 
     Raises:
-        ValueError: It is no JSON, nested without end, not UTF-8, cannot be opened, or holds something else.
+        ValueError: It is not JSON, nested too deeply, not UTF-8, cannot be opened, or holds something else.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

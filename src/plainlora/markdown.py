@@ -8,8 +8,8 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]], right: Col
 
     Args:
         header: The columns' titles.
-        rows: Cells, as many a row as there are titles.
-        right: Numbers of the columns, from 0, that are aligned to the right.
+        rows: The cells of each row, as many as there are titles.
+        right: Numbers of the right-aligned columns, from 0.
     """
     rule = ("---:" if number in right else "---" for number in range(len(header)))
     return "\n".join([_line(header), f"|{'|'.join(rule)}|", *map(_line, rows)])

@@ -1,4 +1,4 @@
-"""Pictures of a run: what people would rather look at than read."""
+"""Plots of a run's figures."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -23,9 +23,9 @@ def plot_loss(
         base_loss: Loss of the base alone on the same rows, in nats, if it was measured.
         path: The PNG to write.
         unit: What the loss is a mean over.
-        rows: Which rows are evaluated on the way.
+        rows: Which rows are evaluated during training.
     """
-    figure = Figure(figsize=(7, 4), layout="constrained")  # no pyplot: no window, whatever the machine has
+    figure = Figure(figsize=(7, 4), layout="constrained")  # not pyplot, which may open a window
     axes = figure.add_subplot()
     train = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     test = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
@@ -45,7 +45,7 @@ def plot_loss(
 
 
 def plot_confusion(labels: Sequence[str], tables: dict[str, list[list[int]]], path: str | Path) -> None:
-    """Confusion matrices side by side: rows are the true classes, columns what the model said.
+    """Confusion matrices side by side: rows are the true classes, columns the predicted ones.
 
     Args:
         labels: Names of the classes.
@@ -63,7 +63,7 @@ def plot_confusion(labels: Sequence[str], tables: dict[str, list[list[int]]], pa
         tilt, align = (45, "right") if sum(map(len, labels)) > 24 else (0, "center")
         axes.set_xticks(range(len(labels)), labels, rotation=tilt, ha=align, rotation_mode="anchor")
         axes.set_yticks(range(len(labels)), labels)
-        axes.set(xlabel="said", ylabel="true")
+        axes.set(xlabel="predicted", ylabel="true")
         if len(labels) <= 12:
             for row, counts in enumerate(table):
                 for column, count in enumerate(counts):
@@ -73,7 +73,7 @@ def plot_confusion(labels: Sequence[str], tables: dict[str, list[list[int]]], pa
 
 
 def plot_methods(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Test accuracy against trained parameters, a labelled point an arm, with its confidence interval.
+    """Test accuracy against trained parameters, with a labelled point and a confidence interval for each variant.
 
     Args:
         rows: `arm`, `trainable_params`, `test_accuracy` and `test_accuracy_half_width` (shares; `None` for one seed).

@@ -1,4 +1,4 @@
-"""Classes of texts, by a classifier as training left it: an adapter on its base, or a whole model."""
+"""Classifies texts with a trained classifier: an adapter on its base, or a whole model."""
 
 import math
 from collections.abc import Sequence
@@ -31,14 +31,14 @@ from plainlora.run.folder import holds_adapter
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model with what is needed to ask it.
+    """A classifier that is ready to use.
 
     Attributes:
-        model: Gives logits of shape `(batch, classes)`.
+        model: Returns logits of shape `(batch, classes)`.
         tokenizer: Its tokenizer.
         labels: Name of each class, by number.
         max_length: Texts are cut to this many tokens, as in training.
-        warnings: What sets its base apart from the one that training saw.
+        warnings: How its base differs from that of training.
     """
 
     model: nn.Module
@@ -55,17 +55,17 @@ def load_trained_classifier(
     allow_other_base: bool = False,
     as_trained: bool = False,
 ) -> Classifier:
-    """What `recipes/classify.py` wrote, or a sequence classifier of elsewhere.
+    """Loads the output of `recipes/classify.py`, or another sequence classifier.
 
     Args:
-        folder: An adapter's or a whole model's.
+        folder: Folder of an adapter or of a whole model.
         backend: Loads the adapter, if it is one.
         base_model: See `plainlora.run.adapter_base.find_base`.
-        allow_other_base: Likewise.
-        as_trained: Whether an adapter's base is stored as it was in training, quantised if it was then.
+        allow_other_base: See `plainlora.run.adapter_base.find_base`.
+        as_trained: Whether an adapter's base is quantised if it was in training.
 
     Raises:
-        UserError: It is neither, or not a classifier's, or its base cannot be had.
+        UserError: The folder holds no classifier, or the adapter's base cannot be loaded.
         LoRAError: The adapter does not fit its base.
     """
     max_length = (read_run(folder).get("arguments") or {}).get("max_length")
@@ -88,7 +88,7 @@ def load_trained_classifier(
         if not labels or not all(isinstance(label, str) for label in labels):
             raise UserError(f"{folder}/config.json: id2label names no classes, but {labels!r:.60}")
         whole, missing = load_pretrained(AutoModelForSequenceClassification, str(folder))
-        if missing:  # what is new is random, and so would the answers be
+        if missing:  # these would be random
             raise UserError(f"{folder} is no whole classifier: it lacks {missing[0]}")
         model, tokenizer = to_accelerator(whole), load_tokenizer(str(folder))
         check_vocabulary(tokenizer, config)
@@ -110,20 +110,20 @@ def classify(classifier: Classifier, texts: Sequence[str], batch_size: int = 32)
     return found
 
 
-def beside_training_base(
+def compare_with_training_base(
     folder: str | Path, backend: Backend, texts: Sequence[str], here: list[list[float]], **options: Any
 ) -> str | None:
-    """For an adapter trained through 4 or 8 bits: its answers on the original checkpoint beside those on that base.
+    """Compares an adapter's predictions on the original checkpoint with those on the quantised base of its training.
 
     Args:
-        folder: The adapter's.
-        backend: Loads it.
-        texts: What was classified.
-        here: The probabilities that `classify` found on the original checkpoint.
+        folder: The adapter's folder.
+        backend: Loads the adapter.
+        texts: The texts that were classified.
+        here: The probabilities from `classify` on the original checkpoint.
         **options: For `load_trained_classifier`.
 
     Returns:
-        One line with the loss of the classes chosen here on both bases, or `None` if the adapter was not trained so.
+        One line with the loss of the chosen classes on both bases; `None` if the adapter's base was not quantised.
     """
     if not holds_adapter(folder) or training_quantization(folder) is None:
         return None

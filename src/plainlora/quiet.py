@@ -1,7 +1,7 @@
-"""Import this first in a program: it keeps the libraries from talking, and from keeping a processor busy in vain.
+"""Import this first in a program: it silences warnings of the libraries, and lets idle threads sleep.
 
-A deprecation inside Transformers or TRL is this project's business, not that of the person who runs a recipe, and
-neither is where in an import a Ctrl-C came. Importing the package as a library changes nothing.
+Deprecations inside Transformers or TRL do not concern the person who runs a recipe. Importing the package as a library
+does not import this module.
 """
 
 import logging
@@ -10,8 +10,8 @@ import sys
 import warnings
 from types import TracebackType
 
-# Threads of OpenMP that wait sleep instead of spinning: on a CPU shared with other work, spinning makes small models
-# many times slower. PyTorch's OpenMP reads this when it is loaded; the processes that a program starts inherit it.
+# Waiting OpenMP threads sleep instead of spinning, which on a CPU shared with other work makes small models many times
+# slower. PyTorch's OpenMP reads this when it is loaded; child processes inherit it.
 # https://gcc.gnu.org/onlinedocs/libgomp/OMP_005fWAIT_005fPOLICY.html
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -22,7 +22,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def show_uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Says in one line that Ctrl-C came while the libraries were imported; anything else keeps its traceback."""
+    """Reports a Ctrl-C during the imports in one line; any other error keeps its traceback."""
     if issubclass(kind, KeyboardInterrupt):
         print("SIGINT: stopped before anything was read or written", file=sys.stderr)
     else:

@@ -1,4 +1,4 @@
-"""What a run leaves for people and programs to read: results as JSON, answers side by side."""
+"""Writes a run's results as JSON, and sample answers as Markdown."""
 
 import json
 import re
@@ -22,12 +22,12 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def package_versions() -> dict[str, str]:
-    """The versions a result was obtained with."""
+    """The installed versions of the packages that a result depends on."""
     return {name: version(name) for name in PACKAGES}
 
 
 def describe_samples(samples: Sequence[Sample]) -> str:
-    """Prompts with both answers side by side, each whole and to the letter, as Markdown."""
+    """Prompts with both answers side by side, unchanged, as Markdown."""
     return "\n".join(
         f"""{_fenced(prompt)}
 
@@ -58,6 +58,6 @@ def write_samples(path: Path, samples: Sequence[Sample]) -> None:
 
 
 def _fenced(text: str) -> str:
-    """A text between fences that are longer than any within it, as an answer that is cut may leave one open."""
+    """A text between fences that are longer than any fence in it."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}"

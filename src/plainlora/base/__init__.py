@@ -1,1 +1,1 @@
-"""The model that is adapted: its config, its tokenizer, its weights."""
+"""The base model: its config, its tokenizer, its weights."""

@@ -1,4 +1,4 @@
-"""A base as a sequence classifier: its config with classes, its skeleton, and its weights with a new head."""
+"""A base as a sequence classifier: its config with classes, its model on the meta device, its weights and new head."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,12 +14,12 @@ from plainlora.errors import UserError
 def classifier_config(
     name: str, labels: Sequence[str], pad_token_id: int | None, revision: str | None = None
 ) -> PretrainedConfig:
-    """The base's config with the classes, and with the tokenizer's pad token.
+    """The base's config with the classes and the tokenizer's pad token.
 
-    A decoder's head reads the last token that is not padding, so it must know which token that is (trl#422).
+    A decoder's head reads the last token that is not padding, so it must know the pad token (trl#422).
 
     Raises:
-        UserError: It cannot be had, or the base is a classifier of other classes already.
+        UserError: It cannot be loaded, or the base is a classifier with another number of classes.
     """
     config = load_config(name, revision)
     if is_classifier(config) and config.num_labels != len(labels):
@@ -47,16 +47,16 @@ def load_classifier(
     Args:
         config: From `classifier_config`.
         name: Hub id or local folder.
-        quantization: How to quantise while loading. The head is left as it is: a new one has no values to quantise.
+        quantization: How to quantise while loading. The head is not quantised.
         **options: As for `load_pretrained`.
 
     Raises:
-        UserError: See `load_pretrained`; also a checkpoint that lacks more than a head.
+        UserError: See `load_pretrained`; or the checkpoint lacks more than a head.
     """
     if quantization is not None:
         skeleton = build_skeleton(config)
         heads = [child for child, _ in skeleton.named_children() if child != skeleton.base_model_prefix]
-        quantization.llm_int8_skip_modules = heads  # of 4 bits too, despite its name
+        quantization.llm_int8_skip_modules = heads  # also for 4 bits, despite its name
     model, missing = load_pretrained(
         AutoModelForSequenceClassification, name, config=config, quantization=quantization, **options
     )
@@ -69,7 +69,7 @@ def load_classifier(
 
 
 def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The classifier that a config describes, without weights (`meta` device): for names and shapes.
+    """The classifier that a config describes, on the meta device: names and shapes without weights.
 
     Raises:
         UserError: The architecture has no sequence classifier.

@@ -1,29 +1,29 @@
-"""A base's config, and what it says of lengths and of how the weights are stored."""
+"""A base's config, and checks of its context length and of its weights' storage."""
 
 from transformers import AutoConfig, PretrainedConfig
 
 from plainlora.base.failures import check_folder, explain
 from plainlora.errors import UserError
 
-MOST_LAYERS = 1_000  # a few hundred are the deepest that there are
+MOST_LAYERS = 1_000  # the deepest models have a few hundred
 
 
 def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
     """The base model's config.
 
     Raises:
-        UserError: It cannot be had, or it is an adapter.
+        UserError: It cannot be loaded, or it is an adapter.
     """
     check_folder(name)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
         method, kernel = quantization_method(config), _find_kernel(config)
-    except Exception as error:  # of any kind: a file from elsewhere is read by code that trusts it
+    except Exception as error:  # of any class: the file's values are not checked
         raise explain(name, "model", error) from error
     if not isinstance(config.architectures, list | None):
         raise UserError(f"{name}/config.json: architectures is no list of names, but {config.architectures!r:.60}")
-    if isinstance(layers, int) and layers > MOST_LAYERS:  # building them would take for ever
+    if isinstance(layers, int) and layers > MOST_LAYERS:  # building them would take forever
         raise UserError(f"{name}/config.json names {layers:,} layers, more than any model has; it is damaged")
     if method not in (None, "bitsandbytes"):
         raise UserError(
@@ -39,7 +39,7 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
 
 
 def quantization_method(config: PretrainedConfig) -> str | None:
-    """How a checkpoint says that its weights are stored; `None` if as plain numbers."""
+    """The quantisation method that a checkpoint's config names; `None` if its weights are not quantised."""
     stored = getattr(config, "quantization_config", None) or getattr(
         config.get_text_config(), "quantization_config", None
     )
@@ -51,12 +51,12 @@ def quantization_method(config: PretrainedConfig) -> str | None:
 
 
 def check_storage(name: str, config: PretrainedConfig, quantized: bool) -> None:
-    """Raises `UserError` where weights that are stored in few bits would be read as plain numbers.
+    """Raises `UserError` if a quantised checkpoint would be loaded as a dense one.
 
     Args:
         name: Hub id or local folder.
-        config: The base's.
-        quantized: Whether they are loaded in few bits.
+        config: The base's config.
+        quantized: Whether it is loaded quantised.
     """
     if quantization_method(config) and not quantized:
         raise UserError(
@@ -66,20 +66,20 @@ def check_storage(name: str, config: PretrainedConfig, quantized: bool) -> None:
 
 
 def check_mergeable(name: str, config: PretrainedConfig) -> None:
-    """Raises `UserError` where a merged model could not be written: Transformers writes no dense one of few bits."""
+    """Raises `UserError` for a quantised checkpoint: Transformers cannot save a dense model from it."""
     if quantization_method(config):
         raise UserError(f"{name} is stored in 4 or 8 bits; merge into the base in 16 bits, with --base_model")
 
 
 def _find_kernel(config: PretrainedConfig) -> str | None:
-    """The first attention in a config, or in one inside it, that is a repository's name."""
+    """The first attention implementation in a config, or in one inside it, that is a Hub repository."""
     inner = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
     own = str(config._attn_implementation)
     return own if "/" in own else next(filter(None, map(_find_kernel, inner)), None)
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """Longest sequence the model has positions for, in tokens; `None` if its config does not say."""
+    """The model's context length in tokens; `None` if its config does not give one."""
     text = config.get_text_config()
     length = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     return int(length) if length else None

@@ -1,4 +1,4 @@
-"""Every dropout probability of a base, set for training and kept out of what is saved."""
+"""Sets all dropout probabilities of a base for training, and saves the base with its own ones."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ from plainlora.errors import UserError, first_line
 
 
 def find_dropouts(config: PretrainedConfig) -> list[tuple[PretrainedConfig, str]]:
-    """Where a config, or one inside it, sets a dropout probability: `(config, field)`.
+    """The fields of a config, and of configs inside it, that are dropout probabilities: `(config, field)`.
 
-    Found by name: `attn_pdrop`, `hidden_dropout_prob`, `seq_classif_dropout`. A `classifier_dropout` that is `None`
-    falls back to another of them. LayerDrop and stochastic depth leave out whole layers, which is something else.
+    They are found by name, such as `attn_pdrop`, `hidden_dropout_prob`, `seq_classif_dropout`. A `classifier_dropout`
+    of `None` falls back to another one. LayerDrop and stochastic depth are not dropout: they skip whole layers.
     """
     inner = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
     own = [
@@ -25,7 +25,7 @@ def find_dropouts(config: PretrainedConfig) -> list[tuple[PretrainedConfig, str]
 
 
 def check_dropout(p: float | None, config: PretrainedConfig) -> None:
-    """Raises `UserError` if a base has no dropout that could be set, unless 0 or nothing is asked for."""
+    """Raises `UserError` if `p` is above 0 and the base has no dropout to set."""
     if p and not find_dropouts(config):
         raise UserError(f"base_dropout {p}: {config.model_type} models have no dropout to set; leave it out")
 
@@ -34,12 +34,12 @@ def set_dropouts(config: PretrainedConfig, p: float) -> None:
     """Gives every dropout of a config the probability `p`.
 
     Raises:
-        UserError: A config's own code takes no such value: MPT's `attn_pdrop` is a whole number.
+        UserError: A config refuses the value, as MPT does, whose `attn_pdrop` is a whole number.
     """
     for inner, name in find_dropouts(config):
         try:
             setattr(inner, name, int(p) if isinstance(getattr(inner, name), int) and p in (0, 1) else p)
-        except Exception as error:  # of any kind: it is the config's own validation
+        except Exception as error:  # of any class: the config's own validation
             raise UserError(
                 f"base_dropout {p}: {inner.model_type} takes no such {name} ({first_line(error)}); leave it out"
             ) from error
@@ -47,7 +47,7 @@ def set_dropouts(config: PretrainedConfig, p: float) -> None:
 
 @contextmanager
 def _dropouts(config: PretrainedConfig, values: Sequence[float]) -> Iterator[None]:
-    """Within, the config's dropouts have these values, in the order in which they are found."""
+    """Within the block the config's dropouts have these values, in the order of `find_dropouts`."""
     places = find_dropouts(config)
     before = [getattr(*place) for place in places]
     try:
@@ -60,9 +60,9 @@ def _dropouts(config: PretrainedConfig, values: Sequence[float]) -> Iterator[Non
 
 
 def save_with_own_dropouts(model: PreTrainedModel, *args: Any, own_dropouts: Sequence[float], **kwargs: Any) -> None:
-    """Writes the base's own dropouts: those of one training are no part of the model.
+    """`save_pretrained` with the base's own dropouts in the config.
 
-    They cannot be put back before, because some architectures read them from the config in every forward pass.
+    They cannot be restored before, because some architectures read them from the config in every forward pass.
     """
     with _dropouts(model.config, own_dropouts):
         type(model).save_pretrained(model, *args, **kwargs)

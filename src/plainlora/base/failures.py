@@ -1,4 +1,4 @@
-"""What is wrong with a base that cannot be loaded, in one line: Transformers has many ways to say so."""
+"""Explains in one line why a base cannot be loaded."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,12 @@ from typing import Literal
 from plainlora.base.files import find_fault
 from plainlora.errors import UserError, first_line
 
-NO_EXPLANATION = (TypeError, ArithmeticError, AttributeError, LookupError)  # of a config: what code trips over
+NO_EXPLANATION = (
+    TypeError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+)  # raised by a damaged config
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 CONVERT = (
     "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{0}', use_safetensors=False)"
@@ -16,7 +21,7 @@ CONVERT = (
 
 
 def explain(name: str, what: Literal["model", "tokenizer"], error: Exception) -> UserError:
-    """One line for the many ways in which `from_pretrained` can fail."""
+    """The error for a failure of `from_pretrained`."""
     path = Path(os.path.expanduser(name))
     if os.path.isdir(path) and (fault := find_fault(path, what)):
         return UserError(fault)
@@ -38,13 +43,13 @@ def explain(name: str, what: Literal["model", "tokenizer"], error: Exception) ->
             f"there is no folder {name}; give a Hub id or a folder with config.json and model.safetensors"
         )
     return UserError(
-        f"{name!r} cannot be had from the Hub ({first_line(error)}); give the path of a "
+        f"{name!r} cannot be loaded from the Hub ({first_line(error)}); give the path of a "
         "local folder instead, or run `make quickstart`, which needs no Hub"
     )
 
 
 def _only_pickle(folder: Path) -> str | None:
-    """The name of a file of pickled weights in a folder without any in safetensors."""
+    """The name of a file of pickled weights in a folder without safetensors."""
     if not os.path.isdir(folder):
         return None
     names = sorted(file.name for file in folder.iterdir())

@@ -1,4 +1,4 @@
-"""A base's files as they lie on this disk: whether they are there, whole, and the files themselves."""
+"""Checks the files of a base on this disk."""
 
 from pathlib import Path
 from typing import Literal
@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from plainlora.json_files import read_mapping
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-POINTER = b"version https://git-lfs.github.com/spec/"  # what Git LFS leaves in a file's place until it is pulled
+POINTER = b"version https://git-lfs.github.com/spec/"  # the beginning of a Git LFS pointer file
 TOKENIZERS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -21,22 +21,20 @@ TOKENIZERS = (
 
 
 def find_fault(folder: Path, what: Literal["model", "tokenizer"]) -> str | None:
-    """What is wrong with the files of a local base, and what to do; `None` if nothing is seen.
+    """What is wrong with the files of a local base, and what to do; `None` if nothing is found.
 
-    Sizes and headers are read, no values.
+    Only sizes and headers are read.
 
     Args:
-        folder: The base's.
-        what: Which of its parts could not be loaded.
+        folder: The base's folder.
+        what: The part that could not be loaded.
     """
     for path in sorted(folder.iterdir()):
         if path.is_file() and _begins_as_pointer(path):
             return f"{path} is a Git LFS pointer and not the file itself; fetch it with `git lfs pull`"
     if what == "tokenizer":
-        there = any((folder / name).is_file() for name in TOKENIZERS)
-        return (
-            None if there else f"{folder} holds no tokenizer (no {TOKENIZERS[0]} or the like); copy the base's there"
-        )
+        fault = f"{folder} holds no tokenizer (no {TOKENIZERS[0]} or the like); copy the base's there"
+        return None if any((folder / name).is_file() for name in TOKENIZERS) else fault
     for path in _weights_in(folder):
         if not path.is_file():
             return f"{path} is missing, which {INDEX} names; copy it too"
@@ -59,7 +57,7 @@ def _begins_as_pointer(path: Path) -> bool:
 
 
 def _weights_in(folder: Path) -> list[Path]:
-    """The files of weights that would be loaded; none if there are none in safetensors."""
+    """The safetensors files that would be loaded."""
     if (folder / WHOLE).exists():
         return [folder / WHOLE]
     return [folder / name for name in _shards(folder / INDEX)] if (folder / INDEX).is_file() else []
@@ -73,7 +71,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def is_on_disk(name: str, revision: str | None) -> bool:
-    """Whether a base's weights can be looked at without a download: a local folder, or all its files in the cache."""
+    """Whether a base's weights are in a local folder or in the Hub's cache, so that nothing is downloaded."""
     if Path(name).expanduser().exists():
         return True
     if isinstance(try_to_load_from_cache(name, WHOLE, revision=revision), str):

@@ -1,7 +1,7 @@
-"""Which base it is: told from its checkpoint's files, so that an adapter is not put on another one unnoticed.
+"""Identifies a base by its checkpoint's files, so that an adapter is not put on another base unnoticed.
 
-A name says little: a folder can be trained on, a branch on the Hub moves. So `run.json` holds what `describe_base`
-reads from the files, and whoever loads the adapter later compares (peft#1384, qlora#254).
+A name is not enough: a folder can be trained further, a branch on the Hub moves. `run.json` holds the result of
+`describe_base`, which is compared when the adapter is loaded (peft#1384, qlora#254).
 """
 
 import hashlib
@@ -23,12 +23,12 @@ from plainlora.errors import UserError, first_line
 from plainlora.json_files import read_mapping
 
 WHOLE = 1 << 30  # bytes: a checkpoint up to this size is read whole, a larger one in samples
-ROWS = 16  # of every matrix of a larger one
-VALUES = 32  # numbers that are kept as they are, to recognise the same weights in another precision
+ROWS = 16  # read of every matrix of a larger one
+VALUES = 32  # numbers recorded, to recognise the same weights in another precision
 BFLOAT16_ROUNDING = 2**-8  # relative, with a factor of 2 to spare
 HALF_SMALLEST = 1e-6  # absolute: fp16 has no normal numbers below
 
-# GPT-2's and GPT-NeoX's published files hold the causal mask too, which a checkpoint that is saved again lacks.
+# GPT-2's and GPT-NeoX's published files also hold the causal mask; a checkpoint that is saved again does not.
 MASKS = re.compile(r"\.(attn|attention)\.(masked_)?bias$")
 
 Difference = Literal["architecture", "tensors", "weights", "precision"]
@@ -82,12 +82,12 @@ def _find_file(name: str, file: str, revision: str | None) -> Path | None:
             _raise_exceptions_for_connection_errors=False,
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"the files of {name!r} cannot be had from the Hub ({first_line(error)})") from error
+        raise UserError(f"the files of {name!r} cannot be loaded from the Hub ({first_line(error)})") from error
     return None if found is None else Path(found)
 
 
 def _canonical_name(name: str, shape: tuple[int, ...], config: PretrainedConfig) -> str | None:
-    """A tensor's name without the prefix that only some classes write; `None` for what a checkpoint may also lack."""
+    """A tensor's name without the prefix that only some classes write; `None` for a tensor that may be missing."""
     model_class = MODEL_MAPPING.get(type(config), None)
     prefix = getattr(model_class, "base_model_prefix", "")
     name = name.removeprefix(f"{prefix}.") if prefix else name
@@ -97,7 +97,7 @@ def _canonical_name(name: str, shape: tuple[int, ...], config: PretrainedConfig)
 
 
 def _read(file: safe_open, name: str, shape: tuple[int, ...], whole: bool) -> Iterator[torch.Tensor]:
-    """A tensor, or of a large checkpoint's matrix `ROWS` rows from its first to its last."""
+    """Yields a whole tensor, or `ROWS` evenly spaced rows of a matrix of a large checkpoint."""
     if whole or len(shape) < 2 or math.prod(shape) == 0:
         yield file.get_tensor(name).reshape(-1)
         return
@@ -113,10 +113,10 @@ def _middle(file: safe_open, name: str, shape: tuple[int, ...]) -> float:
 
 
 def describe_base(name: str, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
-    """What a base is, from its files; no model is loaded. A checkpoint above 1 GiB takes seconds.
+    """Describes a base by its files; no model is loaded. A checkpoint above 1 GiB takes seconds.
 
     The order of the tensors, their distribution over files, and the prefix of their names make no difference. In
-    a checkpoint of more than 1 GiB a change between the rows that are read goes unseen.
+    a checkpoint of more than 1 GiB a change between the rows that are read is not seen.
 
     Args:
         name: Hub id or local folder.
@@ -126,10 +126,10 @@ def describe_base(name: str, revision: str | None = None, trust_remote_code: boo
     Returns:
         `name`; `commit` on the Hub, or `None`; `model_type`; `dtypes` as stored; numbers of `tensors` and
         `parameters`; SHA-256 of names and shapes (`shapes`) and of names and bytes read (`weights`); whether all bytes
-        were (`whole`); and some of the numbers themselves (`values`).
+        were read (`whole`); and some of the numbers themselves (`values`).
 
     Raises:
-        UserError: The base cannot be had, or a file is damaged.
+        UserError: The base cannot be loaded, or a file is damaged.
     """
     config = load_config(name, revision, trust_remote_code)
     files = find_weight_files(name, revision)
@@ -173,15 +173,15 @@ def describe_base(name: str, revision: str | None = None, trust_remote_code: boo
 
 
 def find_difference(trained: dict[str, Any], found: dict[str, Any]) -> Difference | None:
-    """In what two bases differ, the gravest first; `None` if they are the same.
+    """The gravest difference between two bases; `None` if they are the same.
 
     Args:
-        trained: From `describe_base`, when the adapter was trained.
-        found: Likewise, of the base at hand.
+        trained: `describe_base` of the base on which the adapter was trained.
+        found: `describe_base` of the base to be used.
 
     Returns:
         `architecture`; `tensors`: other names or shapes; `weights`: other numbers; `precision`: the same numbers, as
-        far as they were kept, rounded otherwise.
+        far as they are recorded, in another rounding.
     """
     if trained["model_type"] != found["model_type"]:
         return "architecture"
@@ -193,13 +193,13 @@ def find_difference(trained: dict[str, Any], found: dict[str, Any]) -> Differenc
 
 
 def _nearly_equal(trained: dict[str, Any], found: dict[str, Any]) -> bool:
-    """Whether the numbers that were kept of both differ by no more than a rounding to 16 bits."""
+    """Whether the recorded numbers of both differ by no more than a rounding to 16 bits."""
     kept = list(zip(trained["values"], found["values"], strict=False))
     return all(math.isclose(a, b, rel_tol=BFLOAT16_ROUNDING, abs_tol=HALF_SMALLEST) for a, b in kept)
 
 
 def is_description(content: object) -> bool:
-    """Whether something read from a file can be what `describe_base` returned."""
+    """Whether content read from a file has the form of `describe_base`'s result."""
     if not isinstance(content, dict) or not isinstance(content.get("values"), list):
         return False
     texts = all(isinstance(content.get(key), str) for key in ("name", "model_type", "shapes", "weights"))
@@ -209,6 +209,6 @@ def is_description(content: object) -> bool:
 
 
 def name_base(base: dict[str, Any]) -> str:
-    """A base in a few words: its name, what it is, its commit or its weights' digest."""
+    """A base for a message: its name, type, commit and the digest of its weights."""
     commit = f"commit {base['commit'][:8]}, " if base.get("commit") else ""
     return f"{base['name']} ({base['model_type']}, {'/'.join(base['dtypes'])}, {commit}weights {base['weights'][:8]})"

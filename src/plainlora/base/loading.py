@@ -1,4 +1,4 @@
-"""Base models, from the Hub or from this disk, whole or quantised, from safetensors only."""
+"""Loads base models from the Hub or a local folder, dense or quantised, from safetensors only."""
 
 import copy
 import ctypes
@@ -31,30 +31,30 @@ from plainlora.settings.checks import unusable_attention
 def keep_4bit_weights_unpacked(model: nn.Module) -> None:
     """Stops bitsandbytes from repacking 4-bit weights at the first evaluation on a CPU with AVX512-BF16.
 
-    Its `Linear4bit.forward` then rounds the block scales to bf16 for good, so evaluating would change the model being
-    trained: https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/nn/modules.py
+    The repacking in `Linear4bit.forward` rounds the block scales to bf16, so evaluation would change the model that is
+    being trained: https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/nn/modules.py
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def give_back_freed_memory() -> None:
-    """Has glibc return to the kernel what was freed inside its heap; elsewhere nothing.
+def release_freed_memory() -> None:
+    """Makes glibc return freed heap memory to the kernel; on other systems does nothing.
 
-    A layer that is quantised on a CPU is dense before, and small blocks that are allocated between two such can keep
-    the second from taking the place of the first. Of Qwen2-0.5B in fp32, 0.2 to 1.5 GB of dense layers then stay
-    resident until the program ends, not the same in each run: https://man7.org/linux/man-pages/man3/malloc_trim.3.html
+    A layer that is quantised on a CPU is dense first, and small blocks allocated between two such layers can keep the
+    second from reusing the memory of the first. Of Qwen2-0.5B in fp32, 0.2 to 1.5 GB of dense layers then stay
+    resident until the program ends, differently in each run: https://man7.org/linux/man-pages/man3/malloc_trim.3.html
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def placement(device: torch.device | None, quantized: bool) -> dict[str, Any]:
-    """Where `from_pretrained` puts the weights, as an argument of it.
+    """The `device_map` argument of `from_pretrained`, if one is needed.
 
-    bitsandbytes' quantiser would take the current GPU wherever training runs, and a dense base would be read into this
-    process's memory first. A sharded engine places weights itself.
+    Without it, bitsandbytes' quantiser uses the current GPU even if training runs elsewhere, and a dense base is first
+    read into this process's memory. DeepSpeed ZeRO-3 and FSDP place weights themselves.
 
     Args:
         device: Where training runs; `None` to leave it to the libraries.
@@ -77,22 +77,22 @@ def load_pretrained(
     device: torch.device | None = None,
     **options: Any,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """A model with weights from safetensors only, and the names of the weights that the checkpoint lacks.
+    """Loads a model from safetensors only; also returns the names of the weights that the checkpoint lacks.
 
     Args:
-        auto: The Auto class that knows the model's task.
+        auto: The Auto class of the model's task.
         name: Hub id or local folder.
         revision: Branch, tag or commit on the Hub.
-        dtype: Of the weights that are not quantised; `"auto"` for the checkpoint's own.
+        dtype: The dtype of weights that are not quantised; `"auto"` for the checkpoint's own.
         quantization: How to quantise while loading.
-        dropout: Probability of all its dropouts while it is in memory; it is saved with its own. `None` to leave them.
-        device: Where training runs; `None` to leave the weights where the libraries put them.
+        dropout: Probability of all its dropouts in memory; it is saved with its own ones. `None` to leave them.
+        device: Where training runs; `None` to leave placement to the libraries.
         **options: For `from_pretrained`.
 
     Raises:
-        UserError: It cannot be had, or it is an adapter.
+        UserError: It cannot be loaded, or it is an adapter.
     """
-    # Unless told, Transformers asks on the terminal whether to run a model's own code, and waits.
+    # If it is unset, Transformers asks on the terminal whether to run a model's own code, and waits.
     options.setdefault("trust_remote_code", False)
     options = placement(device, quantization is not None) | options
     config = load_config(name, revision, options["trust_remote_code"])
@@ -113,12 +113,12 @@ def load_pretrained(
                 quantization_config=quantization,
                 use_safetensors=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are named below, which the error would not do
+                ignore_mismatched_sizes=True,  # raised below with their names, which Transformers' error lacks
                 **options,
             )
-    except Exception as error:  # of any kind, as in `load_config`
+    except Exception as error:  # of any class, as in `load_config`
         if isinstance(error, TypeError) and (unknown := re.search("unexpected keyword argument (.*)", str(error))):
-            raise UserError(f"model_init_kwargs: {unknown[1]} is nothing that {name} takes; leave it out") from error
+            raise UserError(f"model_init_kwargs: there is no {unknown[1]} for {name}; leave it out") from error
         if attention is not None and re.search("attn|attention", str(error), re.IGNORECASE):
             raise unusable_attention(attention, error) from error
         raise explain(name, "model", error) from error
@@ -127,11 +127,11 @@ def load_pretrained(
             f"{name}: {weight} is stored as {tuple(stored)}, and config.json makes it {tuple(needed)}; the config or "
             "the weights belong to another model"
         )
-    if getattr(model, "_hf_peft_config_loaded", False):  # from the Hub, where no folder could be looked into
+    if getattr(model, "_hf_peft_config_loaded", False):  # on the Hub, where `check_folder` cannot look
         raise UserError(f"{name} holds an adapter beside the base model; give the base model alone")
     keep_4bit_weights_unpacked(model)
     if quantization is not None:
-        give_back_freed_memory()
+        release_freed_memory()
     if own is not None:
         save = MethodType(partial(save_with_own_dropouts, own_dropouts=own), model)
         model.save_pretrained = save
@@ -139,7 +139,7 @@ def load_pretrained(
 
 
 def _split_config(name: str, revision: str | None, options: dict[str, Any]) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """A model's config of its own, and the options that are none of the config's, as `from_pretrained` splits them."""
+    """A copy of a model's config, and the options that the config does not take, split as by `from_pretrained`."""
     rest = {key: options[key] for key in ("attn_implementation", "trust_remote_code") if key in options}
     given = {key: value for key, value in options.items() if key not in rest and key != "config"}
     if options.get("config") is not None:
@@ -153,7 +153,7 @@ def _split_config(name: str, revision: str | None, options: dict[str, Any]) -> t
 
 @contextmanager
 def _quiet_about_new_weights() -> Iterator[None]:
-    """Silences Transformers' report on weights that the checkpoint lacks: a classifier's new head is no surprise.
+    """Silences Transformers' report on weights that the checkpoint lacks, such as a classifier's new head.
 
     https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/utils/loading_report.py
     """
@@ -182,12 +182,12 @@ def load_causal_lm(name: str, **options: Any) -> PreTrainedModel:
 
 
 def build_decoder(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel | None:
-    """The language model that a config describes, without weights (`meta` device); `None` if it cannot be built so."""
+    """The language model that a config describes, on the meta device; `None` if it cannot be built there."""
     try:
         with torch.device("meta"):
             options = code_options(config, AutoModelForCausalLM, trust_remote_code)
             return AutoModelForCausalLM.from_config(config, **options)
-    except Exception:  # a model's own code, or an architecture that no Auto class knows: loading says why
+    except Exception:  # a model's own code, or an unknown architecture; loading reports it
         return None
 
 
@@ -198,7 +198,7 @@ def load_base(
     dropout: float | None = None,
     device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """The base model as TRL's `ModelConfig` describes it, with `model_init_kwargs` on top and `base_dropout`.
+    """The base model by TRL's `ModelConfig`, with `model_init_kwargs` (`options`) and `base_dropout`.
 
     See `load_pretrained` for the device.
     """
@@ -226,7 +226,7 @@ def to_accelerator(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def describe_quantization(model: PreTrainedModel) -> dict[str, Any] | None:
-    """The base's quantisation, for `run.json` and back into `BitsAndBytesConfig`; `None` if it has none."""
+    """The base's quantisation for `run.json`, from which `BitsAndBytesConfig` is read; `None` if it has none."""
     config = getattr(model.config, "quantization_config", None)
     if config is None:
         return None

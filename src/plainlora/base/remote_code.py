@@ -1,4 +1,4 @@
-"""A model's own code: which it is, and how `trust_remote_code` reaches what loads it."""
+"""A model's own code: which files `trust_remote_code` runs, and the options that load them."""
 
 import os
 from typing import Any
@@ -12,11 +12,11 @@ from plainlora.errors import UserError
 
 
 def describe_remote_code(name: str, revision: str | None) -> str:
-    """Which code of a model `trust_remote_code` runs, in one line to be shown before it does.
+    """The code of a model that `trust_remote_code` runs, in one line to be shown before it runs.
 
     Raises:
-        UserError: The model cannot be had, or takes code from another repository, which no revision pins
-            (`code_revision` of Transformers stays `main`).
+        UserError: The model's config cannot be loaded, or it uses code from another repository, which `model_revision`
+            does not pin (Transformers' `code_revision` stays `main`).
     """
     try:
         found = [PretrainedConfig.get_config_dict(name, revision=revision)[0].get("auto_map")]
@@ -40,7 +40,7 @@ def describe_remote_code(name: str, revision: str | None) -> str:
 
 
 def code_options(config: PretrainedConfig, auto: type[_BaseAutoModelClass], trust: bool) -> dict[str, Any]:
-    """Options of `from_config` for a model's own code, pinned to the commit of the config: it would take `main`.
+    """Options of `from_config` for a model's own code, pinned to the commit of the config instead of `main`.
 
     https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/auto/auto_factory.py
     """

@@ -1,4 +1,4 @@
-"""A base's tokenizer, with EOS and a pad token, that fits its embedding."""
+"""Loads a base's tokenizer with EOS and a pad token, and checks that it fits the embeddings."""
 
 import json
 import os
@@ -18,20 +18,20 @@ def load_tokenizer(
     pad_token: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a pad token that differs from EOS wherever the vocabulary has one to spare.
+    """The tokenizer, with a pad token that differs from EOS if the vocabulary has an unknown token to use.
 
     Raises:
-        UserError: It cannot be had or has no vocabulary, or a named token is not in it.
+        UserError: It cannot be loaded or has no vocabulary, or a named token is not in it.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of any kind, as in `load_config`; the tokenizers library raises `Exception` itself
+    except Exception as error:  # the tokenizers library raises `Exception` itself
         raise explain(name, "tokenizer", error) from error
-    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # what a folder without one is loaded as
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # as a folder without one loads
         raise UserError(
             f"{name} holds no tokenizer, or one without a vocabulary; copy the base's tokenizer files there"
         )
-    try:  # a half of a surrogate pair can be read from a file but not be written to one, at the end of training
+    try:  # half of a surrogate pair can be read from a file, but saving it would fail after training
         json.dumps([tokenizer.init_kwargs, tokenizer.chat_template], default=str, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise UserError(f"the tokenizer of {name} holds text that is not UTF-8 ({error}); copy it again") from error
@@ -45,23 +45,21 @@ def load_tokenizer(
                 raise UserError(f"{role} {token!r} is not in the vocabulary of {name}")
             setattr(tokenizer, role, token)
     if tokenizer.pad_token is None or (pad_token is None and tokenizer.pad_token == tokenizer.eos_token):
-        # Labels come from lengths, so even EOS would do here; a distinct pad is kinder to whoever loads this later.
+        # EOS would work here, because labels come from lengths; in other code pad == eos masks EOS out of the loss.
         unknown = tokenizer.unk_token
         tokenizer.pad_token = unknown if unknown not in (None, tokenizer.eos_token) else tokenizer.eos_token
     if tokenizer.pad_token is None:
         lost = os.path.isdir(name) and not os.path.isfile(os.path.join(name, "tokenizer_config.json"))
-        advice = (
-            "copy the base's tokenizer_config.json, which is missing" if lost else "mend its tokenizer_config.json"
-        )
+        advice = "copy the base's tokenizer_config.json, which is missing" if lost else "fix its tokenizer_config.json"
         raise UserError(f"the tokenizer of {name} has no EOS token, and none to pad with; set eos_token, or {advice}")
     tokenizer.padding_side = "right"
     return tokenizer
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """Raises `UserError` if the tokenizer has words for which the model has no embedding.
+    """Raises `UserError` if the tokenizer has words without an embedding in the model.
 
-    Special tokens without a role are left out: some tokenizers name more of them than are ever used.
+    Special tokens without a role are not checked: some tokenizers have unused ones.
     """
     rows = getattr(config.get_text_config(), "vocab_size", None)
     roles = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
@@ -76,7 +74,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
 
 
 def check_known(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """Raises `UserError` for a token without an embedding: `check_vocabulary` lets special ones pass."""
+    """Raises `UserError` for a token without an embedding; `check_vocabulary` does not check special ones."""
     rows = getattr(config.get_text_config(), "vocab_size", None)
     largest = max(ids, default=0)
     if isinstance(rows, int) and largest >= rows:
@@ -87,7 +85,7 @@ def check_known(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, config: 
 
 
 def check_ending(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """Raises `UserError` if an encoder-decoder, whose head reads the EOS at a text's end, would find none there."""
+    """Raises `UserError` for an encoder-decoder whose tokenizer adds no EOS: its head reads the EOS of a text."""
     if config.is_encoder_decoder and tokenizer("text").input_ids[-1:] != [config.eos_token_id]:
         raise UserError(
             f"the head of {config.model_type} models reads the token {config.eos_token_id} at the end of a text, and "

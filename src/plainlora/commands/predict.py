@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     import plainlora.quiet  # noqa: F401
     from plainlora.backends import BACKENDS
-    from plainlora.prediction import beside_training_base, classify, load_trained_classifier
+    from plainlora.prediction import classify, compare_with_training_base, load_trained_classifier
     from plainlora.run.folder import holds_adapter
 
     if arguments.with_peft and Path(arguments.model).is_dir() and not holds_adapter(arguments.model):
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
             best = max(range(len(shares)), key=shares.__getitem__)
             print(f"{classifier.labels[best]:<{width}}  {shares[best]:6.1%}  {' '.join(text.split())[:100]}")
         if name == "reference":
-            beside = beside_training_base(arguments.model, BACKENDS[name], texts, found, **choice)
+            beside = compare_with_training_base(arguments.model, BACKENDS[name], texts, found, **choice)
             warnings = [*classifier.warnings, *([beside] if beside else [])]
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
