@@ -1,1 +1,1 @@
-"""A run's folder, from the first check to the last file: claimed, recorded, resumed, reproduced."""
+"""A run's folder: claiming it, recording the run, resuming it and reproducing it."""

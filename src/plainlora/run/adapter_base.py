@@ -1,4 +1,4 @@
-"""The base of a saved adapter: which one, how training stored it, and which classes a classifier has."""
+"""Finds and loads the base of a saved adapter, and reads what its run recorded."""
 
 import os
 from dataclasses import dataclass, replace
@@ -21,19 +21,19 @@ from plainlora.lora.load import load_adapter
 
 BaseKind = Literal["16bit", "dequantized"]
 
-# Where an architecture keeps the rows of its classes.
+# Weights of classification heads, one row for each class.
 CLASS_ROWS = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")
 
 
 @dataclass(frozen=True)
 class Base:
-    """The base to put an adapter on; `find_base` has compared it with the one that the adapter was trained on.
+    """The base of an adapter, as checked by `find_base`.
 
     Attributes:
         name: Hub id or local folder.
         revision: Branch, tag or commit on the Hub.
-        trained_on: What `describe_base` said in training; `None` for an adapter that no recipe of this project wrote.
-        warning: In what it differs although it may be used, if it does.
+        trained_on: `describe_base` of the base of training; `None` if no recipe of this project wrote the adapter.
+        warning: A difference from the base of training with which it may still be used, if there is one.
     """
 
     name: str
@@ -43,21 +43,21 @@ class Base:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What `describe_base` says of it."""
+        """`describe_base` of this base."""
         return describe_base(self.name, self.revision)
 
 
 def find_base(adapter: str | Path, base_model: str | None = None, allow_other_base: bool = False) -> Base:
-    """The base of an adapter, refused if it is not the one that the adapter was trained on.
+    """The base of an adapter, checked to be the one that it was trained on. No weights are loaded.
 
     Args:
-        adapter: Its folder.
-        base_model: Hub id or folder to take instead of the base that `adapter_config.json` names.
-        allow_other_base: Whether other weights, in an architecture that the adapter fits, are a warning only.
+        adapter: The adapter's folder.
+        base_model: Hub id or folder to use instead of the base that `adapter_config.json` names.
+        allow_other_base: Whether other weights of the same shapes are only a warning.
 
     Raises:
-        UserError: The base cannot be had, or it is another one.
-        LoRAError: It is no adapter, or one that does not fit the base: said before the base's weights are loaded.
+        UserError: The base cannot be loaded, or it is another one.
+        LoRAError: The folder holds no adapter, or the adapter does not fit the base.
     """
     name, revision = base_of(adapter) if base_model is None else (base_model, None)
     read_config(adapter)
@@ -71,7 +71,7 @@ def find_base(adapter: str | Path, base_model: str | None = None, allow_other_ba
 
 
 def _difference(adapter: str | Path, base: Base, allow_other_base: bool) -> str | None:
-    """In what a base differs from the one that training saw although it may be used; `None` if in nothing."""
+    """A tolerated difference between a base and the base of training; `None` if there is none. Raises for others."""
     assert base.trained_on is not None
     difference = find_difference(base.trained_on, base.identity)
     if difference is None:
@@ -93,8 +93,8 @@ def base_of(adapter: str | Path) -> tuple[str, str | None]:
     """Name and revision of the base that an adapter was trained on.
 
     Raises:
-        UserError: It names none, or a folder that is not there.
-        LoRAError: It is no adapter.
+        UserError: The adapter names no base, or a folder that does not exist.
+        LoRAError: The folder holds no adapter.
     """
     config = read_config(adapter)
     if not config.base_model_name_or_path:
@@ -106,9 +106,9 @@ def base_of(adapter: str | Path) -> tuple[str, str | None]:
 
 
 def _find_base(name: str, adapter: Path) -> str:
-    """A base named by a relative path, as in `recipes/quickstart/base`, is also looked for from the adapter upwards.
+    """The path of a base; a relative one, such as `recipes/quickstart/base`, may start at any parent of the adapter.
 
-    A name without a slash is left to the Hub: a folder that happens to be called `gpt2` is not what it means.
+    A name without a slash is a Hub id, even if there is a folder called `gpt2`.
     """
     if os.path.exists(os.path.expanduser(name)) or "/" not in name:
         return name
@@ -124,7 +124,7 @@ def _find_base(name: str, adapter: Path) -> str:
 
 
 def load_tokenizer_of(adapter: str | Path, base: Base) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with an adapter, with training's template; the base's if none was saved."""
+    """The tokenizer saved with an adapter, with its chat template; the base's if none was saved."""
     own = (Path(adapter) / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(adapter)) if own else load_tokenizer(base.name, base.revision)
     check_vocabulary(tokenizer, load_config(base.name, base.revision))
@@ -132,10 +132,10 @@ def load_tokenizer_of(adapter: str | Path, base: Base) -> PreTrainedTokenizerBas
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
-    """What the training that wrote a folder, or the run around a checkpoint, recorded; empty without a `run.json`.
+    """Reads `run.json` of a run's folder, or of the run of a checkpoint; empty if there is none.
 
     Raises:
-        UserError: It is damaged.
+        UserError: The file is damaged.
     """
     folder = Path(folder)
     path = (folder.parent if folder.name.startswith("checkpoint-") else folder) / "run.json"
@@ -152,7 +152,7 @@ def read_run(folder: str | Path) -> dict[str, Any]:
 
 
 def _find_damage(run: dict[str, Any]) -> str | None:
-    """What no `write_run` can have written."""
+    """What is wrong with the content of a `run.json`, in one clause; `None` if nothing is."""
     if "quantization_config" not in run:
         return "it has no quantization_config"
     for name in ("quantization_config", "arguments"):
@@ -171,7 +171,7 @@ def _find_damage(run: dict[str, Any]) -> str | None:
 def _find_quantization_damage(run: dict[str, Any]) -> str | None:
     try:
         BitsAndBytesConfig(**(run["quantization_config"] or {}))
-    except Exception as error:  # of any kind: it looks names up in torch
+    except Exception as error:  # of any class: it looks up names in torch
         return f"its quantization_config is none: {first_line(error)}"
     return None
 
@@ -184,12 +184,12 @@ def training_quantization(adapter: str | Path) -> dict[str, Any] | None:
 def class_labels(adapter: str | Path) -> list[str] | None:
     """Names of a classifier's classes; `None` for a causal language model.
 
-    They stand in `run.json`. Without one, as for adapters of elsewhere, the head in the file says how many there are.
+    They are read from `run.json`. Without one, their number is that of the rows of the saved head.
     """
     if labels := read_run(adapter).get("labels"):
         return list(labels)
     config = read_config(adapter)
-    base_class = (config.auto_mapping or {}).get("base_model_class", "")  # beside it, PEFT's files name no task
+    base_class = (config.auto_mapping or {}).get("base_model_class", "")  # the other trace of the task
     if config.task_type != "SEQ_CLS" and not base_class.endswith("ForSequenceClassification"):
         return None
     for name, shape in saved_shapes(adapter).items():
@@ -205,17 +205,17 @@ def load_base_of(
     dtype: torch.dtype | str = "auto",
     device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """The base of an adapter: the checkpoint as it is, or what training saw of it through 4 or 8 bits.
+    """Loads the base of an adapter: the original checkpoint, or the dequantised weights of its quantised base.
 
     Args:
-        adapter: Its folder.
+        adapter: The adapter's folder.
         base: From `find_base`.
-        kind: Which of the two.
-        dtype: Of the weights; `"auto"` for the checkpoint's.
-        device: Where they are put; left to the libraries if left out.
+        kind: `16bit` for the checkpoint, `dequantized` for the weights of training.
+        dtype: The dtype of the weights; `"auto"` for the checkpoint's.
+        device: Where to put them; left to the libraries if left out.
 
     Raises:
-        UserError: `dequantized` was asked for, but the adapter was not trained on a quantised base.
+        UserError: `dequantized` is asked for, but the adapter was not trained on a quantised base.
     """
     if kind == "16bit":
         return _load(adapter, base, dtype, None, device)
@@ -229,7 +229,7 @@ def load_base_of(
 
 
 def load_quantized_base_of(adapter: str | Path, base: Base) -> PreTrainedModel:
-    """The base stored as it was in training, quantised or not."""
+    """Loads the base as it was stored in training, quantised or not."""
     quantization = training_quantization(adapter)
     return _load(adapter, base, "auto", None if quantization is None else BitsAndBytesConfig(**quantization))
 
@@ -257,6 +257,6 @@ def _classifier_config(adapter: str | Path, base: Base) -> PretrainedConfig | No
 
 
 def skeleton_of(adapter: str | Path, base: Base) -> PreTrainedModel | None:
-    """The base without its weights (`meta` device); `None` if it cannot be laid out so."""
+    """The base on the meta device; `None` if it cannot be built there."""
     config = _classifier_config(adapter, base)
     return build_decoder(load_config(base.name, base.revision)) if config is None else build_skeleton(config)

@@ -1,4 +1,4 @@
-"""Which checkpoint a run can go on from: the newest that is whole."""
+"""Finds the newest checkpoint that is complete and undamaged, from which a run can resume."""
 
 import re
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from plainlora.json_files import read_mapping
 from plainlora.run.folder import ADAPTER, WHOLE_MODEL, holds_adapter, list_checkpoints
 
 STATES = ("optimizer.pt", "scheduler.pt")
-STATE_KINDS: dict[str, tuple[type, ...]] = {  # of Trainer's state, where it is no number
+STATE_TYPES: dict[str, tuple[type, ...]] = {  # of the fields of Trainer's state that are not numbers
     **dict.fromkeys(("best_metric", "best_global_step"), (int, float, NoneType)),
     **dict.fromkeys(("best_model_checkpoint", "trial_name"), (str, NoneType)),
     **dict.fromkeys(("is_local_process_zero", "is_world_process_zero", "is_hyper_param_search"), (bool,)),
@@ -30,11 +30,13 @@ STATE_KINDS: dict[str, tuple[type, ...]] = {  # of Trainer's state, where it is 
 def find_problem(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be resumed, in one clause; `None` if it can.
 
-    Every file is there, has its end, holds what Trainer reads from it, and is what the manifest says. A checkpoint of
-    elsewhere has no manifest, so a bit that flipped in it is not seen.
+    Every file must be there and complete, hold what Trainer reads from it, and match the manifest. A checkpoint that
+    another program wrote has no manifest, so a flipped bit in it is not seen.
     """
     description, weights = ADAPTER if holds_adapter(checkpoint) else WHOLE_MODEL
-    generators = sorted(path.name for path in checkpoint.glob("rng_state*.pth")) or ["rng_state.pth"]  # one a process
+    generators = sorted(path.name for path in checkpoint.glob("rng_state*.pth")) or [
+        "rng_state.pth"
+    ]  # of each process
     scaler = [path.name for path in checkpoint.glob("scaler.pt")]  # under fp16
     states = [*STATES, *generators, *scaler]
     for name in ("trainer_state.json", description, weights, *states):
@@ -56,13 +58,13 @@ def find_problem(checkpoint: Path) -> str | None:
 
 
 def _find_fault(state: dict[str, Any], checkpoint: Path) -> str | None:
-    """What Trainer would stumble over in a `trainer_state.json`, or take on faith."""
+    """What is wrong with a `trainer_state.json`, which Trainer itself does not check."""
     if missing := sorted({"global_step", "train_batch_size"} - state.keys()):
         return f"names no {missing[0]}"
     if unknown := sorted(state.keys() - {field.name for field in fields(TrainerState)}):
         return f"holds {unknown[0]!r:.60}, which Trainer has no place for"
     for name, value in state.items():
-        if type(value) not in STATE_KINDS.get(name, (int, float)):
+        if type(value) not in STATE_TYPES.get(name, (int, float)):
             return f"says that {name} is {value!r:.60}"
     step, number = state["global_step"], re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
     if not isinstance(step, int) or step < 0 or (number is not None and step != int(number[1])):
@@ -74,21 +76,21 @@ def _find_fault(state: dict[str, Any], checkpoint: Path) -> str | None:
 
 
 def _holds_plain_values(path: Path) -> bool:
-    """Whether PyTorch loads a file without running code of it. No number is read, so that it takes no time."""
+    """Whether PyTorch loads a file without running its code. On the meta device no number is read."""
     try:
         with safe_globals():
             torch.load(path, map_location="meta", weights_only=True)
-    except Exception:  # of any kind: a pickle is a program
+    except Exception:  # of any class: a pickle is a program
         return False
     return True
 
 
 def newest_checkpoint(output_dir: str | Path, log: Callable[[str], object] | None = None) -> Path | None:
-    """The newest whole checkpoint. A broken newer one is passed over.
+    """The newest checkpoint that can be resumed; broken ones are passed over.
 
     Args:
-        output_dir: Of the run.
-        log: Told of each that is passed over, and why.
+        output_dir: The run's folder.
+        log: Called with one line for each checkpoint that is passed over.
     """
     for path in reversed(list_checkpoints(output_dir)):
         problem = find_problem(path)
@@ -100,11 +102,11 @@ def newest_checkpoint(output_dir: str | Path, log: Callable[[str], object] | Non
 
 
 def resume_path(args: TrainingArguments, log: Callable[[str], object] = print) -> str | None:
-    """`--resume_from_checkpoint true` is the newest whole checkpoint; a path is itself.
+    """The checkpoint that `--resume_from_checkpoint` means: a path, or with `true` the newest that can be resumed.
 
     Args:
-        args: The run's.
-        log: Told of broken checkpoints that are passed over.
+        args: The run's arguments.
+        log: Called with one line for each checkpoint that is passed over.
 
     Raises:
         UserError: There is no such checkpoint.
@@ -118,7 +120,7 @@ def resume_path(args: TrainingArguments, log: Callable[[str], object] = print) -
             raise UserError(
                 f"resume_from_checkpoint: {args.output_dir} holds no whole checkpoint; leave it out to start"
             )
-        _check_what_is_left(newest, args, log)
+        _check_steps_left(newest, args, log)
         return str(newest)
     if not (Path(asked) / "trainer_state.json").is_file():
         raise UserError(f"resume_from_checkpoint: {asked} is no checkpoint folder; it has no trainer_state.json")
@@ -127,12 +129,12 @@ def resume_path(args: TrainingArguments, log: Callable[[str], object] = print) -
             f"resume_from_checkpoint: {asked} is not whole: {problem}; give another checkpoint, or `true` for the "
             "newest whole one of output_dir"
         )
-    _check_what_is_left(Path(asked), args, log)
+    _check_steps_left(Path(asked), args, log)
     return str(asked)
 
 
-def _check_what_is_left(checkpoint: Path, args: TrainingArguments, log: Callable[[str], object]) -> None:
-    """Says where nothing is left to train; raises `UserError` where the checkpoint is past `max_steps` already."""
+def _check_steps_left(checkpoint: Path, args: TrainingArguments, log: Callable[[str], object]) -> None:
+    """Logs if no step is left to train; raises `UserError` if the checkpoint is beyond `max_steps`."""
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     end = args.max_steps
     if end <= 0 and args.num_train_epochs == state.num_train_epochs:
@@ -144,7 +146,7 @@ def _check_what_is_left(checkpoint: Path, args: TrainingArguments, log: Callable
 
 
 def past_the_end(checkpoint: object, step: int, end: int) -> UserError:
-    """A checkpoint of a step that the run would not reach."""
+    """The error for a checkpoint of a later step than the run's last one."""
     return UserError(
         f"resume_from_checkpoint: {checkpoint} is at step {step} already, and the run ends at step {end}; raise "
         "max_steps or num_train_epochs, or take an earlier checkpoint"

@@ -1,4 +1,4 @@
-"""What a run's folder holds, and what of it may be replaced."""
+"""The files of a run's folder, and which of them may be replaced."""
 
 import re
 import shutil
@@ -13,7 +13,7 @@ PICTURES = ("loss.png", "confusion.png")
 RESULTS = (*ADAPTER, *WHOLE_MODEL, MANIFEST, "trainer_state.json", "all_results.json", "run.json")
 SAMPLES = "samples.md"
 REPORTS = ("README.md", SAMPLES, *PICTURES, "merged")
-UNFINISHED = ".saving"  # where a save is prepared, within the run's folder; what a kill in the middle leaves
+UNFINISHED = ".saving"  # the subfolder in which a save is prepared; a kill leaves it behind
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -31,7 +31,7 @@ def holds_adapter(folder: str | Path) -> bool:
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Removes a checkpoint. It loses its name first, so that a kill leaves no part of it there."""
+    """Removes a checkpoint. It is renamed first, so that a kill leaves no incomplete checkpoint."""
     unfinished = checkpoint.parent / UNFINISHED
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
@@ -40,7 +40,7 @@ def remove_checkpoint(checkpoint: Path) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's; a README.md, or an adapter from elsewhere, does not make it one."""
+    """Whether a run wrote a folder. A README.md, or an adapter alone, is no sign of a run."""
     return any((folder / name).is_file() for name in ("run.json", "trainer_state.json")) or bool(
         list_checkpoints(folder)
     )
@@ -52,20 +52,20 @@ def is_merged_model(folder: Path) -> bool:
 
 
 def lies_in(path: str | Path, folder: str | Path) -> bool:
-    """Whether a path is a folder or below it, links followed."""
+    """Whether a path is the folder or inside it; links are resolved."""
     return Path(path).expanduser().resolve().is_relative_to(Path(folder).resolve())
 
 
 def claim_output_dir(output_dir: str | Path, overwrite: bool, resume: str | Path | None) -> None:
-    """Makes sure that a run cannot mix with, or silently replace, what is in its folder.
+    """Checks that a run does not mix with, or silently replace, the content of its folder.
 
     Args:
-        output_dir: Where the run writes.
+        output_dir: The run's folder.
         overwrite: Whether an earlier run there may be replaced.
-        resume: The checkpoint that the run goes on from. One in `output_dir` belongs with what is there.
+        resume: The checkpoint to resume. If it is in `output_dir`, the folder is the run's own.
 
     Raises:
-        UserError: The folder holds another run and `overwrite` is off, or it holds what no run can have written.
+        UserError: The folder holds another run and `overwrite` is off, or it holds files that no run wrote.
     """
     folder = Path(output_dir)
     if not folder.is_dir() or (resume is not None and lies_in(resume, folder)):
@@ -88,14 +88,14 @@ def claim_output_dir(output_dir: str | Path, overwrite: bool, resume: str | Path
 
 
 def check_inputs_apart(output_dir: str | Path, inputs: dict[str, str | None]) -> None:
-    """The run's folder may not be, or hold, what the run reads.
+    """Checks that the run's folder does not contain what the run reads.
 
     Args:
-        output_dir: Where the run writes.
-        inputs: What each input is, and its path or Hub id.
+        output_dir: The run's folder.
+        inputs: The path or Hub id of each input, by a name for messages.
 
     Raises:
-        UserError: One of them lies in the folder.
+        UserError: An input is the folder, or in it.
     """
     for what, name in inputs.items():
         if name and Path(name).expanduser().exists() and lies_in(name, output_dir):
@@ -103,7 +103,7 @@ def check_inputs_apart(output_dir: str | Path, inputs: dict[str, str | None]) ->
 
 
 def clear_output_dir(output_dir: str | Path) -> None:
-    """Removes an earlier run's results and checkpoints, and nothing else. Called once all input has been checked."""
+    """Removes an earlier run's results and checkpoints, and nothing else. Call it after all input is checked."""
     if not is_run(Path(output_dir)):
         return
     for checkpoint in list_checkpoints(output_dir):
@@ -111,6 +111,6 @@ def clear_output_dir(output_dir: str | Path) -> None:
     shutil.rmtree(Path(output_dir) / UNFINISHED, ignore_errors=True)
     if is_merged_model(Path(output_dir) / "merged"):
         shutil.rmtree(Path(output_dir) / "merged")
-    # run.json last: a clearing that is cut short leaves a folder that can still be told to be a run's.
+    # run.json last, so that after an interruption the folder is still recognised as a run's.
     for name in ("README.md", SAMPLES, *PICTURES, *RESULTS):
         (Path(output_dir) / name).unlink(missing_ok=True)

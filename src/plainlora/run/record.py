@@ -1,7 +1,7 @@
-"""`run.json`: what a run was made of, so that it can be told from another, used later, and made again.
+"""`run.json`: the record of a run, by which it is identified, used later, and reproduced.
 
-It is written before training and completed at the end. The order of its digests is that of a run: base, rows, adapter
-at the start, order of the rows, adapter at the end; the first that differs says where two runs came apart.
+It is written before training and completed at the end. Its digests follow the order of a run: base, rows, adapter at
+the start, order of the rows, adapter at the end. The first one that differs shows where two runs diverged.
 """
 
 import hashlib
@@ -38,9 +38,9 @@ def _without_secrets(command: Sequence[str]) -> list[str]:
 
 
 def _config_of(command: Sequence[str]) -> dict[str, Any] | None:
-    """What the YAML of a command says: the file may be another one by the time it is needed.
+    """The content of a command's YAML, because the file may change later.
 
-    Tokens are left out, and of environment variables the values, any of which may hold a password.
+    Tokens are left out, and so are the values of environment variables, which may hold passwords.
     """
     paths = [word.removeprefix("--config=") for word in command if word.startswith("--config=")]
     paths += [value for flag, value in itertools.pairwise(command) if flag == "--config"]
@@ -82,7 +82,7 @@ def digest_of_trained(model: nn.Module) -> str:
 
 
 def resolve_arguments(arguments: Sequence[Any]) -> dict[str, Any]:
-    """Every setting by name, tokens and keys left out.
+    """Every setting by name, without tokens.
 
     Args:
         arguments: The parsed dataclasses.
@@ -104,15 +104,15 @@ def write_run(
     model: nn.Module,
     labels: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Writes what is known before the first step, and returns it.
+    """Writes the record before the first step, and returns it.
 
     Args:
-        path: Of the file.
-        arguments: The parsed dataclasses, every setting of which is written, but for tokens and keys.
-        quantization: How the base is stored, to merge later into the very weights that the adapter was trained on.
-        base: Which base it is, from `plainlora.base.identity.describe_base`.
+        path: The file.
+        arguments: The parsed dataclasses; all their settings are written, except tokens.
+        quantization: The base's quantisation, from which a merge can restore the weights of training.
+        base: From `plainlora.base.identity.describe_base`.
         rows: The encoded rows of every split.
-        model: With the adapter as it starts.
+        model: The model with its initial adapter.
         labels: A classifier's classes, to load its head later.
     """
     content = {
@@ -139,13 +139,13 @@ def write_run(
 
 
 def complete_run(path: str | Path, run: dict[str, Any], order: str, steps: int) -> None:
-    """Writes it again, with what is known after the last step.
+    """Writes the record again, completed after the last step.
 
     Args:
-        path: Of the file, which somebody may have deleted.
-        run: What `write_run` wrote.
-        order: Digest of the batches in the order in which they were trained on, of `training.watching.RowsSeen`.
-        steps: Optimizer steps.
+        path: The file; it may have been deleted meanwhile.
+        run: The record from `write_run`.
+        order: Digest of the batches in the order of training, from `training.watching.RowsSeen`.
+        steps: Number of optimizer steps.
     """
     saved = next(Path(path).parent / name for name in WEIGHTS if (Path(path).parent / name).is_file())
     weights = {"file": saved.name, "sha256": sha256_of(saved)}

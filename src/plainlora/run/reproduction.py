@@ -1,4 +1,4 @@
-"""A run made again from its `run.json`, and compared with itself byte for byte."""
+"""Repeats a run from its `run.json`, and compares the two byte for byte."""
 
 import os
 import subprocess
@@ -17,9 +17,9 @@ from plainlora.report import package_versions
 from plainlora.run.adapter_base import read_run
 from plainlora.settings.programs import CLASSIFY, SFT, Program
 
-MOST = 1024  # processes or threads of one machine
+MOST = 1024  # processes or threads
 PROGRAMS: dict[str, Program[Any]] = {program.name: program for program in (SFT, CLASSIFY)}
-# Where it writes, what comes after training, and what would run code: leave to do so is not taken from a file.
+# Flags that are not repeated: the output folder, what follows training, and permission to run code.
 DROPPED = (
     "config",
     "output_dir",
@@ -33,7 +33,7 @@ DROPPED = (
 )
 
 
-# What two runs should share, in the order in which one thing follows from another, and where a `run.json` says it.
+# What must be equal in two runs, in the order of a run, and where it is in `run.json`.
 COMPARED = (
     ("base weights", ("base", "weights")),
     ("training rows", ("rows", "train", "sha256")),
@@ -46,12 +46,12 @@ COMPARED = (
 
 @dataclass(frozen=True)
 class Stage:
-    """One thing that two runs should share.
+    """One comparison of two runs.
 
     Attributes:
-        name: Of the thing.
-        equal: Whether they do.
-        detail: How they differ, if they do.
+        name: What is compared.
+        equal: Whether it is equal.
+        detail: How it differs, if it does.
     """
 
     name: str
@@ -60,17 +60,17 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """What a finished run's `run.json` says of how it was started.
+class RecordedRun:
+    """How a finished run was started, from its `run.json`.
 
     Attributes:
-        program: Which of the two; of the recorded path the file's name alone decides.
-        flags: What followed it.
-        config: The recipe's content, if there was one.
-        processes: How many trained.
-        threads: Of PyTorch, in each.
+        program: The program, by the file name in the recorded command.
+        flags: The program's command line.
+        config: The content of the recipe's YAML, if there was one.
+        processes: Number of processes.
+        threads: Number of PyTorch's threads in each.
         device: `cpu`, or the kind of accelerator.
-        versions: Of the packages that decide about the bytes.
+        versions: The versions of the packages on which the result depends.
     """
 
     program: Program[Any]
@@ -86,11 +86,11 @@ def _holds_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
-def read_recorded(folder: str | Path) -> Recorded:
+def read_recorded(folder: str | Path) -> RecordedRun:
     """How a finished run was started.
 
     Raises:
-        UserError: The run did not end, was not recorded, or its record is damaged.
+        UserError: The run did not finish, was not recorded, or its record is damaged.
     """
     if not Path(folder).is_dir():
         raise UserError(f"{folder} is no folder; give the output_dir of a finished run")
@@ -115,7 +115,7 @@ def read_recorded(folder: str | Path) -> Recorded:
     for _, path in COMPARED:
         _look_up(run, path, folder)
     program = PROGRAMS[Path(command[0]).name]
-    return Recorded(program, command[1:], config, processes, threads, str(device), versions or {})
+    return RecordedRun(program, command[1:], config, processes, threads, str(device), versions or {})
 
 
 def remaining_flags(command: Sequence[str]) -> list[str]:
@@ -132,7 +132,7 @@ def remaining_flags(command: Sequence[str]) -> list[str]:
     return kept
 
 
-def _command(run: Recorded, program: Path, config: Path, output: Path, trust_remote_code: bool) -> list[str]:
+def _command(run: RecordedRun, program: Path, config: Path, output: Path, trust_remote_code: bool) -> list[str]:
     flags = [*remaining_flags(run.flags), "--output_dir", str(output), "--report_to", "none"]
     flags += ["--trust_remote_code", "true"] if trust_remote_code else []
     start = [sys.executable]
@@ -144,18 +144,19 @@ def _command(run: Recorded, program: Path, config: Path, output: Path, trust_rem
 def reproduce(
     folder: str | Path, output: str | Path, log: Callable[[str], object] = print, trust_remote_code: bool = False
 ) -> list[Stage]:
-    """Trains again what a folder's `run.json` describes, from the folder in which the first run was started.
+    """Repeats the run of a folder by its `run.json`. Call it in the working directory of the first run.
 
-    It starts the program of the checkout whose root is the working directory, never the one that `run.json` names.
+    The program is that of the checkout whose root is the working directory, never the one that `run.json` names.
 
     Args:
-        folder: Of the first run.
-        output: Where the second run writes; it must not exist.
-        log: Told of versions that differ already, and of environment variables that its recipe set.
-        trust_remote_code: Whether code that came with the model may run.
+        folder: The folder of the first run.
+        output: The folder of the second run; it must not exist.
+        log: Called with a line for each package version that differs, and for environment variables of the recipe.
+        trust_remote_code: Whether the model's own code may run.
 
     Raises:
-        UserError: The first run did not end, was not recorded, this is no checkout's root, or the second one fails.
+        UserError: The first run did not finish or was not recorded, the working directory is not a checkout's root, or
+            the second run fails.
     """
     folder, output = Path(folder), Path(output)
     run, versions = read_recorded(folder), package_versions()
@@ -181,7 +182,7 @@ def reproduce(
 
 
 def compare_runs(first: str | Path, second: str | Path) -> list[Stage]:
-    """Sets two finished runs side by side, in the order in which one thing follows from another.
+    """Compares two finished runs, in the order of a run.
 
     Raises:
         UserError: One of them is not finished.

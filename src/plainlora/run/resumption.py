@@ -1,4 +1,4 @@
-"""A run that is resumed goes on with what it began with: the rows, their order, and how it learns."""
+"""Checks that a resumed run has the rows, their order and the training settings of its checkpoint."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,8 @@ from plainlora.errors import UserError
 from plainlora.run.adapter_base import read_run
 from plainlora.run.record import digest_of_rows, resolve_arguments
 
-# What may not change by name. How long a run lasts, how it is watched and where it is written may; the rows
-# themselves are compared by their digest, the adapter's own settings with the checkpoint's config.
+# Settings that may not change. The run's length, logging and output may. Rows are compared by their digest, the
+# adapter's own settings with the checkpoint's config.
 WHAT_IS_TRAINED = (
     *("method", "model_name_or_path", "last_layers", "train_head", "base_dropout", "adapter_dtype"),
     *("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head"),
@@ -32,15 +32,15 @@ ADVICE = "give the same settings, or start anew in another --output_dir"
 
 
 def check_same_settings(checkpoint: str | Path, arguments: Sequence[Any], labels: Sequence[str] | None = None) -> None:
-    """A run goes on with the settings it began with, as far as its `run.json` tells.
+    """Checks that the settings are those of the checkpoint's `run.json`, if there is one.
 
     Args:
-        checkpoint: To resume from.
+        checkpoint: The checkpoint to resume.
         arguments: The program's parsed dataclasses.
         labels: A classifier's classes now, in order.
 
     Raises:
-        UserError: Naming the first setting that differs, with both values.
+        UserError: A setting differs; the error names the first, with both values.
     """
     run = read_run(checkpoint)
     then, now = dict(run.get("arguments") or {}), resolve_arguments(arguments)
@@ -54,15 +54,15 @@ def check_same_settings(checkpoint: str | Path, arguments: Sequence[Any], labels
 
 
 def check_same_labels(checkpoint: str | Path, then: Sequence[str] | None, now: Sequence[str]) -> None:
-    """Likewise for a classifier's classes, whose order counts.
+    """Checks that a classifier's classes and their order are those of the checkpoint.
 
     Args:
-        checkpoint: To resume from.
+        checkpoint: The checkpoint to resume.
         then: Its classes; `None` if they are not known.
-        now: Those of the run.
+        now: The run's classes.
 
     Raises:
-        UserError: They are others.
+        UserError: They differ.
     """
     if then is not None and list(then) != list(now):
         raise _another(checkpoint, "labels", list(then), list(now))
@@ -73,10 +73,10 @@ def _another(checkpoint: str | Path, name: str, then: object, now: object) -> Us
 
 
 def check_same_rows(checkpoint: str | Path, rows: Dataset) -> None:
-    """Likewise for the training rows.
+    """Checks that the training rows are those of the checkpoint's `run.json`, if there is one.
 
     Raises:
-        UserError: They are others.
+        UserError: They differ.
     """
     then = ((read_run(checkpoint).get("rows") or {}).get("train") or {}).get("sha256")
     if then is not None and then != digest_of_rows(rows):
@@ -87,7 +87,7 @@ def check_same_rows(checkpoint: str | Path, rows: Dataset) -> None:
 
 
 def _rows_a_step(settings: Mapping[str, Any], processes: Any) -> int | None:
-    """Rows of one optimizer step; however they are spread, they are the same ones."""
+    """Number of rows of one optimizer step, over all processes and accumulated batches."""
     factors = [settings.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
     if not all(isinstance(factor, int) for factor in (*factors, processes)):
         return None
@@ -95,7 +95,7 @@ def _rows_a_step(settings: Mapping[str, Any], processes: Any) -> int | None:
 
 
 def _comparable(name: str, value: Any) -> Any:
-    """A path is the same however it is written, a list in any order, nothing however it is spelled."""
+    """A setting's value in a form in which equivalent values are equal: paths, lists in any order, empty values."""
     if name == "model_name_or_path" and Path(str(value)).expanduser().exists():
         return str(Path(str(value)).expanduser().resolve())
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""One run of a program: its folder claimed, its record written, what it saved in place, from the first check on."""
+"""One run of a program: claims its folder, writes its record, trains and saves."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ from plainlora.settings.programs import Settings
 
 @dataclass
 class Run:
-    """A run's folder and what is kept of the run.
+    """A run and its folder.
 
     Attributes:
-        settings: Of its program.
+        settings: The program's settings.
         folder: `output_dir`.
-        checkpoint: Which it goes on from; `None` for a new run.
-        log: Prints a line, in the main process.
-        record: What `run.json` says; empty until `begin`, and in every process but the main one.
+        checkpoint: The checkpoint that is resumed; `None` for a new run.
+        log: Prints a line in the main process.
+        record: The content of `run.json`; empty before `begin`, and in all processes but the main one.
     """
 
     settings: Settings[Any, Any]
@@ -40,15 +40,15 @@ class Run:
 
     @property
     def merged(self) -> Path:
-        """Where the merged model goes."""
+        """The folder of the merged model."""
         return self.folder / "merged"
 
     @classmethod
     def claim(cls, settings: Settings[Any, Any]) -> "Run":
-        """Makes sure that the run may write to its folder. Nothing is written yet.
+        """Checks that the run may write to its folder. Nothing is written yet.
 
         Raises:
-            UserError: The folder holds another run or what the run reads, or the checkpoint to go on from is none.
+            UserError: The folder holds another run or what the run reads, or the checkpoint cannot be resumed.
         """
         log, training = PartialState().print, settings.training
         check_inputs_apart(training.output_dir, settings.inputs)
@@ -57,15 +57,15 @@ class Run:
         return cls(settings, Path(training.output_dir), checkpoint, log, {})
 
     def check_resumable(self, rows: Dataset, lora: LoraConfig | None, labels: Sequence[str] | None = None) -> None:
-        """Makes sure that the run is the one that its checkpoint began.
+        """Checks that the run continues the one of its checkpoint, if it has one.
 
         Args:
             rows: Training rows.
-            lora: The adapter; `None` where there is none.
+            lora: The adapter's config; `None` without an adapter.
             labels: Names of a classifier's classes, in order.
 
         Raises:
-            UserError: It has another adapter, other settings, classes or rows.
+            UserError: The adapter, the settings, the classes or the rows differ.
         """
         if self.checkpoint is None:
             return
@@ -81,12 +81,12 @@ class Run:
         quantization: dict[str, Any] | None,
         labels: Sequence[str] | None = None,
     ) -> None:
-        """Clears the folder of the run before and writes what this one is made of. The last step before training.
+        """Clears the folder of an earlier run and writes `run.json`. The last step before training.
 
         Args:
-            model: As training begins with it.
-            rows: Of every split.
-            quantization: How the base is stored.
+            model: The model with its initial adapter.
+            rows: The encoded rows of every split.
+            quantization: The base's quantisation.
             labels: Names of a classifier's classes, in order.
         """
         state, settings = PartialState(), self.settings
@@ -107,13 +107,13 @@ class Run:
         state.wait_for_everyone()
 
     def train(self, trainer: Any) -> dict[str, Any]:
-        """Trains, from the checkpoint on if there is one.
+        """Trains, resuming the checkpoint if there is one.
 
         Args:
             trainer: One of `plainlora.training.trainers`.
 
         Returns:
-            The trainer's own figures, and the most memory that training held.
+            The trainer's own figures, and the peak memory of training.
         """
         device = self.settings.training.device
         reset_peak_memory(device)
@@ -121,7 +121,7 @@ class Run:
         return {**outcome.metrics, **peak_memory(device)}
 
     def save(self, trainer: Any) -> None:
-        """Writes the trained model or adapter, the trainer's state, and the end of the record.
+        """Writes the trained model or adapter and the trainer's state, and completes the record.
 
         Args:
             trainer: One of `plainlora.training.trainers`, after training.
