@@ -30,7 +30,7 @@ from plainlora.fast.fuse import fuse
 from plainlora.parity.case import seed_everything
 from plainlora.parity.tiny import byte_tokenizer, random_model
 from plainlora.resources.plan import Plan
-from plainlora.training.trainers import AdapterTrainer, adapter_precision_kept, hand_over
+from plainlora.training.trainers import AdapterTrainer, adapter_precision_kept, args_for_sft
 
 SPECIAL: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
 TINY_HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_hidden_layers": 2}
@@ -211,7 +211,7 @@ def make_trainer(plan: Plan, form: str, rows: Dataset, callbacks: list[TrainerCa
         model = get_peft_model(base, lora)
         with adapter_precision_kept(model):
             return SFTTrainer(model, args=arguments, **common)
-    return AdapterTrainer(backend.attach(base, lora), backend, args=hand_over(arguments), **common)
+    return AdapterTrainer(backend.attach(base, lora), backend, args=args_for_sft(arguments), **common)
 
 
 class StepRecord(TrainerCallback):

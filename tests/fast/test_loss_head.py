@@ -32,7 +32,7 @@ from plainlora.backends import BACKENDS, attach_adapter
 from plainlora.errors import UserError
 from plainlora.fast.fuse import fuse
 from plainlora.fast.loss_head import base_of, use_one_pass_head
-from plainlora.training.trainers import AdapterTrainer, hand_over
+from plainlora.training.trainers import AdapterTrainer, args_for_sft
 from tests.conftest import CONFIGS, SPECIAL, VOCABULARY, load_quantized, make_peft_trainer, random_ids
 
 
@@ -129,7 +129,11 @@ def make_trainer(
     ids = random_ids(9, 24).tolist()
     rows = Dataset.from_dict({"input_ids": ids, "labels": [[-100] * 5 + row[5:] for row in ids]})
     return AdapterTrainer(
-        adapted, BACKENDS[backend], args=hand_over(arguments), train_dataset=rows, processing_class=tokenizer
+        adapted,
+        BACKENDS[backend],
+        args=args_for_sft(arguments),
+        train_dataset=rows,
+        processing_class=tokenizer,
     )
 
 
@@ -194,7 +198,7 @@ def test_a_class_that_is_not_named_for_causal_lm_divides_by_the_tokens_it_predic
         attach_adapter(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"]), BACKENDS[backend]),
         BACKENDS[backend], processing_class=tokenizer,
         train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
-        args=hand_over(
+        args=args_for_sft(
             SFTConfig(
                 output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=1, logging_steps=1,
                 per_device_train_batch_size=4, gradient_checkpointing=False, save_strategy="no", disable_tqdm=True,
@@ -279,7 +283,7 @@ def test_a_head_that_is_trained_goes_through_trls(tmp_path: Path, tokenizer: Pre
         output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False
     )
     trainer = AdapterTrainer(
-        adapted, BACKENDS["fused"], args=hand_over(arguments), processing_class=tokenizer,
+        adapted, BACKENDS["fused"], args=args_for_sft(arguments), processing_class=tokenizer,
         train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
     )  # fmt: skip
     assert trainer._choice.head.form == "TRL"

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig
 
 from plainlora.backends import BACKENDS, attach_adapter
-from plainlora.training.trainers import AdapterTrainer, hand_over
+from plainlora.training.trainers import AdapterTrainer, args_for_sft
 from tests.conftest import CONFIGS, make_model, random_ids
 
 DOCUMENTS = [random_ids(1, length)[0].tolist() for length in (17, 9, 25)]
@@ -34,7 +34,7 @@ def packing_trainer(
         report_to="none", gradient_checkpointing=False, disable_tqdm=True,
     )  # fmt: skip
     rows = Dataset.from_dict({"input_ids": DOCUMENTS, "labels": DOCUMENTS})
-    trainer = AdapterTrainer(model, backend, args=hand_over(args), train_dataset=rows, processing_class=tokenizer)
+    trainer = AdapterTrainer(model, backend, args=args_for_sft(args), train_dataset=rows, processing_class=tokenizer)
     (batch,) = list(trainer.get_train_dataloader())
     model.eval()
     return trainer, batch

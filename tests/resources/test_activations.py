@@ -36,7 +36,7 @@ from plainlora.resources.activations import (
     largest_batch,
     least_bytes,
 )
-from plainlora.training.trainers import AdapterTrainer, hand_over
+from plainlora.training.trainers import AdapterTrainer, args_for_sft
 from tests.conftest import BACKBONES, CONFIGS, make_model
 from tests.fake_gpu import fake_gpu
 
@@ -275,7 +275,7 @@ def test_the_largest_batch_is_what_the_trainer_collates(
     backend = BACKENDS["fused"]
     rows = Dataset.from_dict({name: [[5] * 64] * 6 for name in ("input_ids", "labels")})
     trainer = AdapterTrainer(
-        attach_adapter(base, copy.deepcopy(LORA), backend), backend, args=hand_over(args), train_dataset=rows,
+        attach_adapter(base, copy.deepcopy(LORA), backend), backend, args=args_for_sft(args), train_dataset=rows,
         processing_class=tokenizer,
     )  # fmt: skip
     collated = next(iter(trainer.get_train_dataloader()))

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from plainlora.backends import BACKENDS, attach_adapter
 from plainlora.resources.disk import count_saves
-from plainlora.training.trainers import AdapterTrainer, hand_over
+from plainlora.training.trainers import AdapterTrainer, args_for_sft
 from tests.conftest import CONFIGS
 from tests.resources.plans import ask, make_plan, settings
 
@@ -29,7 +29,7 @@ def test_a_checkpoint_takes_what_was_said_and_the_run_has_as_many_steps(
     backend = BACKENDS["fused"]
     model = attach_adapter(AutoModelForCausalLM.from_config(config), lora, backend)
     trainer = AdapterTrainer(
-        model, backend, args=hand_over(training), train_dataset=rows, processing_class=tokenizer
+        model, backend, args=args_for_sft(training), train_dataset=rows, processing_class=tokenizer
     )  # fmt: skip
     trainer.train()
     checkpoints = sorted(tmp_path.glob("checkpoint-*"))

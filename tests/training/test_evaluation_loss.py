@@ -21,7 +21,7 @@ from trl import SFTConfig
 from plainlora.backends import BACKENDS, attach_adapter
 from plainlora.fast.loss_head import base_of
 from plainlora.parity.tiny import byte_tokenizer
-from plainlora.training.trainers import AdapterTrainer, hand_over
+from plainlora.training.trainers import AdapterTrainer, args_for_sft
 from tests.conftest import ROOT, SPECIAL, VOCABULARY, make_model, random_ids
 
 ROWS = [random_ids(1, 5 + 4 * number)[0].tolist() for number in range(10)]  # of many lengths
@@ -53,7 +53,7 @@ def make_trainer(
     rows = Dataset.from_dict({"input_ids": ROWS, "labels": LABELS})
     return AdapterTrainer(
         attach_adapter(model, lora, BACKENDS[backend]), BACKENDS[backend],
-        args=hand_over(SFTConfig(report_to="none", gradient_checkpointing=False, disable_tqdm=True, **given)),
+        args=args_for_sft(SFTConfig(report_to="none", gradient_checkpointing=False, disable_tqdm=True, **given)),
         train_dataset=rows, eval_dataset=rows, processing_class=tokenizer,
     )  # fmt: skip
 

@@ -34,7 +34,7 @@ from plainlora.backends import BACKENDS, attach_adapter
 from plainlora.errors import UserError
 from plainlora.fast.loss_head import rounding_unit
 from plainlora.training.isolation import Isolation, text_tokens
-from plainlora.training.trainers import AdapterTrainer, hand_over
+from plainlora.training.trainers import AdapterTrainer, args_for_sft
 from tests.conftest import CONFIGS, SPECIAL, VOCABULARY, load_quantized, random_ids
 
 SMALL: dict[str, Any] = {
@@ -121,7 +121,7 @@ def make_trainer(
     given = {"packing": True, "max_length": 128, "output_dir": str(folder), "use_cpu": True, "bf16": False} | options
     return AdapterTrainer(
         attach_adapter(model, lora, BACKENDS[backend]), BACKENDS[backend],
-        args=hand_over(SFTConfig(report_to="none", gradient_checkpointing=False, **given)),
+        args=args_for_sft(SFTConfig(report_to="none", gradient_checkpointing=False, **given)),
         train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}), processing_class=tokenizer,
     )  # fmt: skip
 
@@ -132,7 +132,7 @@ def test_what_keeps_documents_apart_is_found_to(kind: str, std: float | None) ->
     model = make(APART[kind](), std)
     assert packed_dependence(model) < 1e-4
     isolation = examine_isolation(model)
-    assert all(isolation.is_none(found) for found in (isolation.packed(), isolation.padded(), isolation.later()))
+    assert all(isolation.is_negligible(found) for found in (isolation.packed(), isolation.padded(), isolation.later()))
 
 
 @pytest.mark.parametrize("std", [None, 0.15])
@@ -141,8 +141,8 @@ def test_what_lets_documents_see_each_other_is_found_to(kind: str, std: float | 
     model = make(LEAKING[kind](), std)
     assert packed_dependence(model) > 0.1
     isolation = examine_isolation(model)
-    assert not isolation.is_none(isolation.packed())
-    assert isolation.is_none(isolation.padded())
+    assert not isolation.is_negligible(isolation.packed())
+    assert isolation.is_negligible(isolation.padded())
 
 
 @pytest.mark.parametrize("backend", ["fused", "reference", "peft"])
@@ -189,14 +189,14 @@ def test_a_base_that_reads_ahead_is_refused(tmp_path: Path, tokenizer: PreTraine
 def test_in_half_precision_a_leak_is_told_from_rounding(dtype: torch.dtype, std: float | None) -> None:
     for config, apart in ((APART["llama"], True), (APART["mixtral"], True), (LEAKING["recurrent_gemma"], False)):
         isolation = examine_isolation(make(config(), std, dtype))
-        assert isolation.is_none(isolation.packed()) == apart
+        assert isolation.is_negligible(isolation.packed()) == apart
 
 
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
 def test_a_quantised_base_keeps_documents_apart(bits: str, model_dirs: dict[str, Path]) -> None:
     isolation = examine_isolation(load_quantized(model_dirs["llama"], **{bits: True}))
-    assert isolation.is_none(isolation.packed())
-    assert isolation.is_none(isolation.padded())
+    assert isolation.is_negligible(isolation.packed())
+    assert isolation.is_negligible(isolation.padded())
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -34,7 +34,7 @@ from plainlora.interruption import Stopped
 from plainlora.run.checkpoints import newest_checkpoint
 from plainlora.run.folder import list_checkpoints
 from plainlora.settings.arguments import ClassifyConfig
-from plainlora.training.trainers import AdapterTrainer, ClassifierTrainer, hand_over
+from plainlora.training.trainers import AdapterTrainer, ClassifierTrainer, args_for_sft
 from plainlora.training.watching import RowsSeen, check_effect, documents, lora_matrices
 from tests.conftest import BACKBONES, make_model
 from tests.two_processes import in_two_processes
@@ -59,7 +59,7 @@ def make_trainer(
     return AdapterTrainer(
         attach_adapter(make_model("llama"), copy.deepcopy(LORA), BACKENDS[backend]),
         BACKENDS[backend],
-        args=hand_over(SFTConfig(output_dir=str(folder), **(arguments | options))),
+        args=args_for_sft(SFTConfig(output_dir=str(folder), **(arguments | options))),
         train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}),
         processing_class=tokenizer,
     )

@@ -45,7 +45,7 @@ from plainlora.parity.shrink import LARGEST, NOT_BUILT, TOKENS, tiny_config
 from plainlora.parity.suite import training_arguments
 from plainlora.parity.tiny import byte_tokenizer
 from plainlora.parity.tolerances import Tolerance
-from plainlora.training.trainers import AdapterTrainer, hand_over
+from plainlora.training.trainers import AdapterTrainer, args_for_sft
 
 Task = Literal["causal", "classifier"]
 COMPARED = ("init", "forward", "gradients", "files", "merge")
@@ -270,7 +270,9 @@ def _train_a_step(model: nn.Module, documents: list[list[int]], packing: bool) -
         args = SFTConfig(**training_arguments(1, **options), max_length=sum(map(len, documents)), packing=packing)
         rows = Dataset.from_dict({"input_ids": documents, "labels": documents})
         tokenizer, backend = byte_tokenizer(), BACKENDS[FORMS[0]]
-        trainer = AdapterTrainer(model, backend, args=hand_over(args), train_dataset=rows, processing_class=tokenizer)
+        trainer = AdapterTrainer(
+            model, backend, args=args_for_sft(args), train_dataset=rows, processing_class=tokenizer
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         return float(next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry))

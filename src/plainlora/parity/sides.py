@@ -26,7 +26,7 @@ from plainlora.training.trainers import (
     PredictedTokensCounted,
     RowsInOrder,
     adapter_precision_kept,
-    hand_over,
+    args_for_sft,
 )
 
 
@@ -141,7 +141,7 @@ class HandWritten(Side):
         return AdapterTrainer(
             model,
             self.backend,
-            args=hand_over(settings),
+            args=args_for_sft(settings),
             train_dataset=rows,
             processing_class=case.tokenizer,
         )

@@ -1,1 +1,1 @@
-"""The trainers, and what makes a run safe while it lasts."""
+"""The trainers, and the checks and saves during training."""

@@ -1,4 +1,4 @@
-"""What is measured before and after training: test loss, exact matches, sample answers."""
+"""Measures a language model with and without its adapter: test loss, exact matches, sample answers."""
 
 import math
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from plainlora.training.trainers import AdapterTrainer
 
 @dataclass
 class Measurement:
-    """One side of before and after.
+    """The figures of the base, or of the adapter.
 
     Attributes:
         loss: Mean test cross-entropy in nats per token, if there are test rows.
-        exact_match: Share of test answers right to the letter, if asked for.
-        answers: One for each prompt of `Examiner.prompts`.
+        exact_match: Share of test answers that match exactly, if measured.
+        answers: One answer for each prompt of `Evaluator.prompts`.
     """
 
     loss: float | None = None
@@ -29,15 +29,15 @@ class Measurement:
     answers: list[str] = field(default_factory=list)
 
 
-class Examiner:
-    """Asks a model the same things before and after.
+class Evaluator:
+    """Measures the base and the adapter on the same rows and prompts.
 
     Args:
         trainer: Holds the test rows and computes the loss.
-        tokenizer: Carries the template.
-        exact_match: The rows to be answered to the letter, if any.
-        sample_prompts: Prompts to answer; if there are none, three of the exact-match rows stand in.
-        max_new_tokens: Longest answer.
+        tokenizer: A tokenizer with a chat template.
+        exact_match: The rows for exact matches, if any.
+        sample_prompts: Prompts to answer; if there are none, three of the exact-match rows are used.
+        max_new_tokens: Longest answer, in tokens.
     """
 
     def __init__(
@@ -55,21 +55,26 @@ class Examiner:
 
     @property
     def prompts(self) -> list[str]:
-        """What the sample answers answer."""
+        """The prompts of the sample answers."""
         if self.exact_match and self.sampled_rows:
             return [self.exact_match.questions[row] for row in self.sampled_rows]
         return self.sample_prompts
 
-    def __call__(self, model: nn.Module, arm: str) -> Measurement:
-        """Measures the arm `base` or `adapter`. Every process takes part."""
+    def __call__(self, model: nn.Module, side: str) -> Measurement:
+        """Measures the model as `base` or `adapter`. To be called in every process.
+
+        Args:
+            model: The model, with the adapter switched off for `base`.
+            side: `base` or `adapter`.
+        """
         found = Measurement()
         if self.trainer.eval_dataset is not None:
-            prefix = "eval" if arm == "adapter" else arm  # the base's loss is no point of the training curve
-            known = self.trainer.last_evaluation() if arm == "adapter" else None
+            prefix = "eval" if side == "adapter" else side  # keeps the base's loss out of the training curve
+            known = self.trainer.last_evaluation() if side == "adapter" else None
             metrics = known.metrics if known is not None else self.trainer.evaluate(metric_key_prefix=prefix)
             found.loss = float((metrics or {})[f"{prefix}_loss"])
         if self.exact_match:
-            answers = self._answer(model, self.exact_match.prompts, f"Answering test rows ({arm})")
+            answers = self._answer(model, self.exact_match.prompts, f"Answering test rows ({side})")
             found.exact_match = self.exact_match.score(answers)
             found.answers = [answers[row] for row in self.sampled_rows]
         if self.sample_prompts:
@@ -77,7 +82,7 @@ class Examiner:
         return found
 
     def _answer(self, model: nn.Module, prompts: list[str], description: str | None = None) -> list[str]:
-        """Each process answers its share, so that none waits for another until its collectives time out."""
+        """The answers, of which each process generates its share."""
         accelerator = self.trainer.accelerator
         shown = description if accelerator.is_main_process else None
         with accelerator.split_between_processes(prompts) as mine:
@@ -85,12 +90,12 @@ class Examiner:
 
 
 def before_and_after(before: Measurement, after: Measurement) -> dict[str, Any]:
-    """Both sides as flat results: `eval_loss_base`, `eval_loss_adapter`, ... without what was not measured."""
+    """Both measurements as flat results: `eval_loss_base`, `eval_loss_adapter`, ...; unmeasured ones are left out."""
     results: dict[str, Any] = {}
-    for arm, side in (("base", before), ("adapter", after)):
-        if side.loss is not None:
-            results[f"eval_loss_{arm}"] = side.loss
-            results[f"eval_perplexity_{arm}"] = math.exp(min(side.loss, 700.0))
-        if side.exact_match is not None:
-            results[f"exact_match_{arm}"] = side.exact_match
+    for side, found in (("base", before), ("adapter", after)):
+        if found.loss is not None:
+            results[f"eval_loss_{side}"] = found.loss
+            results[f"eval_perplexity_{side}"] = math.exp(min(found.loss, 700.0))
+        if found.exact_match is not None:
+            results[f"exact_match_{side}"] = found.exact_match
     return results

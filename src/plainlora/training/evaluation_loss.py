@@ -1,7 +1,7 @@
-"""The loss of an evaluation: the sum of all tokens' losses, divided by their number.
+"""The evaluation loss as the mean over all tokens.
 
-Trainer takes the mean of batch means, which depends on which rows share a batch, and so on the batch size and the
-number of processes: ten rows gave 3.4489 in one batch and 3.4655 in batches of four.
+Trainer computes the mean of batch means, which depends on the batch size and the number of processes: ten rows gave
+3.4489 in one batch and 3.4655 in batches of four.
 """
 
 import math
@@ -15,7 +15,7 @@ from trl import SFTTrainer
 
 
 def with_unlabelled(rows: Dataset, count: int) -> Dataset:
-    """Rows, and so many more copies of the shortest of the first ones without a label, which add nothing to a loss."""
+    """Appends `count` copies of a short row without labels, which do not change a sum of losses."""
     if not count:
         return rows
     row = min(rows.select(range(min(64, len(rows)))), key=lambda row: len(row["input_ids"]))
@@ -24,14 +24,14 @@ def with_unlabelled(rows: Dataset, count: int) -> Dataset:
 
 
 class TokenEvaluation(SFTTrainer):
-    """SFTTrainer whose evaluation loss is the cross entropy of a token, the same in every batch and process."""
+    """SFTTrainer whose evaluation loss is the mean cross entropy over tokens, however they are batched."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._losses: list[tuple[float, int]] = []  # of each batch: the sum over its tokens, and their number
         super().__init__(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As Trainer's, over rows that make whole batches: the last would be filled with first rows, or dropped.
+        """As Trainer's, with rows without labels that fill the last batch; else it gets repeated rows, or is dropped.
 
         https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/data_loader.py (`even_batches`)
         """
@@ -42,7 +42,7 @@ class TokenEvaluation(SFTTrainer):
         return super().get_eval_dataloader(with_unlabelled(rows, -len(rows) % whole if uneven else 0))
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As SFTTrainer's; the loss is cross entropy alone, without what a router adds to it for a batch."""
+        """As SFTTrainer's; the loss is the cross entropy alone, without a router's auxiliary loss."""
         enabled, self.aux_loss_enabled = self.aux_loss_enabled, False
         try:
             loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
@@ -53,7 +53,7 @@ class TokenEvaluation(SFTTrainer):
         return loss, *rest
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As Trainer's, with another loss.
+        """As Trainer's, with the mean loss over tokens.
 
         https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer.py (`evaluation_loop`)
         """

@@ -1,10 +1,9 @@
-"""Whether a row's outputs depend on the rows it shares a batch with, measured on the model itself.
+"""Measures on the model whether a row's outputs depend on the other rows of its batch.
 
-Rows are packed one behind the other or padded to one length. Both work only if the model lets no row see another, and
-if a row gets the outputs that it gets alone. What an architecture does with positions, masks and states is up to its
-code, so a few tokens are run through it, as a batch of the run would be. Then one neighbour is replaced by another of
-the same length: an isolated row is computed by the same operations on the same numbers, so that nothing may change,
-not even by rounding.
+Rows are packed one after the other or padded to one length. Both are correct only if no row sees another, and if a row
+gets the same outputs as alone. That depends on how the architecture's code handles positions, masks and states. So a
+small batch is run through the model, and again with one row replaced by another of the same length. An isolated row
+is then computed by the same operations on the same numbers, so its outputs may not change, not even by rounding.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -18,13 +17,13 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from plainlora.errors import UserError, first_line
 
-# Tokens of three documents: several, and longer than the convolutions of state space models, which reach 4 back.
+# Tokens of three documents, longer than the convolutions of state space models, which reach 4 tokens back.
 LENGTHS = (13, 9, 10)
 
-# Differences that count, in parts of what the text before a document changes in it, in fp32 and in less. A leak is
-# about 1; in freshly drawn state space models, whose states hardly reach the output, it was 0.015. Of isolated rows
-# replacing one changes nothing, or about 1e-7 where experts take the tokens of all rows as one batch. Alone is
-# another order of sums: below 1e-4 in fp32, 0.06 in bf16.
+# Thresholds in fp32 and in half precision, relative to the effect that preceding text has on a document. A leak is
+# about 1; in randomly initialised state space models, whose states hardly reach the output, it was 0.015. Replacing a
+# row changes isolated rows by nothing, or by about 1e-7 if experts process the tokens of all rows as one batch.
+# Computing a row alone changes the order of sums: below 1e-4 in fp32, 0.06 in bf16.
 NEIGHBOURS = (0.001, 0.02)
 COMPANY = (0.01, 0.25)
 
@@ -38,17 +37,17 @@ def collate(rows: Sequence[Sequence[int]], packed: bool, pad: int) -> dict[str, 
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """`(length, k)`: the root mean square over k, of the token where it is largest."""
+    """The largest difference of a token, as the root mean square over k. Both are `(length, k)`."""
     return float((found.float() - expected.float()).square().mean(-1).sqrt().max())
 
 
 @dataclass(frozen=True)
 class Dependence:
-    """How far outputs depend on what they should not depend on, in parts of what the text before them changes.
+    """How much outputs depend on something, relative to the effect of the text before them (dimensionless).
 
     Attributes:
-        neighbours: On the rows beside it, by replacing one of them.
-        company: On whether there are any, by computing the row alone; by rounding, too.
+        neighbours: The change when another row of the batch is replaced.
+        company: The change when the row is computed alone; includes rounding.
     """
 
     neighbours: float
@@ -56,15 +55,14 @@ class Dependence:
 
 
 class Isolation:
-    """A few short documents, and what a model computes for them.
+    """Measures dependences on a few short documents.
 
     Args:
-        outputs: From a batch, labels included, to `(rows, length, k)` or, without that of the last token,
-            `(rows, length - 1, k)`, on one device.
-        tokens: Token ids to make the documents of.
-        pad: The id that rows are padded with.
-        device: Where the batch is to be.
-        unit: Of the arithmetic, see `plainlora.fast.loss_head.rounding_unit`.
+        outputs: Maps a batch with labels to `(rows, length, k)` or, without the last token, `(rows, length - 1, k)`.
+        tokens: Token ids of which the documents are made.
+        pad: The id of the pad token.
+        device: The device of the batch.
+        unit: From `plainlora.fast.loss_head.rounding_unit`.
     """
 
     def __init__(self, outputs: Outputs, tokens: Sequence[int], pad: int, device: torch.device, unit: float) -> None:
@@ -76,7 +74,7 @@ class Isolation:
         before, _, behind = self._text(self.documents)
         before_swapped, _, behind_swapped = self._text(self.swapped)
         self._effect, self._ahead = _difference(behind_swapped, behind), _difference(before_swapped, before)
-        # Text hardly matters to fresh weights, and in bf16 less than rounding does.
+        # In an untrained model text has little effect, in bf16 less than rounding has.
         rounding = (2 if self._coarse else 64) * unit * float(behind.float().square().mean().sqrt())
         self._rounded = max(self._effect, rounding / COMPANY[self._coarse])
 
@@ -91,27 +89,27 @@ class Isolation:
         return self._outputs(moved)
 
     def _each(self, row: torch.Tensor) -> list[torch.Tensor]:
-        """What belongs to each document, but for its last token, which predicts nothing of it."""
+        """The outputs of each document, without its last token, which predicts no token of the document."""
         return [row[sum(LENGTHS[:at]) :][: length - 1] for at, length in enumerate(LENGTHS)]
 
     def _text(self, documents: list[list[int]]) -> list[torch.Tensor]:
-        """As one text, in which the later tokens are to see the earlier ones."""
+        """The outputs of the documents as one text, in which later tokens see earlier ones."""
         return self._each(self._run([list(chain(*documents))], packed=False)[0])
 
     def _relative(self, neighbours: float, company: float) -> Dependence:
         tiny = torch.finfo(torch.float32).tiny
         return Dependence(neighbours / max(self._effect, tiny), company / max(self._rounded, tiny))
 
-    def is_none(self, found: Dependence) -> bool:
-        """Whether a dependence is none."""
+    def is_negligible(self, found: Dependence) -> bool:
+        """Whether a dependence is below the thresholds."""
         return found.neighbours < NEIGHBOURS[self._coarse] and found.company < COMPANY[self._coarse]
 
     def later(self) -> Dependence:
-        """On the tokens that come after, which are to be predicted."""
+        """The dependence on later tokens, which are to be predicted."""
         return self._relative(self._ahead, 0.0)
 
     def packed(self) -> Dependence:
-        """On documents that are packed into the same row."""
+        """The dependence on documents packed into the same row."""
         found, swapped = (self._each(self._run(rows, packed=True)[0]) for rows in (self.documents, self.swapped))
         alone = [self._run([document], packed=False)[0][: len(document) - 1] for document in self.documents[1:]]
         return self._relative(
@@ -119,7 +117,7 @@ class Isolation:
         )
 
     def padded(self) -> Dependence:
-        """On longer rows of the same batch, and on the padding that they bring."""
+        """The dependence on longer rows of the same batch, and on the padding."""
         longer, row, _ = self.documents
         found, swapped, alone = (
             self._run(rows, packed=False)[0][: len(row) - 1] for rows in ([row, longer], [row, longer[::-1]], [row])
@@ -128,18 +126,18 @@ class Isolation:
 
 
 def check_isolation(isolation: Isolation, name: str, packing: str | None, batches: Sequence[str]) -> None:
-    """Refuses what a model would be trained wrong by.
+    """Checks that the model predicts from earlier tokens only and keeps the rows of a batch apart.
 
     Args:
-        isolation: Of the model.
-        name: What to call it.
+        isolation: The measurements of the model.
+        name: The model's name in messages.
         packing: The setting by which rows are packed, if they are.
-        batches: The settings by which several rows make a batch, if they do.
+        batches: The settings of batch sizes above 1.
 
     Raises:
-        UserError: Saying what depends on what, and what to set.
+        UserError: It does not; the error names the dependence, and what to set.
     """
-    if not isolation.is_none(found := isolation.later()):
+    if not isolation.is_negligible(found := isolation.later()):
         raise UserError(
             f"{name} reads the tokens that it is to predict (they change {found.neighbours:.0%} of what those before "
             "them do): it is no causal language model; give another base"
@@ -154,7 +152,7 @@ def check_isolation(isolation: Isolation, name: str, packing: str | None, batche
         found = question()
     except Exception as error:  # a missing argument, kernel or mask: whatever the model's code raises
         raise UserError(f"{setting}: {name} cannot keep rows apart ({first_line(error)}); {advice}") from error
-    if not isolation.is_none(found):
+    if not isolation.is_negligible(found):
         raise UserError(
             f"{setting}: in {name} a row depends on those beside it (by {max(found.neighbours, found.company):.0%} of "
             f"what text before it would change); {advice}"
@@ -162,7 +160,7 @@ def check_isolation(isolation: Isolation, name: str, packing: str | None, batche
 
 
 def text_tokens(model: PreTrainedModel, special: Collection[int] = ()) -> list[int]:
-    """Ids of a model's vocabulary, without special ones and those that its config gives a meaning."""
+    """Ids of a model's vocabulary, without special ones and those named in its config."""
     config = model.config.get_text_config()
     settings = vars(model.config) | vars(config)
     named = {value for name, value in settings.items() if name.endswith(("_id", "_index")) and isinstance(value, int)}

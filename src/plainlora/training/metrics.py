@@ -1,4 +1,4 @@
-"""Accuracy, F1 and confusion of a classifier, measured by its trainer on any rows."""
+"""Accuracy, F1 and confusion matrix of a classifier, measured by its trainer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +15,10 @@ from plainlora.training.trainers import ClassifierTrainer
 
 
 def judge_rows(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
-    """`(batch, classes)` -> `(batch, 2)`, each row's class and cross-entropy (nats).
+    """`(batch, classes)` -> `(batch, 2)`: each row's predicted class and cross-entropy (nats).
 
-    For `preprocess_logits_for_metrics`: no logits pile up, and the loss is that of the rows. Trainer's own is a mean
-    of batches, and of rows that several processes saw twice.
+    For `preprocess_logits_for_metrics`, so that no logits accumulate and the loss is known for each row. Trainer's own
+    is a mean over batches, including rows that are repeated to fill them.
     """
     logits = (logits[0] if isinstance(logits, tuple) else logits).float()
     loss = functional.cross_entropy(logits, labels, reduction="none")
@@ -29,8 +29,8 @@ def score(prediction: EvalPrediction, classes: int) -> dict[str, float]:
     """Accuracy, and F1: of the second class if there are two, else the mean over the classes (dimensionless).
 
     Args:
-        prediction: What `judge_rows` made of every row.
-        classes: How many there are.
+        prediction: The results of `judge_rows` for all rows.
+        classes: Number of classes.
     """
     truth, chosen = np.asarray(prediction.label_ids), np.asarray(prediction.predictions)[:, 0].astype(int)
     kind = "binary" if classes == 2 else "macro"
@@ -42,13 +42,13 @@ def score(prediction: EvalPrediction, classes: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a classifier achieved on some rows.
+    """A classifier's scores on some rows.
 
     Attributes:
         loss: Mean cross-entropy in nats per row.
-        accuracy: Share of rows classified right.
+        accuracy: Share of rows classified correctly.
         f1: See `score`.
-        confusion: `confusion[i][j]` rows of class i were taken for class j.
+        confusion: `confusion[i][j]` rows of class i were classified as class j.
     """
 
     loss: float
@@ -61,13 +61,13 @@ def measure(trainer: ClassifierTrainer, rows: Dataset, classes: int, trained: bo
     """Classifies every row, over all processes.
 
     Args:
-        trainer: With `judge_rows`.
-        rows: To be classified.
-        classes: How many there are.
-        trained: Whether the model is as training left it, so that its evaluation of these rows at the last step holds.
+        trainer: A trainer with `judge_rows`.
+        rows: The rows to classify.
+        classes: Number of classes.
+        trained: Whether the model has its trained weights, so that the evaluation at the last step can be reused.
 
     Raises:
-        UserError: The loss is not finite, so that the classes mean nothing.
+        UserError: The loss is not finite, so the predicted classes mean nothing.
     """
     known = trainer.last_evaluation() if trained and rows is trainer.eval_dataset else None
     output = known if known is not None else trainer.predict(rows)

@@ -1,4 +1,4 @@
-"""Trainer's checkpoints and its final save, each whole or not there at all."""
+"""Saves Trainer's checkpoints and its final result atomically."""
 
 import errno
 import shutil
@@ -16,42 +16,46 @@ from plainlora.run.folder import UNFINISHED, list_checkpoints, remove_checkpoint
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_TEXTS = (
     *("No space left", "File too large", "Disk quota"),
-    *("PytorchStreamWriter", "unexpected pos", "iostream error"),  # torch.save, which loses the system's own words
+    *(
+        "PytorchStreamWriter",
+        "unexpected pos",
+        "iostream error",
+    ),  # torch.save, which hides the system's error
 )
 OPTIMIZER_COPIES = 2  # Adam's two moments of every trained weight
 
 
 def _is_full(error: Exception) -> bool:
-    """Whether it was for want of space. PyTorch and safetensors hand the system's error on as text."""
+    """Whether an error is one of a full disk. PyTorch and safetensors pass it on as text."""
     return getattr(error, "errno", None) in FULL or any(text in str(error) for text in FULL_TEXTS)
 
 
 def saved_bytes(model: nn.Module, whole: bool) -> int:
-    """Bytes of the weights that are saved.
+    """Bytes of the saved weights.
 
     Args:
-        model: What is trained.
-        whole: Whether all of them are, or the trained ones alone.
+        model: The trained model.
+        whole: Whether all weights are saved, or the trained ones alone.
     """
     return sum(each.nbytes for each in model.parameters() if each.requires_grad or whole)
 
 
 def checkpoint_bytes(model: nn.Module, whole: bool) -> int:
-    """The same with the optimizer's state."""
+    """Bytes of the saved weights and the optimizer's state."""
     return saved_bytes(model, whole) + OPTIMIZER_COPIES * saved_bytes(model, whole=False)
 
 
 def check_room(training: TrainingArguments, model: nn.Module, whole: bool, merged: int) -> None:
-    """Checks before the first step, and before the run's folder is made, that what the run writes would fit.
+    """Checks, before anything is written, that the run's output fits on the disk.
 
     Args:
-        training: Where it writes, and whether checkpoints too.
-        model: What is trained.
-        whole: Whether all of its weights are saved, or the trained ones alone.
+        training: The output folder, and whether checkpoints are saved.
+        model: The model to be trained.
+        whole: Whether all weights are saved, or the trained ones alone.
         merged: Bytes of the merged model; 0 if there will be none.
 
     Raises:
-        UserError: A checkpoint, the final save and the merged model would not.
+        UserError: A checkpoint, the final save and the merged model do not fit.
     """
     checkpoint = 0 if training.save_strategy == "no" else checkpoint_bytes(model, whole)
     what = "a checkpoint, the result and the merged model" if merged else "a checkpoint and the result"
@@ -59,14 +63,14 @@ def check_room(training: TrainingArguments, model: nn.Module, whole: bool, merge
     check_disk(folder, checkpoint + saved_bytes(model, whole) + merged, f"{what} in {folder}")
 
 
-class WholeSaves(Trainer):
-    """Trainer that prepares every save in `output_dir/.saving`, flushes it, gives it a manifest, and renames it.
+class AtomicSaves(Trainer):
+    """Trainer that prepares every save in `output_dir/.saving`, flushes it, adds a manifest, and renames it.
 
-    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer.py (`_save_checkpoint`) writes
-    one file after the other to where a resuming run looks for them.
+    Trainer itself writes one file after the other into the final folder:
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer.py (`_save_checkpoint`)
     """
 
-    adapted: nn.Module  # without what the trainer wraps around it
+    adapted: nn.Module  # without the trainer's wrappers
     saves_all: bool  # every weight, or the trained ones alone
     _preparing = False
 
@@ -74,15 +78,15 @@ class WholeSaves(Trainer):
         return Path(str(self.args.output_dir))
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Where `checkpoint-N` is written: within `.saving` as long as it is not whole."""
+        """The folder in which `checkpoint-N` is written: `.saving` until it is complete."""
         folder = super()._get_output_dir(trial)
         return str(Path(folder) / UNFINISHED) if self._preparing else folder
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """As Trainer does, without two of its files.
+        """As Trainer's, without two files.
 
-        `training_args.bin` is a pickle, the Hub's token in it; `run.json` says it all. PEFT's model card would be
-        written over after the manifest has named it.
+        `training_args.bin` is a pickle that holds the Hub's token; `run.json` has the arguments. PEFT's model card
+        would be overwritten later and then not match the manifest.
         """
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self._run_dir())
@@ -91,7 +95,7 @@ class WholeSaves(Trainer):
             (folder / "README.md").unlink(missing_ok=True)
 
     def _begin(self, what: str, needed: int) -> Path:
-        """An empty folder to prepare a save in, the same for all processes."""
+        """An empty folder in which to prepare a save, the same for all processes."""
         scratch = self._run_dir() / UNFINISHED
         if self.args.should_save:
             check_disk(self._run_dir(), needed, what)
@@ -111,10 +115,10 @@ class WholeSaves(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Trainer's own, prepared aside.
+        """As Trainer's, but atomically.
 
         Raises:
-            UserError: There is too little room, before or in the middle of it. What was there is untouched.
+            UserError: The disk is too small, or became full. Earlier checkpoints are unchanged.
         """
         run, name = self._run_dir(), f"checkpoint-{self.state.global_step}"
         scratch = self._begin(f"{run / name}", checkpoint_bytes(self.adapted, self.saves_all))
@@ -137,7 +141,7 @@ class WholeSaves(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _remove_old_checkpoints(self, kept: set[str]) -> None:
-        """As Trainer's `rotate_checkpoints` does for `save_total_limit`, one by one and each whole."""
+        """As Trainer's `rotate_checkpoints` for `save_total_limit`, but each is removed atomically."""
         if limit := max(0, self.args.save_total_limit or 0):
             checkpoints = list_checkpoints(self._run_dir())
             old = [path for path in checkpoints if path.name not in kept]
@@ -145,7 +149,7 @@ class WholeSaves(Trainer):
                 remove_checkpoint(path)
 
     def _name_best_checkpoint(self, checkpoint: Path) -> None:
-        """Trainer looks for the best checkpoint where this one is prepared; the state names its final place."""
+        """Corrects the path of the best checkpoint in the state: Trainer looks for it in `.saving`."""
         if self.state.best_global_step:
             best = self._run_dir() / f"checkpoint-{self.state.best_global_step}"
             if best.name == checkpoint.name or best.exists():
@@ -153,10 +157,10 @@ class WholeSaves(Trainer):
                 self.state.save_to_json(str(checkpoint / "trainer_state.json"))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the model; the final save, without an `output_dir`, beside the run's other files.
+        """As Trainer's; the final save, without an `output_dir`, goes beside the run's other files.
 
         Raises:
-            UserError: There is too little room for the final save, before or in the middle of it.
+            UserError: The disk is too small for the final save, or became full.
         """
         if output_dir is not None:
             super().save_model(output_dir, _internal_call)

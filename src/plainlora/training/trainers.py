@@ -1,4 +1,4 @@
-"""Trainer overrides for an adapter that is no PeftModel, each with its upstream link."""
+"""Trainer overrides for models with an adapter that are not a PeftModel, each with its upstream link."""
 
 import copy
 import math
@@ -20,13 +20,13 @@ from plainlora.fast.loss_head import base_of, evaluating, rounding_unit, use_own
 from plainlora.run.checkpoints import past_the_end
 from plainlora.training.evaluation_loss import TokenEvaluation
 from plainlora.training.isolation import Isolation, check_isolation, text_tokens
-from plainlora.training.saving import WholeSaves
+from plainlora.training.saving import AtomicSaves
 from plainlora.training.watching import Watched, check_effect, check_values
 
 
 @contextmanager
 def accepted_as_adapter_model(model: nn.Module) -> Iterator[None]:
-    """Lets Trainer take a quantised base that carries adapters but is no PeftModel.
+    """Makes Trainer accept a quantised base that carries adapters but is not a PeftModel.
 
     https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer_utils.py
     (`validate_quantization_for_training`)
@@ -40,7 +40,7 @@ def accepted_as_adapter_model(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def adapter_precision_kept(model: nn.Module) -> Iterator[None]:
-    """Undoes SFTTrainer's cast of every trainable weight of a quantised model to bf16, which loses bits of fp32 A.
+    """Undoes SFTTrainer's cast of every trainable weight of a quantised model to bf16, which rounds A.
 
     https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py ("When using QLoRA, ...")
     """
@@ -52,11 +52,11 @@ def adapter_precision_kept(model: nn.Module) -> Iterator[None]:
 
 
 class LengthGroupedByEpoch(Sampler[int]):
-    """Draws each epoch of a `LengthGroupedSampler` from the seed and the epoch's number alone.
+    """A `LengthGroupedSampler` whose order depends on the seed and the epoch alone.
 
-    Transformers' draws from PyTorch's global stream. Processes whose streams have come apart, by dropout, train on
-    different orders: of 64 rows on two processes, 8 were never seen in the second epoch and 8 were seen twice. A
-    resumed run has another order than an uninterrupted one. Compare transformers#48025, which mends evaluation.
+    Transformers' draws from PyTorch's global random stream. If dropout has made the streams of processes diverge, they
+    train in different orders: of 64 rows on two processes, 8 were never seen in the second epoch and 8 were seen
+    twice. A resumed run has another order than an uninterrupted one. transformers#48025 fixes this for evaluation.
     https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer_pt_utils.py
     """
 
@@ -72,10 +72,10 @@ class LengthGroupedByEpoch(Sampler[int]):
 
 
 class RowsInOrder(Trainer):
-    """Trainer whose batches of similar lengths are drawn by seed and epoch, see `LengthGroupedByEpoch`."""
+    """Trainer that groups rows by length with `LengthGroupedByEpoch`."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        """As Trainer's, but for length grouping."""
+        """As Trainer's, except for length grouping."""
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -84,10 +84,10 @@ class RowsInOrder(Trainer):
 
 
 class PredictedTokensCounted(Trainer):
-    """Trainer that divides a language model's loss by the number of tokens that it predicts.
+    """Trainer that divides a language model's loss by the number of predicted tokens.
 
-    Transformers leaves out the first label of a row, which nothing predicts, only if a class is named
-    `...ForCausalLM`. GPT-2's is not: the loss of rows of 16 tokens was 6 % too small (transformers#46204).
+    The first label of a row is never predicted, but Transformers excludes it from the count only if the model's class
+    is named `...ForCausalLM`. GPT-2's is not: the loss of rows of 16 tokens was 6 % too small (transformers#46204).
     https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer.py (`_loss_shifts_labels`)
     """
 
@@ -96,29 +96,29 @@ class PredictedTokensCounted(Trainer):
         self._loss_shifts_labels = True
 
 
-class _TrainerOverrides(Watched, WholeSaves, RowsInOrder):
-    """What both trainers below share.
+class _TrainerOverrides(Watched, AtomicSaves, RowsInOrder):
+    """The overrides of both trainers.
 
     Args:
-        model: From `attach_adapter`, or a base that is trained itself.
-        backend: What attached the adapter; `None` if there is none, and the model is saved and loaded whole.
-        *args: As for the trainer.
-        **kwargs: As for the trainer.
+        model: A model from `attach_adapter`, or a base whose own weights are trained.
+        backend: The adapter's back end; `None` without an adapter, when the model is saved and loaded whole.
+        *args: Arguments of the trainer.
+        **kwargs: Arguments of the trainer.
     """
 
     def __init__(self, model: nn.Module, backend: Backend | None, *args: Any, **kwargs: Any) -> None:
         self.backend, self.adapted, self.saves_all = backend, model, backend is None
-        self._evaluated: tuple[int | None, EvalLoopOutput | None] = None, None  # at which step, and what was found
+        self._evaluated: tuple[int | None, EvalLoopOutput | None] = None, None  # step and result
         if kwargs["args"].fp16:
             trained_in_float32(model)
         with accepted_as_adapter_model(model), adapter_precision_kept(model):
             super().__init__(cast(PreTrainedModel, model), *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Takes no step where none is left: Trainer takes one more when it resumes from a run's last checkpoint.
+        """Takes no step if none is left. Trainer takes one more when it resumes a run's last checkpoint.
 
         https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer.py (`_inner_training_loop`
-        asks for `max_steps` after a step only)
+        compares with `max_steps` only after a step)
         """
         step, end = self.state.global_step, self.state.max_steps
         if step > end:
@@ -129,14 +129,14 @@ class _TrainerOverrides(Watched, WholeSaves, RowsInOrder):
             self.control.should_training_stop = True
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Trainer would look for whole-model weights: it knows adapters of PeftModel only."""
+        """Loads the adapter. Trainer itself would look for a whole model, because this is not a PeftModel."""
         if self.backend is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self.backend.reload(self.adapted if model is None else model, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Says in one line that a checkpoint's optimizer is one of other weights."""
+        """As Trainer's; an optimizer state of other weights is reported in one line."""
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except (ValueError, KeyError) as error:
@@ -146,24 +146,24 @@ class _TrainerOverrides(Watched, WholeSaves, RowsInOrder):
             ) from error
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As Trainer's; what `evaluate` found is kept for `last_evaluation`."""
+        """As Trainer's; keeps the result of `evaluate` for `last_evaluation`."""
         outcome = super().evaluation_loop(*args, **kwargs)
         if kwargs.get("metric_key_prefix", "eval") == "eval":
             self._evaluated = self.state.global_step, outcome
         return outcome
 
     def last_evaluation(self) -> EvalLoopOutput | None:
-        """What an evaluation at the last step found of the weights that training left; `None` if there was none.
+        """The result of an evaluation of the final weights; `None` if there was none at the last step.
 
-        It does not hold if another step's weights were loaded since, or if `bf16_full_eval` would cast them now, which
-        Trainer leaves out while it trains.
+        It is not valid if another step's weights were loaded since, or if `bf16_full_eval` is set, for which Trainer
+        casts the weights after training only.
         """
         cast_now = self.args.bf16_full_eval or self.args.fp16_full_eval
         step, outcome = self._evaluated
         return outcome if step == self.state.global_step and not cast_now else None
 
     def _load_best_model(self) -> None:
-        """For `load_best_model_at_end`, likewise."""
+        """Loads the adapter for `load_best_model_at_end`; see `_load_from_checkpoint`."""
         if self.state.best_global_step != self.state.global_step:
             self._evaluated = None, None
         if self.backend is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -172,7 +172,7 @@ class _TrainerOverrides(Watched, WholeSaves, RowsInOrder):
             self.backend.reload(self.adapted, str(self.state.best_model_checkpoint))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves, unless a trained weight is not finite or, at the end, an adapter would change nothing."""
+        """Saves, unless a trained weight is not finite or, at the end, an adapter has no effect."""
         if not self._is_sharded():
             check_values(self.adapted)
             if output_dir is None:
@@ -181,23 +181,23 @@ class _TrainerOverrides(Watched, WholeSaves, RowsInOrder):
 
 
 class AdapterTrainer(_TrainerOverrides, PredictedTokensCounted, TokenEvaluation):
-    """SFTTrainer for a model that carries an adapter of either back end."""
+    """SFTTrainer for a model with an adapter of any back end."""
 
     def __init__(self, model: nn.Module, backend: Backend, *args: Any, **kwargs: Any) -> None:
         self._rows, self._examined = kwargs["train_dataset"], False
         super().__init__(model, backend, *args, **kwargs)
         self._choice = use_own_loss(self, one_pass=backend.one_pass_head)
-        if not self._is_sharded():  # a sharded one computes nothing before Trainer has wrapped it
+        if not self._is_sharded():  # a sharded model can compute only after Trainer has wrapped it
             self._examine_base(model)
 
     def _examine_base(self, model: nn.Module) -> None:
-        """Chooses the head whose loss is the model's own, and refuses rows that would not be apart.
+        """Chooses the loss head, and checks that the model keeps the rows of a batch apart.
 
         Args:
-            model: What the trainer calls.
+            model: The model as the trainer calls it.
 
         Raises:
-            UserError: The model cannot be trained on these rows in this form.
+            UserError: The model cannot be trained on rows batched in this way.
         """
         self._examined, base = True, base_of(self.adapted)
         if self.args.gradient_checkpointing and not base.supports_gradient_checkpointing:
@@ -220,7 +220,7 @@ class AdapterTrainer(_TrainerOverrides, PredictedTokensCounted, TokenEvaluation)
             check_isolation(isolation, type(base).__name__, packed if self.padding_free else None, batches)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As above, after the base has been looked at."""
+        """As `Watched`'s; examines the base before the first step."""
         if not self._examined:
             self._examine_base(model)
         return super().training_step(model, *args, **kwargs)
@@ -230,11 +230,11 @@ class AdapterTrainer(_TrainerOverrides, PredictedTokensCounted, TokenEvaluation)
         return list(self._rows["input_ids"])
 
     def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As Trainer does, without TRL's model card: this project writes its own at the end."""
+        """As Trainer's, without TRL's model card: this project writes its own at the end."""
         super(SFTTrainer, self)._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds perplexity, exp(loss), wherever an evaluation loss is logged."""
+        """Logs the perplexity, exp(loss), with every evaluation loss."""
         for prefix in ("eval", "base"):
             if (loss := logs.get(f"{prefix}_loss")) is not None:
                 logs[f"{prefix}_perplexity"] = math.exp(min(loss, 700.0))
@@ -242,12 +242,12 @@ class AdapterTrainer(_TrainerOverrides, PredictedTokensCounted, TokenEvaluation)
 
 
 class ClassifierTrainer(_TrainerOverrides):
-    """Trainer for a sequence classifier: an adapter of either back end, or the model's own weights."""
+    """Trainer for a sequence classifier with an adapter of any back end, or for its own weights."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # A classifier's head takes num_items_in_batch and ignores it. Trainer would believe the loss scaled already,
-        # and take it times the processes and the accumulated batches (transformers#47688).
+        # A classifier accepts num_items_in_batch and ignores it. Trainer would take the loss for scaled already, and
+        # multiply it by the number of processes and of accumulated batches (transformers#47688).
         self.model_accepts_loss_kwargs = False
 
 
@@ -255,10 +255,10 @@ ArgumentsT = TypeVar("ArgumentsT", bound=TrainingArguments)
 
 
 def on_one_device(args: ArgumentsT) -> ArgumentsT:
-    """Has a process train on its own device alone, whatever the host has.
+    """Makes a process train on one device only.
 
-    One that is not distributed would multiply its batches by the number of visible GPUs and wrap the model in
-    `nn.DataParallel`, whose copies call the first one's weights wherever a module's `forward` was replaced.
+    Otherwise Trainer multiplies the batch size by the number of visible GPUs and wraps the model in `nn.DataParallel`,
+    whose copies use the first copy's weights wherever a module's `forward` was replaced.
     https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/training_args.py (`_setup_devices`)
     """
     args._n_gpu = min(args.n_gpu, 1)
@@ -268,7 +268,7 @@ def on_one_device(args: ArgumentsT) -> ArgumentsT:
 def trained_in_float32(model: nn.Module) -> None:
     """Makes every trained weight float32, as loss scaling needs it: `GradScaler` refuses half-precision gradients.
 
-    Adapters are in float32 already; heads, biases and whole models are trained in the type that the base has.
+    Adapters are in float32 already; heads, biases and whole models have the base's dtype.
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/amp/grad_scaler.py (`_unscale_grads_`)
     """
     for parameter in model.parameters():
@@ -277,12 +277,12 @@ def trained_in_float32(model: nn.Module) -> None:
 
 
 def args_for_trainer(args: ArgumentsT) -> ArgumentsT:
-    """A copy of the arguments, without what Trainer is not to do.
+    """A copy of the arguments for Trainer, with some features switched off.
 
-    Pinning memory needs a GPU, and Torch warns where there is none. Trainer's push would publish pickles and the
-    optimizer's state, and the token is for the push alone: see `plainlora.hub.pushing`. DistributedDataParallel need
-    not look for unused weights at every step, as the first step's gradients are checked. To leave losses that are not
-    finite out of the log, Trainer would make the host wait for each batch's; here they stop the run, see `Watched`.
+    - Pushing: Trainer would publish pickles and the optimizer's state; see `plainlora.hub.pushing`.
+    - DistributedDataParallel's search for unused weights: the first step's gradients are checked instead.
+    - The filter of losses that are not finite: it makes the host wait for each batch, and `Watched` stops the run.
+    - Pinned memory on a CPU, of which PyTorch warns.
     """
     handed = on_one_device(copy.copy(args))
     handed.push_to_hub, handed.hub_token = False, None
@@ -294,10 +294,10 @@ def args_for_trainer(args: ArgumentsT) -> ArgumentsT:
     return handed
 
 
-def hand_over(args: SFTConfig) -> SFTConfig:
-    """The arguments for SFTTrainer, without what this project has already done to tokenizer and rows.
+def args_for_sft(args: SFTConfig) -> SFTConfig:
+    """A copy of the arguments for SFTTrainer, without the preparation of tokenizer and rows, which is already done.
 
-    SFTTrainer takes rows that carry `input_ids` and `labels` as they are. Packing still needs `max_length`.
+    SFTTrainer uses rows with `input_ids` and `labels` unchanged. Packing still needs `max_length`.
     """
     handed = args_for_trainer(args)
     handed.chat_template_path = handed.pad_token = handed.model_init_kwargs = None

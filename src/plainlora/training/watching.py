@@ -1,7 +1,7 @@
-"""What is watched while a run trains: that every adapter learns, that nothing else moves, that numbers stay finite.
+"""Checks during training: every adapter learns, frozen weights do not change, losses and gradients stay finite.
 
-Each of these has gone wrong silently somewhere: layers that gradient checkpointing cut off (open-unlearning#178), an
-adapter without effect (peft#2566), a loss that became NaN and was logged as 0.
+Each of these has failed silently in other projects: layers without gradients under gradient checkpointing
+(open-unlearning#178), an adapter without effect (peft#2566), a loss that became NaN and was logged as 0.
 """
 
 import hashlib
@@ -32,10 +32,10 @@ from plainlora.lora.numerics import is_finite
 from plainlora.lora.storage.dense import inner_tensors
 from plainlora.run.checkpoints import newest_checkpoint
 
-OF_ALL_STEPS = ("train_loss", "train_samples_per_second", "train_steps_per_second")  # as Trainer names them
-SAMPLED = 64  # values of each frozen weight that are watched
-ROWS = "rows_on_host"  # the entry of a training batch that never leaves the host
-ROW_PARTS = ("input_ids", "attention_mask", "position_ids")  # what tells a batch's rows apart
+OF_ALL_STEPS = ("train_loss", "train_samples_per_second", "train_steps_per_second")  # Trainer's names
+SAMPLED = 64  # values of each frozen weight that are compared
+ROWS = "rows_on_host"  # the entry of a training batch that stays on the host
+ROW_PARTS = ("input_ids", "attention_mask", "position_ids")  # from which a batch's rows are recovered
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Matrices:
 
 
 def lora_matrices(model: nn.Module) -> dict[str, Matrices]:
-    """Every LoRA layer's A and B, by the layer's name; of either back end, whose names differ by `default`."""
+    """Every LoRA layer's A and B by the layer's name, for any back end: PEFT's names contain `default`."""
     found: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if match := re.fullmatch(r"(.*)\.(lora_[AB])(\.default)?\.weight", name):
@@ -56,7 +56,7 @@ def lora_matrices(model: nn.Module) -> dict[str, Matrices]:
 
 
 def _are_zero(tensors: Sequence[torch.Tensor]) -> list[bool]:
-    """Which tensors hold nothing but zeros, with one transfer from the device."""
+    """Whether each tensor is all zeros, with one transfer from the device."""
     if not tensors:
         return []
     norms = torch._foreach_norm([tensor.detach().float() for tensor in tensors], torch.inf)
@@ -64,12 +64,12 @@ def _are_zero(tensors: Sequence[torch.Tensor]) -> list[bool]:
 
 
 def check_gradients(model: nn.Module) -> None:
-    """Every adapter must have got a gradient. At the first step that of A is 0, because B is; that of B is not.
+    """Checks before the first optimizer step that every adapter has a gradient.
 
-    Call it before the first optimizer step.
+    B is 0 then, so the gradient of A is 0 and that of B must not be.
 
     Raises:
-        UserError: Naming the layers that would not be trained.
+        UserError: An adapter would not be trained; the error names its layer.
     """
     layers = lora_matrices(model)
     without = [name for name, layer in layers.items() if layer.lora_A.grad is None and layer.lora_B.grad is None]
@@ -85,14 +85,14 @@ def check_gradients(model: nn.Module) -> None:
 
 
 def check_effect(model: nn.Module, steps: int) -> None:
-    """Every adapter must change something: neither A nor B may be all zeros when training ends.
+    """Checks after training that every adapter has an effect: neither A nor B is all zeros.
 
     Args:
-        model: With adapters, or without any.
-        steps: Optimizer steps that were taken.
+        model: A model with or without adapters.
+        steps: Number of optimizer steps taken.
 
     Raises:
-        UserError: Naming the layers without effect.
+        UserError: An adapter has no effect; the error names its layer.
     """
     layers = lora_matrices(model)
     zero = _are_zero([side for layer in layers.values() for side in (layer.lora_A, layer.lora_B)])
@@ -106,10 +106,10 @@ def check_effect(model: nn.Module, steps: int) -> None:
 
 
 def check_values(model: nn.Module) -> None:
-    """Every trained weight that is to be saved must be there and finite: tensors of size 0 were saved in peft#1443.
+    """Checks before a save that every trained weight is finite and not empty (empty ones were saved in peft#1443).
 
     Raises:
-        UserError: Naming the first that is not.
+        UserError: A weight is not; the error names the first.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not (parameter.numel() and is_finite(parameter.detach())):
@@ -121,10 +121,10 @@ def check_values(model: nn.Module) -> None:
 
 
 class FrozenWeights:
-    """A digest of some values of every weight that is not to be trained.
+    """Digests of some values of every frozen weight, to check later that it has not changed.
 
     Args:
-        model: At the start of training.
+        model: The model before training.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -145,7 +145,7 @@ class FrozenWeights:
         return digests
 
     def check(self, model: nn.Module) -> None:
-        """Raises `UserError` if one of them has changed, naming it."""
+        """Raises `UserError` if a frozen weight has changed; the error names it."""
         now = self._digests(model)
         moved = [name for name, digest in self._before.items() if now.get(name, digest) != digest]
         if moved:
@@ -156,38 +156,38 @@ class FrozenWeights:
 
 
 def rows_on_host(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """What tells a batch's rows apart, as arrays of their own; where it lies on a device, that is a transfer for each.
+    """Copies of the tensors from which a batch's rows are recovered; a transfer each if they are on a device.
 
-    They are no views of the tensors, whose memory goes when a worker of the loader moves them to shared memory.
+    Not views: a loader's worker moves the tensors to shared memory, which frees their own.
     """
     return {name: batch[name].cpu().numpy().copy() for name in ROW_PARTS if name in batch}
 
 
 @dataclass(frozen=True)
 class KeepsRowsOnHost:
-    """A collator whose batches carry `rows_on_host` under the name `ROWS`.
+    """A collator that adds `rows_on_host` to its batches, as the entry `ROWS`.
 
-    Neither Torch's pinning of memory nor accelerate moves or copies an array. Otherwise the ids would have to come
-    back from the device in every batch, and the host would wait until the device has done all it was given before.
+    PyTorch's memory pinning and Accelerate leave arrays on the host. Otherwise the ids would be copied back from the
+    device in every batch, and the host would wait until the device has finished all its work.
 
     Attributes:
-        collator: Makes the batch.
+        collator: The collator that makes the batch.
     """
 
     collator: Callable[[list[Any]], Any]
 
     def __call__(self, examples: list[Any]) -> Any:
-        """The collator's batch, and the rows beside it."""
+        """The collator's batch with the rows on the host."""
         batch = self.collator(examples)
         batch[ROWS] = rows_on_host(batch)
         return batch
 
 
 def documents(batch: Mapping[str, Any]) -> list[list[int]]:
-    """The rows of a batch as token ids: without padding, and, where several were packed into one, apart again.
+    """The rows of a batch as token ids, without padding and unpacked.
 
     Args:
-        batch: Of tensors, or `rows_on_host` of it.
+        batch: A batch of tensors, or its `rows_on_host`.
     """
     found: list[list[int]] = []
     ids = batch["input_ids"]
@@ -206,12 +206,12 @@ def documents(batch: Mapping[str, Any]) -> list[list[int]]:
 def describe_rows(
     batches: Iterable[Mapping[str, Any]], rows: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase | None
 ) -> str:
-    """Which training rows some batches are made of: their numbers, from 1, and how the first ones begin.
+    """The training rows of some batches, for a message: their numbers from 1, and the beginnings of the first ones.
 
     Args:
-        batches: As collated, or `rows_on_host` of them.
-        rows: Token ids of the training rows, in the order in which they were kept.
-        tokenizer: To show how a row begins.
+        batches: Collated batches, or their `rows_on_host`.
+        rows: Token ids of the training rows, in order.
+        tokenizer: Decodes the beginnings; `None` to leave them out.
     """
     number_of: dict[tuple[int, ...], int] = {}
     for number, row in enumerate(rows, 1):
@@ -225,7 +225,7 @@ def describe_rows(
 
 
 class RowsSeen(TrainerCallback, ExportableState):
-    """A digest of the batches in the order in which this process trained on them. Checkpoints carry it on.
+    """A digest of the batches in the order in which this process trained on them. It is saved in checkpoints.
 
     d <- SHA-256(d, token ids of the batch)
     """
@@ -234,23 +234,23 @@ class RowsSeen(TrainerCallback, ExportableState):
         self.digest = ""
 
     def add(self, ids: np.ndarray) -> None:
-        """One batch, `(rows, length)`."""
+        """Adds a batch, `(rows, length)`."""
         self.digest = hashlib.sha256(self.digest.encode() + ids.tobytes()).hexdigest()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, in Trainer's format."""
+        """The content for a checkpoint, in Trainer's format."""
         return {"args": {}, "attributes": {"digest": self.digest}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Goes on from the digest of the checkpoint that is resumed."""
+        """Reads the digest of the checkpoint that is resumed."""
         saved: Any = cast(dict[str, Any], state.stateful_callbacks).get(type(self).__name__) or {}
         self.digest = saved.get("attributes", {}).get("digest", "")
 
 
 class _AfterStep(TrainerCallback):
-    """Tells a watched trainer that an optimizer step has been taken."""
+    """Calls a watched trainer's `after_step` after every optimizer step."""
 
     def __init__(self, trainer: "Watched") -> None:
         self.trainer = trainer
@@ -263,23 +263,22 @@ class _AfterStep(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if control.should_training_stop and self.trainer.stopping:  # in the middle of an epoch, which has no end then
+        if control.should_training_stop and self.trainer.stopping:  # stopped in the middle of an epoch
             control.should_save = control.should_evaluate = control.should_log = False
 
 
 class Watched(Trainer):
-    """Trainer that stops, saying what and where, as soon as training goes wrong, and in good order when asked to.
+    """Trainer that stops with an error as soon as training goes wrong, and after a checkpoint on a signal.
 
-    A GPU works through what it was given while the host goes on; reading a number from it makes the host wait. So the
-    losses of a step, its gradient norm and the signals are looked at together, with one transfer for each optimizer
-    step, before the optimizer uses the gradients. Only DeepSpeed's has used them by then, in `backward` (accelerate's
-    `DeepSpeedEngineWrapper`): training stops after that step, and nothing of it is saved.
+    Reading a number from a GPU makes the host wait for it. So the losses of a step, its gradient norm and the signals
+    are read together, with one transfer for each optimizer step, before the optimizer uses the gradients. DeepSpeed's
+    has used them already, in `backward` (Accelerate's `DeepSpeedEngineWrapper`): training then stops after that step,
+    and nothing of it is saved.
 
     Attributes:
-        adapted: The model without what the trainer wraps around it.
+        adapted: The model without the trainer's wrappers.
         seen: Digest of the rows that were trained on.
-        stopping: The number of the signal that one process was sent, and for which all end training; 0 if there is
-            none.
+        stopping: The number of the signal for which all processes end training; 0 if there is none.
     """
 
     adapted: nn.Module
@@ -289,7 +288,7 @@ class Watched(Trainer):
         self.seen, self.stopping = RowsSeen(), 0
         self._request = StopRequest()
         self._batches: list[dict[str, np.ndarray]] = []  # since the last optimizer step
-        self._batch_losses: list[torch.Tensor] = []  # theirs
+        self._batch_losses: list[torch.Tensor] = []  # of these batches
         self._frozen: FrozenWeights | None = None
         self._steps = 0  # of this process
         self._gradients_checked = False
@@ -297,25 +296,25 @@ class Watched(Trainer):
         self.add_callback(_AfterStep(self))
 
     def _is_sharded(self) -> bool:
-        """Whether a process holds a part of each weight only, which says nothing about the whole."""
+        """Whether a process holds only a part of each weight, so that it cannot check the whole."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains.
 
         Raises:
-            UserError: Something went wrong that would otherwise go unnoticed.
-            Stopped: SIGTERM or Ctrl-C came; there is a checkpoint of the step at which it came.
+            UserError: A check failed.
+            Stopped: SIGTERM or Ctrl-C was received; a checkpoint of the current step was saved.
         """
         self._frozen = None if self._is_sharded() else FrozenWeights(self.adapted)
         self._steps, self._gradients_checked = 0, False
         self._batches, self._batch_losses = [], []
         with self._request.listening():
             outcome = super().train(*args, **kwargs)
-        if self._steps < self.state.global_step:  # resumed: Trainer divides what one part took by the steps of all
+        if self._steps < self.state.global_step:  # resumed: Trainer would divide by the steps of all parts
             for name in OF_ALL_STEPS:
                 outcome.metrics.pop(name, None)
-        if self._request.number and not self.stopping:  # during what followed the last step
+        if self._request.number and not self.stopping:  # a signal after the last step
             stop_at_once(self._request.number)
         if self.stopping:
             step, output = self.state.global_step, self.args.output_dir
@@ -327,9 +326,9 @@ class Watched(Trainer):
         return outcome
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """As Trainer's; its batches carry their rows on the host too, see `KeepsRowsOnHost`.
+        """As Trainer's, with `KeepsRowsOnHost`.
 
-        Not if one process collates for all (`dispatch_batches`): each would be given the rows of all.
+        Not with `dispatch_batches`, where one process collates for all: each would get the rows of all.
         """
         if self.accelerator.dispatch_batches:
             return super().get_train_dataloader()
@@ -341,7 +340,7 @@ class Watched(Trainer):
             self.data_collator = collator
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One batch. Its loss is looked at before the optimizer's step, in `_get_grad_norm`."""
+        """Trains on one batch. Its loss is checked before the optimizer's step, in `_get_grad_norm`."""
         rows = inputs.pop(ROWS, None) or rows_on_host(inputs)
         self.seen.add(rows["input_ids"])
         loss = super().training_step(model, inputs, *args, **kwargs)
@@ -350,12 +349,12 @@ class Watched(Trainer):
         return loss
 
     def _of_all_processes(self, *values: torch.Tensor | float) -> list[list[float]]:
-        """Numbers of every process, `(processes, values)`, with one transfer from the device."""
+        """The values of every process, `(processes, values)`, with one transfer from the device."""
         device = self.args.device
         mine = [
             value.to(device, torch.float32)
             if isinstance(value, torch.Tensor)
-            # Not torch.tensor(value): the host would wait for that copy too, where a GPU is told to fill in a number.
+            # Not torch.tensor(value), which copies from the host and makes it wait; torch.full does not.
             else torch.full((), value, dtype=torch.float32, device=device)
             for value in values
         ]
@@ -364,12 +363,12 @@ class Watched(Trainer):
         return cast(list[list[float]], cast(torch.Tensor, everywhere).tolist())
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm that is logged, before the optimizer's step: the place to look at losses, gradients and signals.
+        """As Trainer's, which calls it before the optimizer's step; checks losses, gradients and signals.
 
-        All processes stop or none does: one that stopped alone would leave the others waiting for its gradients.
+        All processes stop together: if one stopped alone, the others would wait for its gradients.
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2's lies in all processes
+        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2's is a DTensor
         losses = torch.stack(self._batch_losses).isfinite().all()
         found = self._of_all_processes(losses, self._request.number, 0.0 if whole is None else whole)
         finite_losses, signals, norms = zip(*found, strict=True)
@@ -377,10 +376,10 @@ class Watched(Trainer):
         if not all(finite_losses):
             self._stop_for_loss()
         faults = [each for each in norms if not math.isfinite(each)]
-        # Under fp16 an overflow is no fault: the scaler leaves the step out and lowers its scale.
+        # Under fp16 an overflow is no fault: the scaler skips the step and lowers its scale.
         if faults and self.accelerator.scaler is None:
             self._stop(f"the gradient norm of step {self.state.global_step + 1} is {faults[0]}", self._batches)
-        # Clipping by a norm that is not finite makes zeros of the finite gradients, which says nothing about them.
+        # Clipping by a norm that is not finite sets finite gradients to 0, so they cannot be checked.
         if not faults and not self._gradients_checked and not self._is_sharded():
             check_gradients(self.adapted)
             self._gradients_checked = True
@@ -388,17 +387,17 @@ class Watched(Trainer):
         return norm
 
     def after_step(self, control: TrainerControl) -> None:
-        """Looks at the frozen weights after the first step, and ends training if that was asked for."""
+        """Checks the frozen weights after the first step, and ends training if a signal was received."""
         if self._steps == 0 and self._frozen is not None:
             self._frozen.check(self.adapted)
         self._steps += 1
-        if control.should_training_stop and not self.stopping:  # the last step: nobody would ask again
+        if control.should_training_stop and not self.stopping:  # the last step, after which signals are not exchanged
             self.stopping = int(max(signal for (signal,) in self._of_all_processes(self._request.number)))
         if self.stopping:
             control.should_save = control.should_training_stop = True
 
     def _stop_for_loss(self) -> NoReturn:
-        """For the first loss of this step that is not finite, or for one of another process."""
+        """Stops for the first loss of this step that is not finite, here or in another process."""
         losses = torch.stack(self._batch_losses).tolist()
         at = next((number for number, loss in enumerate(losses) if not math.isfinite(loss)), -1)
         elsewhere = " here and not finite in another process" if math.isfinite(losses[at]) else ""
@@ -413,5 +412,5 @@ class Watched(Trainer):
         )
 
     def training_rows(self) -> list[list[int]]:
-        """Token ids of the training rows, in the order in which they were kept."""
+        """Token ids of the training rows, in order."""
         return list(cast(Any, self.train_dataset)["input_ids"])
