@@ -68,9 +68,12 @@ PAIRS = [(row["text"], row["label"]) for row in TEXTS]
         (["--lora_head=true", "--train_head=true"], r"the head carries LoRA or is trained whole, not both"),
         (
             ["--lora_query=false", "--lora_value=false"],
-            r"LoRA has no layer to sit on: switch kinds on, .*--lora_query",
+            r"LoRA has no layer to adapt: switch projections on, .*--lora_query",
         ),
-        (["--lora_target_modules=q_lin"], r"lora_target_modules and lora_query: name modules or switch kinds on"),
+        (
+            ["--lora_target_modules=q_lin"],
+            r"lora_target_modules and lora_query: name modules or switch projections on",
+        ),
         (["--lora_task_type=TOKEN_CLS"], r"this program classifies sequences; leave it out"),
         (["--max_length=0"], r"max_length must be at least 1, not 0"),
         (["--max_length=1"], r"max_length: 1 has no place for text beside 2 special tokens"),
@@ -121,7 +124,7 @@ def test_u22_what_the_settings_alone_rule_out_is_refused_before_rows_are_read(
     unread = ["--dataset_name", str(tmp_path / "rows.csv"), "--lora_backend", backend]
     assert "does not implement use_dora=True" in refused("distilbert", *unread, "--use_dora=true")
     none = ["--lora_query=false", "--lora_value=false"]
-    assert "LoRA has no layer to sit on" in refused("distilbert", *unread, *none)
+    assert "LoRA has no layer to adapt" in refused("distilbert", *unread, *none)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ".*q_lin"])
@@ -137,7 +140,7 @@ def test_layers_are_numbered_for_names_not_for_a_pattern(refused: Refused, targe
         (("x", "maybe"), r"row 121: 'label' is 'maybe', expected one of ham \(0\), spam \(1\)"),
         (("x", ""), r"row 121: 'label' is '', expected one of"),
         (("x", 1.0), r"row 121: 'label' is '1.0', expected one of"),
-        (("", "ham"), r"row 121: 'text' is empty; mend the row, or set on_empty to drop"),
+        (("", "ham"), r"row 121: 'text' is empty; fix the row, or set on_empty to drop"),
         (("a,b", "ham"), r"line 122: 3 fields, the header has 2"),
     ],
 )

@@ -14,7 +14,7 @@ from plainlora.lora.errors import LoRAError
 from plainlora.settings.arguments import PROJECTIONS, ClassifyArguments
 from plainlora.settings.programs import CLASSIFY
 from plainlora.tasks.modes import build_classifier_lora, find_last_layers, train_adapter, train_weights
-from plainlora.tasks.projections import find_head, find_kinds
+from plainlora.tasks.projections import find_head, find_projections
 from tests.conftest import BACKBONES, ROOT
 
 DISTILBERT, GPT2 = DistilBertConfig(), GPT2Config(pad_token_id=50256)
@@ -92,7 +92,7 @@ def test_the_kinds_share_out_every_linear_layer_without_overlap(config: Pretrain
     linear |= {name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
 
     def modules(*kinds: str) -> set[str]:
-        ends = find_kinds(model, kinds)
+        ends = find_projections(model, kinds)
         return {name for name in linear if any(name == end or name.endswith(f".{end}") for end in ends)}
 
     groups = [("query", "key", "value")] if config.model_type == "gpt2" else [("query",), ("key",), ("value",)]

@@ -1,1 +1,1 @@
-"""What each program of `recipes/` is made of, as stages that the doctor and `plainlora compare` call too."""
+"""The stages of each program of `recipes/`, which `plainlora doctor` and `plainlora compare` call too."""

@@ -2,7 +2,7 @@
 
     settings -> config, tokenizer -> rows -> adapter -> model -> trainer -> results
 
-The stages are those of `plainlora.tasks.sft`, under the same names.
+The stages have the same names as those of `plainlora.tasks.sft`.
 """
 
 import copy
@@ -41,20 +41,20 @@ from plainlora.tasks.modes import (
     train_weights,
 )
 from plainlora.tasks.plan import AdapterPlan, TrainableModel, check_room
-from plainlora.tasks.rows import PreparedTexts, read_texts
+from plainlora.tasks.rows import PreparedTexts
 from plainlora.tasks.summary import classifier_summary
 from plainlora.training.metrics import Scores, flatten, judge_rows, score
 from plainlora.training.metrics import measure as measure_rows
 from plainlora.training.trainers import ClassifierTrainer, args_for_trainer
 
-read_rows = read_texts
+read_rows = data.read_texts
 
 
 def read_config(settings: ClassifySettings) -> PretrainedConfig:
-    """The base's config, as it is stored.
+    """The base's config.
 
     Raises:
-        UserError: It cannot be had.
+        UserError: It cannot be loaded.
     """
     return load_config(settings.base, settings.model.model_revision)
 
@@ -63,13 +63,13 @@ def read_tokenizer(settings: ClassifySettings) -> PreTrainedTokenizerBase:
     """The base's tokenizer.
 
     Raises:
-        UserError: It cannot be had.
+        UserError: It cannot be loaded.
     """
     return load_tokenizer(settings.base, settings.model.model_revision)
 
 
 def longest_text(settings: ClassifySettings, config: PretrainedConfig | None) -> int | None:
-    """Tokens that texts are cut to: `max_length`, or what the base has positions for."""
+    """The length in tokens to which texts are cut: `max_length`, or the base's context length."""
     return settings.recipe.max_length or (None if config is None else context_length(config))
 
 
@@ -79,31 +79,31 @@ def prepare_rows(
     config: PretrainedConfig | None,
     log: Callable[[str], None],
 ) -> PreparedTexts:
-    """Labelled texts, split and tokenised.
+    """Reads, splits and tokenises labelled texts.
 
     Args:
-        settings: Which.
-        tokenizer: The base's.
-        config: The base's; `None` where it is not known.
-        log: Told one line about each split.
+        settings: The data set and its columns.
+        tokenizer: The base's tokenizer.
+        config: The base's config; `None` if it is not known.
+        log: Called with one line for each split.
 
     Raises:
-        UserError: They cannot be had, or one is none that can be used.
+        UserError: The rows cannot be read, or one cannot be used.
     """
     return data.prepare_texts(settings, tokenizer, longest_text(settings, config), log)
 
 
 def plan_adapter(settings: ClassifySettings, labels: Sequence[str], pad_token_id: int | None) -> AdapterPlan:
-    """What is trained, by the method: an adapter, some modules, or every weight.
+    """Resolves what is trained, by the finetuning mode: an adapter, some modules, or every weight.
 
     Args:
-        settings: The method and its layers.
+        settings: The mode and its layers.
         labels: Names of the classes, in order.
-        pad_token_id: The tokenizer's.
+        pad_token_id: The tokenizer's pad token.
 
     Raises:
-        UserError: The base is a classifier of other classes, or has no such layers.
-        LoRAError: The adapter does not fit.
+        UserError: The base is a classifier with other classes, or has no such layers.
+        LoRAError: The adapter does not fit the model.
     """
     recipe, name = settings.recipe, settings.base
     config = classifier_config(name, labels, pad_token_id, settings.model.model_revision)
@@ -116,14 +116,14 @@ def plan_adapter(settings: ClassifySettings, labels: Sequence[str], pad_token_id
 
 
 def check_resumable(run: Run, adapter: AdapterPlan, texts: PreparedTexts) -> None:
-    """Makes sure that the run is the one that its checkpoint began.
+    """Checks that the run continues the one of its checkpoint, if it has one.
 
     Raises:
-        UserError: It has another method, adapter, other settings, classes or rows.
+        UserError: The finetuning mode, the adapter, the settings, the classes or the rows differ.
     """
     if run.checkpoint is not None:
         check_same_method(run.checkpoint, run.settings.recipe.method, texts.labels)
-        # Before the adapter, so that a flag such as lora_mlp is named rather than the modules that it stands for.
+        # Before the adapter, so that the error names a flag such as lora_mlp rather than its modules.
         check_same_settings(run.checkpoint, run.settings.parts, texts.labels)
         run.check_resumable(texts.train, adapter.lora, texts.labels)
 
@@ -131,7 +131,7 @@ def check_resumable(run: Run, adapter: AdapterPlan, texts: PreparedTexts) -> Non
 def plan_run(
     settings: ClassifySettings, adapter: AdapterPlan, tokenizer: PreTrainedTokenizerBase, texts: PreparedTexts
 ) -> Plan:
-    """The run as far as memory, disk and time depend on it."""
+    """The figures of the run on which memory, disk space and time depend."""
     recipe, lengths = settings.recipe, texts.train["length"][:]
     return Plan(
         adapter.config,
@@ -155,22 +155,22 @@ def plan_run(
 def load_weights(
     settings: ClassifySettings, config: PretrainedConfig, **options: Any
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The base with a head for the classes, and the names of the weights that its checkpoint lacks.
+    """Loads the base with a head for the classes; also returns the names of the weights that its checkpoint lacks.
 
     Args:
-        settings: Which base, and how it is stored.
+        settings: The base, and how it is stored.
         config: From `plan_adapter`.
         **options: For `from_pretrained`.
 
     Raises:
-        UserError: It cannot be had.
+        UserError: It cannot be loaded.
     """
     given = loading_options(settings.model) | {"dropout": settings.recipe.base_dropout} | options
     return load_classifier(copy.deepcopy(config), settings.base, device=settings.training.device, **given)
 
 
 def load_model(settings: ClassifySettings, adapter: AdapterPlan, log: Callable[[str], None]) -> TrainableModel:
-    """Base with its new head, then adapter. Arguments and errors are those of `plainlora.tasks.sft.load_model`."""
+    """Loads the base with its new head, then attaches the adapter; see `plainlora.tasks.sft.load_model`."""
     adapter_dtype = settings.recipe.adapter_dtype if adapter.lora is not None else None
     log(precision_line(list_precisions(settings.training, settings.model, adapter.config, adapter_dtype)))
     base, new_weights = load_weights(settings, adapter.config)
@@ -190,10 +190,10 @@ def make_trainer(
     texts: PreparedTexts,
     tokenizer: PreTrainedTokenizerBase,
 ) -> ClassifierTrainer:
-    """Transformers' Trainer, as `plainlora.training.trainers` extends it.
+    """Makes the `ClassifierTrainer`.
 
     Raises:
-        UserError: What the run writes would not fit on the disk.
+        UserError: The run's output does not fit on the disk.
     """
     check_room(settings, adapter, model, tokenizer)
     return ClassifierTrainer(
@@ -203,7 +203,7 @@ def make_trainer(
         train_dataset=texts.train,
         eval_dataset=texts.validation,
         processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),  # to the longest text of the batch
+        data_collator=DataCollatorWithPadding(tokenizer),  # pads to the longest text of the batch
         compute_metrics=partial(score, classes=len(texts.labels)),
         preprocess_logits_for_metrics=judge_rows,
     )
@@ -211,13 +211,13 @@ def make_trainer(
 
 @dataclass
 class Results:
-    """What a run gave.
+    """The results of a run.
 
     Attributes:
-        figures: For `all_results.json`.
-        before: Scores of every split, as the model was before training.
-        after: The same after it.
-        history: What the trainer logged.
+        figures: The content of `all_results.json`.
+        before: Scores of every split before training.
+        after: Scores of every split after training.
+        history: The trainer's log.
     """
 
     figures: dict[str, Any]
@@ -229,9 +229,9 @@ class Results:
 def measure(
     settings: ClassifySettings, trainer: ClassifierTrainer, model: TrainableModel, texts: PreparedTexts
 ) -> Results:
-    """Accuracy, F1 and confusion of every split, before and after; every process takes part.
+    """Measures accuracy, F1 and confusion of every split before and after training. To be called in every process.
 
-    The state before training is measured after it, see `plainlora.tasks.sft.measure`.
+    The state before training is measured after training, see `plainlora.tasks.sft.measure`.
     """
     splits: dict[str, Dataset] = texts.splits(settings.recipe.measured_train_rows)
     classes = len(texts.labels)
@@ -248,7 +248,7 @@ def measure(
 
 
 def report(run: Run, results: Results, adapter: AdapterPlan) -> None:
-    """Writes figures, curves, confusion and model card to the run's folder."""
+    """Writes figures, plots and model card to the run's folder."""
     before, after = results.before, results.after
     shown = next(split for split in ("test", "validation", "training") if split in before)
     tables = {f"{shown} rows before": before[shown].confusion, "after": after[shown].confusion}
@@ -260,5 +260,5 @@ def report(run: Run, results: Results, adapter: AdapterPlan) -> None:
 
 
 def summarize(run: Run, results: Results) -> str:
-    """The end of a run, for the terminal."""
+    """The summary of a run for the terminal."""
     return classifier_summary(results.figures, str(run.folder))

@@ -1,4 +1,4 @@
-"""What a classifier trains: LoRA, its last layers, or every weight. One set of verbs for all three."""
+"""The finetuning modes of a classifier: LoRA, its last layers, or every weight."""
 
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -23,29 +23,29 @@ from plainlora.run.resumption import check_same_labels
 from plainlora.settings.adapter import build_lora_config
 from plainlora.settings.arguments import PROJECTIONS, ClassifyArguments
 from plainlora.tasks.plan import TrainableModel
-from plainlora.tasks.projections import find_head, find_kinds
+from plainlora.tasks.projections import find_head, find_projections
 
 
 def build_classifier_lora(model: ModelConfig, recipe: ClassifyArguments, skeleton: PreTrainedModel) -> LoraConfig:
-    """The adapter of a classifier: targets by kind or by name, the head frozen, adapted, or trained whole.
+    """The adapter of a classifier: targets by projection or by name; the head frozen, adapted, or trained whole.
 
-    A frozen head gets no `task_type`, because PEFT would then train it: `SEQ_CLS` adds it to `modules_to_save`.
+    With a frozen head there is no `task_type`, because with `SEQ_CLS` PEFT adds the head to `modules_to_save`.
 
     Args:
         model: Rank, alpha and the like.
-        recipe: Which kinds of layer, and what becomes of the head.
-        skeleton: The architecture, without weights.
+        recipe: The projections, and how the head is trained.
+        skeleton: The model on the meta device.
 
     Raises:
-        UserError: The architecture's kinds of layer are not known.
-        LoRAError: The names do not fit the model.
+        UserError: The projections of the architecture are not known.
+        LoRAError: The names do not match the model.
     """
-    kinds = [kind for kind in PROJECTIONS if getattr(recipe, f"lora_{kind}")]
+    projection_names = [name for name in PROJECTIONS if getattr(recipe, f"lora_{name}")]
     config = build_lora_config(model, recipe)
     config.task_type = "SEQ_CLS" if recipe.train_head else None
-    if kinds:
-        config.target_modules = find_kinds(skeleton, kinds, recipe.lora_layers_to_transform)
-        config.layers_to_transform = None  # the names say it; PEFT would pass a head over, which lies in no layer
+    if projection_names:
+        config.target_modules = find_projections(skeleton, projection_names, recipe.lora_layers_to_transform)
+        config.layers_to_transform = None  # in the names already; PEFT would skip a head, which lies in no layer
     if recipe.train_head:
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *find_head(skeleton)})
     check_supported(config)
@@ -56,10 +56,10 @@ def build_classifier_lora(model: ModelConfig, recipe: ClassifyArguments, skeleto
 
 
 def find_last_layers(skeleton: PreTrainedModel, names: Collection[str] | None) -> list[str]:
-    """Full names of the modules that `last_layers` trains: the head's, or those named.
+    """Full names of the modules that the mode `last_layers` trains: those named, or the head's.
 
     Raises:
-        UserError: A name is no module, or the architecture's head is not known.
+        UserError: There is no module of a name, or the architecture's head is not known.
     """
     modules = [name for name, _ in skeleton.named_modules() if name]
     for name in names or ():
@@ -83,11 +83,11 @@ def _initial_values(initial: dict[nn.Parameter, torch.Tensor]) -> Iterator[None]
 
 
 def train_weights(model: PreTrainedModel, modules: Collection[str] | None) -> TrainableModel:
-    """Trains some modules of a model, or all of it, and freezes the rest.
+    """Makes some modules of a model trainable, or all of it, and freezes the rest.
 
     Args:
         model: A classifier.
-        modules: Full names; `None` for all.
+        modules: Full names of the modules; `None` for all.
     """
     model.requires_grad_(modules is None)
     for name in modules or ():
@@ -100,17 +100,17 @@ def train_weights(model: PreTrainedModel, modules: Collection[str] | None) -> Tr
 def train_adapter(
     model: PreTrainedModel, config: LoraConfig, recipe: ClassifyArguments, new_weights: Collection[str]
 ) -> TrainableModel:
-    """Puts a fresh adapter into a classifier.
+    """Puts a new adapter into a classifier.
 
     Args:
         model: A classifier.
         config: From `build_classifier_lora`.
-        recipe: Which back end, which precision.
-        new_weights: What the base's checkpoint lacks, to be saved with the adapter.
+        recipe: The back end and the adapter's dtype.
+        new_weights: Names of the parameters that the base's checkpoint lacks, to be saved with the adapter.
 
     Raises:
         UserError: The adapter does not fit the model.
-        LoRAError: Likewise.
+        LoRAError: The adapter does not fit the model.
     """
     backend, quantization = BACKENDS[recipe.lora_backend], describe_quantization(model)
     adapted = attach_adapter(model, config, backend, recipe.adapter_dtype, new_weights)
@@ -123,7 +123,7 @@ def train_adapter(
 
 @contextmanager
 def _before_training(backend: Backend, model: nn.Module, biases: dict[nn.Parameter, torch.Tensor]) -> Iterator[None]:
-    """Without adapters, and with trained biases as they were: PEFT, which warns of it, leaves these as they are."""
+    """Switches the adapters off and restores initial biases, which PEFT does not (it warns instead)."""
     with _initial_values(biases), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
         with backend.disabled(model):
@@ -131,15 +131,15 @@ def _before_training(backend: Backend, model: nn.Module, biases: dict[nn.Paramet
 
 
 def check_same_method(checkpoint: str | Path, method: str, labels: Sequence[str]) -> None:
-    """A run goes on with the kind of weights and the classes that its checkpoint holds.
+    """Checks that a checkpoint holds an adapter or a whole model as the run needs, and has the same classes.
 
     Args:
-        checkpoint: To resume from.
-        method: The run's.
+        checkpoint: The checkpoint to resume.
+        method: The run's finetuning mode.
         labels: Names of the classes now, in order.
 
     Raises:
-        UserError: It holds others.
+        UserError: They differ.
     """
     if holds_adapter(checkpoint) != (method == "lora"):
         held = "an adapter" if holds_adapter(checkpoint) else "a whole model"
@@ -148,7 +148,7 @@ def check_same_method(checkpoint: str | Path, method: str, labels: Sequence[str]
 
 
 def _labels_of(checkpoint: str | Path) -> list[str] | None:
-    """A whole model's classes, from its config; an adapter's stand in `run.json` alone."""
+    """A whole model's classes, from its config; `None` for an adapter, whose classes are only in `run.json`."""
     if holds_adapter(checkpoint):
         return None
     return list((load_config(str(checkpoint)).id2label or {}).values())

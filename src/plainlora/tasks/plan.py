@@ -1,4 +1,4 @@
-"""What a run trains: found on the architecture before the weights are loaded, and the loaded model itself."""
+"""What a run trains: resolved before weights are loaded (`AdapterPlan`), and the loaded model (`TrainableModel`)."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,13 +17,13 @@ from plainlora.training import saving
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """What will be trained.
+    """What a run will train.
 
     Attributes:
-        config: Of the base as it is trained: a classifier's with its classes.
-        build: Makes the base without weights, on the `meta` device; `None` where its code cannot be run so.
-        lora: The adapter; `None` where the base's own weights are trained.
-        modules: Full names of the modules that are trained then; `None` for all.
+        config: The base's config; a classifier's has its classes.
+        build: Builds the base on the meta device; returns `None` if its code fails there.
+        lora: The adapter's config; `None` if the base's own weights are trained.
+        modules: Full names of the base's modules that are trained; `None` for all.
     """
 
     config: PretrainedConfig
@@ -37,10 +37,10 @@ class TrainableModel:
     """A model that is ready to be trained.
 
     Attributes:
-        model: With gradients required where they are wanted.
-        backend: What attached its adapter; `None` if it has none.
-        disabled: A context in which it computes as it did before training.
-        quantization: How its base is stored, see `plainlora.base.loading.describe_quantization`.
+        model: The model, in which the trained parameters require gradients.
+        backend: The adapter's back end; `None` without an adapter.
+        disabled: A context in which the model computes as before training.
+        quantization: From `plainlora.base.loading.describe_quantization`.
     """
 
     model: nn.Module
@@ -52,10 +52,10 @@ class TrainableModel:
 def check_room(
     settings: Settings[Any, Any], adapter: AdapterPlan, model: TrainableModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Checks that what the run writes, the merged model included, fits on the disk.
+    """Checks that the run's output, with the merged model, fits on the disk.
 
     Raises:
-        UserError: It would not.
+        UserError: It does not.
     """
     merged = 0
     if settings.recipe.merge:

@@ -1,4 +1,4 @@
-"""Linear layers by kind: which modules are query, key, value, output projection, MLP and head in an architecture."""
+"""The names of query, key, value, output projection, MLP and head in each architecture."""
 
 import re
 from collections.abc import Collection
@@ -9,7 +9,7 @@ from plainlora.errors import UserError
 from plainlora.lora.targets import condense
 from plainlora.settings.arguments import PROJECTIONS
 
-# Regular expressions for the end of a module's name. BERT's `output.dense` stands both after attention and in the MLP.
+# Regular expressions for the end of a module's name. BERT's `output.dense` is both after attention and in the MLP.
 _BERT = {
     "query": r"attention\.self\.query",
     "key": r"attention\.self\.key",
@@ -53,7 +53,7 @@ def _table_of(model: nn.Module, instead: str) -> dict[str, str]:
     architecture = str(getattr(getattr(model, "config", None), "model_type", None))
     if architecture not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
-        raise UserError(f"the kinds of layers are known for {known}, not for {architecture}; {instead}")
+        raise UserError(f"the names of projections are known for {known}, not for {architecture}; {instead}")
     return ARCHITECTURES[architecture]
 
 
@@ -61,36 +61,47 @@ def _matching(model: nn.Module, pattern: str) -> list[str]:
     return [name for name, _ in model.named_modules() if re.fullmatch(rf"(.*\.)?({pattern})", name)]
 
 
-def find_kinds(model: nn.Module, kinds: Collection[str], layers: Collection[int] | None = None) -> list[str]:
-    """The modules of some kinds, as short a list of names as selects exactly these: `target_modules` of a config.
+def find_projections(
+    model: nn.Module, projection_names: Collection[str], layers: Collection[int] | None = None
+) -> list[str]:
+    """The modules of some projections, as the shortest list of names for `target_modules` that selects exactly these.
 
     Args:
         model: A classifier, with or without weights.
-        kinds: Some of `PROJECTIONS`.
-        layers: Numbers of the layers to take them from, all if left out. The head is in none and always taken.
+        projection_names: Some of `PROJECTIONS`.
+        layers: Numbers of the layers to take them from, all if left out. The head, which is in no layer, is always
+            taken.
 
     Raises:
-        UserError: The architecture is unknown, a weight that several kinds share is asked for by some of them only, or
-            there is no layer of a number.
+        UserError: The architecture is unknown, a layer number does not exist, or only some of the projections that
+            share a weight are given.
     """
     table = _table_of(model, "give the names of the modules with --lora_target_modules")
-    for kind in kinds:
-        shared = [other for other in PROJECTIONS if table[other] == table[kind]]
-        if left_out := [other for other in shared if other not in kinds]:
+    _check_shared(table, projection_names)
+    found = [name for part in PROJECTIONS if part in projection_names for name in _matching(model, table[part])]
+    return condense(_in_layers(found, layers) if layers else found, model)
+
+
+def _check_shared(table: dict[str, str], projection_names: Collection[str]) -> None:
+    """Raises `UserError` if only some of the projections that share a weight are given."""
+    for name in projection_names:
+        shared = [other for other in PROJECTIONS if table[other] == table[name]]
+        if left_out := [other for other in shared if other not in projection_names]:
             flags = ", ".join(f"lora_{other}" for other in shared)
             raise UserError(
-                f"lora_{kind}: {table[kind].rpartition('.')[2]} holds {', '.join(shared)} in one weight, and "
+                f"lora_{name}: {table[name].rpartition('.')[2]} holds {', '.join(shared)} in one weight, and "
                 f"{', '.join(left_out)} is switched off; switch {flags} all on or all off"
             )
-    found = [name for kind in PROJECTIONS if kind in kinds for name in _matching(model, table[kind])]
-    if layers:
-        numbers = {name: _layer_of(name) for name in found}
-        there = sorted({number for number in numbers.values() if number is not None})
-        if unknown := [layer for layer in layers if layer not in there]:
-            has = f"{there[0]} to {there[-1]}" if there else "none of these kinds"
-            raise UserError(f"lora_layers_to_transform: there is no layer {unknown[0]}; the model has {has}")
-        found = [name for name in found if numbers[name] is None or numbers[name] in layers]
-    return condense(found, model)
+
+
+def _in_layers(modules: list[str], layers: Collection[int]) -> list[str]:
+    """The modules that lie in some layers, or in no layer; raises `UserError` for a layer without any."""
+    numbers = {name: _layer_of(name) for name in modules}
+    present = sorted({number for number in numbers.values() if number is not None})
+    if unknown := [layer for layer in layers if layer not in present]:
+        has = f"{present[0]} to {present[-1]}" if present else "none of these projections"
+        raise UserError(f"lora_layers_to_transform: there is no layer {unknown[0]}; the model has {has}")
+    return [name for name in modules if numbers[name] is None or numbers[name] in layers]
 
 
 def _layer_of(name: str) -> int | None:
@@ -100,7 +111,7 @@ def _layer_of(name: str) -> int | None:
 
 
 def find_head(model: nn.Module) -> list[str]:
-    """The linear layers after the encoder, which every fine-tuning trains anew: DistilBERT's last two layers.
+    """The linear layers of the classification head, such as DistilBERT's last two layers.
 
     Raises:
         UserError: The architecture is unknown.

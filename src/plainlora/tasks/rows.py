@@ -1,4 +1,4 @@
-"""A recipe's data flags -> rows ready for its trainer."""
+"""Reads and encodes the rows that a recipe's settings name."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,21 +18,21 @@ from plainlora.settings.programs import ClassifySettings, SFTSettings
 
 @dataclass
 class PreparedRows:
-    """What a run trains and is tested on.
+    """The training and test rows of a run.
 
     Attributes:
         train: Training rows as `input_ids` and `labels`.
-        test: Test rows likewise, if there are any.
-        raw_test: The test rows as they were read, to be asked and answered.
-        reports: What became of each split's rows.
+        test: Test rows as `input_ids` and `labels`, if there are any.
+        raw_test: The test rows as read, for questions and answers.
+        reports: The counts of each split's encoding.
         answers_only: Whether only answers are trained.
-        rendered: Whether the chat template made the text.
+        rendered: Whether the rows are rendered by the chat template.
         beginnings: How rows of plain text begin; `None` for rendered ones.
-        unread: Columns that nothing reads.
-        repeated: Training rows whose prompt stands in a row before them.
-        leaked: Test rows whose prompt is also a training row's.
-        missing: What needs rows that there are not, in one line.
-        too_few: Why no step would be taken, in one line.
+        unread: Columns that are not used.
+        repeated: Number of training rows whose prompt is in an earlier row.
+        leaked: Number of test rows whose prompt is in a training row.
+        missing: An error in one line, if settings need test rows and there are none.
+        too_few: An error in one line, if there are too few rows for one step.
     """
 
     train: Dataset
@@ -50,15 +50,15 @@ class PreparedRows:
 
     @property
     def by_split(self) -> dict[str, Dataset | None]:
-        """Every split's rows."""
+        """The rows of every split."""
         return {"train": self.train, "test": self.test}
 
 
 def read_rows(settings: SFTSettings) -> tuple[Dataset, Dataset | None]:
-    """Training rows, and test rows if there are any, as a recipe names them.
+    """Reads training rows, and test rows if there are any.
 
     Raises:
-        UserError: They cannot be had, or have no layout of columns that can be used.
+        UserError: They cannot be read, or have no supported layout.
     """
     recipe, script, training, _ = settings.parts
     return load_train_and_test(
@@ -77,15 +77,15 @@ def read_rows(settings: SFTSettings) -> tuple[Dataset, Dataset | None]:
 def prepare_rows(
     settings: SFTSettings, tokenizer: PreTrainedTokenizerBase, log: Callable[[str], None]
 ) -> PreparedRows:
-    """Reads, renders and tokenises the rows, and says what became of them. The doctor says whether they will do.
+    """Reads, renders and tokenises the rows. Whether they should be trained on is checked by `plainlora.doctor`.
 
     Args:
-        settings: Which data set, how to split it, which tokens are trained, and what becomes of long rows.
-        tokenizer: With the template installed.
-        log: Told one line about each split.
+        settings: The data set, its splits, which tokens are trained, and how long rows are handled.
+        tokenizer: A tokenizer with the chat template installed.
+        log: Called with one line for each split.
 
     Raises:
-        UserError: The rows cannot be had, or a row is none that can be used.
+        UserError: The rows cannot be read, or a row cannot be used.
     """
     recipe, script, training, _ = settings.parts
     train, test = read_rows(settings)
@@ -154,16 +154,16 @@ def _too_few(training: SFTConfig, rows: int) -> str | None:
 
 @dataclass
 class PreparedTexts:
-    """What a classifier is trained and tested on, as `input_ids` and `labels`.
+    """The rows of a classifier's run, as `input_ids` and `labels`.
 
     Attributes:
         train: Training rows.
         validation: Rows to choose settings by, if there are any.
-        test: Rows to report, if there are any.
+        test: Rows to report on, if there are any.
         labels: Name of each class, by number.
-        read: The rows as they were read and split.
-        reports: What became of each split's texts.
-        missing: What needs rows that there are not, in one line.
+        read: The rows as read and split.
+        reports: The counts of each split's tokenisation.
+        missing: An error in one line, if settings need validation rows and there are none.
     """
 
     train: Dataset
@@ -176,21 +176,21 @@ class PreparedTexts:
 
     @property
     def by_split(self) -> dict[str, Dataset | None]:
-        """Every split's rows."""
+        """The rows of every split."""
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
     def splits(self, measured_train_rows: int) -> dict[str, Dataset]:
-        """What accuracy is measured on; the training rows are as shuffled, so their first are a fair sample."""
+        """The rows on which accuracy is measured. Training rows are shuffled, so the first are a random sample."""
         train = self.train.select(range(min(measured_train_rows, len(self.train))))
         found = {"training": train, "validation": self.validation, "test": self.test}
         return {name: rows for name, rows in found.items() if rows is not None}
 
 
 def read_texts(settings: ClassifySettings) -> LabelledSplits:
-    """Labelled texts, checked and split, as a recipe names them.
+    """Reads, checks and splits labelled texts.
 
     Raises:
-        UserError: They cannot be had, or one cannot be used.
+        UserError: They cannot be read, or one cannot be used.
     """
     recipe, script, training, _ = settings.parts
     return load_labelled(
@@ -221,16 +221,16 @@ def prepare_texts(
     context: int | None,
     log: Callable[[str], None],
 ) -> PreparedTexts:
-    """Reads, splits and tokenises labelled texts, and says what became of them. The doctor says if they will do.
+    """Reads, splits and tokenises labelled texts. Whether they should be trained on is checked by `plainlora.doctor`.
 
     Args:
-        settings: Columns, classes, splits, and whether validation rows are needed.
-        tokenizer: Of the base.
-        context: Tokens that the base has positions for, which texts are cut to where `max_length` is left out.
-        log: Told one line about each split.
+        settings: Columns, classes and splits.
+        tokenizer: The base's tokenizer.
+        context: Length in tokens to which texts are cut if `max_length` is left out.
+        log: Called with one line for each split.
 
     Raises:
-        UserError: The rows cannot be had, or a row is none that can be used.
+        UserError: The rows cannot be read, or a row cannot be used.
     """
     read = read_texts(settings)
     missing = None

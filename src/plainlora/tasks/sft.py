@@ -2,9 +2,9 @@
 
     settings -> config, tokenizer -> rows -> adapter -> model -> trainer -> results
 
-`recipes/sft.py` calls the stages in this order, `plainlora doctor` those that need no weights, and `plainlora compare`
-those that its two sides are made of. A stage raises where it has nothing to hand on. Whether what it hands on should
-be trained on is for `plainlora.doctor` to say.
+`recipes/sft.py` calls the stages in this order; `plainlora doctor` calls those that need no weights, `plainlora
+compare` those that it compares. A stage raises if it has no result. Whether the result should be trained on is checked
+by `plainlora.doctor`.
 """
 
 from collections.abc import Callable
@@ -33,24 +33,26 @@ from plainlora.run.run import Run
 from plainlora.settings.adapter import build_lora_config
 from plainlora.settings.precision import list_precisions, precision_line
 from plainlora.settings.programs import SFTSettings
+from plainlora.tasks import rows as data
 from plainlora.tasks.plan import AdapterPlan, TrainableModel, check_room
-from plainlora.tasks.rows import PreparedRows, prepare_rows, read_rows
+from plainlora.tasks.rows import PreparedRows
 from plainlora.tasks.summary import summary
-from plainlora.training.evaluation import Examiner, before_and_after
-from plainlora.training.trainers import AdapterTrainer, hand_over
+from plainlora.training.evaluation import Evaluator, before_and_after
+from plainlora.training.trainers import AdapterTrainer, args_for_sft
 
-__all__ = ["prepare_rows", "read_rows"]  # stages too
+read_rows = data.read_rows
+prepare_rows = data.prepare_rows
 
 
 def read_config(settings: SFTSettings, log: Callable[[str], None] | None = None) -> PretrainedConfig:
     """The base's config.
 
     Args:
-        settings: Which base.
-        log: Told which code of its own the base runs, before it does.
+        settings: The base.
+        log: Called, if given, with a line about the base's own code before it runs.
 
     Raises:
-        UserError: It cannot be had.
+        UserError: It cannot be loaded.
     """
     if settings.training.trust_remote_code and log is not None:
         log(describe_remote_code(settings.base, settings.model.model_revision))
@@ -61,7 +63,7 @@ def read_tokenizer(settings: SFTSettings) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with the EOS and the pad token of the settings.
 
     Raises:
-        UserError: It cannot be had.
+        UserError: It cannot be loaded.
     """
     training = settings.training
     return load_tokenizer(
@@ -74,7 +76,7 @@ def read_tokenizer(settings: SFTSettings) -> PreTrainedTokenizerBase:
 
 
 def template_name(settings: SFTSettings) -> str | None:
-    """The chat template that takes the place of the tokenizer's own, if any."""
+    """The chat template that replaces the tokenizer's own, if any."""
     return settings.recipe.prompt_template or settings.training.chat_template_path
 
 
@@ -82,10 +84,10 @@ def install_template(settings: SFTSettings, tokenizer: PreTrainedTokenizerBase) 
     """Installs the settings' chat template.
 
     Returns:
-        The template that the tokenizer came with, if any.
+        The tokenizer's own template, if it had one.
 
     Raises:
-        UserError: There is no such template, or it is none.
+        UserError: There is no such template, or it is not valid.
     """
     own = cast("str | dict[str, str] | None", tokenizer.chat_template)
     prompts.install_template(tokenizer, template_name(settings))
@@ -93,10 +95,10 @@ def install_template(settings: SFTSettings, tokenizer: PreTrainedTokenizerBase) 
 
 
 def plan_adapter(settings: SFTSettings, config: PretrainedConfig) -> AdapterPlan:
-    """Which adapter on which architecture.
+    """Resolves the adapter.
 
     Raises:
-        UserError: The settings describe none.
+        UserError: The settings describe no adapter.
     """
     build = partial(build_decoder, config, settings.training.trust_remote_code)
     return AdapterPlan(config, build, build_lora_config(settings.model, settings.recipe))
@@ -105,7 +107,7 @@ def plan_adapter(settings: SFTSettings, config: PretrainedConfig) -> AdapterPlan
 def plan_run(
     settings: SFTSettings, adapter: AdapterPlan, tokenizer: PreTrainedTokenizerBase, rows: PreparedRows
 ) -> Plan:
-    """The run as far as memory, disk and time depend on it."""
+    """The figures of the run on which memory, disk space and time depend."""
     recipe, _, training, model = settings.parts
     report = rows.reports["train"]
     packed = training.max_length if training.packing else None
@@ -130,24 +132,24 @@ def plan_run(
 def choose_questions(
     settings: SFTSettings, rows: PreparedRows, tokenizer: PreTrainedTokenizerBase
 ) -> ExactMatch | None:
-    """The test rows that are to be answered to the letter, if any.
+    """The test rows for exact matches, if any.
 
     Raises:
-        UserError: They have no answer of their own.
+        UserError: They have no separate answers.
     """
     count = settings.recipe.exact_match_rows
     return ExactMatch(rows.raw_test, count, tokenizer) if count and rows.raw_test is not None else None
 
 
 def load_weights(settings: SFTSettings, **options: Any) -> PreTrainedModel:
-    """The base as it is trained.
+    """Loads the base.
 
     Args:
-        settings: Which base, and how it is stored.
-        **options: For `from_pretrained`, beside `model_init_kwargs`.
+        settings: The base, and how it is stored.
+        **options: For `from_pretrained`, in addition to `model_init_kwargs`.
 
     Raises:
-        UserError: It cannot be had.
+        UserError: It cannot be loaded.
     """
     recipe, _, training, model = settings.parts
     given = cast(dict[str, Any], training.model_init_kwargs or {}) | options
@@ -155,17 +157,17 @@ def load_weights(settings: SFTSettings, **options: Any) -> PreTrainedModel:
 
 
 def load_model(settings: SFTSettings, adapter: AdapterPlan, plan: Plan, log: Callable[[str], None]) -> TrainableModel:
-    """Base, then adapter; decides whether activations are computed again, where the settings leave it open.
+    """Loads the base and attaches the adapter. Decides on gradient checkpointing first, if the settings do not.
 
     Args:
-        settings: Which base, how it is stored, which back end.
+        settings: The base, how it is stored, and the back end.
         adapter: From `plan_adapter`.
         plan: From `plan_run`.
-        log: Told the number formats, how much is trained, and what was decided.
+        log: Called with lines on number formats, trained parameters, and gradient checkpointing.
 
     Raises:
-        UserError: The base cannot be had, or the adapter does not fit it.
-        LoRAError: Likewise.
+        UserError: The base cannot be loaded, or the adapter does not fit it.
+        LoRAError: The adapter does not fit the base.
     """
     recipe, _, training, model_args = settings.parts
     log(precision_line(list_precisions(training, model_args, adapter.config, recipe.adapter_dtype)))
@@ -187,17 +189,17 @@ def make_trainer(
     rows: PreparedRows,
     tokenizer: PreTrainedTokenizerBase,
 ) -> AdapterTrainer:
-    """TRL's SFTTrainer, as `plainlora.training.trainers` extends it.
+    """Makes the `AdapterTrainer`.
 
     Raises:
-        UserError: The model cannot be trained on these rows in this form, or what the run writes would not fit.
+        UserError: The model cannot be trained on rows batched in this way, or the output does not fit on the disk.
     """
     assert model.backend is not None
     check_room(settings, adapter, model, tokenizer)
     return AdapterTrainer(
         model.model,
         model.backend,
-        args=hand_over(settings.training),
+        args=args_for_sft(settings.training),
         train_dataset=rows.train,
         eval_dataset=rows.test,
         processing_class=tokenizer,
@@ -206,12 +208,12 @@ def make_trainer(
 
 @dataclass
 class Results:
-    """What a run gave.
+    """The results of a run.
 
     Attributes:
-        figures: For `all_results.json`.
-        samples: Prompts with the answers before and after.
-        history: What the trainer logged.
+        figures: The content of `all_results.json`.
+        samples: Prompts with the answers before and after training.
+        history: The trainer's log.
         base_loss: Test loss of the base, in nats per token.
     """
 
@@ -229,27 +231,27 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     questions: ExactMatch | None,
 ) -> Results:
-    """Test loss, exact matches and answers of the base and of the adapter; every process takes part.
+    """Measures test loss, exact matches and answers of the base and of the adapter. To be called in every process.
 
-    The base is measured after training, not before: Trainer.evaluate prepares the model for evaluation only, and
-    training would then go on without DistributedDataParallel (transformers#24014).
+    The base is measured after training, because an earlier Trainer.evaluate would prepare the model for evaluation
+    only, and training would then run without DistributedDataParallel (transformers#24014).
     """
     recipe = settings.recipe
-    examine = Examiner(trainer, tokenizer, questions, recipe.sample_prompts, recipe.max_new_tokens)
+    evaluate = Evaluator(trainer, tokenizer, questions, recipe.sample_prompts, recipe.max_new_tokens)
     with model.disabled():
-        before = examine(model.model, "base")
-    after = examine(model.model, "adapter")
+        before = evaluate(model.model, "base")
+    after = evaluate(model.model, "adapter")
     trainable, total = count_parameters(model.model)
     report = rows.reports["train"]
     figures = before_and_after(before, after) | {"trainable_params": trainable, "total_params": total}
     figures |= {"rows_trained": report.kept, "rows_read": report.rows}
     figures |= {"exact_match_rows": len(questions.questions)} if questions else {}
-    samples = list(zip(examine.prompts, before.answers, after.answers, strict=True))
+    samples = list(zip(evaluate.prompts, before.answers, after.answers, strict=True))
     return Results(figures, samples, trainer.state.log_history, before.loss)
 
 
 def report(run: Run, results: Results) -> None:
-    """Writes figures, loss curve, answers and model card to the run's folder."""
+    """Writes figures, loss plot, answers and model card to the run's folder."""
     plot_loss(results.history, results.base_loss, run.folder / "loss.png")
     write_samples(run.folder / SAMPLES, results.samples)
     write_json(run.folder / "all_results.json", results.figures)
@@ -257,5 +259,5 @@ def report(run: Run, results: Results) -> None:
 
 
 def summarize(run: Run, results: Results) -> str:
-    """The end of a run, for the terminal."""
+    """The summary of a run for the terminal."""
     return summary(results.figures, str(run.folder), results.samples)

@@ -1,4 +1,4 @@
-"""The end of a run, for the terminal."""
+"""The summary of a run, printed at its end."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from plainlora.report import Sample
 
 
 def summary(results: dict[str, Any], output_dir: str, samples: Sequence[Sample]) -> str:
-    """The end of a run of `sft.py`, for the terminal: figures, some answers before and after, what next."""
+    """The summary of a run of `sft.py`: figures, some answers before and after training, next commands."""
     lines = ["", _trained_share(results)]
     for title, key, form in (
         ("test loss", "eval_loss", "{:.3f}"),
@@ -17,7 +17,7 @@ def summary(results: dict[str, Any], output_dir: str, samples: Sequence[Sample])
         ("exact match", "exact_match", "{:.1%}"),
     ):
         if f"{key}_base" in results:
-            before, after = (form.format(results[f"{key}_{arm}"]) for arm in ("base", "adapter"))
+            before, after = (form.format(results[f"{key}_{name}"]) for name in ("base", "adapter"))
             lines.append(f"{title:<22}{before} -> {after}")
     lines += _merged(results)
     for prompt, before, after in samples:
@@ -34,7 +34,7 @@ def summary(results: dict[str, Any], output_dir: str, samples: Sequence[Sample])
 
 
 def classifier_summary(results: dict[str, Any], output_dir: str) -> str:
-    """The end of a run of `classify.py`: accuracy of every split before and after, cost, what next."""
+    """The summary of a run of `classify.py`: accuracy before and after training, cost, next commands."""
     lines = ["", _trained_share(results)]
     for split in ("training", "validation", "test"):
         if f"{split}_accuracy" in results:
