@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from plainlora.data.prompts import install_template, render_prompt
 from plainlora.errors import UserError
 from plainlora.merging.certificate import agreement, drift, mean_loss, perplexity, table
-from plainlora.merging.probes import LONGEST, MOST_GIVEN, answered, classifier_probes, language_probes
+from plainlora.merging.eval_prompts import LONGEST, MOST_GIVEN, answered, classifier_prompts, language_prompts
 from plainlora.merging.reload import ask
 from tests.conftest import CONFIGS, make_model, random_ids
 
@@ -37,7 +37,7 @@ def test_ask_gives_the_losses_and_the_continuations_of_transformers_own(kind: st
     settings = GenerationConfig(do_sample=False, max_new_tokens=6, min_new_tokens=6, pad_token_id=1)
     model.generation_config.eos_token_id = None
     own = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-    found = ask(model, {"probes": [{"input_ids": own[0].tolist(), "start": 12}], "texts": texts})
+    found = ask(model, {"prompts": [{"input_ids": own[0].tolist(), "start": 12}], "texts": texts})
     assert found["tokens.0"].tolist()[:6] == own[0, 12:].tolist()  # and then what would come next
     torch.testing.assert_close(found["logits.0"], model(input_ids=own).logits)
 
@@ -98,19 +98,19 @@ def test_text_is_cut_to_the_context_and_to_what_a_processor_reads_soon(
     file = tmp_path / "text.txt"
     file.write_text("one two three\n" * 3000)
     for context, longest in ((100, 100), (None, LONGEST)):
-        probes = language_probes(tokenizer, context, file, {})
-        lengths = [len(row["input_ids"]) for row in probes.questions["texts"]]
+        eval_prompts = language_prompts(tokenizer, context, file, {})
+        lengths = [len(row["input_ids"]) for row in eval_prompts.questions["texts"]]
         assert max(lengths) == longest
         assert MOST_GIVEN - longest < sum(lengths) <= MOST_GIVEN
-        assert probes.tokens == sum(lengths) - len(lengths)
-        assert probes.source == f"the text {file}"
+        assert eval_prompts.tokens == sum(lengths) - len(lengths)
+        assert eval_prompts.source == f"the text {file}"
 
 
 @pytest.mark.parametrize(("content", "said"), [(b"", "no text"), (b" \n\t\n", "no text"), (b"\xff\xfe\x00", "UTF-8")])
 def test_what_is_no_text(content: bytes, said: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     file = tmp_path / "text.txt"
     file.write_bytes(content)
-    for make in (language_probes, classifier_probes):
+    for make in (language_prompts, classifier_prompts):
         with pytest.raises(UserError, match=rf"--text .*{said}"):
             make(tokenizer, None, file, {})
         with pytest.raises(UserError, match="cannot be read as text"):
@@ -131,15 +131,15 @@ def test_the_run_s_own_test_rows_are_taken_if_they_can_be_had(
 ) -> None:
     tokenizer = copy.deepcopy(tokenizer)
     install_template(tokenizer, "alpaca")
-    own = language_probes(tokenizer, 256, None, run_of(rows_file))
+    own = language_prompts(tokenizer, 256, None, run_of(rows_file))
     assert own.source == f"test rows of {rows_file}"
     assert 1 < own.rows <= 8
     for row in own.questions["texts"]:
         assert row["labels"][0] == -100  # the prompt's, as in training
         assert row["labels"][-1] == tokenizer.eos_token_id
-    assert own.tokens < language_probes(tokenizer, 256, None, run_of(rows_file, completion_only_loss=False)).tokens
+    assert own.tokens < language_prompts(tokenizer, 256, None, run_of(rows_file, completion_only_loss=False)).tokens
     for run in ({}, run_of(tmp_path / "gone.jsonl"), run_of(rows_file, test_split_size=None), {"arguments": {}}):
-        assert language_probes(tokenizer, 256, None, run).source == "a built-in passage"
+        assert language_prompts(tokenizer, 256, None, run).source == "a built-in passage"
 
 
 def test_answers_are_surprising_up_to_their_eos(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -147,8 +147,8 @@ def test_answers_are_surprising_up_to_their_eos(tokenizer: PreTrainedTokenizerFa
     (row,) = questions["texts"]
     kept = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
     assert tokenizer.decode(kept) == "word2<|endoftext|>"
-    (probe,) = questions["probes"]
-    assert tokenizer.decode(probe["input_ids"][probe["start"] :]) == "word2"
+    (prompt,) = questions["prompts"]
+    assert tokenizer.decode(prompt["input_ids"][prompt["start"] :]) == "word2"
     assert len(ask(make_model("llama"), questions)["tokens.0"]) == len(kept)  # a guess for each, the EOS too
 
 
@@ -158,7 +158,7 @@ def test_the_reloading_program_imports_nothing_of_this_package(tmp_path: Path, m
 
     assert "plainlora." not in Path(program.__file__).read_text().replace("plainlora.merging.reload", "")
     questions, found = tmp_path / "questions.json", tmp_path / "answers.safetensors"
-    questions.write_text(json.dumps({"probes": [{"input_ids": [5, 6]}], "texts": []}))
+    questions.write_text(json.dumps({"prompts": [{"input_ids": [5, 6]}], "texts": []}))
     program.main(str(model_dirs["gpt2"]), str(questions), str(found))
     from safetensors.torch import load_file
 

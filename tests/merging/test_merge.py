@@ -262,7 +262,7 @@ def test_a_relative_base_is_found_from_the_adapter_upwards(tmp_path: Path, model
         merge_adapter(adapter, tmp_path / "again")
     name_base("own")  # a Hub id, whatever lies around
     shutil.copytree(model_dirs["gpt2"], tmp_path / "own")
-    with pytest.raises(UserError, match="'own' cannot be had from the Hub"):
+    with pytest.raises(UserError, match="'own' cannot be loaded from the Hub"):
         merge_adapter(adapter, tmp_path / "again")
 
 

@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
     from plainlora.data.prompts import render_prompt
     from plainlora.generation import generate
     from plainlora.merging.certificate import drift, mean_loss
-    from plainlora.merging.probes import answered
+    from plainlora.merging.eval_prompts import answered
     from plainlora.merging.reload import ask
     from plainlora.run.adapter_base import (
         class_labels,

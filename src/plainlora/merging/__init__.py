@@ -1,1 +1,1 @@
-"""Adapter -> merged model, with a certificate."""
+"""Merges a saved adapter into its base, checks the merged model, and writes a certificate of the figures."""

@@ -1,6 +1,6 @@
-"""What a merge did to a model, in figures: `certificate.json`, and a table of it for the terminal.
+"""The figures of a merge for `certificate.json`, and as a table for the terminal.
 
-A certificate holds no date and nothing else that changes: the same inputs, versions and machine give the same bytes.
+A certificate holds no date and nothing else that varies: the same inputs, versions and machine give the same bytes.
 """
 
 import math
@@ -18,10 +18,10 @@ Answers = Mapping[str, torch.Tensor]  # see plainlora.merging.reload.ask
 
 
 def perplexity(answers: Answers) -> dict[str, Any]:
-    """`perplexity`, `exp` of the mean cross-entropy over all tokens of the text, and on how many rows it rests.
+    """The perplexity: `exp` of the mean cross-entropy over all tokens of the texts.
 
     Returns:
-        It, with `perplexity_rows` and `perplexity_tokens`. For a classifier it is `None`, and there are none.
+        `perplexity`, which is `None` for a classifier, `perplexity_rows` and `perplexity_tokens`.
     """
     nats, tokens = answers["losses"].sum(0).tolist()
     value = math.exp(min(nats / tokens, 700.0)) if tokens else None
@@ -29,32 +29,32 @@ def perplexity(answers: Answers) -> dict[str, Any]:
 
 
 def mean_loss(answers: Answers) -> float:
-    """The mean cross-entropy over all tokens of the text, in nats."""
+    """The mean cross-entropy over all tokens of the texts, in nats."""
     nats, tokens = answers["losses"].sum(0).tolist()
     return float(nats / tokens)
 
 
 def drift(expected: Answers, found: Answers) -> tuple[float, float]:
-    """The largest difference of a logit, and the same over the largest logit expected (dimensionless); NaN if one is.
+    """The largest difference of a logit, and the same divided by the largest expected logit (dimensionless).
 
-    The second is 0 where every logit expected is, and the first is too.
+    Both are NaN if a logit is. The second is 0 if the first is.
     """
     names = [name for name in expected if name.startswith("logits.")]
     difference, scale = torch.zeros(()), torch.zeros(())
-    for name in names:  # torch's maximum, unlike Python's, does not pass over a NaN
+    for name in names:  # torch's maximum, unlike Python's, keeps a NaN
         difference = torch.maximum(difference, (expected[name] - found[name]).abs().max())
         scale = torch.maximum(scale, expected[name].abs().max())
     return float(difference), float(difference / scale) if difference != 0 else 0.0
 
 
 def agreement(expected: Answers, found: Answers) -> dict[str, Any]:
-    """How far one model's answers are from another's.
+    """Compares the answers of two models.
 
     Returns:
-        `max_abs_diff` and `relative_diff`: see `drift`. For a language model `prompts` and `positions`, which have a
-        logit for every word each; `tokens`, `equal_tokens` and `equal_share` of the likeliest tokens along the
-        answers, and `first_difference`: prompt and position in its answer, from 0, or `None`. For a classifier
-        `classes` and `equal_classes`, texts and those of them that get the same class.
+        `max_abs_diff` and `relative_diff`: see `drift`. For a language model also the numbers of `prompts` and of
+        `positions` with logits; `tokens`, `equal_tokens` and `equal_share` of the likeliest tokens along the answers;
+        and `first_difference`, the prompt and the position in its answer, from 0, or `None`. For a classifier also
+        `classes`, the number of texts, and `equal_classes`, how many of them get the same class.
     """
     difference, relative = drift(expected, found)
     figures: dict[str, Any] = {"max_abs_diff": difference, "relative_diff": relative}
@@ -90,13 +90,13 @@ def hash_adapter(adapter: Path) -> dict[str, str]:
 
 
 def table(certificate: dict[str, Any]) -> str:
-    """The figures for the terminal: a line for each model, then what they were measured on."""
+    """The figures as a table: a line for each model, then what they were measured on."""
     figures, kind = certificate["figures"], certificate["base"]["kind"]
     both = len(figures["bases"]) > 1  # an adapter of a quantised run has two bases: the original, and what it saw
     names = {"16bit": "original base", "dequantized": "base as training saw it"} if both else {kind: "base"}
     rows = []
-    for each, arms in figures["bases"].items():
-        rows += [_row(names[each], arms["base"]), _row("  with the adapter", arms["adapter"])]
+    for each, found in figures["bases"].items():
+        rows += [_row(names[each], found["base"]), _row("  with the adapter", found["adapter"])]
     rows.append(_row("merged, reloaded", figures["merged"], figures["merged"]["against"][kind]))
     if both:
         (other,) = figures["bases"].keys() - {kind}
@@ -115,8 +115,8 @@ def table(certificate: dict[str, Any]) -> str:
     return "\n".join([*lines, f"measured on {what}"])
 
 
-def _row(name: str, arm: dict[str, Any], beside: dict[str, Any] | None = None) -> tuple[str, str, str, str]:
-    measured = f"{arm['perplexity']:.3f}" if arm.get("perplexity") is not None else ""
+def _row(name: str, figures: dict[str, Any], beside: dict[str, Any] | None = None) -> tuple[str, str, str, str]:
+    measured = f"{figures['perplexity']:.3f}" if figures.get("perplexity") is not None else ""
     if beside is None:
         return name, measured, "", ""
     equal, of = ("equal_tokens", "tokens") if "tokens" in beside else ("equal_classes", "classes")

@@ -1,7 +1,7 @@
-"""Adapter directory -> merged model directory, checked by reloading it.
+"""Merges an adapter directory into a model directory, and checks the result by reloading it.
 
-A merge that nobody looked at is a guess (peft#2321, unsloth#2142): the model is written, loaded again by a process
-that knows nothing of adapters, and its logits are compared with those of the adapter model.
+An unchecked merge may be wrong (peft#2321, unsloth#2142). So the merged model is written, loaded again by plain
+Transformers in another process, and its logits are compared with those of the adapter model.
 """
 
 import json
@@ -26,7 +26,7 @@ from plainlora.lora.inject import disabled
 from plainlora.lora.load import load_adapter
 from plainlora.lora.merge import merge
 from plainlora.merging.certificate import CERTIFICATE, Answers, agreement, hash_adapter, hash_files, perplexity
-from plainlora.merging.probes import NEW_TOKENS, PROMPTS, Probes, classifier_probes, language_probes
+from plainlora.merging.eval_prompts import NEW_TOKENS, PROMPTS, EvalPrompts, classifier_prompts, language_prompts
 from plainlora.merging.reload import ask
 from plainlora.report import package_versions, write_json
 from plainlora.resources.memory import free_memory
@@ -44,28 +44,29 @@ from plainlora.run.adapter_base import (
 from plainlora.run.folder import is_merged_model
 from plainlora.settings.checks import check_writable
 
-# Largest |difference| of a logit over the largest |logit|. fp32: the sum of products is merely reordered. Half
-# precision rounds each merged weight once, a relative error of 2^-11 (fp16) or 2^-8 (bf16) that adds up over layers.
+# Largest |difference| of a logit divided by the largest |logit|. In fp32 only the order of sums differs. In half
+# precision each merged weight is rounded once, by 2^-11 (fp16) or 2^-8 (bf16) relative, which adds up over layers.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 SPARE = 0.25  # of the model's size, for the logits and caches of its answers
 
-# What only sampling reads. Published configs set some of it beside do_sample=false, and cannot be saved once changed.
+# Options for sampling only. Published generation configs set some of them with do_sample=false, and then Transformers
+# refuses to save them once they are changed.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 @dataclass
 class MergeResult:
-    """What `merge_adapter` found.
+    """The result of `merge_adapter`.
 
     Attributes:
         max_abs_diff: Largest difference between a logit of the adapter model and of the reloaded merged model.
-        relative_diff: The same over the largest logit (dimensionless).
-        tolerance: What `relative_diff` was held to.
-        dtype: Precision of the merged weights.
-        auto_class: What loads the merged model.
+        relative_diff: The same divided by the largest logit (dimensionless).
+        tolerance: The bound of `relative_diff`.
+        dtype: The dtype of the merged weights.
+        auto_class: The Auto class that loads the merged model.
         certificate: The content of `certificate.json`.
-        warnings: What the person who merges should know.
+        warnings: Warnings for the user.
     """
 
     max_abs_diff: float
@@ -78,11 +79,11 @@ class MergeResult:
 
 
 def merging_device(skeleton: PreTrainedModel | None, dtype: torch.dtype | str) -> torch.device:
-    """The GPU, if the model and what it computes fit into its free memory; else the CPU.
+    """The GPU, if the model and its activations fit into the free memory; else the CPU.
 
     Args:
-        skeleton: The base on the `meta` device, in the type that its config says; `None` if it is unknown.
-        dtype: Of the merged weights; `"auto"` for the config's.
+        skeleton: The base on the meta device, in its config's dtype; `None` if it is unknown.
+        dtype: The dtype of the merged weights; `"auto"` for the config's.
     """
     cpu = torch.device("cpu")
     if skeleton is None or not torch.cuda.is_available():
@@ -95,12 +96,12 @@ def merging_device(skeleton: PreTrainedModel | None, dtype: torch.dtype | str) -
 
 
 def _ask_reloaded(
-    directory: Path, probes: Probes, device: torch.device, quantization: dict[str, Any] | None = None
+    directory: Path, eval_prompts: EvalPrompts, device: torch.device, quantization: dict[str, Any] | None = None
 ) -> dict[str, torch.Tensor]:
-    """The answers of a saved model, from a process in which plain Transformers loads it, quantised if so asked."""
+    """The answers of a saved model, which plain Transformers loads in another process, quantised if asked."""
     with tempfile.TemporaryDirectory() as scratch:
         questions, answers = Path(scratch) / "questions.json", Path(scratch) / "answers.safetensors"
-        asked = probes.questions | {"device": str(device), "quantization_config": quantization}
+        asked = eval_prompts.questions | {"device": str(device), "quantization_config": quantization}
         questions.write_text(json.dumps(asked), encoding="utf-8")
         program = Path(__file__).with_name("reload.py")
         command = [sys.executable, str(program), str(directory), str(questions), str(answers)]
@@ -111,12 +112,12 @@ def _ask_reloaded(
 
 
 def _write_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    # The pad token is the tokenizer's in all three files; in training TRL sees to that.
+    # The pad token is the tokenizer's in all three files, as after training with TRL.
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         ends, own = generation.eos_token_id, tokenizer.eos_token_id
-        # A list names several tokens that end an answer, as Llama 3 and Qwen have them: none may be lost.
+        # A list has several tokens that end an answer, as in Llama 3 and Qwen; all are kept.
         generation.eos_token_id = list(dict.fromkeys([*ends, own])) if isinstance(ends, list) else own
         generation.pad_token_id = tokenizer.pad_token_id
         if not generation.do_sample:
@@ -128,7 +129,7 @@ def _write_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, di
 
 
 def _check_output(output: Path, sources: dict[str, Path], overwrite: bool) -> None:
-    """The output may not replace what it is made of, nor, unasked, a merged model, nor ever anything else."""
+    """Checks that the output replaces nothing but an earlier merged model, and that only with `overwrite`."""
     for what, source in sources.items():
         if source.exists() and source.resolve().is_relative_to(output):
             raise UserError(f"--output {output} holds the {what}; give a folder of its own")
@@ -143,19 +144,19 @@ def _check_output(output: Path, sources: dict[str, Path], overwrite: bool) -> No
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """The answers on one base.
+class _Outputs:
+    """The answers of a base with and without the adapter.
 
     Attributes:
-        base: The base's.
-        adapter: The adapter model's.
+        base: The answers of the base.
+        adapter: The answers of the adapter model.
     """
 
     base: Answers
     adapter: Answers
 
     def figures(self) -> dict[str, Any]:
-        """Perplexities, and how far the adapter moves the base."""
+        """Both perplexities, and the difference that the adapter makes."""
         effect = agreement(self.base, self.adapter)
         return {
             "base": perplexity(self.base),
@@ -163,14 +164,14 @@ class _Asked:
         }
 
 
-def _ask_both(model: PreTrainedModel, probes: Probes) -> _Asked:
+def _ask_both_models(model: PreTrainedModel, eval_prompts: EvalPrompts) -> _Outputs:
     with disabled(model):
-        base = ask(model, probes.questions)
-    return _Asked(base, ask(model, probes.questions))
+        base = ask(model, eval_prompts.questions)
+    return _Outputs(base, ask(model, eval_prompts.questions))
 
 
-def _beside(answers: Answers, asked: dict[BaseKind, _Asked]) -> dict[str, Any]:
-    """A whole model's figures: its perplexity, and how far it is from the adapter model on every base."""
+def _beside(answers: Answers, asked: dict[BaseKind, _Outputs]) -> dict[str, Any]:
+    """The figures of a merged model: its perplexity, and its difference from the adapter model on every base."""
     against = {kind: agreement(each.adapter, answers) for kind, each in asked.items()}
     return perplexity(answers) | {"against": against}
 
@@ -182,31 +183,33 @@ def _merge_into(
     kind: BaseKind,
     dtype: torch.dtype | str,
     device: torch.device,
-    probes: Probes,
+    eval_prompts: EvalPrompts,
     output: Path,
-) -> tuple[torch.dtype, Probes, _Asked]:
-    """Loads, asks, merges and writes. When it returns, this process holds no model.
+) -> tuple[torch.dtype, EvalPrompts, _Outputs]:
+    """Loads base and adapter, evaluates both, merges and writes. When it returns, this process holds no model.
 
     Returns:
-        The model's precision, the probes with the adapter model's answers, and what base and adapter made of them.
+        The model's dtype, the prompts with the adapter model's answers, and the outputs of base and adapter.
     """
     model = load_adapter(load_base_of(adapter, base, kind, dtype, device), adapter)
     check_disk(output.parent, sum(parameter.nbytes for parameter in model.parameters()), f"the merged model {output}")
     merged_dtype, tokenizer = next(model.parameters()).dtype, load_tokenizer_of(adapter, base)
-    if probes.prompts:
-        probes = probes.with_answers(tokenizer, generate(model, tokenizer, probes.prompts, NEW_TOKENS))
-    asked = _ask_both(model, probes)
+    if eval_prompts.prompts:
+        eval_prompts = eval_prompts.with_answers(
+            tokenizer, generate(model, tokenizer, eval_prompts.prompts, NEW_TOKENS)
+        )
+    asked = _ask_both_models(model, eval_prompts)
     _write_merged(merge(model), tokenizer, directory)
     del model
-    release_memory()  # the base is gone before the merged model is loaded elsewhere
-    return merged_dtype, probes, asked
+    release_memory()  # before the other process loads the merged model
+    return merged_dtype, eval_prompts, asked
 
 
 def _check_drift(relative_diff: float, dtype: torch.dtype) -> float:
-    """The tolerance, which the difference between reloaded and adapter model is within.
+    """The tolerance of the difference between the reloaded and the adapter model.
 
     Raises:
-        UserError: It is not.
+        UserError: The difference exceeds it.
     """
     tolerance = TOLERANCES.get(dtype, 1e-5)
     if not relative_diff <= tolerance:
@@ -224,25 +227,57 @@ def _ask_quantized_run(
     other: BaseKind,
     dtype: torch.dtype | str,
     device: torch.device,
-    probes: Probes,
+    eval_prompts: EvalPrompts,
     directory: Path,
-) -> tuple[_Asked, Answers]:
-    """For an adapter trained through 4 or 8 bits: what else there is to compare with.
+) -> tuple[_Outputs, Answers]:
+    """Further comparisons for an adapter that was trained on a quantised base.
 
     Returns:
-        The answers on the base that was not merged into, and those of the merged weights rounded to training's own
-        few bits, which is what merging into quantised weights would give.
+        The outputs on the other base (original or dequantised), and the answers of the merged weights quantised as in
+        training, which is what merging into quantised weights would give.
     """
     model = load_adapter(load_base_of(adapter, base, other, dtype, device), adapter)
-    asked = _ask_both(model, probes)
+    asked = _ask_both_models(model, eval_prompts)
     del model
     release_memory()
-    return asked, _ask_reloaded(directory, probes, device, training_quantization(adapter))
+    return asked, _ask_reloaded(directory, eval_prompts, device, training_quantization(adapter))
 
 
 def _without_values(identity: dict[str, Any]) -> dict[str, Any]:
-    """A base's description, as far as it says more to a reader than to `find_difference`."""
+    """A base's description without the numbers that only `find_difference` needs."""
     return {name: value for name, value in identity.items() if name != "values"}
+
+
+def _certificate(
+    adapter: Path,
+    found: Base,
+    base: BaseKind,
+    merged: dict[str, Any],
+    figures: dict[str, Any],
+    tolerance: float,
+    eval_prompts: EvalPrompts,
+) -> dict[str, Any]:
+    """The content of `certificate.json`; `merged` describes the merged model's files."""
+    return {
+        "adapter": {"folder": str(adapter), "sha256": hash_adapter(adapter)},
+        "base": {
+            "kind": base,
+            "identity": _without_values(found.identity),
+            "trained_on": found.trained_on and _without_values(found.trained_on),
+            "warning": found.warning,
+            "quantization_config": training_quantization(adapter),
+        },
+        "merged": merged,
+        "figures": figures,
+        "tolerance": tolerance,
+        "measured_on": {
+            "prompts": list(PROMPTS) if eval_prompts.prompts else [],
+            "text": eval_prompts.source,
+            "rows": eval_prompts.rows,
+            "tokens": eval_prompts.tokens,
+        },
+        "versions": package_versions(),
+    }
 
 
 def merge_adapter(
@@ -256,27 +291,27 @@ def merge_adapter(
     base_model: str | None = None,
     allow_other_base: bool = False,
 ) -> MergeResult:
-    """Merges, saves, reloads, compares, certifies. The output appears only if the comparison holds.
+    """Merges an adapter into its base, saves the model, and compares the reloaded model with the adapter model.
 
-    At most one model is in memory at a time.
+    The output is written only if the two agree. At most one model is in memory at a time.
 
     Args:
         adapter: Folder of the adapter, with its tokenizer.
-        output: Folder for the merged model; it must not exist yet or be empty, unless `overwrite`.
-        base: Which base to merge into.
-        dtype: Precision of the merged weights; `"auto"` for the base checkpoint's.
-        overwrite: Whether an earlier merged model there is replaced. Anything else there is left alone.
-        text: A text file to take perplexity on; see `plainlora.merging.probes`.
+        output: Folder for the merged model; it must be missing or empty, unless `overwrite`.
+        base: The base to merge into.
+        dtype: The dtype of the merged weights; `"auto"` for the base checkpoint's.
+        overwrite: Whether an earlier merged model there is replaced. Nothing else is ever replaced.
+        text: A text file on which to measure perplexity; see `plainlora.merging.eval_prompts`.
         base_model: See `plainlora.run.adapter_base.find_base`.
-        allow_other_base: Likewise.
+        allow_other_base: See `plainlora.run.adapter_base.find_base`.
 
     Raises:
-        UserError: The base cannot be had or is another one, the output is in the way, the disk is too small, or the
-            merged model differs too much.
-        LoRAError: The adapter cannot be read or does not fit.
+        UserError: The base cannot be loaded or is another one, the output cannot be written, the disk is too small, or
+            the merged model differs too much.
+        LoRAError: The adapter cannot be read or does not fit the base.
     """
     check_writable(str(output), "--output")
-    adapter, output = Path(adapter), Path(output).resolve()  # `.` has no name to rename to
+    adapter, output = Path(adapter), Path(output).resolve()  # `.` cannot be renamed
     check_writable(str(output.parent), "--output")
     found = find_base(adapter, base_model, allow_other_base)
     _check_output(output, {"adapter": adapter, "base model": Path(found.name).expanduser()}, overwrite)
@@ -284,51 +319,34 @@ def merge_adapter(
     check_mergeable(found.name, config)
     tokenizer = load_tokenizer_of(adapter, found)
     is_classifier = class_labels(adapter) is not None
-    make_probes = classifier_probes if is_classifier else language_probes
-    probes = make_probes(tokenizer, context_length(config), text, read_run(adapter))
+    make_prompts = classifier_prompts if is_classifier else language_prompts
+    eval_prompts = make_prompts(tokenizer, context_length(config), text, read_run(adapter))
     device = merging_device(skeleton_of(adapter, found), dtype)
     with staged(output) as scratch:
-        merged_dtype, probes, chosen = _merge_into(scratch, adapter, found, base, dtype, device, probes, output)
-        merged = _ask_reloaded(scratch, probes, device)
+        merged_dtype, eval_prompts, chosen = _merge_into(
+            scratch, adapter, found, base, dtype, device, eval_prompts, output
+        )
+        merged = _ask_reloaded(scratch, eval_prompts, device)
         drift = agreement(chosen.adapter, merged)
         tolerance = _check_drift(drift["relative_diff"], merged_dtype)
         asked = {base: chosen}
         figures: dict[str, Any] = {}
-        quantization = training_quantization(adapter)
-        if quantization is not None:
+        if training_quantization(adapter) is not None:
             other: BaseKind = "dequantized" if base == "16bit" else "16bit"
             try:
-                asked[other], rounded = _ask_quantized_run(adapter, found, other, dtype, device, probes, scratch)
+                asked[other], rounded = _ask_quantized_run(adapter, found, other, dtype, device, eval_prompts, scratch)
                 figures["requantized"] = _beside(rounded, asked)
-            except (UserError, LoRAError, RuntimeError) as error:  # this machine may lack what quantising needs
+            except (UserError, LoRAError, RuntimeError) as error:  # such as a missing bitsandbytes
                 figures["not_measured"] = " ".join(str(error).split())
         figures["bases"] = {kind: each.figures() for kind, each in asked.items()}
         figures["merged"] = _beside(merged, asked)
         auto_class = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
-        certificate = {
-            "adapter": {"folder": str(adapter), "sha256": hash_adapter(adapter)},
-            "base": {
-                "kind": base,
-                "identity": _without_values(found.identity),
-                "trained_on": found.trained_on and _without_values(found.trained_on),
-                "warning": found.warning,
-                "quantization_config": quantization,
-            },
-            "merged": {
-                "dtype": str(merged_dtype).removeprefix("torch."),
-                "auto_class": auto_class,
-                "sha256": hash_files(scratch),
-            },
-            "figures": figures,
-            "tolerance": tolerance,
-            "measured_on": {
-                "prompts": [] if is_classifier else list(PROMPTS),
-                "text": probes.source,
-                "rows": probes.rows,
-                "tokens": probes.tokens,
-            },
-            "versions": package_versions(),
+        files = {
+            "dtype": str(merged_dtype).removeprefix("torch."),
+            "auto_class": auto_class,
+            "sha256": hash_files(scratch),
         }
+        certificate = _certificate(adapter, found, base, files, figures, tolerance, eval_prompts)
         write_json(scratch / CERTIFICATE, certificate)
     warnings = [found.warning] if found.warning else []
     if figures["bases"][base]["adapter"]["against_base"]["max_abs_diff"] == 0:

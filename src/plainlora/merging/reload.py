@@ -1,7 +1,7 @@
-"""Loads a merged model as a stranger would, with plain Transformers, and writes what it answers.
+"""Loads a merged model with plain Transformers alone, and writes its answers.
 
-Run as a file, `python reload.py MODEL QUESTIONS ANSWERS`, so that nothing of this package is imported. The models of
-this process are asked by the same `ask`, so that only the models differ.
+It is run as a file, `python reload.py MODEL QUESTIONS ANSWERS`, so that nothing of this package is imported. Models in
+the parent process are evaluated by the same `ask`, so that only the models differ.
 """
 
 import json
@@ -18,26 +18,26 @@ from transformers import AutoConfig, BitsAndBytesConfig
 
 @torch.no_grad()
 def ask(model: nn.Module, questions: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What a model makes of some token ids.
+    """Runs a model on prompts and texts.
 
     Args:
-        model: A causal language model or a sequence classifier of Transformers, with an adapter or without.
-        questions: `probes`: rows of `input_ids`, for a language model with the `start` of an answer in them. `texts`:
-            rows of `input_ids` and `labels`, of which -100 does not count.
+        model: A causal language model or a sequence classifier of Transformers, with or without an adapter.
+        questions: `prompts`: rows of `input_ids`, for a language model with the `start` of the answer in them.
+            `texts`: rows of `input_ids` and `labels`, where -100 is ignored.
 
     Returns:
-        `logits.N` of probe N in fp32, `(1, tokens, vocabulary)` or `(1, classes)`; `tokens.N`, the likeliest token at
-        every place of its answer and after it, `(tokens - start + 1,)`; `losses`, for every text its summed
-        cross-entropy in nats and its tokens that count, `(texts, 2)` in fp64.
+        `logits.N` of prompt N in fp32, `(1, tokens, vocabulary)` or `(1, classes)`; `tokens.N`, the likeliest token at
+        every position of its answer and after it, `(tokens - start + 1,)`; `losses`, the summed cross-entropy in nats
+        and the number of labels of every text, `(texts, 2)` in fp64.
     """
     model.eval()
     device = next(model.parameters()).device
     answers = {}
-    for number, probe in enumerate(questions["probes"]):
-        logits = model(input_ids=torch.tensor([probe["input_ids"]], device=device)).logits.float().cpu().contiguous()
+    for number, prompt in enumerate(questions["prompts"]):
+        logits = model(input_ids=torch.tensor([prompt["input_ids"]], device=device)).logits.float().cpu().contiguous()
         answers[f"logits.{number}"] = logits
-        if "start" in probe:
-            answers[f"tokens.{number}"] = logits[0, probe["start"] - 1 :].argmax(-1)
+        if "start" in prompt:
+            answers[f"tokens.{number}"] = logits[0, prompt["start"] - 1 :].argmax(-1)
     losses = [_loss(model, text, device) for text in questions["texts"]]
     answers["losses"] = torch.tensor(losses, dtype=torch.float64).reshape(-1, 2)
     return answers

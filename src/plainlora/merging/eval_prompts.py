@@ -1,4 +1,4 @@
-"""What base, adapter and merged model are asked, as token ids: a few prompts, and some text to be surprised by."""
+"""The prompts and texts on which base, adapter and merged model are compared, as token ids."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -27,23 +27,23 @@ PASSAGE = (
     "Bread needs flour, water, salt and time. The dough rises overnight in a cool room, and in the morning it is "
     "folded once more and baked until the crust sounds hollow.",
 )
-NEW_TOKENS = 16  # of every answer, at most
-ROWS = 64  # of test rows, at most
+NEW_TOKENS = 16  # at most, of every answer
+ROWS = 64  # at most, of the test rows
 LONGEST = 256  # tokens of a row
-MOST = 1024  # tokens of all test rows: a large model on a processor reads a few of them a second
-MOST_GIVEN = 4096  # tokens of a text that was asked for
+MOST = 1024  # tokens of all test rows; a large model on a CPU processes a few tokens a second
+MOST_GIVEN = 4096  # tokens of a text given by the user
 
 
 @dataclass(frozen=True)
-class Probes:
-    """What is asked of every model.
+class EvalPrompts:
+    """The inputs of every model.
 
     Attributes:
-        questions: For `plainlora.merging.reload.ask`.
-        source: Where the text comes from, in a few words.
-        rows: Rows of the text.
-        tokens: Tokens of it whose loss is taken; for a classifier, its tokens.
-        prompts: Rendered, for a language model to answer; see `with_answers`.
+        questions: The inputs of `plainlora.merging.reload.ask`.
+        source: The source of the text, for a message.
+        rows: Number of rows of the text.
+        tokens: Number of tokens whose loss is measured; for a classifier, of all tokens.
+        prompts: Rendered prompts for a language model to answer; see `with_answers`.
     """
 
     questions: dict[str, Any]
@@ -52,20 +52,20 @@ class Probes:
     tokens: int
     prompts: tuple[str, ...] = ()
 
-    def with_answers(self, tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> "Probes":
-        """The same with one model's answers to the prompts, along which all models are compared token by token.
+    def with_answers(self, tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> "EvalPrompts":
+        """Adds one model's answers to the prompts, along which all models are compared token by token.
 
-        A model whose likeliest token is the same everywhere gives the same greedy answer.
+        A model with the same likeliest token at every position gives the same greedy answer.
         """
-        followed = answered(tokenizer, self.prompts, answers)["probes"]
-        return replace(self, questions=self.questions | {"probes": followed})
+        prompts = answered(tokenizer, self.prompts, answers)["prompts"]
+        return replace(self, questions=self.questions | {"prompts": prompts})
 
 
 def read_text(path: str | Path) -> list[str]:
     """The lines of a text file that are not blank.
 
     Raises:
-        UserError: There is no such file, it is no text, or all its lines are blank.
+        UserError: The file is missing or not text, or all its lines are blank.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -77,17 +77,17 @@ def read_text(path: str | Path) -> list[str]:
     return lines
 
 
-def language_probes(
+def language_prompts(
     tokenizer: PreTrainedTokenizerBase, context: int | None, text: str | Path | None, run: dict[str, Any]
-) -> Probes:
-    """What a causal language model is asked.
+) -> EvalPrompts:
+    """The prompts and texts for a causal language model.
 
     Args:
-        tokenizer: The adapter's, with training's template.
-        context: Longest sequence of the model, in tokens.
-        text: A text file whose perplexity is taken; if left out, the run's test rows are, if they can be had again,
-            and else a built-in passage.
-        run: The `run.json` of the adapter's training, or nothing.
+        tokenizer: The adapter's tokenizer, with its chat template.
+        context: The model's context length, in tokens.
+        text: A text file on which to measure perplexity; if left out, the run's test rows are used if they can be read
+            again, else a built-in passage.
+        run: The adapter's `run.json`; empty if there is none.
 
     Raises:
         UserError: The text cannot be read.
@@ -102,33 +102,33 @@ def language_probes(
         most = MOST
     chosen = _first(rows, longest, most)
     prompts = tuple(render_prompt(prompt, tokenizer) for prompt in PROMPTS)
-    questions = {"probes": [], "texts": chosen}
-    return Probes(questions, source, len(chosen), sum(_trained(row) for row in chosen), prompts)
+    questions = {"prompts": [], "texts": chosen}
+    return EvalPrompts(questions, source, len(chosen), sum(_trained(row) for row in chosen), prompts)
 
 
-def classifier_probes(
+def classifier_prompts(
     tokenizer: PreTrainedTokenizerBase, context: int | None, text: str | Path | None, run: dict[str, Any]
-) -> Probes:
-    """What a classifier is asked: every text is a probe. Arguments and errors are those of `language_probes`."""
+) -> EvalPrompts:
+    """The texts for a classifier. Arguments and errors are those of `language_prompts`."""
     if text is not None:
         source, texts = f"the lines of {text}", read_text(text)
     else:
         source, texts = _test_texts(run) or ("built-in sentences", [*PROMPTS, *PASSAGE])
     longest = min(LONGEST, context or LONGEST, (run.get("arguments") or {}).get("max_length") or LONGEST)
-    probes, _ = tokenize_texts(texts[:ROWS], tokenizer, longest)
-    questions = {"probes": [{"input_ids": ids} for ids in probes], "texts": []}
-    return Probes(questions, source, len(probes), sum(map(len, probes)))
+    rows, _ = tokenize_texts(texts[:ROWS], tokenizer, longest)
+    questions = {"prompts": [{"input_ids": ids} for ids in rows], "texts": []}
+    return EvalPrompts(questions, source, len(rows), sum(map(len, rows)))
 
 
 def answered(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
-    """Questions for `ask` of `reload.py`: rendered prompts and their answers, both as probes and as texts."""
-    probes, texts = [], []
+    """Inputs of `reload.ask` from rendered prompts and their answers: each both as a prompt and as a text."""
+    rows, texts = [], []
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = _ids(prompt, tokenizer)
         end = _ids(answer + str(tokenizer.eos_token or ""), tokenizer)
-        probes.append({"input_ids": ids + _ids(answer, tokenizer), "start": len(ids)})
+        rows.append({"input_ids": ids + _ids(answer, tokenizer), "start": len(ids)})
         texts.append({"input_ids": ids + end, "labels": [IGNORED] * len(ids) + end})
-    return {"probes": probes, "texts": texts}
+    return {"prompts": rows, "texts": texts}
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -136,7 +136,7 @@ def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _windows(text: str, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[dict[str, list[int]]]:
-    """One text, cut every `longest` tokens."""
+    """A text cut into pieces of `longest` tokens."""
     ids = list(tokenizer(text, verbose=False).input_ids)
     pieces = [ids[start : start + longest] for start in range(0, len(ids), longest)]
     return [{"input_ids": piece, "labels": piece} for piece in pieces]
@@ -147,7 +147,7 @@ def _plain(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[dic
 
 
 def _first(rows: Iterable[dict[str, list[int]]], longest: int, most: int) -> list[dict[str, list[int]]]:
-    """Rows until `most` tokens are reached, each cut; those without a token to predict are left out."""
+    """The first rows up to `most` tokens, each cut to `longest`; rows without a token to predict are left out."""
     chosen: list[dict[str, list[int]]] = []
     for row in rows:
         cut = {key: list(row[key][:longest]) for key in ("input_ids", "labels")}
@@ -163,66 +163,65 @@ def _trained(row: dict[str, list[int]]) -> int:
 
 
 def _spread(rows: Dataset) -> Dataset:
-    """Rows from all over a data set, which may be sorted by class."""
+    """Evenly spaced rows of a data set, which may be sorted by class."""
     return rows.select(range(0, len(rows), max(1, len(rows) // ROWS))[:ROWS])
 
 
 def _test_rows(
     run: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, Iterable[dict[str, list[int]]]] | None:
-    """The run's own test rows, read again as its arguments say; `None` if they cannot be had."""
+    """The run's own test rows, read again by its recorded arguments; `None` if they cannot be read."""
     try:
-        told = run["arguments"]
-        name = str(told["dataset_name"])
+        arguments = run["arguments"]
+        name = str(arguments["dataset_name"])
         _, test = load_train_and_test(
             name,
-            config=told["dataset_config"],
-            train_split=told["dataset_train_split"],
-            test_split=told["dataset_test_split"],
-            test_name=told["eval_dataset_name"],
-            test_split_size=told["test_split_size"],
+            config=arguments["dataset_config"],
+            train_split=arguments["dataset_train_split"],
+            test_split=arguments["dataset_test_split"],
+            test_name=arguments["eval_dataset_name"],
+            test_split_size=arguments["test_split_size"],
             max_train_rows=None,
-            seed=told["seed"],
+            seed=arguments["seed"],
         )
         if test is None:
             return None
-        schema = find_schema(test, told["dataset_text_field"], name)
-        answers_only = trains_answers_only(schema, told["completion_only_loss"])
-        encode = Encoder(
-            tokenizer, schema, told["dataset_text_field"], answers_only, bool(bool(told.get("assistant_only_loss")))
-        )
-        return f"test rows of {told['eval_dataset_name'] or name}", [encode(row) for row in _spread(test)]
+        schema = find_schema(test, arguments["dataset_text_field"], name)
+        answers_only = trains_answers_only(schema, arguments["completion_only_loss"])
+        assistant_only = bool(arguments.get("assistant_only_loss"))
+        encode = Encoder(tokenizer, schema, arguments["dataset_text_field"], answers_only, assistant_only)
+        return f"test rows of {arguments['eval_dataset_name'] or name}", [encode(row) for row in _spread(test)]
     except (UserError, KeyError, TypeError):
         return None
 
 
 def _test_texts(run: dict[str, Any]) -> tuple[str, list[str]] | None:
-    """The test texts of a classifier's run, likewise."""
+    """The test texts of a classifier's run, read again by its recorded arguments; `None` if they cannot be read."""
     try:
-        told = run["arguments"]
-        name = str(told["dataset_name"])
+        arguments = run["arguments"]
+        name = str(arguments["dataset_name"])
         read = load_labelled(
             name,
-            config=told["dataset_config"],
-            train_split=told["dataset_train_split"],
-            validation_split=told["dataset_validation_split"],
-            test_split=told["dataset_test_split"],
-            validation_name=told["validation_dataset_name"],
-            test_name=told["eval_dataset_name"],
-            validation_size=told["validation_split_size"],
-            test_size=told["test_split_size"],
-            columns=told["dataset_columns"],
-            text_column=told["text_column"],
-            label_column=told["label_column"],
-            labels=told["labels"],
-            balance=told["balance_classes"],
-            on_empty=told["on_empty"],
-            max_train_rows=told["max_train_rows"],
-            max_eval_rows=told["max_eval_rows"],
-            seed=told["seed"] if told["data_seed"] is None else told["data_seed"],
+            config=arguments["dataset_config"],
+            train_split=arguments["dataset_train_split"],
+            validation_split=arguments["dataset_validation_split"],
+            test_split=arguments["dataset_test_split"],
+            validation_name=arguments["validation_dataset_name"],
+            test_name=arguments["eval_dataset_name"],
+            validation_size=arguments["validation_split_size"],
+            test_size=arguments["test_split_size"],
+            columns=arguments["dataset_columns"],
+            text_column=arguments["text_column"],
+            label_column=arguments["label_column"],
+            labels=arguments["labels"],
+            balance=arguments["balance_classes"],
+            on_empty=arguments["on_empty"],
+            max_train_rows=arguments["max_train_rows"],
+            max_eval_rows=arguments["max_eval_rows"],
+            seed=arguments["seed"] if arguments["data_seed"] is None else arguments["data_seed"],
         )
     except (UserError, KeyError, TypeError):
         return None
     if read.test is None:
         return None
-    return f"test rows of {told['eval_dataset_name'] or name}", list(_spread(read.test)["text"])
+    return f"test rows of {arguments['eval_dataset_name'] or name}", list(_spread(read.test)["text"])
