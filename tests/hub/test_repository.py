@@ -179,8 +179,8 @@ def test_a_branch_and_a_private_repository(terminal: Terminal, small_adapter: Pa
         ("ann/it", {"HF_TOKEN": TOKEN[:9] + "\n" + TOKEN[9:]}, "holds characters that no token has"),
         ("", {}, "the repository's name is empty; give USER/NAME"),
         ("ann/it", {"HF_TOKEN": READER}, "the Hub's token of ann may only read; make one that may write at http"),
-        ("bob/it", {}, "the repository bob/it cannot be had: the token may not write there"),
-        ("bob/new", {}, "the repository bob/new cannot be had: the token may not write there"),
+        ("bob/it", {}, "the repository bob/it cannot be used: the token may not write there"),
+        ("bob/new", {}, "the repository bob/new cannot be used: the token may not write there"),
         ("a/b/c", {}, "is no name of a repository"),
     ],
 )
@@ -249,7 +249,7 @@ def test_a_server_that_is_no_hub_is_told_from_one(
 ) -> None:
     terminal.hub.faults.append(Fault(method, path, times=100, status=200, body=body))
     line = terminal.refused(adapter, "ann/adapter")
-    assert f"the server at {terminal.address} gave an answer that is none of a Hub's; is HF_ENDPOINT right" in line
+    assert f"the server at {terminal.address} does not answer as a Hub; check HF_ENDPOINT" in line
 
 
 def test_a_token_among_the_words_of_a_tensor_file_is_not_published(terminal: Terminal, adapter: Path) -> None:
@@ -362,7 +362,7 @@ def the_last_line(outcome: Outcome) -> str:
     [
         (["--hub_base_model", BASE], {"HF_TOKEN": None}, "the Hub needs a token, and there is none"),
         (["--hub_base_model", BASE], {"HF_TOKEN": "hf_wrong"}, "the Hub does not accept the token"),
-        (["--hub_base_model", BASE, "--hub_model_id", "bob/it"], {}, "the repository bob/it cannot be had: the to"),
+        (["--hub_base_model", BASE, "--hub_model_id", "bob/it"], {}, "the repository bob/it cannot be used: the to"),
         ([], {}, "a folder of this disk; give its Hub id with --hub_base_model"),
         (["--hub_base_model", BASE, "--hub_strategy", "every_save"], {}, "hub_strategy every_save: checkpoints"),
     ],

@@ -1,1 +1,1 @@
-"""What is published, and how."""
+"""Publishes a run on the Hub: its model card, its files, and the push."""

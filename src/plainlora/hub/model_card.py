@@ -17,14 +17,14 @@ from plainlora.run.folder import PICTURES
 from plainlora.settings.arguments import SFTArguments
 from plainlora.settings.programs import ClassifySettings, SFTSettings
 
-HERE = "PATH OR HUB ID OF THIS MODEL"  # what loading examples say until the model is published
+HERE = "PATH OR HUB ID OF THIS MODEL"  # in loading examples until the model is published
 
-# Figures that tell how good the weights are, and of how many rows. What they cost stands in all_results.json alone.
+# Figures of quality, and the numbers of rows. Figures of cost are only in all_results.json.
 QUALITY = re.compile("loss|perplexity|accuracy|f1|exact_match|max_abs_diff|_rows$")
 
 
 def _show(value: Any) -> str:
-    if isinstance(value, bool):  # an int too, to Python
+    if isinstance(value, bool):  # a subclass of int
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
@@ -34,14 +34,14 @@ def _table(values: dict[str, Any]) -> str:
 
 
 def _base_weights(model: ModelConfig) -> str | None:
-    """How the base was stored in training; a quantised base's `dtype` says nothing of that."""
+    """How the base was stored in training."""
     if model.load_in_4bit:
         return f"4-bit {model.bnb_4bit_quant_type}"
     return "8-bit" if model.load_in_8bit else model.dtype
 
 
 def _template_sentence(output_dir: str | Path, recipe: SFTArguments, training: SFTConfig) -> str:
-    """What renders prompts. It speaks of conversations only: rows of plain text pass the template by."""
+    """A sentence about the chat template, if there is one. It is not applied to rows of plain text."""
     if not (Path(output_dir) / "chat_template.jinja").is_file():
         return "Prompts are plain text: its tokenizer has no chat template."
     template = recipe.prompt_template or training.chat_template_path
@@ -94,14 +94,14 @@ model = pipeline("{task}", "{HERE}")
 
 
 def plain_card(folder: str | Path, library: str, task: str, base: str, figures: dict[str, Any]) -> str:
-    """The card of weights that came without one, such as a merged model's.
+    """The card of weights without one, such as a merged model's.
 
     Args:
-        folder: Where they lie; its name is the title.
+        folder: The folder of the weights; its name is the title.
         library: `peft` for an adapter, `transformers` for a whole model.
-        task: The Hub's name for what the model does, `text-generation` or `text-classification`.
+        task: The Hub's pipeline tag, `text-generation` or `text-classification`.
         base: Hub id of the base.
-        figures: What is known of them, by name; may be empty.
+        figures: Figures by name; may be empty.
 
     Returns:
         The text of a `README.md`.
@@ -177,7 +177,7 @@ def _write(
 def write_sft_card(
     output_dir: str | Path, run: SFTSettings, results: dict[str, Any], samples: Sequence[Sample] = ()
 ) -> None:
-    """The card of an adapter for a causal language model, with sample answers if there are any."""
+    """Writes the card of an adapter for a causal language model, with sample answers if there are any."""
     recipe, script, training, model = run.parts
     base, dataset = str(model.model_name_or_path), str(script.dataset_name)
     settings = _adapter_settings(recipe.lora_backend, model.lora_target_modules, model)
@@ -217,7 +217,7 @@ model = load_adapter(base, "PATH OF THIS ADAPTER")
 
 
 def _head_sentence(head: str, in_base: bool) -> str:
-    """Where the head of an adapter's classifier comes from at a reload."""
+    """A sentence about where the head comes from when the adapter is loaded."""
     if head == "trained whole":
         return "The trained head is saved with the adapter, and PEFT loads both:"
     where = "is the base's own" if in_base else "is saved with the adapter, because the base has none"
@@ -236,14 +236,14 @@ def write_classifier_card(
     lora: LoraConfig | None,
     results: dict[str, Any],
 ) -> None:
-    """The card of a classifier: an adapter with its head, or a whole model.
+    """Writes the card of a classifier: an adapter with its head, or a whole model.
 
     Args:
-        output_dir: Where it goes.
-        run: How it was trained.
-        config: The classifier's, with its classes.
-        lora: The adapter's; `None` for a whole model.
-        results: Flat results; the confusion matrices are left to the picture, and what it cost to all_results.json.
+        output_dir: The run's folder.
+        run: The run's settings.
+        config: The classifier's config, with its classes.
+        lora: The adapter's config; `None` for a whole model.
+        results: Flat results; confusion matrices and figures of cost are left out.
     """
     recipe, script, training, model = run.parts
     base, dataset = str(model.model_name_or_path), str(script.dataset_name)

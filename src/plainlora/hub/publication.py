@@ -1,4 +1,4 @@
-"""What of a folder is published: the files of an allow list, checked, and without a path of the disk they lie on."""
+"""Selects the files of a folder that are published, by an allow list; checks them, and removes local paths."""
 
 import json
 import os
@@ -35,11 +35,11 @@ TOKENIZER = (
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
-PNG = b"\x89PNG\r\n\x1a\n"  # how one begins
+PNG = b"\x89PNG\r\n\x1a\n"  # the beginning of a PNG file
 CERTIFICATE, RUN = "certificate.json", "run.json"
 REPORTS = ("all_results.json", CERTIFICATE, RUN)
 
-# An absolute path of two parts or more inside a text, of which the last is kept. Web addresses have no match.
+# An absolute path of two or more parts inside a text; its last part is kept. Web addresses do not match.
 LOCAL_PATH = re.compile(r"""(?<![\w./:~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\`'"=,;()]+[/\\])+([^\s/\\`'"=,;()]*)""")
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 
@@ -50,14 +50,14 @@ class Publication:
 
     Attributes:
         base: Hub id of its base.
-        files: By their names in the repository: where each lies, or what it is to hold instead of what lies there.
+        files: Each file by its name in the repository: its path, or new content.
     """
 
     base: str
     files: Mapping[str, Path | bytes]
 
     def at(self, repository: str) -> dict[str, Path | bytes]:
-        """The files, with the repository's name where the card says how to load them."""
+        """The files, with the repository's name in the card's loading examples."""
         card = self.files[CARD]
         assert isinstance(card, bytes)
         return {**self.files, CARD: card.replace(HERE.encode(), repository.encode())}
@@ -65,7 +65,7 @@ class Publication:
 
 @dataclass(frozen=True)
 class _Weights:
-    """What kind of weights a folder holds, and in which files."""
+    """The weights of a folder: their library, task, files, config and base."""
 
     library: str
     task: str
@@ -77,16 +77,16 @@ class _Weights:
 def collect_publication(
     folder: str | Path, base_model: str | None = None, base_revision: str | None = None
 ) -> Publication:
-    """Checks a folder and chooses what of it is published. Nothing in the folder changes.
+    """Checks a folder and selects what is published. Nothing in the folder changes.
 
     Args:
         folder: An adapter or a whole model, as training or `plainlora merge` wrote it.
-        base_model: Hub id of the base, where the folder names none, or a path of this disk.
-        base_revision: Branch, tag or commit of an adapter's base, to be named beside it.
+        base_model: Hub id of the base, if the folder names none, or a local path.
+        base_revision: Branch, tag or commit of an adapter's base.
 
     Raises:
-        UserError: There is nothing to publish, or what there is leads out of the folder, is damaged, empty, not
-            finite, without a base that others can load, or described by a card that the Hub would refuse.
+        UserError: There is nothing to publish; a file is a link out of the folder, damaged, empty or not finite; the
+            base has no Hub id; or the Hub would refuse the model card.
         LoRAError: The adapter's files cannot be read.
     """
     folder = Path(folder)
@@ -117,9 +117,9 @@ def collect_publication(
 
 
 def _find_link_outside(folder: Path) -> Path | None:
-    """A link to a file elsewhere, by which whoever wrote the folder could have your files published.
+    """A link to a file outside the folder, which could publish private files.
 
-    A snapshot in the Hub's cache is links to the blobs beside it; these are in their place.
+    Links of a snapshot in the Hub's cache lead to its blobs, and are accepted.
     """
     root = Path(os.path.realpath(folder))
     if root.parent.name == "snapshots":  # .../models--USER--NAME/snapshots/COMMIT
@@ -129,7 +129,7 @@ def _find_link_outside(folder: Path) -> Path | None:
 
 
 def _is_picture(path: Path) -> bool:
-    """Whether there is a PNG, whatever else may be called one."""
+    """Whether a file is a PNG by its content."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -139,9 +139,10 @@ def _is_picture(path: Path) -> bool:
 def _config(
     folder: Path, weights: _Weights, base: str, renamed: bool, base_revision: str | None
 ) -> dict[str, Path | bytes]:
-    """The config: an adapter's with its base on the Hub, a model's as it is but for where it was loaded from.
+    """The config to publish: an adapter's with its base's Hub id, a model's without the path it was loaded from.
 
-    A base that was renamed has no revision but the one that was given. Another's is the commit that training recorded.
+    The revision of an adapter's base is the one given, else the commit that training recorded; not if the base was
+    renamed.
     """
     path = folder / weights.config
     config = _read(path)
@@ -149,13 +150,13 @@ def _config(
         recorded = _find(_optional(folder / RUN), "base", "commit")
         own = None if renamed else recorded or config.get("revision")
         config |= {"base_model_name_or_path": base, "revision": base_revision or own}
-    elif config.pop("_name_or_path", None) is None:  # which older versions of Transformers wrote
+    elif config.pop("_name_or_path", None) is None:  # written by older versions of Transformers
         return {path.name: path}
     return {path.name: _as_json(config)}
 
 
 def _find(content: Any, *keys: str) -> Any:
-    """What stands below the keys; `None` if nothing does."""
+    """The value under nested keys; `None` if there is none."""
     for key in keys:
         content = content.get(key) if isinstance(content, dict) else None
     return content
@@ -177,11 +178,11 @@ def _as_json(content: dict[str, Any]) -> bytes:
 
 
 def _find_adapter(folder: Path) -> _Weights:
-    """An adapter whose names and shapes fit its config.
+    """An adapter whose names and shapes match its config.
 
     Raises:
-        UserError: They do not.
-        LoRAError: There are no weights, or no config of LoRA.
+        UserError: They do not match.
+        LoRAError: There are no weights, or there is no LoRA config.
     """
     config, shapes = read_config(folder), saved_shapes(folder)
     path = folder / ADAPTER[1]
@@ -205,10 +206,10 @@ def _find_adapter(folder: Path) -> _Weights:
 
 
 def _find_model(folder: Path) -> _Weights:
-    """A whole model: one file of tensors, or those that its index names.
+    """A whole model: one file of tensors, or several named by an index.
 
     Raises:
-        UserError: There is no config or no tensors, or the index names what is not there.
+        UserError: The config, the tensors, or a file that the index names is missing.
     """
     description, single = WHOLE_MODEL
     if not (folder / description).is_file():
@@ -231,7 +232,7 @@ def _find_model(folder: Path) -> _Weights:
 
 
 def _base_of_model(folder: Path) -> str | None:
-    """Of what a whole model was made: as its merge, its training or its card says."""
+    """The base of a whole model, from its certificate, its `run.json` or its card."""
     named = _find(_optional(folder / CERTIFICATE), "base", "identity", "name")
     named = named or _find(_optional(folder / RUN), "arguments", "model_name_or_path")
     if named is None and (folder / CARD).is_file():
@@ -240,7 +241,7 @@ def _base_of_model(folder: Path) -> str | None:
 
 
 def _merge_figures(folder: Path) -> dict[str, Any]:
-    """What a merge's certificate says, in short, for a card."""
+    """The main figures of a merge's certificate, for a card."""
     certificate = _optional(folder / CERTIFICATE)
     kind, merged = str(_find(certificate, "base", "kind")), _find(certificate, "figures", "merged")
     text, rows, tokens = (_find(certificate, "measured_on", name) for name in ("text", "rows", "tokens"))
@@ -257,7 +258,7 @@ def _merge_figures(folder: Path) -> dict[str, Any]:
 
 
 def _check_tensors(path: Path) -> None:
-    """Raises `UserError` if a file holds a tensor that is empty, as ZeRO-3 leaves it (peft#1443), or not finite."""
+    """Raises `UserError` for a file with a tensor that is empty (as after ZeRO-3, peft#1443) or not finite."""
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
@@ -276,7 +277,7 @@ def _check_tensors(path: Path) -> None:
 
 
 def is_hub_id(name: object) -> bool:
-    """Whether a name can be a repository's."""
+    """Whether a name is a valid Hub id."""
     try:
         validate_repo_id(name if isinstance(name, str) and name else "/")
     except HFValidationError:
@@ -285,18 +286,18 @@ def is_hub_id(name: object) -> bool:
 
 
 def hub_base(where: str | Path, named: str | None, given: str | None, flag: str = "--base_model") -> str:
-    """The base's Hub id: the one given, or the one that is named.
+    """The base's Hub id: the one given on the command line, else the recorded one.
 
-    The Hub refuses a path (transformers#33922), servers refuse null (lorax#315), and a path is of use to nobody else.
+    A local path is refused, because the Hub refuses it too (transformers#33922), and servers refuse null (lorax#315).
 
     Args:
-        where: What names it: a folder, or a setting.
-        named: What it is called there.
-        given: Its Hub id, from the command line.
-        flag: The flag for that.
+        where: The folder or the setting that names the base.
+        named: The base's name there.
+        given: The Hub id from the command line.
+        flag: The flag of `given`.
 
     Raises:
-        UserError: It is no Hub id.
+        UserError: The name is not a Hub id.
     """
     if given is not None:
         if not is_hub_id(given):
@@ -304,7 +305,7 @@ def hub_base(where: str | Path, named: str | None, given: str | None, flag: str 
         return given
     if not named:
         raise UserError(f"{where} names no base model; give its Hub id with {flag}")
-    # A relative path, as in `recipes/quickstart/base`, is looked for from the adapter upwards too.
+    # A relative path, such as `recipes/quickstart/base`, may start at any parent of the adapter.
     lies_near = any((parent / named / "config.json").is_file() for parent in Path(where).resolve().parents)
     if not is_hub_id(named) or ("/" in named and (is_local(named) or lies_near)):
         raise UserError(f"{where} names the base {named}, a folder of this disk; give its Hub id with {flag}")
@@ -312,9 +313,9 @@ def hub_base(where: str | Path, named: str | None, given: str | None, flag: str 
 
 
 def _for_others(content: Any, named: str | None, base: str) -> Any:
-    """JSON in which the base has its Hub id, and of every other path of this disk only the last part is left.
+    """JSON with the base's Hub id instead of its path, and only the last part of every other local path.
 
-    A recipe's `env` is left out: its values may be anything, passwords too.
+    A recipe's `env` is left out, because its values may be passwords.
     """
     if isinstance(content, dict):
         return {key: _for_others(value, named, base) for key, value in content.items() if key != "env"}
@@ -325,16 +326,16 @@ def _for_others(content: Any, named: str | None, base: str) -> Any:
     flag, equals, value = content.rpartition("=")  # of a command, as in --model_name_or_path=PATH
     if named and value == named:
         value = base
-    elif "\n" not in value and (Path(value).is_absolute() or value.startswith("~")):  # blanks and all
+    elif "\n" not in value and (Path(value).is_absolute() or value.startswith("~")):  # may contain spaces
         value = Path(value).name
     return LOCAL_PATH.sub(r"\1", flag + equals + value)
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    """The metadata block of a card, as it is written; empty if there is none.
+    """The metadata block of a card; empty if there is none.
 
     Raises:
-        UserError: It is no YAML mapping, names a key twice, or is none that huggingface_hub can read.
+        UserError: It is not a YAML mapping, has a key twice, or cannot be read by huggingface_hub.
     """
     try:
         block = REGEX_YAML_BLOCK.search(path.read_text(encoding="utf-8-sig"))
@@ -345,15 +346,15 @@ def _metadata(path: Path) -> dict[str, Any]:
             raise ValueError("it is no mapping")
         ModelCardData(**metadata)
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise UserError(f"{path}: its metadata cannot be read ({error}); mend the block between the ---") from error
+        raise UserError(f"{path}: its metadata cannot be read ({error}); fix the block between the ---") from error
     return metadata
 
 
 def _card(folder: Path, weights: _Weights, base: str, renamed: bool) -> str:
-    """The card as it is published: checked, of the base that is on the Hub, without a path of this disk.
+    """The card to publish: checked, with the base's Hub id, and without local paths.
 
     Raises:
-        UserError: The Hub would refuse it, or it names another base.
+        UserError: The Hub would refuse the card, or it names another base.
     """
     path = folder / CARD
     if not path.is_file():
@@ -365,7 +366,7 @@ def _card(folder: Path, weights: _Weights, base: str, renamed: bool) -> str:
     own = metadata.get("base_model")
     if own is not None and base not in (own if isinstance(own, list) else [own]) and not renamed:
         raise UserError(
-            f"{path}: base_model is {own}, but that of the weights is {base}; mend one, or give --base_model"
+            f"{path}: base_model is {own}, but that of the weights is {base}; fix one, or give --base_model"
         )
     text = path.read_text(encoding="utf-8-sig")
     if renamed or own is None:
@@ -378,13 +379,13 @@ def _card(folder: Path, weights: _Weights, base: str, renamed: bool) -> str:
 
 
 def find_card_problem(metadata: Mapping[str, Any], library: str) -> str | None:
-    """What the Hub would refuse or misread in a card's metadata, with what to do; `None` if nothing.
-
-    Args:
-        metadata: The block at its top.
-        library: What loads the weights, `peft` or `transformers`.
+    """What is wrong with a card's metadata, and what to do; `None` if nothing is.
 
     The fields are those of https://huggingface.co/docs/hub/model-cards#model-card-metadata.
+
+    Args:
+        metadata: The card's metadata.
+        library: The library of the weights, `peft` or `transformers`.
     """
     entries = {field: _as_list(metadata.get(field, [])) for field in ("language", "datasets", "base_model")}
     tags = metadata.get("tags", [])
@@ -392,7 +393,7 @@ def find_card_problem(metadata: Mapping[str, Any], library: str) -> str | None:
     rules = {
         "library_name": (metadata.get("library_name") == library, f"write `library_name: {library}`"),
         "pipeline_tag": (
-            metadata.get("pipeline_tag") in list(SUPPORTED_TASKS),  # a list may be asked for what has no hash
+            metadata.get("pipeline_tag") in list(SUPPORTED_TASKS),  # a list, for values without a hash
             f"known are {', '.join(SUPPORTED_TASKS)}",
         ),
         "tags": (isinstance(tags, list) and all(isinstance(tag, str) for tag in tags), "write a list of words"),

@@ -1,4 +1,4 @@
-"""`--push_to_hub` in the programs: all that can fail is tried before training, and the push is `plainlora push`'s."""
+"""`--push_to_hub` of the programs: checked before training, and pushed at its end as `plainlora push` does."""
 
 from pathlib import Path
 
@@ -20,15 +20,15 @@ def _name(training: TrainingArguments) -> str:
 
 
 def check_push(training: TrainingArguments, base: str, hub_base_model: str | None) -> None:
-    """Refuses what cannot be pushed, without a connection.
+    """Checks the settings of a push, without a connection.
 
     Args:
-        training: With `push_to_hub` and its kind.
-        base: The base, as the recipe names it.
-        hub_base_model: Its Hub id, where that is a local folder.
+        training: The arguments, with `push_to_hub`.
+        base: The base's name in the recipe.
+        hub_base_model: The base's Hub id, if it is a local folder.
 
     Raises:
-        UserError: Naming the setting and what to do.
+        UserError: A setting is wrong.
     """
     if not training.push_to_hub:
         return
@@ -44,10 +44,10 @@ def check_push(training: TrainingArguments, base: str, hub_base_model: str | Non
 
 
 def open_run_repository(training: TrainingArguments, log: Log) -> Repository | None:
-    """The repository to push to at the end, found or made before training by the main process alone.
+    """Opens the repository before training, in the main process.
 
     Returns:
-        `None` without `push_to_hub`, and in every other process.
+        The repository; `None` without `push_to_hub`, and in other processes.
 
     Raises:
         UserError: As `open_repository`.
@@ -62,25 +62,25 @@ def push(publication: Publication, repository: Repository, message: str = MESSAG
     """Publishes a folder in one commit.
 
     Returns:
-        What there is to say.
+        A message for the user.
 
     Raises:
         UserError: As `Repository.commit`.
     """
     files = publication.at(repository.name)
     commit = repository.commit(files, message)
-    said = f"pushed {len(files)} files to {repository.name}: {commit.url}"
+    message = f"pushed {len(files)} files to {repository.name}: {commit.url}"
     if not commit.changed:
-        said = f"{repository.name} holds these {len(files)} files already: {commit.url}"
+        message = f"{repository.name} holds these {len(files)} files already: {commit.url}"
     others = sorted(set(repository.files) - set(files))
-    return f"{said}; left as they were: {some(others)}" if others else said
+    return f"{message}; left as they were: {some(others)}" if others else message
 
 
 def push_run(folder: str | Path, repository: Repository, base_model: str | None) -> str:
-    """`push` at the end of a run.
+    """Pushes a run's folder at its end.
 
     Raises:
-        UserError: As `collect_publication` and `push`; it says that the run is saved, and how to push it later.
+        UserError: As `collect_publication` and `push`; the message adds how to push later.
     """
     try:
         return push(collect_publication(folder, base_model), repository)

@@ -1,7 +1,7 @@
-"""A model repository on the Hub: opened before training, and given its files in one commit.
+"""A model repository on the Hub: opened before training, and filled in one commit.
 
-huggingface_hub does the work. Here stands what it leaves to its caller: that what fails is one line, and that the
-token is in neither that line nor the files.
+huggingface_hub does the work. This module turns its errors into one line each, and keeps the token out of errors and
+files.
 """
 
 import json
@@ -18,7 +18,7 @@ from huggingface_hub.utils import logging, validate_repo_id
 
 from plainlora.errors import UserError
 
-# What huggingface_hub raises over an answer of a shape that it does not expect: it looks into answers unchecked.
+# What huggingface_hub raises for an unexpected answer, because it does not check answers.
 NO_HUB = (AttributeError, LookupError, TypeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError)
 TENSORS = ".safetensors"
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -28,7 +28,7 @@ Files = Mapping[str, Path | bytes]
 
 
 def check_repository_name(name: str) -> None:
-    """Raises `UserError` if no model repository can have this name, `USER/NAME` or `NAME`."""
+    """Raises `UserError` if a name is not a valid `USER/NAME` or `NAME`."""
     if not name:
         raise UserError("the repository's name is empty; give USER/NAME")
     try:
@@ -38,15 +38,15 @@ def check_repository_name(name: str) -> None:
 
 
 def find_token(given: str | None = None) -> str:
-    """The token given, or the one that huggingface_hub finds: in HF_TOKEN, or where `hf auth login` put it.
+    """The token given, or the one that huggingface_hub finds in HF_TOKEN or from `hf auth login`.
 
     Raises:
-        UserError: There is none, or it cannot be sent. The message does not hold it.
+        UserError: There is none, or it is not valid. The message does not contain it.
     """
     token = given or get_token()
     if not token:
         raise UserError(f"the Hub needs a token, and there is none; {LOG_IN}")
-    # Sent as it is, it would be quoted in the libraries' own errors. huggingface_hub joins the lines of HF_TOKEN.
+    # The libraries would quote an invalid token in their errors. huggingface_hub joins the lines of HF_TOKEN.
     written = given or os.environ.get("HF_TOKEN", "").strip() or token
     if not re.fullmatch("[!-~]+", written):
         raise UserError(f"the Hub's token holds characters that no token has; {LOG_IN}")
@@ -54,11 +54,11 @@ def find_token(given: str | None = None) -> str:
 
 
 def words_of(name: str, content: Path | bytes) -> bytes:
-    """What of a file can hold words: all of it, or a tensor file's header, in which metadata stand.
+    """The part of a file that may contain text: all of it, or the header of a tensor file, with its metadata.
 
     Args:
-        name: What it is called in the repository.
-        content: Where it lies, or what it holds. A tensor file is one that can be opened.
+        name: The file's name in the repository.
+        content: The file's path or content. A tensor file is given by its path.
     """
     if isinstance(content, bytes):
         return content
@@ -69,7 +69,7 @@ def words_of(name: str, content: Path | bytes) -> bytes:
 
 
 def _refusal(error: HfHubHTTPError) -> str:
-    """Why the Hub did not do it, and what to do where that is known."""
+    """Why the Hub refused a request, and what to do if that is known."""
     status = error.response.status_code
     page = f"{constants.ENDPOINT}/settings/tokens"
     if status == 401:
@@ -80,8 +80,8 @@ def _refusal(error: HfHubHTTPError) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, and what to do about it where that is known."""
-    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # huggingface_hub's around a failed upload
+    """What went wrong, and what to do if that is known."""
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # huggingface_hub wraps a failed upload so
         return _reason(error.__cause__)
     if isinstance(error, OfflineModeIsEnabled):
         return "the Hub is switched off (HF_HUB_OFFLINE); unset that"
@@ -90,25 +90,22 @@ def _reason(error: BaseException) -> str:
     text = str(error) or type(error).__name__
     if isinstance(error, NO_HUB) or re.search("improperly formatted|Malformed response", text):
         return (
-            f"the server at {constants.ENDPOINT} gave an answer that is none of a Hub's; is HF_ENDPOINT right, and "
-            "does no network's log-in page stand between?"
+            f"the server at {constants.ENDPOINT} does not answer as a Hub; check HF_ENDPOINT, and whether the network "
+            "shows a log-in page"
         )
-    if isinstance(error, OSError | ValueError):  # of a file; of what the Hub says about the card
+    if isinstance(error, OSError | ValueError):  # of a file, or of the Hub about the card
         return text
     return f"the connection to {constants.ENDPOINT} broke: {text}"
 
 
 @contextmanager
 def _one_line(failed: str, token: str, advice: str = "") -> Iterator[None]:
-    """Turns what huggingface_hub raises, of several libraries and many kinds, into one line without the token.
+    """Turns whatever huggingface_hub raises into a `UserError` of one line without the token.
 
     Args:
-        failed: What to say has failed.
-        token: Left out of the line.
-        advice: What to do then.
-
-    Raises:
-        UserError: That line.
+        failed: The beginning of the message.
+        token: The token, which is replaced by dots.
+        advice: What to do.
     """
     try:
         yield
@@ -119,11 +116,11 @@ def _one_line(failed: str, token: str, advice: str = "") -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Commit:
-    """What `Repository.commit` left on the Hub.
+    """The result of `Repository.commit`.
 
     Attributes:
         url: The commit's page.
-        changed: Whether there is a new commit; none is made of files that the branch already holds.
+        changed: Whether there is a new commit; there is none if the branch holds the same files already.
     """
 
     url: str
@@ -132,13 +129,13 @@ class Commit:
 
 @dataclass(frozen=True)
 class Repository:
-    """A model repository on the Hub that the token may write to; from `open_repository`.
+    """A model repository on the Hub to which the token may write; from `open_repository`.
 
     Attributes:
         name: `USER/NAME`.
         revision: Branch; `None` for the main one.
         head: The branch's newest commit.
-        files: What that holds, without what the Hub puts there itself.
+        files: The names of its files, without those that the Hub adds.
     """
 
     name: str
@@ -149,14 +146,14 @@ class Repository:
     _token: str
 
     def commit(self, files: Files, message: str) -> Commit:
-        """Uploads the files and adds them to the branch in one commit; other files there stay.
+        """Uploads the files and adds them to the branch in one commit; other files in the branch stay.
 
-        Until the commit the branch is as it was. Where only the commit's answer was lost, the same call again finds
-        that no file differs.
+        Until the commit the branch is unchanged. If only the answer to the commit is lost, a second call finds that no
+        file differs.
 
         Args:
-            files: What each file is called in the repository, and where it lies or what it holds.
-            message: The commit's.
+            files: The path or content of each file, by its name in the repository.
+            message: The commit message.
 
         Raises:
             UserError: A file holds the token, or the Hub cannot be reached or refuses.
@@ -174,23 +171,23 @@ class Repository:
 def open_repository(
     name: str, token: str | None = None, private: bool = False, revision: str | None = None, log: Log = print
 ) -> Repository:
-    """Logs in and finds or makes a repository, before anything is trained or sent.
+    """Logs in, and finds or creates a repository.
 
     Args:
         name: `USER/NAME`, or `NAME` for the token's own user.
-        token: As for `find_token`.
+        token: See `find_token`.
         private: Whether a new repository is private.
-        revision: Branch to write to, made if it is missing; the main one if left out.
+        revision: Branch to write to, created if it is missing; the main one if left out.
         log: Prints a line of progress.
 
     Raises:
-        UserError: There is no such name, no token, or none that may write there; the repository is public and was to
-            be private; or the Hub cannot be reached.
+        UserError: The name is not valid, there is no token that may write there, the repository is public and
+            `private` is set, or the Hub cannot be reached.
     """
     check_repository_name(name)
     token = find_token(token)
     api = HfApi(token=token, library_name="plainlora")
-    logging.set_verbosity_error()  # its warnings about an upload hold the upload's whole address, which is signed
+    logging.set_verbosity_error()  # its warnings contain signed upload addresses
 
     with _one_line("the Hub cannot be logged in to", token):
         account = api.whoami()
@@ -203,7 +200,7 @@ def open_repository(
     name = name if "/" in name else f"{user}/{name}"
     url = f"{constants.ENDPOINT}/{name}"
 
-    with _one_line(f"the repository {name} cannot be had", token):
+    with _one_line(f"the repository {name} cannot be used", token):
         found = api.repo_exists(name)
         api.create_repo(name, private=private or None, exist_ok=True)
         api.auth_check(name, write=True)
@@ -211,7 +208,7 @@ def open_repository(
     if found and private and public:
         raise UserError(f"{name} is there already, and is public; leave --private out, or give another name")
     log(f"{url} is there already; the files go to it as a new commit" if found else f"made {url}")
-    with _one_line(f"the branch {revision or 'main'} of {name} cannot be had", token):
+    with _one_line(f"the branch {revision or 'main'} of {name} cannot be used", token):
         if revision and not revision.startswith("refs/"):
             api.create_branch(name, branch=revision, exist_ok=True)
         info = api.model_info(name, revision=revision)
