@@ -320,7 +320,7 @@ def test_weights_that_could_not_be_loaded_are_an_error_here_and_to_the_programs(
     ("flags", "said"),
     [
         (["--attn_implementation", "foo"], "attn_implementation 'foo' cannot be used here ("),
-        (["--model_init_kwargs", '{"foo": 1}'], "model_init_kwargs: 'foo' is nothing that "),
+        (["--model_init_kwargs", '{"foo": 1}'], "model_init_kwargs: there is no 'foo' for "),
     ],
 )
 def test_what_the_base_does_not_take_is_an_error_and_not_the_end(

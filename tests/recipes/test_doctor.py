@@ -25,7 +25,7 @@ def test_a_run_of_sft_says_what_was_examined(run_sft: RunSFT, tmp_path: Path, ca
     at = next(number for number, line in enumerate(said) if line.startswith("train rows: "))
     assert said[at + 1].startswith("test rows: ")
     assert said[at + 2] == (
-        "warning: test rows: 2 of 2 ask what a training row asks; the test figures flatter by as much"
+        "warning: test rows: 2 of 2 ask what a training row asks, so the test figures are too good"
     )
     assert re.fullmatch(r"doctor: \d+ checks, 1 warning", said[at + 3])
     assert said[at + 4] == (

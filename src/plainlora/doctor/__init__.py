@@ -1,1 +1,1 @@
-"""What would go wrong in training, said before a weight is loaded."""
+"""Finds what would go wrong in training, before a weight is loaded."""

@@ -1,4 +1,4 @@
-"""Whether the base can be had, and fits what a recipe asks of it. Of its weights, names and shapes are looked at."""
+"""Checks that the base can be loaded and fits the recipe. Only names and shapes of its weights are read."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,13 +17,13 @@ from plainlora.settings.programs import Settings, SettingsT
 def examine_base(
     settings: Settings[Any, Any], config: PretrainedConfig, longest: int | None, examination: Examination
 ) -> None:
-    """Whether rows, dropout and merging are as the base allows.
+    """Checks the length of rows, dropout and merging against the base.
 
     Args:
-        settings: Of either program.
-        config: The base's.
-        longest: The longest row asked for, in tokens.
-        examination: Told what was found.
+        settings: The settings of either program.
+        config: The base's config.
+        longest: The longest row, in tokens.
+        examination: Gets the findings.
     """
     positions = context_length(config) or "any number of"
     before = len(examination.findings)
@@ -41,13 +41,13 @@ def examine_weights(
     load: Callable[..., object],
     examination: Examination,
 ) -> bool:
-    """Whether the program could load the base: it is loaded on the `meta` device, of whose weights no value is read.
+    """Checks that the program can load the base, by loading it on the meta device, where no value is read.
 
     Args:
-        settings: Which base, and how it is stored in memory.
-        config: The base's.
-        load: As the program loads it.
-        examination: Told what was found.
+        settings: The base, and how it is stored.
+        config: The base's config.
+        load: The program's function that loads it.
+        examination: Gets the findings.
     """
     name, model = settings.base, settings.model
     quantized = model.load_in_4bit or model.load_in_8bit

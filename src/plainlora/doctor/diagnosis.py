@@ -1,4 +1,4 @@
-"""What there is to say of a recipe."""
+"""The result of examining a recipe."""
 
 from dataclasses import dataclass, field
 
@@ -12,18 +12,18 @@ from plainlora.resources.footprint import Footprint
 
 @dataclass
 class Diagnosis:
-    """What there is to say of a recipe.
+    """The result of examining a recipe.
 
     Attributes:
-        config: Its YAML.
-        program: Which program of `recipes/` it is for.
-        examination: Every finding.
-        settings: What the settings that matter will be.
-        precisions: In which number format what is stored and computed.
-        reports: What became of each split's rows.
-        sample: One training row, cut where training begins or ends.
+        config: The recipe's YAML.
+        program: The program of `recipes/` for it.
+        examination: All findings.
+        settings: The values of the main settings.
+        precisions: The number formats, from `list_precisions`.
+        reports: The counts of each split's rows.
+        sample: One training row, split into trained and untrained parts.
         sample_label: The class of that row, for a classifier.
-        footprint: What the run needs of memory, disk and time; `None` where it could not be counted.
+        footprint: The memory, disk space and time that the run needs; `None` if it could not be estimated.
     """
 
     config: str

@@ -1,4 +1,4 @@
-"""A whole recipe, examined past every error. No weight is loaded."""
+"""Examines a whole recipe, and goes on after errors. No weight is loaded."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,22 +28,22 @@ from plainlora.tasks import classify, sft
 from plainlora.tasks.rows import PreparedRows
 
 STAGES = (
-    *("reading the settings", "looking at the base", "reading rows", "looking at rows", "laying out the model"),
+    *("reading the settings", "looking at the base", "reading rows", "looking at rows", "building the model"),
     "counting memory",
 )
-Decided = dict[str, tuple[Any, str]]  # what a setting that was left open will be, and why
+Decided = dict[str, tuple[Any, str]]  # the value of a setting that was left open, and the reason
 
 
 def examine(config: str, flags: Sequence[str], log: Callable[[str], None]) -> Diagnosis:
-    """Examines a recipe as its program would, past every error.
+    """Examines a recipe by the stages of its program, and goes on after errors.
 
     Args:
         config: The recipe's YAML.
-        flags: More of its flags.
-        log: Told which of the stages begins.
+        flags: More of the recipe's flags.
+        log: Called with the name of each of `STAGES` as it begins.
 
     Raises:
-        UserError: The file is no YAML mapping, so that there is nothing to examine.
+        UserError: The file is not a YAML mapping.
     """
     log("reading the settings")
     program = find_program(config, flags)
@@ -57,14 +57,14 @@ def examine(config: str, flags: Sequence[str], log: Callable[[str], None]) -> Di
 
 
 def _examine_folder(settings: Settings[Any, Any], found: Examination) -> None:
-    """Whether the run may start there, with this schedule, from this checkpoint."""
+    """Checks the output folder, the checkpoint and the push."""
     training = settings.training
-    if training.output_dir:  # else it has been said that it is empty
+    if training.output_dir:  # an empty one is reported already
         found.ask("settings", "output folder", check_inputs_apart, training.output_dir, settings.inputs)
     passed_over: list[str] = []
     checkpoint = found.ask("settings", "resuming", resume_path, training, passed_over.append)
-    for said in passed_over:
-        found.add("note", "settings", "resuming", said)
+    for message in passed_over:
+        found.add("note", "settings", "resuming", message)
     if training.output_dir:
         _examine_earlier_run(Path(training.output_dir), settings.recipe.overwrite, checkpoint, found)
     base = str(settings.model.model_name_or_path)
@@ -72,7 +72,7 @@ def _examine_folder(settings: Settings[Any, Any], found: Examination) -> None:
 
 
 def _examine_earlier_run(folder: Path, overwrite: bool, checkpoint: str | None, found: Examination) -> None:
-    """What lies in the run's folder. Of a recipe that has been run its own results do, which is no error."""
+    """Checks for an earlier run in the folder. If it is replaceable by --overwrite, that is only a warning."""
     try:
         claim_output_dir(folder, overwrite, resume=checkpoint)
     except UserError as error:
@@ -89,9 +89,9 @@ def _examine_sft(found: Diagnosis, settings: SFTSettings, log: Callable[[str], N
     log("looking at the base")
     if model.model_name_or_path:
         if training.trust_remote_code and (
-            said := ask("base", "code", describe_remote_code, settings.base, model.model_revision)
+            message := ask("base", "code", describe_remote_code, settings.base, model.model_revision)
         ):
-            found.examination.add("warning", "base", "code", said)
+            found.examination.add("warning", "base", "code", message)
         stages.config = ask("base", "config", sft.read_config, settings)
         stages.tokenizer = ask("tokenizer", "there", sft.read_tokenizer, settings)
     if stages.tokenizer is not None:
@@ -101,7 +101,7 @@ def _examine_sft(found: Diagnosis, settings: SFTSettings, log: Callable[[str], N
     if script.dataset_name:
         log("reading rows")
         if stages.tokenizer is None:
-            _say_read(ask("rows", "there", sft.read_rows, settings), found.examination)
+            _note_untokenised(ask("rows", "there", sft.read_rows, settings), found.examination)
         else:
             rows = ask("rows", "there", sft.prepare_rows, settings, stages.tokenizer, _silent)
     log("looking at rows")
@@ -115,7 +115,7 @@ def _examine_sft(found: Diagnosis, settings: SFTSettings, log: Callable[[str], N
         if len(rows.train):
             first = rows.train[0]
             found.sample = split_sample(first["input_ids"], first["labels"], stages.tokenizer)
-    log("laying out the model")
+    log("building the model")
     loads = stages.config is not None and examine_weights(settings, stages.config, sft.load_weights, found.examination)
     if loads and stages.adapter is not None and stages.tokenizer is not None and rows is not None and len(rows.train):
         log("counting memory")
@@ -137,8 +137,8 @@ def _examine_classifier(found: Diagnosis, settings: ClassifySettings, log: Calla
         if stages.tokenizer is None:
             read = ask("rows", "there", classify.read_rows, settings)
             if read is not None:
-                said = f"{read.line()}, but not tokenised: there is no tokenizer"
-                found.examination.add("note", "rows", "there", said)
+                message = f"{read.line()}, but not tokenised: there is no tokenizer"
+                found.examination.add("note", "rows", "there", message)
         else:
             texts = ask("rows", "there", classify.prepare_rows, settings, stages.tokenizer, stages.config, _silent)
     log("looking at rows")
@@ -157,25 +157,25 @@ def _examine_classifier(found: Diagnosis, settings: ClassifySettings, log: Calla
         found.sample = split_sample(first["input_ids"], [IGNORED] * len(first["input_ids"]), stages.tokenizer)
         found.sample_label = texts.labels[first["labels"]]
     if stages.adapter is not None:
-        log("laying out the model")
+        log("building the model")
         config = stages.adapter.config
         load = partial(classify.load_weights, config=config)
         loads = examine_weights(settings, config, load, found.examination)
         if loads and texts is not None and stages.tokenizer is not None:
             log("counting memory")
             _count(found, partial(classify.plan_run, settings, stages.adapter, stages.tokenizer, texts))
-    said = "of each row the predicted class and the loss are kept, no logits are gathered"
-    found.examination.add("ok", "evaluation", "memory", said)
+    message = "of each row the predicted class and the loss are kept, no logits are gathered"
+    found.examination.add("ok", "evaluation", "memory", message)
     longest = classify.longest_text(settings, stages.config)
     return {"max_length": (longest, "the base's positions")} if recipe.max_length is None else {}
 
 
 def _silent(line: str) -> None:
-    """What a program prints of its rows stands in the diagnosis."""
+    """Ignores what a program prints of its rows, which is in the diagnosis."""
 
 
 def _count(found: Diagnosis, make_plan: Callable[[], Plan]) -> None:
-    """Counts memory, disk and time, unless the layers are known not to fit."""
+    """Estimates memory, disk space and time, unless there are errors in the adapter."""
     if any(finding.subject in ("adapter", "method") for finding in found.examination.at("error")):
         return
     found.footprint = found.examination.ask("resources", "estimate", lambda: estimate(make_plan()))
@@ -183,16 +183,16 @@ def _count(found: Diagnosis, make_plan: Callable[[], Plan]) -> None:
         examine_resources(found.footprint, found.examination)
 
 
-def _say_read(read: tuple[Dataset, Dataset | None] | None, found: Examination) -> None:
-    """What can be said of rows that no tokenizer is there for."""
+def _note_untokenised(read: tuple[Dataset, Dataset | None] | None, found: Examination) -> None:
+    """Notes the numbers of rows that could not be tokenised."""
     if read is not None:
         train, test = read
-        said = f"{len(train):,} to train on and {len(test) if test is not None else 0:,} to test on were read"
-        found.add("note", "rows", "there", f"{said}, but not tokenised: there is no tokenizer, or no template")
+        message = f"{len(train):,} to train on and {len(test) if test is not None else 0:,} to test on were read"
+        found.add("note", "rows", "there", f"{message}, but not tokenised: there is no tokenizer, or no template")
 
 
 def _decided(settings: SFTSettings, found: Diagnosis, rows: PreparedRows | None) -> Decided:
-    """What each setting that was left open will be, and why."""
+    """The value of each setting that was left open, and the reason."""
     recipe, _, training, model = settings.parts
     decided: Decided = {}
     if recipe.prompt_template is None:

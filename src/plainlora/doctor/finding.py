@@ -1,4 +1,4 @@
-"""What was checked and what came of it."""
+"""Checks and their results."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,10 +19,10 @@ class Finding:
 
     Attributes:
         level: `error` stops training; a `warning` trains something that was probably not meant.
-        subject: What was looked at: `settings`, `base`, `tokenizer`, `train rows`, ...
-        check: Name of the check; it does not change.
-        message: One line: what is, and where something is wrong, what to do.
-        figures: Numbers behind the message.
+        subject: What was checked: `settings`, `base`, `tokenizer`, `train rows`, ...
+        check: Name of the check; it stays the same between versions.
+        message: The result in one line and, if something is wrong, what to do.
+        figures: The numbers of the message.
     """
 
     level: Level
@@ -39,13 +39,13 @@ class Examination:
     findings: list[Finding] = field(default_factory=list)
 
     def add(self, level: Level, subject: str, check: str, message: str, **figures: Any) -> None:
-        """Writes a finding down; a message is one line whatever it quotes."""
+        """Adds a finding; its message is made one line."""
         self.findings.append(Finding(level, subject, check, one_line(message), figures))
 
     def ask(self, subject: str, check: str, question: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """Calls what refuses by raising; its one line is an error found here, and the result is then `None`.
+        """Calls a function; if it raises, adds an error and returns `None`.
 
-        So is whatever else a library raises: what was found before it, and what can be found after, is not lost.
+        This holds for any exception, so that the examination goes on after an error of a library.
         """
         try:
             return question(*args, **kwargs)
@@ -58,7 +58,7 @@ class Examination:
     def passes(
         self, subject: str, check: str, question: Callable[P, object], *args: P.args, **kwargs: P.kwargs
     ) -> bool:
-        """Whether what `ask` calls raised nothing, for questions that have no answer."""
+        """Calls a function by `ask`, and returns whether it added no finding."""
         before = len(self.findings)
         self.ask(subject, check, question, *args, **kwargs)
         return len(self.findings) == before
@@ -68,11 +68,11 @@ class Examination:
         return [finding for finding in self.findings if finding.level == level]
 
     def counts(self) -> dict[Level, int]:
-        """How many findings there are of each level."""
+        """The number of findings of each level."""
         return {level: len(self.at(level)) for level in LEVELS}
 
     def summary(self) -> str:
-        """How many checks were made, and what came of them, in one line."""
+        """The numbers of checks, errors and warnings in one line."""
         parts = [f"{len(self.findings)} checks"]
         for level in ("error", "warning"):
             count = len(self.at(level))
@@ -80,17 +80,17 @@ class Examination:
         return "doctor: " + ", ".join(parts if len(parts) > 1 else [*parts, "nothing wrong"])
 
     def stop(self) -> None:
-        """Raises `UserError` with the first error, if there is one, and how many more there are."""
+        """Raises `UserError` with the first error, if there is one, and the number of others."""
         errors = self.at("error")
         if errors:
             more = f" ({len(errors) - 1} more: see `plainlora doctor`)" if len(errors) > 1 else ""
             raise UserError(errors[0].message + more)
 
     def stop_or_log(self, log: Callable[[str], None]) -> None:
-        """What a program does before it trains: an error stops it, warnings are logged, and the sum.
+        """Raises for an error; logs warnings and the summary. Programs call it before they train.
 
         Raises:
-            UserError: As `stop`.
+            UserError: There is an error; see `stop`.
         """
         self.stop()
         for warning in self.at("warning"):

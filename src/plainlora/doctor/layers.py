@@ -1,4 +1,4 @@
-"""Which layers LoRA would sit on, found on the base's architecture without its weights."""
+"""Finds the layers that LoRA would adapt, on the meta device."""
 
 from collections import Counter
 
@@ -14,21 +14,21 @@ from plainlora.lora.record import lora_layers
 
 
 def examine_layers(skeleton: PreTrainedModel | None, lora: LoraConfig, examination: Examination) -> list[str]:
-    """Whether every name of the adapter's config matches, and what is trained.
+    """Checks that every name of the adapter's config matches, and counts what is trained.
 
     Args:
-        skeleton: The base without weights. It carries the adapter afterwards.
-        lora: The adapter.
-        examination: Told what was found.
+        skeleton: The base on the meta device. The adapter is attached to it.
+        lora: The adapter's config.
+        examination: Gets the findings.
 
     Returns:
-        The names of the layers that are adapted, each once; none if they cannot be.
+        The distinct names of the adapted layers; none if there is an error.
     """
     if skeleton is None:
-        said = (
-            "the architecture could not be laid out without its weights, so its layers are checked when it is loaded"
+        message = (
+            "the architecture could not be built without its weights, so its layers are checked when it is loaded"
         )
-        examination.add("note", "adapter", "layers", said)
+        examination.add("note", "adapter", "layers", message)
         return []
     with torch.device("meta"):
         adapted = examination.ask("adapter", "layers", attach_adapter, skeleton, lora, BACKENDS["reference"])
@@ -36,20 +36,20 @@ def examine_layers(skeleton: PreTrainedModel | None, lora: LoraConfig, examinati
         return []
     _examine_scale(adapted, lora, examination)
     if lora.target_modules == "all-linear" and (experts := _stacked_weights(adapted)):
-        said = f"all-linear leaves {some(experts)} frozen, as PEFT does: they are parameters, not linear layers"
-        examination.add("warning", "adapter", "experts", said)
+        message = f"all-linear leaves {some(experts)} frozen, as PEFT does: they are parameters, not linear layers"
+        examination.add("warning", "adapter", "experts", message)
     names = Counter(name.rpartition(".")[2] for name, _ in lora_layers(adapted))
     trainable, total = count_parameters(adapted)
     counts = ", ".join(f"{count} {name}" for name, count in names.items())
-    said = f"LoRA on {sum(names.values())} layers ({counts}): {trainable:,} of {total:,} parameters are trained"
+    message = f"LoRA on {sum(names.values())} layers ({counts}): {trainable:,} of {total:,} parameters are trained"
     examination.add(
-        "ok", "adapter", "layers", said, layers=dict(names), trainable_params=trainable, total_params=total
+        "ok", "adapter", "layers", message, layers=dict(names), trainable_params=trainable, total_params=total
     )
     return list(names)
 
 
 def _stacked_weights(model: nn.Module) -> list[str]:
-    """Names of the weights of several maps in one parameter: the experts of a mixture, of which no layer is linear."""
+    """Names of parameters that stack several weights, as the experts of a mixture do; they are not linear layers."""
     return [
         f"{name}.{key}"
         for name, module in model.named_modules()
@@ -59,11 +59,11 @@ def _stacked_weights(model: nn.Module) -> list[str]:
 
 
 def _examine_scale(adapted: nn.Module, lora: LoraConfig, examination: Examination) -> None:
-    """Warns of a rank that most layers cannot have, and of a scale below 0."""
+    """Warns of a rank above the width of most layers, and of a negative scale."""
     layers = [layer for _, layer in lora_layers(adapted)]
     full = sum(layer.r > min(layer.in_features, layer.out_features) for layer in layers)
     if 2 * full > len(layers):
-        said = f"in {full} of {len(layers)} layers r is above the smaller width, which no rank can be; lower lora_r"
-        examination.add("warning", "adapter", "rank", said)
+        message = f"in {full} of {len(layers)} layers r is above the smaller width, which no rank can be; lower lora_r"
+        examination.add("warning", "adapter", "rank", message)
     if lora.lora_alpha < 0:
         examination.add("warning", "adapter", "alpha", f"lora_alpha {lora.lora_alpha} is below 0; was that meant?")

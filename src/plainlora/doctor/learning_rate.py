@@ -1,4 +1,4 @@
-"""Whether the learning rate is LoRA's."""
+"""Checks that the learning rate suits LoRA."""
 
 from dataclasses import fields
 
@@ -10,22 +10,22 @@ USUAL = 2e-4  # of LoRA
 
 
 def examine_learning_rate(training: TrainingArguments, examination: Examination) -> None:
-    """Warns where an adapter would be trained with the libraries' default, which is one of full fine-tuning.
+    """Warns if an adapter is trained with the libraries' default learning rate, which is for full fine-tuning.
 
-    LoRA's best rate is about ten times that of full fine-tuning, whatever the rank: Schulman and Thinking Machines,
-    "LoRA Without Regret", 2025, https://thinkingmachines.ai/blog/lora/
+    LoRA's best learning rate is about ten times that of full fine-tuning, for any rank: Schulman and Thinking
+    Machines, "LoRA Without Regret", 2025, https://thinkingmachines.ai/blog/lora/
 
     Args:
-        training: Of a run that trains an adapter.
-        examination: Told what was found.
+        training: The arguments of a run that trains an adapter.
+        examination: Gets the findings.
     """
     (default,) = [field.default for field in fields(training) if field.name == "learning_rate"]
     rate = training.learning_rate
     if rate == default:
-        said = (
+        message = (
             f"learning_rate {rate:g} is the default, made for full fine-tuning; LoRA learns little with it and takes "
             f"about ten times as much: set learning_rate, {USUAL:g} is usual"
         )
-        examination.add("warning", "adapter", "learning rate", said)
+        examination.add("warning", "adapter", "learning rate", message)
     else:
         examination.add("ok", "adapter", "learning rate", f"learning_rate {rate:g} is the recipe's own")

@@ -1,4 +1,4 @@
-"""A diagnosis for a terminal, and as JSON with keys that do not change."""
+"""A diagnosis as text, and as JSON with stable keys."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -12,11 +12,11 @@ COLOURS: dict[Level, str] = {"ok": "\033[32m", "note": "\033[36m", "warning": "\
 
 
 def to_text(diagnosis: Diagnosis, colour: bool) -> str:
-    """The diagnosis as it is read, and as it can be pasted where somebody is asked for help.
+    """The diagnosis as text.
 
     Args:
-        diagnosis: Of a recipe.
-        colour: Whether the terminal shows colours.
+        diagnosis: The diagnosis of a recipe.
+        colour: Whether to use the terminal's colours.
     """
     found = diagnosis
     lines = [f"{found.config}, for recipes/{found.program}"]
@@ -58,7 +58,7 @@ def _sample_title(found: Diagnosis, colour: bool) -> str:
 
 
 def _line(finding: Finding, config: str, colour: bool) -> str:
-    """A finding; the recipe that all are about is not named again."""
+    """A finding in one line, without the recipe's name."""
     level = f"{finding.level:<7}"
     level = COLOURS[finding.level] + level + PLAIN if colour else level
     return f"  {level}  {finding.check}: {finding.message.removeprefix(config + ': ')}"
@@ -74,7 +74,7 @@ def _indented(text: str) -> list[str]:
 
 
 def to_dict(diagnosis: Diagnosis) -> dict[str, Any]:
-    """The diagnosis as JSON: nothing of it is for people alone."""
+    """The whole diagnosis as JSON."""
     found = diagnosis
     counts = found.examination.counts()
     return {
@@ -94,5 +94,5 @@ def to_dict(diagnosis: Diagnosis) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Enumerations of the libraries by their value."""
+    """The value of an enumeration's member; anything else unchanged."""
     return getattr(value, "value", value)

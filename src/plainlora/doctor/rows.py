@@ -1,4 +1,4 @@
-"""Whether rows of a language model may be trained on, from what became of them on the way to tokens."""
+"""Checks whether a language model should be trained on the encoded rows."""
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -9,7 +9,7 @@ from plainlora.doctor.finding import Examination, Level
 from plainlora.doctor.tokens import examine_ids, examine_padding, examine_saving
 from plainlora.tasks.rows import PreparedRows
 
-# What to do about what the chat template leaves out. An answer that it leaves out is a fault of the report's.
+# What to do about omissions of the chat template. An omitted answer is an error of the report.
 OMISSIONS: dict[Kind, tuple[Level, str]] = {
     "message": ("warning", "set prompt_template to one that renders it, or take it out of the rows"),
     "tool call": ("warning", "set prompt_template to one that renders it, or the model will not learn to make it"),
@@ -25,12 +25,12 @@ OMISSIONS: dict[Kind, tuple[Level, str]] = {
 def examine_rows(
     rows: PreparedRows, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None
 ) -> Examination:
-    """Every check of the rows and of the tokenizer that made them.
+    """Makes all checks of the rows and of the tokenizer.
 
     Args:
-        rows: As they go to the trainer.
-        tokenizer: With the template installed.
-        config: The base's; `None` if it could not be loaded.
+        rows: The prepared rows.
+        tokenizer: A tokenizer with the chat template installed.
+        config: The base's config; `None` if it could not be loaded.
     """
     examination = Examination()
     if rows.missing:
@@ -44,11 +44,11 @@ def examine_rows(
     if rows.beginnings is not None:
         _examine_beginnings(rows.beginnings, tokenizer, examination)
     if rows.unread:
-        said = f"nothing reads the column{'s' * (len(rows.unread) > 1)} {', '.join(rows.unread)} (from row 1 on)"
-        examination.add("note", "train rows", "columns", said, unread=rows.unread)
+        message = f"nothing reads the column{'s' * (len(rows.unread) > 1)} {', '.join(rows.unread)} (from row 1 on)"
+        examination.add("note", "train rows", "columns", message, unread=rows.unread)
     if rows.repeated:
-        said = f"{rows.repeated:,} ask what a row before them asks"
-        examination.add("note", "train rows", "repeated", said, repeated=rows.repeated)
+        message = f"{rows.repeated:,} ask what a row before them asks"
+        examination.add("note", "train rows", "repeated", message, repeated=rows.repeated)
     if rows.test is not None:
         _examine_leak(rows.leaked, rows.reports["test"].rows, examination)
     examine_saving(tokenizer, rows.rendered, examination)
@@ -64,16 +64,16 @@ def _examine_split(subject: str, report: EncodingReport, rendered: bool, examina
     share = report.too_long / report.rows
     long = f"{report.too_long:,} ({share:.2%}) are longer than max_length {report.max_length}"
     if report.eos_cut_off or report.answers_cut_off:
-        said = (
+        message = (
             f"{long}: cut, {report.eos_cut_off:,} are trained without their EOS and {report.answers_cut_off:,} lose "
             "their whole answer; raise max_length, or leave on_overflow out"
         )
-        examination.add("warning", subject, "cut off", said)
+        examination.add("warning", subject, "cut off", message)
     if "truncated" not in faults:
         level = "note" if report.too_long else "ok"
         fate = "dropped" if report.on_overflow == "drop" else "truncated"
-        said = f"{long} and {fate}" if report.too_long else f"none is longer than max_length {report.max_length}"
-        examination.add(level, subject, "truncated", said, too_long=report.too_long, share=share)  # type: ignore[arg-type]
+        message = f"{long} and {fate}" if report.too_long else f"none is longer than max_length {report.max_length}"
+        examination.add(level, subject, "truncated", message, too_long=report.too_long, share=share)  # type: ignore[arg-type]
     if "eos" not in faults:
         ending = "every answer ends with EOS, and it is trained"
         if report.eos_cut_off:
@@ -82,25 +82,25 @@ def _examine_split(subject: str, report: EncodingReport, rendered: bool, examina
             )
         examination.add("ok", subject, "eos", ending)
     if 0 < report.empty_answers < report.rows:
-        said = (
-            f"{report.empty_answers:,} of {report.rows:,} have an empty answer, and teach to say nothing; remove them"
+        message = (
+            f"{report.empty_answers:,} of {report.rows:,} have an empty answer, and teach to give none; remove them"
         )
-        examination.add("warning", subject, "empty", said, empty=report.empty_answers)
+        examination.add("warning", subject, "empty", message, empty=report.empty_answers)
     if report.untrained:
-        said = f"{report.untrained:,} have no token to train on and are dropped; look for empty answers or texts"
-        examination.add("warning", subject, "untrained", said, untrained=report.untrained)
+        message = f"{report.untrained:,} have no token to train on and are dropped; look for empty answers or texts"
+        examination.add("warning", subject, "untrained", message, untrained=report.untrained)
     if report.merged_boundaries:
         cause = (
             "the template renders the prompt alone otherwise, or its last token merges with the answer"
             if rendered
             else "the prompt's last token merges with the answer"
         )
-        said = (
+        message = (
             f"{report.merged_boundaries:,} do not begin with the tokens of their prompt (first in row "
             f"{report.first_merged:,}): {cause}, so generation starts from other tokens than were trained; end "
             "prompts, or the template's generation prompt, at a word boundary"
         )
-        examination.add("warning", subject, "prompt is prefix", said, merged=report.merged_boundaries)
+        examination.add("warning", subject, "prompt is prefix", message, merged=report.merged_boundaries)
     else:
         prefix = "the inference prompt's tokens begin every row" if rendered else "no prompt merges with its answer"
         examination.add("ok", subject, "prompt is prefix", prefix)
@@ -111,30 +111,32 @@ def _examine_losses(subject: str, report: EncodingReport, examination: Examinati
         if omission.kind == "answer":
             continue
         level, advice = OMISSIONS[omission.kind]
-        said = f"in {omission.rows:,} of {report.rows:,} {omission.what} (first in row {omission.first:,}); {advice}"
-        examination.add(level, subject, omission.kind, said, rows=omission.rows, first=omission.first)
+        message = (
+            f"in {omission.rows:,} of {report.rows:,} {omission.what} (first in row {omission.first:,}); {advice}"
+        )
+        examination.add(level, subject, omission.kind, message, rows=omission.rows, first=omission.first)
 
 
 def _examine_beginnings(found: Beginnings, tokenizer: PreTrainedTokenizerBase, examination: Examination) -> None:
     if found.foreign:
         advice = f"write its own, {tokenizer.bos_token}, or take it out" if tokenizer.bos_token else "take it out"
-        said = (
+        message = (
             f"{found.foreign_rows:,} begin with {found.foreign} (first in row {found.first_foreign:,}), which is no "
             f"token of this tokenizer, so its characters are trained; {advice}"
         )
-        examination.add("warning", "train rows", "foreign token", said, rows=found.foreign_rows)
+        examination.add("warning", "train rows", "foreign token", message, rows=found.foreign_rows)
     if found.others:
-        said = (
+        message = (
             f"{found.others:,} do not begin as the chat template's prompts do, with {found.prompt!r} (first in row "
             f"{found.first_other:,}), so generation starts from another text than was trained; use rows of messages, "
             "or the prompt_template that the text is written in"
         )
-        examination.add("warning", "train rows", "beginning", said, others=found.others)
+        examination.add("warning", "train rows", "beginning", message, others=found.others)
 
 
 def _examine_leak(leaked: int, rows: int, examination: Examination) -> None:
     if leaked:
-        said = f"{leaked:,} of {rows:,} ask what a training row asks; the test figures flatter by as much"
-        examination.add("warning", "test rows", "leaked", said, leaked=leaked)
+        message = f"{leaked:,} of {rows:,} ask what a training row asks, so the test figures are too good"
+        examination.add("warning", "test rows", "leaked", message, leaked=leaked)
     else:
         examination.add("ok", "test rows", "leaked", "none asks what a training row asks", leaked=0)

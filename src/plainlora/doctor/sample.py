@@ -1,4 +1,4 @@
-"""One training row as text, with the part that is trained marked."""
+"""One training row as text, with the trained parts marked."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ LONGEST = 600  # characters of a segment that are shown
 
 @dataclass(frozen=True)
 class Segment:
-    """Neighbouring tokens that are all trained, or all not."""
+    """The text of consecutive tokens that are all trained, or all not."""
 
     text: str
     trained: bool
 
 
 def split_sample(ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    """The row's text, cut where training begins or ends.
+    """Splits a row's text into trained and untrained segments.
 
-    Each piece is what its tokens add to the text so far: some tokenizers decode a token alone to another text.
+    A segment is the text that its tokens add, because some tokenizers decode tokens alone to another text.
     """
     flags = [label != IGNORED for label in labels]
     ends = [at for at in range(1, len(flags)) if flags[at] != flags[at - 1]] + [len(flags)]
@@ -36,7 +36,7 @@ def split_sample(ids: Sequence[int], labels: Sequence[int], tokenizer: PreTraine
 
 
 def show_sample(segments: Sequence[Segment], colour: bool) -> str:
-    """The text with what is trained in colour, or between ⟦ and ⟧."""
+    """The text with its trained segments in colour, or between ⟦ and ⟧."""
     shown = []
     for segment in segments:
         text = _middle_left_out(segment.text)

@@ -1,4 +1,4 @@
-"""A recipe's settings: every stale name, wrong value and contradiction, and what each of those that matter will be."""
+"""A recipe's settings: old names, wrong values and contradictions, and the values of the main settings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 from plainlora.doctor.finding import Examination
 from plainlora.settings.programs import Program, Settings, SettingsT
 
-# What decides how a run ends, in the order of the recipes' blocks. Others are shown where a recipe sets them.
+# The main settings, in the order of the recipes' blocks. Others are shown if a recipe sets them.
 SHOWN = (
     *("model_name_or_path", "model_revision", "dtype", "load_in_4bit", "use_bnb_nested_quant", "base_dropout"),
     *("method", "lora_backend", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "adapter_dtype"),
@@ -23,7 +23,7 @@ HIDDEN = ("activation_checkpointing", "hub_token", "push_to_hub_token")  # anoth
 
 @dataclass(frozen=True)
 class Setting:
-    """What a setting will be, and where that comes from: the YAML, the command line, the default, or why else."""
+    """A setting's value and its origin: the YAML, the command line, the default, or another reason."""
 
     name: str
     value: Any
@@ -33,33 +33,33 @@ class Setting:
 def read_settings(
     program: Program[SettingsT], config: str, flags: Sequence[str], examination: Examination
 ) -> SettingsT:
-    """The program's settings, read past every fault.
+    """Reads the program's settings, and goes on after faults.
 
     Args:
-        program: Which program the recipe is for.
+        program: The recipe's program.
         config: The recipe's YAML.
-        flags: More of its flags.
-        examination: Told of every name, value and combination that the program would refuse.
+        flags: More of the recipe's flags.
+        examination: Gets an error for each fault.
 
     Raises:
-        UserError: The file is no YAML mapping.
+        UserError: The file is not a YAML mapping.
     """
     settings = program.read(["--config", config, *flags])
     for fault in settings.faults:
         read_as = f"; {fault.read_as}" if fault.read_as else ""
         examination.add("error", "settings", fault.check, f"{fault.error}{read_as}")
     if not settings.faults:
-        said = f"{len(settings.origins)} from {config} and the command line, none stale"
-        examination.add("ok", "settings", "names", said + ", none that contradict each other")
+        message = f"{len(settings.origins)} from {config} and the command line, none stale"
+        examination.add("ok", "settings", "names", message + ", none that contradict each other")
     return settings
 
 
 def list_settings(settings: Settings[Any, Any], decided: dict[str, tuple[Any, str]]) -> list[Setting]:
-    """The settings that matter: those of `SHOWN`, and any other that the recipe sets.
+    """The main settings (`SHOWN`), and any other that the recipe sets.
 
     Args:
-        settings: Of either program.
-        decided: What a setting that was left open will be, and why.
+        settings: The settings of either program.
+        decided: The values of settings that were left open, and the reasons.
     """
     origins = settings.origins
     values = {name: value for part in settings.parts for name, value in vars(part).items()}

@@ -1,4 +1,4 @@
-"""What there is to say of the stages' results, before a weight is loaded: by the programs and by the doctor."""
+"""Checks the results of the stages before a weight is loaded. Called by the programs and by the doctor."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +22,13 @@ from plainlora.tasks.rows import PreparedRows, PreparedTexts
 
 @dataclass
 class Stages:
-    """What the stages before the weights handed on; `None` where one had nothing to.
+    """The results of the stages before weights are loaded; `None` if a stage failed.
 
     Attributes:
-        config: The base's.
-        tokenizer: The base's, a language model's with the template installed.
+        config: The base's config.
+        tokenizer: The base's tokenizer, for a language model with the chat template installed.
         adapter: What will be trained.
-        own_template: The chat template that the tokenizer came with.
+        own_template: The tokenizer's own chat template.
     """
 
     config: PretrainedConfig | None = None
@@ -43,13 +43,13 @@ def examine_start(
     tokenizer: PreTrainedTokenizerBase | None,
     found: Examination | None = None,
 ) -> Examination:
-    """Whether base and tokenizer go together and allow what the settings ask for. It needs no rows, which may be many.
+    """Checks that base, tokenizer and settings fit together. It needs no rows, whose preparation may take long.
 
     Args:
-        settings: Of either program.
-        config: The base's; `None` if it could not be had.
-        tokenizer: Likewise.
-        found: Findings to which these are added.
+        settings: The settings of either program.
+        config: The base's config; `None` if it could not be loaded.
+        tokenizer: The base's tokenizer; `None` if it could not be loaded.
+        found: Findings to add to.
     """
     found = Examination() if found is None else found
     longest = getattr(settings.recipe, "max_length", None) or getattr(settings.training, "max_length", None)
@@ -62,13 +62,13 @@ def examine_start(
 
 
 def examine_sft(settings: SFTSettings, stages: Stages, rows: PreparedRows | None, found: Examination) -> Examination:
-    """Whether tokenizer, rows and adapter of a language model would train what was meant.
+    """Checks tokenizer, rows, learning rate and adapter of a language model.
 
     Args:
-        settings: Of the program.
-        stages: What the others handed on.
+        settings: The program's settings.
+        stages: The results of the other stages.
         rows: From `prepare_rows`.
-        found: Findings to which these are added.
+        found: Findings to add to.
     """
     tokenizer = stages.tokenizer
     if tokenizer is not None:
@@ -85,7 +85,7 @@ def examine_sft(settings: SFTSettings, stages: Stages, rows: PreparedRows | None
 def examine_classifier(
     settings: ClassifySettings, stages: Stages, texts: PreparedTexts | None, found: Examination
 ) -> Examination:
-    """The same of a classifier."""
+    """Checks texts, learning rate and adapter of a classifier. Arguments are those of `examine_sft`."""
     tokenizer, adapter = stages.tokenizer, stages.adapter
     if tokenizer is not None and texts is not None:
         found.findings += examine_texts(texts, tokenizer, stages.config).findings

@@ -1,4 +1,4 @@
-"""Whether labelled texts may be trained on, from what became of them on the way to tokens and classes."""
+"""Checks whether a classifier should be trained on the labelled texts."""
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -7,20 +7,20 @@ from plainlora.doctor.finding import Examination
 from plainlora.doctor.tokens import examine_ids, examine_saving
 from plainlora.tasks.rows import PreparedTexts
 
-MOSTLY_CUT = 0.5  # share of the texts above which their endings are what is missed
-MANY = 10  # classes; from here on they may be texts, or numbers to be predicted
-RARE = 0.1  # share of the largest class below which accuracy says little
+MOSTLY_CUT = 0.5  # share of cut texts that is a warning
+MANY = 10  # classes from which labels may be texts, or numbers for regression
+RARE = 0.1  # of the largest class's size; with a smaller class accuracy is misleading
 
 
 def examine_texts(
     texts: PreparedTexts, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None
 ) -> Examination:
-    """Every check of a classifier's texts and of the tokenizer.
+    """Makes all checks of a classifier's texts and of the tokenizer.
 
     Args:
-        texts: As they go to the trainer.
-        tokenizer: The base's.
-        config: The base's; `None` if it could not be had.
+        texts: The prepared texts.
+        tokenizer: The base's tokenizer.
+        config: The base's config; `None` if it could not be loaded.
     """
     examination = Examination()
     if texts.missing:
@@ -28,12 +28,12 @@ def examine_texts(
     for split, report in texts.reports.items():
         share, longest = report.cut / report.rows, f"the longest has {report.longest:,} tokens"
         level = "warning" if share > MOSTLY_CUT else "note" if report.cut else "ok"
-        said = (
+        message = (
             f"{report.cut:,} ({share:.1%}) are cut to max_length; {longest}"
             if report.cut
             else f"none is cut; {longest}"
         )
-        examination.add(level, f"{split} rows", "truncated", said, cut=report.cut, share=share)  # type: ignore[arg-type]
+        examination.add(level, f"{split} rows", "truncated", message, cut=report.cut, share=share)  # type: ignore[arg-type]
         examine_ids(report.largest_id, f"{split} rows", config, examination)
     _examine_classes(texts, examination)
     _examine_texts_as_read(texts, examination)
@@ -45,18 +45,18 @@ def _examine_classes(texts: PreparedTexts, examination: Examination) -> None:
     sizes = list(texts.read.class_counts()["train"].values())
     alone = sizes.count(1)
     if len(sizes) >= MANY and 2 * alone > len(sizes):
-        said = f"{alone:,} of {len(sizes):,} classes have one row; is label_column that of texts, or of numbers?"
+        message = f"{alone:,} of {len(sizes):,} classes have one row; is label_column that of texts, or of numbers?"
         level = "error" if alone == len(sizes) else "warning"
-        examination.add(level, "train rows", "single", said, classes=len(sizes), single=alone)  # type: ignore[arg-type]
+        examination.add(level, "train rows", "single", message, classes=len(sizes), single=alone)  # type: ignore[arg-type]
     for split, counts in texts.read.class_counts().items():
         most = max(counts, key=lambda name: counts[name])
         share = counts[most] / sum(counts.values())
         named = listed([f"{count:,} {name}" for name, count in counts.items()])
         uneven = min(counts.values()) < RARE * counts[most]
-        said = f"{named}; always {most!r:.40} would be right for {share:.1%}"
+        message = f"{named}; always {most!r:.40} would be right for {share:.1%}"
         if uneven:
-            said += ", so look at F1 beside accuracy, or set balance_classes"
-        examination.add("note" if uneven else "ok", f"{split} rows", "classes", said, counts=counts)
+            message += ", so look at F1 beside accuracy, or set balance_classes"
+        examination.add("note" if uneven else "ok", f"{split} rows", "classes", message, counts=counts)
 
 
 def _examine_texts_as_read(texts: PreparedTexts, examination: Examination) -> None:
@@ -67,14 +67,16 @@ def _examine_texts_as_read(texts: PreparedTexts, examination: Examination) -> No
     else:
         examination.add("ok", "all rows", "empty", "every row has a text")
     if read.contradicting:
-        said = f"{read.contradicting:,} have a text that another row gives another class; no model can learn both"
-        examination.add("warning", "train rows", "contradicting", said, contradicting=read.contradicting)
+        message = f"{read.contradicting:,} have a text that another row gives another class; no model can learn both"
+        examination.add("warning", "train rows", "contradicting", message, contradicting=read.contradicting)
     else:
         examination.add("ok", "train rows", "contradicting", "no text has two classes")
     if texts.test is None:
         return
     if read.leaked:
-        said = f"{read.leaked:,} of {len(texts.test):,} have a text that is also trained on; the test figures flatter"
-        examination.add("warning", "test rows", "leaked", said, leaked=read.leaked)
+        message = (
+            f"{read.leaked:,} of {len(texts.test):,} have a text that is also trained on; test figures are too good"
+        )
+        examination.add("warning", "test rows", "leaked", message, leaked=read.leaked)
     else:
         examination.add("ok", "test rows", "leaked", "none has a text that is also trained on", leaked=0)

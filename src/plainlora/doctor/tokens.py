@@ -1,4 +1,4 @@
-"""Whether the tokenizer and its template will do in training what they will do when the adapter is used."""
+"""Checks that tokenizer and chat template do the same in training and when the adapter is used."""
 
 import tempfile
 from typing import Any
@@ -18,14 +18,14 @@ SHOWN = 24  # characters of what a template renders
 
 
 def examine_saving(tokenizer: PreTrainedTokenizerBase, rendered: bool, examination: Examination) -> None:
-    """Whether the tokenizer that is saved with the adapter renders and tokenises as the one that trains.
+    """Checks that the tokenizer renders and tokenises the same after it is saved and loaded again.
 
-    A template that is lost on the way is what makes a model answer well here and badly on a server.
+    Otherwise, for example without the chat template, a model would answer badly on a server.
 
     Args:
-        tokenizer: With the template installed.
-        rendered: Whether the template makes the training texts.
-        examination: Told what was found.
+        tokenizer: A tokenizer with the chat template installed.
+        rendered: Whether the training rows are rendered by the template.
+        examination: Gets the findings.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -49,10 +49,10 @@ def examine_saving(tokenizer: PreTrainedTokenizerBase, rendered: bool, examinati
         if left != right
     ]
     if differs:
-        said = (
-            f"saved with the adapter and loaded again, it has another {' and other '.join(differs)}; mend the base's"
+        message = (
+            f"saved with the adapter and loaded again, it has another {' and other '.join(differs)}; fix the base's"
         )
-        examination.add("error", "tokenizer", "saved", said)
+        examination.add("error", "tokenizer", "saved", message)
     else:
         what = "renders and tokenises" if rendered else "tokenises"
         examination.add("ok", "tokenizer", "saved", f"saved and loaded again, it {what} the same")
@@ -61,34 +61,34 @@ def examine_saving(tokenizer: PreTrainedTokenizerBase, rendered: bool, examinati
 def examine_template(
     tokenizer: PreTrainedTokenizerBase, name: str | None, own: str | dict[str, str] | None, examination: Examination
 ) -> None:
-    """Whether the installed template renders what the base's own would, whose place it took.
+    """Checks that the installed template renders the same as the base's own, which it replaces.
 
-    An instruct model answers in the format it was trained on; in another one it begins anew.
+    An instruct model knows only the format of its own template.
 
     Args:
-        tokenizer: With the template installed.
-        name: What was installed: `alpaca`, a file; `None` if nothing was.
-        own: The chat template that the tokenizer came with, if any.
-        examination: Told what was found.
+        tokenizer: A tokenizer with the chat template installed.
+        name: The installed template, `alpaca` or a file; `None` if none was installed.
+        own: The tokenizer's own chat template, if any.
+        examination: Gets the findings.
     """
     if name is None or own is None:
         return
-    if isinstance(own, dict):  # several, by what they are for
+    if isinstance(own, dict):  # several, by purpose
         own = own.get("default", "")
     rendered, replaced = (_attempt(tokenizer, chat_template=source) for source in (None, own))
     if rendered == replaced:
-        said = f"prompt_template {name} renders as the chat template of {tokenizer.name_or_path} does"
-        examination.add("ok", "tokenizer", "own template", said)
+        message = f"prompt_template {name} renders as the chat template of {tokenizer.name_or_path} does"
+        examination.add("ok", "tokenizer", "own template", message)
         return
-    said = (
+    message = (
         f"prompt_template {name} ({rendered[:SHOWN]!r}...) replaces the chat template of {tokenizer.name_or_path} "
         f"({replaced[:SHOWN]!r}...); an instruct model knows its own alone; leave prompt_template out"
     )
-    examination.add("warning", "tokenizer", "own template", said)
+    examination.add("warning", "tokenizer", "own template", message)
 
 
 def _attempt(tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
-    """The conversation as a template renders it; nothing, if it knows no such conversation."""
+    """The conversation as a template renders it; the empty text if the template refuses it."""
     try:
         return str(apply_template(ASKED, tokenizer, **options))
     except UserError:
@@ -100,7 +100,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def examine_padding(rows: PreparedRows, tokenizer: PreTrainedTokenizerBase, examination: Examination) -> None:
-    """Whether padding as SFTTrainer does it leaves every label as it was, so that EOS is trained whatever the pad."""
+    """Checks that SFTTrainer's padding leaves all labels unchanged, so that EOS is trained even if pad == eos."""
     first = rows.train.select(range(min(100, len(rows.train))))
     examples: list[Any] = sorted(first, key=lambda row: len(row["input_ids"]))
     examples = [examples[0], examples[-1]]  # one is padded, unless all are of one length
@@ -111,30 +111,30 @@ def examine_padding(rows: PreparedRows, tokenizer: PreTrainedTokenizerBase, exam
     )
     pad, eos = f"{tokenizer.pad_token} ({tokenizer.pad_token_id})", f"{tokenizer.eos_token} ({tokenizer.eos_token_id})"
     if not kept:
-        said = f"padding with {pad} changes the labels of a batch; set pad_token to another token than EOS {eos}"
-        examination.add("error", "tokenizer", "pad", said)
+        message = f"padding with {pad} changes the labels of a batch; set pad_token to another token than EOS {eos}"
+        examination.add("error", "tokenizer", "pad", message)
     elif tokenizer.pad_token_id == tokenizer.eos_token_id:
-        said = f"EOS {eos} is also the pad token; labels come from lengths, so EOS is trained and padding is not"
-        examination.add("note", "tokenizer", "pad", said)
+        message = f"EOS {eos} is also the pad token; labels come from lengths, so EOS is trained and padding is not"
+        examination.add("note", "tokenizer", "pad", message)
     else:
         examination.add("ok", "tokenizer", "pad", f"EOS {eos} is trained, the pad token {pad} is not")
 
 
 def examine_ids(largest: int, subject: str, config: PretrainedConfig | None, examination: Examination) -> None:
-    """Whether the base has an embedding for every token.
+    """Checks that the base has an embedding for every token.
 
     Args:
         largest: The largest token id in the rows.
-        subject: Which rows.
-        config: The base's; `None` if it could not be had.
-        examination: Told what was found.
+        subject: The name of the rows.
+        config: The base's config; `None` if it could not be loaded.
+        examination: Gets the findings.
     """
     if config is None:
         return
     size = getattr(config.get_text_config(), "vocab_size", None)
     if size is not None and largest >= size:
-        said = f"token {largest} is none of the base's {size:,}; the tokenizer belongs to another base"
-        examination.add("error", subject, "token ids", said, largest_id=largest, vocabulary=size)
+        message = f"token {largest} is none of the base's {size:,}; the tokenizer belongs to another base"
+        examination.add("error", subject, "token ids", message, largest_id=largest, vocabulary=size)
     else:
         known = f"all below the base's {size:,}" if size is not None else "the base's config names no vocabulary"
         examination.add("ok", subject, "token ids", f"up to {largest:,}, {known}", largest_id=largest, vocabulary=size)
