@@ -72,7 +72,7 @@ def plot_confusion(labels: Sequence[str], tables: dict[str, list[list[int]]], pa
     figure.savefig(path, dpi=150)
 
 
-def plot_methods(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
+def plot_accuracy(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
     """Test accuracy against trained parameters, with a labelled point and a confidence interval for each variant.
 
     Args:

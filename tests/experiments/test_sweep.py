@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from plainlora.commands import main
 from plainlora.errors import UserError
 from plainlora.experiments.runs import resolve
-from plainlora.experiments.search import default_search, no_kind, own_values, parse_search, parse_spec, to_flags
+from plainlora.experiments.search import default_search, no_projection, own_values, parse_search, parse_spec, to_flags
 from plainlora.experiments.sweep import Plan, best_command, finished, open_study
 from tests.conftest import ROOT
 from tests.experiments.test_table import fail, write_recipe
@@ -71,7 +71,7 @@ def test_bad_searches(word: str, said: str) -> None:
 
 
 def test_a_name_stands_once_whatever_it_is_joined_to() -> None:
-    with pytest.raises(UserError, match="lora_r stands there twice"):
+    with pytest.raises(UserError, match="lora_r is given twice"):
         parse_search(["lora_r=2|4", "lora_alpha+lora_r=2|4"], set())
     assert parse_search(["lora_alpha+lora_r=2|4"], set()) == {"lora_alpha+lora_r": "2|4"}
     assert to_flags({"lora_alpha+lora_r": "4", "learning_rate": 0.5}) == [
@@ -120,11 +120,11 @@ def test_the_first_trial_is_the_config_itself_as_far_as_the_space_allows() -> No
 def test_no_kind_at_all() -> None:
     settings = resolve(CONFIG, [], {})  # query and value are on
     off = {f"lora_{kind}": "false" for kind in ("query", "key", "value", "projection", "mlp", "head")}
-    assert no_kind(off, settings)
-    assert not no_kind(off | {"lora_mlp": "true"}, settings)
-    assert no_kind({"lora_query+lora_value": "false"}, settings)
-    assert not no_kind({"lora_query": "false"}, settings)
-    assert not no_kind({"lora_r": "4"}, settings | dict.fromkeys(off, False))
+    assert no_projection(off, settings)
+    assert not no_projection(off | {"lora_mlp": "true"}, settings)
+    assert no_projection({"lora_query+lora_value": "false"}, settings)
+    assert not no_projection({"lora_query": "false"}, settings)
+    assert not no_projection({"lora_r": "4"}, settings | dict.fromkeys(off, False))
 
 
 def plan(**changes: object) -> Plan:
@@ -190,7 +190,7 @@ def test_a_trial_that_was_running_has_failed_and_is_tried_again(tmp_path: Path) 
 )
 def test_a_study_that_was_begun_otherwise_is_refused(tmp_path: Path, changes: dict[str, object], said: str) -> None:
     go_on(tmp_path, 1)
-    with pytest.raises(UserError, match=rf"begun otherwise \(.*{said}.*\); give another --output_dir"):
+    with pytest.raises(UserError, match=rf"with other settings \(.*{said}.*\); give another --output_dir"):
         open_study(plan(**changes), tmp_path, 0)
     assert len(finished(open_study(plan(), tmp_path, 0))) == 1
 
@@ -225,7 +225,7 @@ def test_the_best_command_line_can_be_pasted() -> None:
         (["--seed", "-1"], r"--seed must be at least 0, not -1"),
         (["--metric", "test_accuracy"], r"--metric test_accuracy: a sweep goes by validation rows"),
         (["--search", "lora_r=4"], r"--search lora_r=4 is no choice"),
-        (["--search", "lora_r=4|8", "--search", "lora_r=2|4"], r"lora_r stands there twice"),
+        (["--search", "lora_r=4|8", "--search", "lora_r=2|4"], r"lora_r is given twice"),
         (["--search", "lora_r=4|8", "--", "--lora_r", "2"], r"lora_r is the same in every trial"),
         (["--", "--output_dir", "x"], r"--output_dir cannot stand after the --"),
     ],
@@ -307,7 +307,7 @@ def test_a_killed_sweep_goes_on(
     main(command)
     assert "2 finished trials are there already" in capfd.readouterr().out
     _, line = fail(capfd, *command, "--", "--weight_decay", "0.1")
-    assert "begun otherwise (flags was none, is --weight_decay 0.1)" in line
+    assert "with other settings (flags was none, is --weight_decay 0.1)" in line
 
 
 def test_without_validation_rows_the_first_run_says_so(

@@ -1,4 +1,4 @@
-"""`plainlora table`: which arms, which figures, and the real program on a tiny DistilBERT."""
+"""`plainlora table`: which variants, which figures, and the real program on a tiny DistilBERT."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import yaml
 from plainlora.commands import main
 from plainlora.errors import UserError
 from plainlora.experiments.runs import run_recipe
-from plainlora.experiments.table import Arm, find_arms, mean_and_half_width, percent
+from plainlora.experiments.table import Variant, find_variants, mean_and_half_width, percent
 from tests.conftest import ROOT
 
 
@@ -38,23 +38,23 @@ def folder_of(folder: Path, **methods: str) -> str:
 def test_one_config_stands_for_its_folder_in_a_fixed_order(tmp_path: Path) -> None:
     given = folder_of(tmp_path, lora="", zoo="full", full="full", lora_b="lora", bar="lora", last_layers="last_layers")
     (tmp_path / "notes.txt").write_text("not a recipe")
-    arms = find_arms([given])
-    assert [arm.name for arm in arms] == ["last_layers", "lora", "lora_b", "full", "bar", "zoo"]
-    assert all(arm == Arm(arm.name, str(tmp_path / f"{arm.name}.yaml")) for arm in arms)
+    variants = find_variants([given])
+    assert [variant.name for variant in variants] == ["last_layers", "lora", "lora_b", "full", "bar", "zoo"]
+    assert all(variant == Variant(variant.name, str(tmp_path / f"{variant.name}.yaml")) for variant in variants)
 
 
 def test_methods_that_the_folder_lacks_are_the_given_config_with_a_flag(tmp_path: Path) -> None:
     given = folder_of(tmp_path, lora="")
-    assert find_arms([given]) == [
-        Arm("last_layers", given, ("--method=last_layers",)),
-        Arm("lora", given),
-        Arm("full", given, ("--method=full",)),
+    assert find_variants([given]) == [
+        Variant("last_layers", given, ("--method=last_layers",)),
+        Variant("lora", given),
+        Variant("full", given, ("--method=full",)),
     ]
 
 
 def test_an_added_method_never_takes_the_name_of_a_file(tmp_path: Path) -> None:
     given = folder_of(tmp_path, full="lora", last_layers="last_layers")
-    assert [(arm.name, arm.flags) for arm in find_arms([given])] == [
+    assert [(variant.name, variant.flags) for variant in find_variants([given])] == [
         ("last_layers", ()),
         ("full", ()),
         ("full-full", ("--method=full",)),
@@ -65,17 +65,21 @@ def test_several_configs_are_compared_as_they_are(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     one, two = (folder_of(tmp_path / name, lora="lora", full="full") for name in ("one", "two"))
-    assert find_arms([two, one]) == [Arm("two-lora", two), Arm("one-lora", one)]
-    assert [arm.name for arm in find_arms([one, one.replace("lora", "full")])] == ["lora", "full"]
-    with pytest.raises(UserError, match="one-lora stands there twice"):
-        find_arms([one, one])
+    assert find_variants([two, one]) == [Variant("two-lora", two), Variant("one-lora", one)]
+    assert [variant.name for variant in find_variants([one, one.replace("lora", "full")])] == ["lora", "full"]
+    with pytest.raises(UserError, match="one-lora is given twice"):
+        find_variants([one, one])
 
 
 def test_the_recipes_of_this_repository() -> None:
-    imdb = find_arms(["recipes/distilbert-imdb/lora.yaml"])
-    assert [arm.name for arm in imdb] == ["last_layers", "lora", "lora_best", "full"]
-    assert not any(arm.flags for arm in imdb)
-    assert [arm.name for arm in find_arms(["recipes/gpt2-sms-spam/lora.yaml"])] == ["last_layers", "lora", "full"]
+    imdb = find_variants(["recipes/distilbert-imdb/lora.yaml"])
+    assert [variant.name for variant in imdb] == ["last_layers", "lora", "lora_best", "full"]
+    assert not any(variant.flags for variant in imdb)
+    assert [variant.name for variant in find_variants(["recipes/gpt2-sms-spam/lora.yaml"])] == [
+        "last_layers",
+        "lora",
+        "full",
+    ]
 
 
 def test_the_interval_is_students() -> None:
@@ -123,7 +127,7 @@ def fail(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, st
     [
         (["--seeds", "1", "1"], r"--seeds are different whole numbers from 0, not 1 1"),
         (["--seeds", "-1"], r"--seeds are different whole numbers from 0, not -1"),
-        (["--", "--method", "full"], r"--method cannot stand after the --: every method is an arm"),
+        (["--", "--method", "full"], r"--method cannot stand after the --: every method is compared already"),
         (["--", "--seed", "3"], r"--seed cannot stand after the --: use --seeds"),
         (["--output_dir", ""], r"--output_dir is empty; give a folder"),
     ],
@@ -170,13 +174,13 @@ def test_a_failing_run_loses_no_other_and_a_finished_one_is_not_run_again(
     assert (output / "lora-seed0" / "run.json").stat().st_mtime_ns == before
     table = json.loads((output / "table.json").read_text())
     assert table["failures"] == []
-    assert [arm["arm"] for arm in table["arms"]] == ["lora", "z"]
+    assert [variant["arm"] for variant in table["arms"]] == ["lora", "z"]
     results = json.loads((output / "z-seed0" / "all_results.json").read_text())
-    arm = table["arms"][1]
-    assert (arm["method"], arm["test_accuracy"], arm["test_accuracy_half_width"]) == (
+    variant = table["arms"][1]
+    assert (variant["method"], variant["test_accuracy"], variant["test_accuracy_half_width"]) == (
         "full", results["test_accuracy"], None,
     )  # fmt: skip
-    assert arm["trainable_params"] == arm["total_params"]
+    assert variant["trainable_params"] == variant["total_params"]
     assert table["versions"]["torch"]
     assert (output / "table.md").read_text().split("\n\n")[0] in printed
     assert (output / "table.png").read_bytes().startswith(b"\x89PNG")

@@ -1,1 +1,1 @@
-"""Many runs of a recipe: the methods side by side, and a search for better settings."""
+"""Many runs of a recipe: a comparison of finetuning modes, and a search for better settings."""

@@ -1,4 +1,4 @@
-"""One recipe run in a process of its own; a run that is finished is not run again."""
+"""Runs a recipe in another process, unless the same run is finished already."""
 
 import fcntl
 import hashlib
@@ -23,9 +23,9 @@ from plainlora.settings.checks import check_writable
 from plainlora.settings.parsing import read_yaml
 from plainlora.settings.programs import CLASSIFY
 
-METHODS = ("last_layers", "lora", "full")
+FINETUNING_MODES = ("last_layers", "lora", "full")
 RESULTS, RECORD = "all_results.json", "command.json"
-QUIET = ("--disable_tqdm=true", "--report_to=none")  # flags after these win
+QUIET = ("--disable_tqdm=true", "--report_to=none")  # overridden by later flags
 OWN_FLAGS = {
     "config": "give it before the --",
     "output_dir": "give it before the --; every run has a folder of its own in it",
@@ -39,8 +39,8 @@ class Outcome:
     """A finished run.
 
     Attributes:
-        results: Its `all_results.json`.
-        seconds: How long the process took; None if it was finished before.
+        results: The content of its `all_results.json`.
+        seconds: Duration of the process, in seconds; `None` if the run was finished before.
     """
 
     results: dict[str, Any]
@@ -53,15 +53,15 @@ def flag_names(flags: Sequence[str]) -> set[str]:
 
 
 def resolve(config: str, flags: Sequence[str], refused: Mapping[str, str]) -> dict[str, Any]:
-    """Every setting of a run by name: the recipe's default, what its YAML says, what a flag says.
+    """Every setting of a run by name: the default, overridden by the YAML, overridden by a flag.
 
     Args:
         config: The recipe's YAML.
-        flags: What stands after the `--`, for every run.
-        refused: Flags besides `OWN_FLAGS` that may not stand there, and what to do instead.
+        flags: The flags after the `--`, for every run.
+        refused: Flags besides `OWN_FLAGS` that are refused there, and what to do instead.
 
     Raises:
-        UserError: A flag is refused or is none of the recipe's; the config cannot be read or names no method.
+        UserError: A flag is refused or unknown; the config cannot be read, or has an unknown method.
     """
     parser, names, reasons = CLASSIFY.parser(), flag_names(flags), OWN_FLAGS | dict(refused)
     for name in sorted(names & reasons.keys()):
@@ -73,24 +73,25 @@ def resolve(config: str, flags: Sequence[str], refused: Mapping[str, str]) -> di
         )
     settings = vars(parser.parse_known_args([])[0]) | read_yaml(config)
     settings |= {name: value for name, value in vars(typed).items() if name in names}
-    if settings["method"] not in METHODS:
-        raise UserError(f"{config}: method is {', '.join(METHODS[:-1])} or {METHODS[-1]}, not {settings['method']!r}")
+    if settings["method"] not in FINETUNING_MODES:
+        modes = f"{', '.join(FINETUNING_MODES[:-1])} or {FINETUNING_MODES[-1]}"
+        raise UserError(f"{config}: method is {modes}, not {settings['method']!r}")
     return settings
 
 
 def run_recipe(config: str, flags: Sequence[str], output_dir: Path) -> Outcome:
-    """Runs `recipes/classify.py` in a process of its own, unless this very run is finished.
+    """Runs `recipes/classify.py` in another process, unless the same run is finished.
 
-    Finished is a run whose results are there together with a record, written after its success, of the same flags and
-    the same content of the config.
+    A run is finished if its results exist, and a record, written after it succeeded, has the same flags and the same
+    config.
 
     Args:
         config: The recipe's YAML.
-        flags: More of its flags, as typed.
-        output_dir: The run's folder; what it prints goes to `output_dir.log` beside it.
+        flags: More of the recipe's flags.
+        output_dir: The run's folder; its output goes to `output_dir.log` beside it.
 
     Raises:
-        UserError: The program is not there or did not get to its end; or the config cannot be read.
+        UserError: The program is missing or failed, or the config cannot be read.
     """
     program = CLASSIFY.find()
     try:
@@ -102,20 +103,20 @@ def run_recipe(config: str, flags: Sequence[str], output_dir: Path) -> Outcome:
     if _read(record) == asked and (found := _read(results)):
         return Outcome(found, None)
 
-    record.unlink(missing_ok=True)  # before the results change, or it would vouch for another run's
+    record.unlink(missing_ok=True)  # removed first, so that it never matches results of another run
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     log = output_dir.with_name(output_dir.name + ".log")
     command = [sys.executable, str(program), "--config", config, *QUIET, *flags, f"--output_dir={output_dir}"]
     started = time.monotonic()
     with log.open("w", encoding="utf-8") as stream:
-        # subprocess.run ends the child when anything, such as Ctrl-C, ends the waiting.
+        # subprocess.run kills the child if it is interrupted, for example by Ctrl-C.
         code = subprocess.run(
             [*command, "--overwrite"],
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
             check=False,
-            # A killed sweep must not leave a run behind that holds the GPU. One system call, which takes no lock.
+            # A killed sweep must not leave a run behind that holds the GPU. It is one system call, without locks.
             preexec_fn=partial(end_with_parent, signal.SIGKILL),
         ).returncode
     if code != 0:
@@ -123,7 +124,7 @@ def run_recipe(config: str, flags: Sequence[str], output_dir: Path) -> Outcome:
     found = _read(results)
     if found is None:
         raise UserError(f"the run ended without {results} (log: {log})")
-    for checkpoint in list_checkpoints(output_dir):  # nothing goes on from them, and they are most of the disk space
+    for checkpoint in list_checkpoints(output_dir):  # they are not resumed, and take most of the disk space
         shutil.rmtree(checkpoint)
     write_json(record, asked)
     return Outcome(found, time.monotonic() - started)
@@ -137,7 +138,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _last_words(log: Path, code: int) -> str:
-    """The program's own error; else the end of its traceback, or the signal that ended it."""
+    """The program's last error line, else the last line of its log, or the signal that ended it."""
     if code < 0:
         name = signal.Signals(-code).name
         return f"the run was ended by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
@@ -148,15 +149,15 @@ def _last_words(log: Path, code: int) -> str:
 
 @contextmanager
 def held(output_dir: str) -> Iterator[Path]:
-    """Makes sure that one command at a time works in a folder, and that Ctrl-C says how to go on.
+    """Locks a folder for one command at a time; Ctrl-C prints how to continue.
 
     Raises:
-        UserError: Another command is at work there, or the folder cannot be written to.
+        UserError: Another command works there, or the folder cannot be written to.
     """
     check_writable(output_dir, "--output_dir")
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:  # the system lets go of it however this process ends
+    with (folder / ".lock").open("w") as lock:  # released by the system even if this process is killed
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -170,7 +171,7 @@ def held(output_dir: str) -> Iterator[Path]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: `48 s`, `12 min`, `3.1 h`."""
+    """A duration for a message: `48 s`, `12 min`, `3.1 h`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

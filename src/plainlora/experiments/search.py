@@ -1,4 +1,4 @@
-"""What a sweep searches: names, ranges and choices, and what they mean as the recipe's flags."""
+"""The search space of a sweep: names, ranges and choices, and their translation to the recipe's flags."""
 
 import difflib
 import math
@@ -15,7 +15,7 @@ from plainlora.settings.arguments import PROJECTIONS
 from plainlora.settings.programs import CLASSIFY
 from plainlora.tasks.projections import ARCHITECTURES
 
-# What a sweep tries unless it is told. A name with + in it is several flags that take the same value.
+# The default search. A name with + in it is several flags that get the same value.
 LORA = {"learning_rate": "1e-5..5e-3", "lora_r": "2|4|8|16|32", "lora_alpha": "8|16|32|64|128"}
 WEIGHTS = {
     "last_layers": {"learning_rate": "1e-5..1e-2", "weight_decay": "0..0.1"},
@@ -24,12 +24,12 @@ WEIGHTS = {
 
 
 def parse_spec(name: str, spec: str) -> BaseDistribution:
-    """`1e-5..1e-3` is a range, logarithmic from a ratio of 10; `2..5` whole numbers; `4|8|16` a choice.
+    """Parses `1e-5..1e-3` (a range, logarithmic from a ratio of 10), `2..5` (whole numbers) or `4|8|16` (a choice).
 
-    Choices stay the text that was typed, so that the recipe's own parser reads them.
+    Choices are kept as text, so that the recipe's own parser reads them.
 
     Raises:
-        UserError: It is none of these, or an empty range or choice.
+        UserError: It is none of these, or the range or choice is empty.
     """
     form = "write a range such as 1e-5..1e-3, whole numbers such as 2..5, or a choice such as 4|8|16"
     if ".." not in spec:
@@ -50,38 +50,38 @@ def parse_spec(name: str, spec: str) -> BaseDistribution:
 
 
 def default_search(settings: dict[str, Any], fixed: set[str]) -> dict[str, str]:
-    """What a method's sweep tries if it is not told.
+    """The default search of a finetuning mode.
 
     Args:
-        settings: Of `resolve`.
-        fixed: Names that flags give a value, which are not searched.
+        settings: From `resolve`.
+        fixed: Names that flags set, which are not searched.
 
     Raises:
-        UserError: The base model's config cannot be had.
+        UserError: The base model's config cannot be loaded.
     """
     if settings["method"] != "lora":
         search = dict(WEIGHTS[settings["method"]])
     else:
-        search = LORA | ({} if settings["lora_target_modules"] else _kinds(settings))
+        search = LORA | ({} if settings["lora_target_modules"] else _projections(settings))
     return {name: spec for name, spec in search.items() if not fixed & set(name.split("+"))}
 
 
-def _kinds(settings: dict[str, Any]) -> dict[str, str]:
-    """Every kind of layer on or off; kinds that share a weight (GPT-2's query, key, value) together."""
+def _projections(settings: dict[str, Any]) -> dict[str, str]:
+    """Every projection on or off; projections that share a weight (GPT-2's query, key, value) together."""
     name = settings["model_name_or_path"]
     table = ARCHITECTURES.get(load_config(str(name), settings["model_revision"]).model_type, {}) if name else {}
     groups: dict[str, list[str]] = {}
-    for kind in PROJECTIONS:
-        if not (kind == "head" and settings["train_head"]):
-            groups.setdefault(table.get(kind, kind), []).append(f"lora_{kind}")
+    for projection in PROJECTIONS:
+        if not (projection == "head" and settings["train_head"]):
+            groups.setdefault(table.get(projection, projection), []).append(f"lora_{projection}")
     return {"+".join(flags): "true|false" for flags in groups.values()}
 
 
 def parse_search(words: Sequence[str], fixed: set[str]) -> dict[str, str]:
-    """`["lora_r=4|8"]` -> `{"lora_r": "4|8"}`, every name and value checked by the recipe's own parser.
+    """`["lora_r=4|8"]` -> `{"lora_r": "4|8"}`, with names and values checked by the recipe's own parser.
 
     Raises:
-        UserError: No `NAME=SPEC`; an unknown name; a value that the name cannot take; a name that is fixed by a flag.
+        UserError: A word is not `NAME=SPEC`; a name is unknown, or set by a flag; a value is refused.
     """
     search: dict[str, str] = {}
     parser = CLASSIFY.parser()
@@ -97,7 +97,7 @@ def parse_search(words: Sequence[str], fixed: set[str]) -> dict[str, str]:
                 hint = f"did you mean {near[0]}?" if near else f"see {CLASSIFY.path} --help"
                 raise UserError(f"--search {word}: {flag} is no option; {hint}")
             if flag in seen:
-                raise UserError(f"--search: {flag} stands there twice; keep one of them")
+                raise UserError(f"--search: {flag} is given twice; keep one of them")
             if flag in fixed or flag in OWN_FLAGS or flag == "method":
                 raise UserError(f"--search {word}: {flag} is the same in every trial")
             seen.add(flag)
@@ -108,7 +108,7 @@ def parse_search(words: Sequence[str], fixed: set[str]) -> dict[str, str]:
 
 
 def _examples(distribution: BaseDistribution) -> Sequence[Any]:
-    """All choices, or both ends."""
+    """All choices, or both ends of a range."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices
     assert isinstance(distribution, (FloatDistribution, IntDistribution))
@@ -116,7 +116,7 @@ def _examples(distribution: BaseDistribution) -> Sequence[Any]:
 
 
 def own_values(space: dict[str, BaseDistribution], settings: dict[str, Any]) -> dict[str, Any]:
-    """The config's own values, as far as they lie in the space: what a sweep should be better than."""
+    """The config's own values, as far as they are in the search space; the sweep tries them first."""
     parser = CLASSIFY.parser()
     values: dict[str, Any] = {}
     for name, distribution in space.items():
@@ -143,9 +143,9 @@ def to_flags(parameters: dict[str, Any]) -> list[str]:
     return [f"--{flag}={value}" for name, value in parameters.items() for flag in name.split("+")]
 
 
-def no_kind(parameters: dict[str, Any], settings: dict[str, Any]) -> bool:
-    """Whether a trial switches off every kind of layer that is on, which leaves LoRA nothing to adapt."""
-    flags = [f"lora_{kind}" for kind in PROJECTIONS]
+def no_projection(parameters: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether a trial switches off every projection, which leaves LoRA nothing to adapt."""
+    flags = [f"lora_{projection}" for projection in PROJECTIONS]
     values = {flag: value for name, value in parameters.items() for flag in name.split("+")}
     return not values.keys().isdisjoint(flags) and all(
         str(values.get(flag, settings[flag])).lower() == "false" for flag in flags

@@ -1,4 +1,4 @@
-"""A search for better hyperparameters: one run a trial, judged by validation rows, remembered in a study."""
+"""A search for better hyperparameters by Optuna: each trial is a run, evaluated on validation rows."""
 
 import json
 import math
@@ -21,26 +21,26 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from plainlora.errors import UserError
 from plainlora.experiments.runs import Outcome, duration, flag_names, held, resolve, run_recipe
-from plainlora.experiments.search import default_search, no_kind, own_values, parse_search, parse_spec, to_flags
+from plainlora.experiments.search import default_search, no_projection, own_values, parse_search, parse_spec, to_flags
 from plainlora.markdown import table
 from plainlora.plots import plot_trials
 from plainlora.report import package_versions, write_json
 from plainlora.settings.parsing import read_yaml
 from plainlora.settings.programs import CLASSIFY
 
-FAILURES_IN_A_ROW = 3  # then it is the config, or the machine, rather than the combination
+FAILURES_IN_A_ROW = 3  # then the config or the machine is at fault, not the trial's values
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study is about. A study goes on under the plan that it was begun with, and under no other.
+    """The inputs of a study. A study can only be continued with the same plan.
 
     Attributes:
         config: The recipe's YAML.
         settings: Every setting of a run, before the search.
         search: Names and specs.
-        metric: The figure of a run that is to be the best.
-        flags: Of every trial.
+        metric: The figure of a run to optimise.
+        flags: The flags of every trial.
     """
 
     config: str
@@ -55,12 +55,12 @@ class Plan:
         return {name: parse_spec(name, spec) for name, spec in self.search.items()}
 
     def record(self) -> dict[str, Any]:
-        """What must not change, as JSON would give it back."""
+        """What must not change, as it is read back from JSON."""
         record = {"config": read_yaml(self.config), "search": self.search, "metric": self.metric, "flags": self.flags}
         return dict(json.loads(json.dumps(record, default=str)))
 
     def differences(self, then: dict[str, Any]) -> list[str]:
-        """What differs from an earlier record, in words."""
+        """The differences from an earlier record, in words."""
         found = []
         for part, now in self.record().items():
             if isinstance(now, dict):
@@ -77,17 +77,17 @@ def _plain(value: object) -> str:
 
 
 def open_study(plan: Plan, output: Path, seed: int) -> optuna.Study:
-    """The folder's study, or a new one, which tries the config's own values first.
+    """Opens the folder's study, or makes a new one, which tries the config's own values first.
 
-    A trial that a killed sweep left running has failed, and the next trial tries its values again.
+    A trial that a killed sweep left running is marked as failed, and its values are tried again.
 
     Args:
-        plan: What it is about.
-        output: Its folder.
-        seed: Of the sampler, which of a study that goes on draws other numbers than at its beginning.
+        plan: The study's plan.
+        output: The study's folder.
+        seed: Seed of the sampler; the number of trials is added, so that a continued study draws new values.
 
     Raises:
-        UserError: The study there has results of another plan, or cannot be read.
+        UserError: The study has results of another plan, or cannot be read.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     direction = StudyDirection.MINIMIZE if "loss" in plan.metric else StudyDirection.MAXIMIZE
@@ -97,8 +97,7 @@ def open_study(plan: Plan, output: Path, seed: int) -> optuna.Study:
         if study.trials and (differences := plan.differences(study.user_attrs["plan"])):
             if finished(study):
                 raise UserError(
-                    f"{output} holds a sweep that was begun otherwise ({'; '.join(differences)}); give another "
-                    "--output_dir"
+                    f"{output} holds a sweep with other settings ({'; '.join(differences)}); give another --output_dir"
                 )
             optuna.delete_study(study_name="sweep", storage=storage)
             study = optuna.create_study(storage=storage, study_name="sweep", direction=direction)
@@ -138,16 +137,16 @@ def sweep(
 
     Args:
         config: The recipe's YAML.
-        trials: How many trials shall have a value, those of earlier calls included.
-        search: `NAME=SPEC` words; the method's defaults if left out.
+        trials: The number of finished trials to reach, including those of earlier calls.
+        search: `NAME=SPEC` words; the finetuning mode's defaults if left out.
         output_dir: The study's folder; `outputs/<folder>-<name>-sweep` if left out.
-        seed: Of the sampler.
+        seed: Seed of the sampler.
         metric: Name of the figure in a run's `all_results.json`.
         flags: More of the recipe's flags, for every trial.
 
     Raises:
-        UserError: Bad arguments; this is no checkout's root; the first run fails, or several in a row; a run has no
-            such figure.
+        UserError: An argument is wrong, the working directory is not a checkout's root, the first run or several in a
+            row fail, or a run has no such figure.
     """
     if trials < 1:
         raise UserError(f"--trials must be at least 1, not {trials}")
@@ -156,7 +155,7 @@ def sweep(
     if not metric.startswith("validation_"):
         raise UserError(
             f"--metric {metric}: a sweep goes by validation rows, such as validation_accuracy, validation_f1 or "
-            "validation_loss; test rows that chose the settings would measure nothing any more"
+            "validation_loss; test rows must not choose the settings"
         )
     settings, fixed = resolve(config, flags, {}), flag_names(flags)
     specs = default_search(settings, fixed) if search is None else parse_search(search, fixed)
@@ -183,7 +182,7 @@ def _run_all(study: optuna.Study, plan: Plan, output: Path, trials: int) -> None
     while (done := len(finished(study))) < trials:
         trial = study.ask(plan.space)
         line = f"{done + 1}/{trials}  "
-        if no_kind(trial.params, plan.settings):
+        if no_projection(trial.params, plan.settings):
             study.tell(trial, state=TrialState.PRUNED)
             continue
         if twin := next((known for known in finished(study) if known.params == trial.params), None):
@@ -229,7 +228,7 @@ def _value(outcome: Outcome, metric: str, folder: Path) -> float:
 
 
 def _shown(parameters: dict[str, Any]) -> str:
-    """`learning_rate 0.00023, lora_r 8, lora_query`: a switch that is off is left out."""
+    """Parameters for a message, without switches that are off: `learning_rate 0.00023, lora_r 8, lora_query`."""
     on = {name: value for name, value in parameters.items() if value != "false"}
     return ", ".join(name if value == "true" else f"{name} {_short(value)}" for name, value in on.items())
 
@@ -239,7 +238,7 @@ def _short(value: object) -> str:
 
 
 def best_command(plan: Plan, parameters: dict[str, Any]) -> str:
-    """The command line of one trial, to paste."""
+    """The command line of one trial."""
     launch = ["accelerate", "launch", "--config_file", "accelerate_configs/single_gpu.yaml"]
     return shlex.join([*launch, str(CLASSIFY.path), "--config", plan.config, *plan.flags, *to_flags(parameters)])
 
@@ -247,7 +246,7 @@ def best_command(plan: Plan, parameters: dict[str, Any]) -> str:
 def _state(trial: FrozenTrial) -> str:
     if trial.state == TrialState.FAIL:
         return "failed" if "reason" in trial.user_attrs else "interrupted"
-    return {TrialState.COMPLETE: "finished", TrialState.PRUNED: "not run: no kind of layer"}.get(trial.state, "open")
+    return {TrialState.COMPLETE: "finished", TrialState.PRUNED: "not run: no projection"}.get(trial.state, "open")
 
 
 def _as_record(trial: FrozenTrial) -> dict[str, Any]:
@@ -261,7 +260,7 @@ def _as_record(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def markdown(records: Sequence[dict[str, Any]], metric: str) -> str:
-    """Every trial that was decided, the best first."""
+    """A table of all finished and failed trials, the best first."""
     names = list(dict.fromkeys(name for record in records for name in record["parameters"]))
     rows = []
     for record in records:

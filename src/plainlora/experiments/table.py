@@ -1,4 +1,4 @@
-"""The methods side by side: every arm under every seed, means and confidence intervals."""
+"""A comparison of finetuning modes and settings: every variant under every seed, means and confidence intervals."""
 
 import math
 import platform
@@ -11,14 +11,14 @@ from typing import Any
 from scipy.stats import t  # type: ignore[import-untyped]
 
 from plainlora.errors import UserError
-from plainlora.experiments.runs import METHODS, duration, held, resolve, run_recipe
+from plainlora.experiments.runs import FINETUNING_MODES, duration, held, resolve, run_recipe
 from plainlora.markdown import table
-from plainlora.plots import plot_methods
+from plainlora.plots import plot_accuracy
 from plainlora.report import package_versions, write_json
 from plainlora.settings.programs import CLASSIFY
 
 CONFIDENCE = 0.95
-OTHERWISE = {"seed": "use --seeds", "method": "every method is an arm; for some, give several --config"}
+OTHERWISE = {"seed": "use --seeds", "method": "every method is compared already; for some, give several --config"}
 FIGURES = (
     "method",
     "test_accuracy",
@@ -31,72 +31,72 @@ FIGURES = (
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One row of the table: a config, and the flags that make it another method."""
+class Variant:
+    """One row of the table: a config, and flags that may change its method."""
 
     name: str
     config: str
     flags: tuple[str, ...] = ()
 
 
-def find_arms(configs: Sequence[str], flags: Sequence[str] = ()) -> list[Arm]:
-    """What is compared, after a look at every config and flag.
+def find_variants(configs: Sequence[str], flags: Sequence[str] = ()) -> list[Variant]:
+    """The variants to compare, with all configs and flags checked.
 
-    Several configs are compared as they are. One config stands for its folder: every YAML there is an arm, and every
-    method that none of them has is the given config with that `--method`.
+    Several configs are one variant each. A single config stands for all YAMLs of its folder; each method that none of
+    these has is added as the given config with that `--method`.
 
     Raises:
-        UserError: A config cannot be read or stands there twice; a flag cannot go to every run.
+        UserError: A config cannot be read or is given twice, or a flag is refused.
     """
     given = Path(configs[0])
     beside: list[str] = []
     if len(configs) == 1:
         beside = [str(path) for path in given.parent.glob("*.yaml") if path.name != given.name]
-    arms = [Arm(name, config) for name, config in _named([*configs, *beside])]
-    present = {resolve(arm.config, flags, OTHERWISE)["method"] for arm in arms}
+    variants = [Variant(name, config) for name, config in _named([*configs, *beside])]
+    present = {resolve(variant.config, flags, OTHERWISE)["method"] for variant in variants}
     if len(configs) > 1:
-        return arms
-    taken = {arm.name for arm in arms}
-    for method in METHODS:
+        return variants
+    taken = {variant.name for variant in variants}
+    for method in FINETUNING_MODES:
         if method not in present:
             name = method if method not in taken else f"{given.stem}-{method}"
-            arms.append(Arm(name, configs[0], (f"--method={method}",)))
-    return sorted(arms, key=lambda arm: (_place(arm.name), arm.name))
+            variants.append(Variant(name, configs[0], (f"--method={method}",)))
+    return sorted(variants, key=lambda variant: (_place(variant.name), variant.name))
 
 
 def _place(name: str) -> int:
-    if name in METHODS:
+    if name in FINETUNING_MODES:
         return {"last_layers": 0, "lora": 1, "full": 3}[name]
     return 2 if name.startswith("lora_") else 4
 
 
 def _named(configs: Sequence[str]) -> list[tuple[str, str]]:
-    """The files with their names, and their folders' where the names alone would not tell them apart."""
+    """The files with their names, prefixed by their folders' names if they would not be unique."""
     names = [Path(config).stem for config in configs]
     if len(set(names)) < len(names):
         names = [f"{Path(config).absolute().parent.name}-{Path(config).stem}" for config in configs]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"--config: {name} stands there twice; keep one of them")
+            raise UserError(f"--config: {name} is given twice; keep one of them")
     return list(zip(names, configs, strict=True))
 
 
 def mean_and_half_width(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean, and half of its confidence interval by Student's t: t(n-1) s / sqrt(n); None for a single value."""
+    """The mean, and half of its confidence interval by Student's t: t(n-1) s / sqrt(n); `None` for a single value."""
     if len(values) < 2:
         return statistics.fmean(values), None
     quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
     return statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def summarise(arm: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One arm's line of the table.
+def summarise(variant: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One row of the table.
 
     Args:
-        arm: Its name.
-        runs: Its finished runs, one a seed.
+        variant: The variant's name.
+        runs: Its finished runs, one for each seed.
     """
-    row: dict[str, Any] = {"arm": arm, "seeds": [run["seed"] for run in runs]}
+    row: dict[str, Any] = {"arm": variant, "seeds": [run["seed"] for run in runs]}
     for name in ("test_accuracy", "test_f1"):
         mean, half_width = mean_and_half_width([run[name] for run in runs])
         row |= {name: mean, f"{name}_half_width": half_width}
@@ -106,7 +106,7 @@ def summarise(arm: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def percent(share: float, half_width: float | None) -> str:
-    """`93.1 ± 0.4`: as many digits as the interval leaves meaningful (one of its own, two if the first is a 1)."""
+    """`93.1 ± 0.4`, with one significant digit of the interval, or two if the first is a 1."""
     if half_width is None:
         return f"{100 * share:.1f}"
     if half_width == 0:
@@ -118,10 +118,18 @@ def percent(share: float, half_width: float | None) -> str:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table for people."""
+    """The table in Markdown."""
     unit, size = ("GB", 1e9) if max(row["peak_memory_bytes"] for row in rows) >= 1e9 else ("MB", 1e6)
     lora = next((row for row in rows if row["method"] == "lora"), None)
-    header = ["arm", "test accuracy, %", "test F1, %", "trained parameters", "of all", "time, s", f"memory, {unit}"]
+    header = [
+        "variant",
+        "test accuracy, %",
+        "test F1, %",
+        "trained parameters",
+        "of all",
+        "time, s",
+        f"memory, {unit}",
+    ]
     lines = []
     for row in rows:
         trained = f"{row['trainable_params']:,}"
@@ -138,7 +146,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         ]
         lines.append(cells)
     counts = {row["arm"]: len(row["seeds"]) for row in rows}
-    few = [f"{arm} {count}" for arm, count in counts.items() if count < max(counts.values())]
+    few = [f"{variant} {count}" for variant, count in counts.items() if count < max(counts.values())]
     single = max(counts.values()) == 1
     note = "One seed, so there is no interval" if single else f"Mean over {max(counts.values())} seeds"
     note += f" ({', '.join(few)})" if few else ""
@@ -148,27 +156,28 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def make_table(configs: Sequence[str], seeds: Sequence[int], output_dir: str | None, flags: Sequence[str]) -> None:
-    """Runs every arm under every seed, and writes `table.md`, `table.json` and `table.png`.
+    """Runs every variant under every seed, and writes `table.md`, `table.json` and `table.png`.
 
     Args:
         configs: One recipe, which stands for its folder, or several.
-        seeds: The seeds of every arm.
-        output_dir: Where the runs and the table go; `outputs/<folder>-table` if left out.
+        seeds: The seeds of every variant.
+        output_dir: The folder of the runs and the table; `outputs/<folder>-table` if left out.
         flags: More of the recipe's flags, for every run.
 
     Raises:
-        UserError: Bad arguments; this is no checkout's root; or a run failed, after all the others.
+        UserError: An argument is wrong, the working directory is not a checkout's root, or a run failed (raised after
+            all runs).
     """
     if len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise UserError(f"--seeds are different whole numbers from 0, not {' '.join(map(str, seeds))}")
-    arms = find_arms(configs, flags)
+    variants = find_variants(configs, flags)
     if output_dir is None:
         output_dir = f"outputs/{Path(configs[0]).absolute().parent.name}-table"
     CLASSIFY.find()
     with held(output_dir) as output:
-        runs, failures = _run_all(arms, seeds, output, flags)
+        runs, failures = _run_all(variants, seeds, output, flags)
         if runs:
-            _write(arms, runs, failures, output, flags)
+            _write(variants, runs, failures, output, flags)
     if failures:
         first = failures[0]
         raise UserError(
@@ -178,55 +187,55 @@ def make_table(configs: Sequence[str], seeds: Sequence[int], output_dir: str | N
 
 
 def _run_all(
-    arms: Sequence[Arm], seeds: Sequence[int], output: Path, flags: Sequence[str]
+    variants: Sequence[Variant], seeds: Sequence[int], output: Path, flags: Sequence[str]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The figures of the finished runs, and the reasons of the failed ones. Seed by seed, so that all arms advance."""
-    jobs = [(arm, seed) for seed in seeds for arm in arms]
+    """Runs all variants under one seed after the other; returns figures of finished runs and reasons of failed ones."""
+    jobs = [(variant, seed) for seed in seeds for variant in variants]
     runs: list[dict[str, Any]] = []
     failures: list[dict[str, Any]] = []
     clock: dict[str, list[float]] = {}
-    for number, (arm, seed) in enumerate(jobs, start=1):
-        folder = output / f"{arm.name}-seed{seed}"
-        line = f"{number}/{len(jobs)}  {arm.name}  seed {seed}  "
+    for number, (variant, seed) in enumerate(jobs, start=1):
+        folder = output / f"{variant.name}-seed{seed}"
+        line = f"{number}/{len(jobs)}  {variant.name}  seed {seed}  "
         try:
-            outcome = run_recipe(arm.config, [*flags, *arm.flags, f"--seed={seed}"], folder)
+            outcome = run_recipe(variant.config, [*flags, *variant.flags, f"--seed={seed}"], folder)
             if missing := [name for name in FIGURES if outcome.results.get(name) is None]:
                 raise UserError(f"{folder}/all_results.json has no {', '.join(missing)}; give the recipe test rows")
         except UserError as error:
-            failures.append({"arm": arm.name, "seed": seed, "reason": str(error)})
+            failures.append({"arm": variant.name, "seed": seed, "reason": str(error)})
             print(f"{line}failed: {error}", flush=True)
-            if not runs and len(failures) == len(arms):  # every arm, so that another seed would be no better
+            if not runs and len(failures) == len(variants):  # every variant failed
                 break
             continue
         figures = {name: outcome.results[name] for name in FIGURES}
-        runs.append({"arm": arm.name, "seed": seed, "output_dir": str(folder)} | figures)
+        runs.append({"arm": variant.name, "seed": seed, "output_dir": str(folder)} | figures)
         line += f"test accuracy {figures['test_accuracy']:.1%}  {duration(figures['train_runtime'])} of training"
         if outcome.seconds is None:
             line += "  (finished before)"
         else:
-            clock.setdefault(arm.name, []).append(outcome.seconds)
+            clock.setdefault(variant.name, []).append(outcome.seconds)
         if clock and number < len(jobs):
-            line += f"  about {duration(_time_left(clock, [arm.name for arm, _ in jobs[number:]]))} left"
+            line += f"  about {duration(_time_left(clock, [variant.name for variant, _ in jobs[number:]]))} left"
         print(line, flush=True)
     return runs, failures
 
 
 def _time_left(clock: dict[str, list[float]], names: Sequence[str]) -> float:
-    """Every arm to come at its own pace so far; at that of all for an arm that has not run yet."""
+    """The time for these variants, by the mean of each one's runs so far, or of all runs if it has none."""
     every = [seconds for times in clock.values() for seconds in times]
     return sum(statistics.fmean(clock.get(name, every)) for name in names)
 
 
 def _write(
-    arms: Sequence[Arm],
+    variants: Sequence[Variant],
     runs: Sequence[dict[str, Any]],
     failures: Sequence[dict[str, Any]],
     output: Path,
     flags: Sequence[str],
 ) -> None:
-    by_arm = {arm.name: [run for run in runs if run["arm"] == arm.name] for arm in arms}
-    rows = [summarise(name, own) for name, own in by_arm.items() if own]
-    commands = {arm.name: {"config": arm.config, "flags": [*flags, *arm.flags]} for arm in arms}
+    by_variant = {variant.name: [run for run in runs if run["arm"] == variant.name] for variant in variants}
+    rows = [summarise(name, own) for name, own in by_variant.items() if own]
+    commands = {variant.name: {"config": variant.config, "flags": [*flags, *variant.flags]} for variant in variants}
     versions = package_versions() | {"python": platform.python_version()}
     write_json(
         output / "table.json",
@@ -239,5 +248,5 @@ def _write(
     settings = f"Flags of every run: `{' '.join(flags)}`\n\n" if flags else ""
     signature = ", ".join(f"{name} {version}" for name, version in versions.items())
     (output / "table.md").write_text(f"{text}\n{settings}{signature}\n", encoding="utf-8")
-    plot_methods(rows, output / "table.png")
+    plot_accuracy(rows, output / "table.png")
     print(f"\n{text}\ntable.md, table.json, table.png: {output}")
