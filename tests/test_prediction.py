@@ -169,7 +169,7 @@ def test_a_base_that_is_gone_or_another(plainlora: Run, adapter: Path, backbone_
 
 
 def test_a_whole_model_with_a_part_missing(plainlora: Run, whole: Path, tmp_path: Path) -> None:
-    assert "holds no adapter, so PEFT has no part in it" in plainlora(
+    assert "holds no adapter, so there is nothing for PEFT to load" in plainlora(
         "predict", "--model", whole, *TEXT, "--with_peft"
     )
     cut = shutil.copytree(whole, tmp_path / "cut")

@@ -134,7 +134,7 @@ def test_a_base_that_cannot_be_had(both: Run, tmp_path: Path) -> None:
     unnamed = make_adapter(tmp_path / "unnamed", "llama", None)
     assert "names no base model; set base_model_name_or_path in it" in both(unnamed)
     away = make_adapter(tmp_path / "away", "llama", "nobody/nothing")
-    assert "'nobody/nothing' cannot be had from the Hub" in both(away)
+    assert "'nobody/nothing' cannot be loaded from the Hub" in both(away)
 
 
 @pytest.mark.parametrize("base", ["4bit", "8bit", "nf4"])

@@ -1,4 +1,4 @@
-"""`plainlora compare`: the hand-written LoRA beside PEFT, on the built-in suite or on something of the user's own."""
+"""`plainlora compare`: compares the hand-written LoRA with PEFT, on built-in cases or on the user's own."""
 
 import argparse
 from collections.abc import Iterator
@@ -60,7 +60,7 @@ def _cases(arguments: argparse.Namespace, steps: int) -> "Iterator[Case]":
 
 
 def _refuse_idle_flags(arguments: argparse.Namespace) -> None:
-    """A flag that the chosen source has no use for is an error, not ignored."""
+    """Refuses flags that do not apply to the chosen source."""
     from plainlora.errors import UserError
 
     needs = {
@@ -82,7 +82,7 @@ def _refuse_idle_flags(arguments: argparse.Namespace) -> None:
 
 
 def _sweep(model_types: list[str], output: Path) -> None:
-    """Every architecture, or those named; exit code 1 if a level neither holds nor is refused."""
+    """Compares all architectures, or those named; exit code 1 if a level differs and is not refused."""
     from tqdm import tqdm
 
     from plainlora.parity.architecture_table import list_reasons, terminal_line, write
@@ -106,7 +106,7 @@ def _sweep(model_types: list[str], output: Path) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Compares, shows, writes; exit code 1 if a level that ran does not hold."""
+    """Compares, and prints and writes the results; exit code 1 if a level fails."""
     import plainlora.quiet  # noqa: F401, I001
 
     from tqdm import tqdm

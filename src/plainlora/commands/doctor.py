@@ -1,4 +1,4 @@
-"""`plainlora doctor`: what would go wrong in training, said before a weight is loaded."""
+"""`plainlora doctor`: finds what would go wrong in training, before a weight is loaded."""
 
 import argparse
 import os
@@ -11,13 +11,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     parser.add_argument("--config", required=True, metavar="YAML", help="a recipe; more of its flags after --")
     parser.add_argument("--json", action="store_true", help="write JSON, for a program to read")
-    parser.add_argument("--color", action="store_true", help="colours even where the output is no terminal")
+    parser.add_argument("--color", action="store_true", help="colours even if the output is not a terminal")
     parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="as for the recipe's program")
 
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Without the progress bars of `datasets`."""
+    """Switches off the progress bars of `datasets` within the block."""
     import datasets
 
     were_off = datasets.are_progress_bars_disabled()
@@ -30,7 +30,7 @@ def _without_bars() -> Iterator[None]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Examines and shows; exit code 1 if there is an error. That a run is there already is a warning."""
+    """Examines a recipe and prints the findings; exit code 1 if there is an error."""
     import plainlora.quiet  # noqa: F401, I001
     import json
 

@@ -1,4 +1,4 @@
-"""`plainlora generate`: one prompt, the base's and the tuned model's answers."""
+"""`plainlora generate`: answers prompts with the base and with the adapter."""
 
 import argparse
 import sys
@@ -20,7 +20,7 @@ def _count(text: str) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     parser.add_argument("--adapter", required=True, help="folder that training wrote")
-    parser.add_argument("--prompt", required=True, action="append", help="rendered by training's template; repeatable")
+    parser.add_argument("--prompt", required=True, action="append", help="rendered as in training; repeatable")
     parser.add_argument("--input", default="", help="Alpaca's optional input, for every prompt")
     parser.add_argument("--max_new_tokens", type=_count, default=128, help="longest answer, in tokens (default: 128)")
     parser.add_argument("--with_peft", action="store_true", help="also answer with PEFT's implementation")
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="16bit",
         choices=["16bit", "dequantized"],
         help="for an adapter trained on 4 or 8 bits: answer on the original checkpoint (16bit, the default), or on "
-        "what training saw of it (dequantized)",
+        "the dequantised weights of training (dequantized)",
     )
     parser.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"], help="precision of the base"
@@ -37,11 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base_model", metavar="PATH_OR_ID", help="this copy of the base, not the one the adapter names"
     )
-    parser.add_argument("--allow_other_base", action="store_true", help="go on with other weights of the same shapes")
+    parser.add_argument("--allow_other_base", action="store_true", help="accept other weights of the same shapes")
 
 
 def _refuse_whole_model(folder: Path) -> None:
-    """A merged model's folder is easily taken for the adapter's beside it."""
+    """Refuses a whole model's folder, such as the merged model beside the adapter."""
     config = folder / "config.json"
     whole = config.is_file() or (folder / "certificate.json").is_file()
     if whole and not (folder / "adapter_config.json").is_file():
@@ -54,7 +54,7 @@ def _refuse_whole_model(folder: Path) -> None:
 
 
 def _loss_in_training(adapter: str, base: "Base", questions: dict[str, Any]) -> float:
-    """The loss of the tuned answers on the base as it was stored in training."""
+    """The loss of the tuned answers on the quantised base of training."""
     from plainlora.base.loading import to_accelerator
     from plainlora.lora.load import load_adapter
     from plainlora.merging.certificate import mean_loss
@@ -65,7 +65,7 @@ def _loss_in_training(adapter: str, base: "Base", questions: dict[str, Any]) -> 
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints every prompt with its answers, and what sets the base apart from the one that training saw."""
+    """Prints every prompt with its answers, and how the base differs from that of training."""
     _refuse_whole_model(Path(arguments.adapter))
 
     import plainlora.quiet  # noqa: F401
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer_of(adapter, base)
     prompts = [render_prompt(prompt, tokenizer, arguments.input) for prompt in arguments.prompt]
     if not all(prompts):
-        raise UserError("--prompt is empty, and without a template there is nothing to go on from")
+        raise UserError("--prompt is empty, and there is no chat template; give some text")
     on_original = arguments.base == "16bit" and training_quantization(adapter) is not None
     if on_original:
         print(

@@ -1,4 +1,4 @@
-"""`plainlora merge`: adapter folder -> merged model folder."""
+"""`plainlora merge`: merges an adapter's folder into a model's folder."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="16bit",
         metavar="{16bit,dequantized}",
         help="for an adapter trained on 4 or 8 bits: merge into the original checkpoint (16bit, the default), "
-        "or into what training saw of it (dequantized)",
+        "or into the dequantised weights of training (dequantized)",
     )
     parser.add_argument(
         "--dtype",
@@ -23,16 +23,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "float32", "float16", "bfloat16"],
         help="precision of the merged weights; auto is the base checkpoint's",
     )
-    parser.add_argument("--text", metavar="FILE.txt", help="text to take perplexity on (default: the run's test rows)")
+    parser.add_argument(
+        "--text", metavar="FILE.txt", help="text to measure perplexity on (default: the run's test rows)"
+    )
     parser.add_argument(
         "--base_model", metavar="PATH_OR_ID", help="this copy of the base, not the one the adapter names"
     )
-    parser.add_argument("--allow_other_base", action="store_true", help="go on with other weights of the same shapes")
+    parser.add_argument("--allow_other_base", action="store_true", help="accept other weights of the same shapes")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Merges, and says how far the reloaded model is from the adapter model."""
+    """Merges, and prints how much the reloaded model differs from the adapter model."""
     if arguments.base in ("4bit", "8bit", "nf4"):
         raise UserError(
             f"--base {arguments.base}: merging into quantised weights is refused, because rounding the sum back to a "

@@ -1,4 +1,4 @@
-"""`plainlora predict`: texts -> classes, by a trained classifier."""
+"""`plainlora predict`: classifies texts with a trained classifier."""
 
 import argparse
 import sys
@@ -14,8 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base_model", metavar="PATH_OR_ID", help="this copy of the base, not the one the adapter names"
     )
-    parser.add_argument("--allow_other_base", action="store_true", help="go on with other weights of the same shapes")
-    parser.add_argument("--with_peft", action="store_true", help="also by PEFT's implementation, if it is an adapter")
+    parser.add_argument("--allow_other_base", action="store_true", help="accept other weights of the same shapes")
+    parser.add_argument("--with_peft", action="store_true", help="also classify with PEFT's implementation")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     from plainlora.run.folder import holds_adapter
 
     if arguments.with_peft and Path(arguments.model).is_dir() and not holds_adapter(arguments.model):
-        raise UserError(f"with_peft: {arguments.model} holds no adapter, so PEFT has no part in it")
+        raise UserError(f"with_peft: {arguments.model} holds no adapter, so there is nothing for PEFT to load")
     choice = {"base_model": arguments.base_model, "allow_other_base": arguments.allow_other_base}
     for name in ("reference", "peft") if arguments.with_peft else ("reference",):
         classifier = load_trained_classifier(arguments.model, BACKENDS[name], **choice)

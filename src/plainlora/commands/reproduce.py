@@ -1,4 +1,4 @@
-"""`plainlora reproduce`: a finished run made again and compared byte for byte."""
+"""`plainlora reproduce`: repeats a finished run and compares the two byte for byte."""
 
 import argparse
 import tempfile
@@ -10,14 +10,14 @@ from plainlora.errors import UserError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     parser.add_argument(
-        "folder", help="output_dir of the run; call this from a checkout's root, where that run was started"
+        "folder", help="output_dir of the run; call this from the root of the checkout in which that run was started"
     )
     parser.add_argument("--output", help="folder to keep the second run in; by default it is deleted at the end")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the model's own code, as the run did")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Trains again, and says what is equal; exit code 1 if the trained weights are not."""
+    """Trains again, and prints what is equal; exit code 1 if anything is not."""
     import plainlora.quiet  # noqa: F401
 
     if arguments.output and Path(arguments.output).exists():

@@ -1,4 +1,4 @@
-"""`plainlora sweep`: a search for better hyperparameters, judged by validation rows."""
+"""`plainlora sweep`: searches for better hyperparameters of a classifier on validation rows."""
 
 import argparse
 
@@ -6,7 +6,7 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     parser.add_argument("--config", required=True, metavar="YAML", help="a recipe of recipes/classify.py")
-    parser.add_argument("--trials", type=int, default=20, help="how many finished trials to reach (default: 20)")
+    parser.add_argument("--trials", type=int, default=20, help="number of finished trials to reach (default: 20)")
     parser.add_argument(
         "--search",
         nargs="+",
@@ -15,14 +15,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to search instead of the method's default: learning_rate=1e-5..1e-3, lora_r='4|8|16', "
         "num_train_epochs=2..5",
     )
-    parser.add_argument("--output_dir", help="default: outputs/<folder>-<name>-sweep; the same one goes on")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampler; of the runs: -- --seed N (default: 0)")
+    parser.add_argument("--output_dir", help="default: outputs/<folder>-<name>-sweep; an existing sweep is continued")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the sampler (default: 0); of the runs: -- --seed N"
+    )
     parser.add_argument("--metric", default="validation_accuracy", help="default: validation_accuracy")
     parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="as for recipes/classify.py, for every trial")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Runs the trials that are missing, then shows and writes what was found."""
+    """Runs the missing trials, then prints and writes the results."""
     import plainlora.quiet  # noqa: F401
     from plainlora.experiments.sweep import sweep
 

@@ -1,4 +1,4 @@
-"""`plainlora table`: LoRA beside the last layers alone and the whole model, over several seeds."""
+"""`plainlora table`: compares LoRA, the last layers alone and the whole model over several seeds."""
 
 import argparse
 
@@ -10,7 +10,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="YAML",
-        help="one recipe of recipes/classify.py, for all YAMLs of its folder and every method; or several, for those",
+        help="one recipe of recipes/classify.py: all YAMLs of its folder and every method are compared; or several: "
+        "only these are",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--output_dir", help="default: outputs/<folder of the YAML>-table")
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Runs what is not finished, then shows and writes the table."""
+    """Runs what is not finished, then prints and writes the table."""
     import plainlora.quiet  # noqa: F401
     from plainlora.experiments.table import make_table
 
