@@ -1,1 +1,1 @@
-"""How far is the hand-written LoRA from PEFT? Both are observed alike, then compared; the oracle is live PEFT."""
+"""Compares the hand-written LoRA with live PEFT: both are observed in the same way, then compared."""

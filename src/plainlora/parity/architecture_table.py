@@ -1,4 +1,4 @@
-"""What a sweep over architectures leaves: `architectures.json`, and `architectures.md` with how many ended how."""
+"""Writes the results of all architectures: `architectures.json`, and `architectures.md` with counts."""
 
 import platform
 from collections import Counter
@@ -18,13 +18,13 @@ OUTCOMES = {
 }
 TITLES: dict[Task, str] = {"causal": "Causal language models", "classifier": "Sequence classifiers"}
 INTRODUCTION = """\
-causal language models and sequence classifiers of Transformers, each made tiny from its config, with random weights.
+causal language models and sequence classifiers of Transformers were compared, each tiny and with random weights.
 Written by `plainlora compare --architectures`.
 
 `init`, `forward`, `gradients`, `files` and `merge` compare the fused form with PEFT. `loss` compares the loss of a
-training step with the one that the model's own forward gives, `packing` the loss of packed documents with the losses
-of each alone. A number is the largest relative difference; where fp32 rounds too coarsely to be within 1e-6, it is
-that of fp64. What is refused is refused to a user in the same words."""
+training step with the loss of the model's own forward, `packing` the loss of packed documents with the losses of each
+alone. A number is the largest relative difference; it is measured in fp64 if the rounding of fp32 exceeds 1e-6. A
+refusal is the message that a user would get."""
 
 
 def _name(architecture: Architecture) -> str:
@@ -46,13 +46,13 @@ def terminal_line(row: Row) -> str:
 
 
 def count(rows: Sequence[Row]) -> dict[str, Counter[str]]:
-    """How often each level ended in each way."""
+    """The number of each outcome, by level."""
     ends = {level: [row.outcomes[level].kind for row in rows if level in row.outcomes] for level in LEVELS}
-    return {level: Counter(kinds) for level, kinds in ends.items()}
+    return {level: Counter(outcomes) for level, outcomes in ends.items()}
 
 
 def list_reasons(rows: Sequence[Row], kind: str) -> list[str]:
-    """Why levels ended in one way: a line for each reason, with the levels that it is the reason of."""
+    """The reasons of one outcome: a line for each, with its levels."""
     found = []
     for row in rows:
         levels: dict[str, list[str]] = {row.refused: ["all-linear"]} if row.refused and kind == "refused" else {}
@@ -64,10 +64,10 @@ def list_reasons(rows: Sequence[Row], kind: str) -> list[str]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The counts, a table for each program's models, every refusal, and what was not built.
+    """The counts, a table for each task, all refusals, and the architectures that were not built.
 
     Args:
-        rows: Of the sweep.
+        rows: One row for each architecture.
     """
     built, counts = [row for row in rows if not row.not_built], count(rows)
     lines = ["# Architectures", "", f"{len(built)} of the {len(rows)} {INTRODUCTION}", ""]

@@ -1,9 +1,9 @@
-"""Every causal language model and sequence classifier of the installed Transformers, tiny, through every level.
+"""Compares every causal language model and sequence classifier of the installed Transformers, made tiny.
 
-Each architecture is made from its config with random weights and compared with PEFT as a case of one's own is
-(`plainlora.parity.compare`). A language model is then trained for one step by the program's own trainer, twice: the
-loss must be the model's own, and packed documents must have the loss that each has alone. What a level cannot do is
-refused, in the words that a user would read.
+Each architecture is built from its config with random weights and compared with PEFT (`plainlora.parity.compare`). A
+language model is then trained for one step by the program's own trainer, twice: the loss must be the model's own, and
+packed documents must have the same losses as alone. What is not supported is refused with the message that a user
+would get.
 """
 
 import difflib
@@ -49,28 +49,28 @@ from plainlora.training.trainers import AdapterTrainer, args_for_sft
 
 Task = Literal["causal", "classifier"]
 COMPARED = ("init", "forward", "gradients", "files", "merge")
-TRAINED = ("loss", "packing")  # by language models
+TRAINED = ("loss", "packing")  # for language models only
 LEVELS = (*COMPARED, *TRAINED)
 WITHIN = 1e-6  # relative
 HELD = Tolerance(WITHIN, "the same sum in another order")
-COARSE = 1e-3  # a difference that may be the rounding of fp32; a larger one is not asked again
+COARSE = 1e-3  # the largest difference that may be the rounding of fp32, and is measured again in fp64
 AUTO: dict[Task, Any] = {"causal": AutoModelForCausalLM, "classifier": AutoModelForSequenceClassification}
 LENGTHS = (9, 13, 6, 17)  # of the documents that are packed, in tokens
-WORDS = 200  # token numbers below; small vocabularies exist
+WORDS = 200  # upper bound of token ids; some vocabularies are small
 
 
 class NotComparable(Exception):
-    """An architecture that no precision tells apart from PEFT's rounding."""
+    """In no dtype can a difference be distinguished from rounding."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A class of Transformers that a program of this project may load.
+    """A model class of Transformers that a program of this project can load.
 
     Attributes:
-        model_type: As in its `config.json`.
-        class_name: Of the model.
-        task: Which program it is for.
+        model_type: `model_type` of its `config.json`.
+        class_name: The name of the model's class.
+        task: The task of the program for it.
     """
 
     model_type: str
@@ -80,11 +80,12 @@ class Architecture:
 
 @dataclass
 class Outcome:
-    """How one level of one architecture ended.
+    """The outcome of one level of one architecture.
 
     Attributes:
-        kind: `=`: every bit the same; `close`: within `WITHIN`; `refused`: named, before training; `differs`: neither.
-        relative: The largest difference over the largest value of its tensor, or of two losses; dimensionless.
+        kind: `=`: identical; `close`: within `WITHIN`; `refused`: refused before training; `differs`: none of these.
+        relative: The largest difference divided by the largest value of its tensor, or between two losses
+            (dimensionless).
         reason: Why it was refused, or what differs.
     """
 
@@ -95,14 +96,14 @@ class Outcome:
 
 @dataclass
 class Row:
-    """One architecture.
+    """The results of one architecture.
 
     Attributes:
-        architecture: Which.
-        targets: What LoRA adapts: `all-linear`, or the names that the refusal of that asks for.
-        refused: The refusal.
-        outcomes: By level; empty if it was not built.
-        not_built: Why not.
+        architecture: The architecture.
+        targets: What LoRA adapts: `all-linear`, or other names if that is refused.
+        refused: The message of the refusal.
+        outcomes: The outcome of each level; empty if the model was not built.
+        not_built: Why it was not built.
     """
 
     architecture: Architecture
@@ -113,7 +114,7 @@ class Row:
 
 
 def list_architectures() -> list[Architecture]:
-    """All of the Auto classes' mappings; a class with several configs once for each."""
+    """All architectures of the Auto classes' mappings; a class with several configs is listed once for each."""
     mappings: dict[Task, Any] = {
         "causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         "classifier": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -147,20 +148,20 @@ def _random_documents(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def build(architecture: Architecture, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The architecture's model, tiny, without dropout, with the same random weights every time.
+    """Builds the architecture's model, tiny, without dropout, with the same random weights every time.
 
-    Weights are drawn at about the size that keeps the variance of what they multiply, so that every module counts:
-    Transformers' own start makes most contributions small.
+    The size of the weights roughly keeps the variance of activations, so that every module has an effect; with
+    Transformers' own initialisation most effects are small.
 
     Args:
-        architecture: Which.
-        dtype: Of its weights.
+        architecture: The architecture.
+        dtype: The dtype of the weights.
     """
     config = tiny_config(architecture.model_type, architecture.task)
     set_dropouts(config, 0.0)
-    config.use_cache = False  # as in training: RWKV would write into it
+    config.use_cache = False  # as in training; RWKV would write into the cache
     if dtype is torch.float64:
-        config._experts_implementation = "eager"  # grouped products know fp32 and less
+        config._experts_implementation = "eager"  # grouped products do not support fp64
     seed_everything(0)
     model = AUTO[architecture.task].from_config(config, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(1)
@@ -175,20 +176,20 @@ def build(architecture: Architecture, dtype: torch.dtype = torch.float32) -> Pre
 def _inputs(architecture: Architecture) -> dict[str, torch.Tensor]:
     ids = torch.tensor(_random_documents((24, 24)))
     if architecture.task == "classifier":
-        ids[:, -1] = TOKENS["eos_token_id"]  # where BART and its kin look for the text
+        ids[:, -1] = TOKENS["eos_token_id"]  # which token BART and similar models read
     labels = ids if architecture.task == "causal" else torch.arange(len(ids))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
 def _lora(model: PreTrainedModel, architecture: Architecture) -> tuple[LoraConfig, str, str]:
-    """An adapter for all linear layers, or for those that the refusals of that leave.
+    """An adapter for all linear layers, or without those that are refused.
 
     Args:
         model: The base.
-        architecture: What it is.
+        architecture: Its architecture.
 
     Returns:
-        The adapter; in words what it adapts; the first refusal.
+        The adapter's config, a description of its targets, and the first refusal.
 
     Raises:
         LoRAError: No adapter is possible.
@@ -208,13 +209,15 @@ def _lora(model: PreTrainedModel, architecture: Architecture) -> tuple[LoraConfi
             advice = re.search("add (.*) to exclude_modules", str(error))
             if advice is None:
                 return _listed(model, lora, error), "", refused
-            left_out += re.findall(r"'([\w.]+)'", advice[1]) + ["dt_proj"] * ("Mamba" in refused)  # read uncalled too
+            left_out += re.findall(r"'([\w.]+)'", advice[1]) + ["dt_proj"] * (
+                "Mamba" in refused
+            )  # also read without a call
         else:
             return lora, f"all-linear{''.join(f', not {name}' for name in left_out)}", refused
 
 
 def _listed(model: PreTrainedModel, lora: LoraConfig, error: LoRAError) -> LoraConfig:
-    """The modules that PEFT selects beside what was refused, by name."""
+    """An adapter for the modules that PEFT selects, by name, without the refused parameters."""
     with suppress(ValueError):
         selected = Selection(model, lora).selected
         listed = replace(lora, target_modules=condense(selected, model))
@@ -232,7 +235,7 @@ def _outcome(verdict: Verdict) -> Outcome:
 
 
 def _compare(architecture: Architecture, lora: LoraConfig) -> dict[str, Outcome]:
-    """The levels at which LoRA is compared with PEFT; what fp32 does not tell within `WITHIN` is asked of fp64."""
+    """The outcomes of the levels that are compared with PEFT. A difference in fp32 is measured again in fp64."""
     found: dict[str, Outcome] = {}
     for dtype in (torch.float32, torch.float64):
         case = Case(
@@ -254,7 +257,7 @@ def _compare(architecture: Architecture, lora: LoraConfig) -> dict[str, Outcome]
 
 
 def _fault_in_fp64(architecture: Architecture) -> str:
-    """Why a model has no gradients in fp64; empty if it has."""
+    """Why a model has no gradients in fp64; empty if it has some."""
     try:
         loss = build(architecture, torch.float64)(**_inputs(architecture)).loss
         loss.backward()
@@ -264,7 +267,7 @@ def _fault_in_fp64(architecture: Architecture) -> str:
 
 
 def _train_a_step(model: nn.Module, documents: list[list[int]], packing: bool) -> float:
-    """The loss of one step over some documents, as the program trains them."""
+    """The loss of one training step of the program on some documents."""
     with tempfile.TemporaryDirectory() as scratch:
         options = {"output_dir": scratch, "per_device_train_batch_size": 1 if packing else len(documents)}
         args = SFTConfig(**training_arguments(1, **options), max_length=sum(map(len, documents)), packing=packing)
@@ -280,7 +283,7 @@ def _train_a_step(model: nn.Module, documents: list[list[int]], packing: bool) -
 
 @torch.no_grad()
 def _own_loss(model: PreTrainedModel, documents: list[list[int]]) -> float:
-    """The loss that the model's own forward gives documents of one length, with what it adds for its router."""
+    """The loss of the model's own forward for documents of one length, with its router's auxiliary loss."""
     ids = torch.tensor(documents)
     options = {"output_router_logits": True} if _routes(model) else {}
     return float(model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, **options).loss)
@@ -292,11 +295,11 @@ def _routes(model: PreTrainedModel) -> bool:
 
 
 def _train(architecture: Architecture, lora: LoraConfig, level: str) -> Outcome:
-    """The loss of a step, beside the model's own: of a batch, or of each document alone and then packed."""
+    """Compares the loss of a training step with the model's own loss, of a batch or of packed documents."""
     packing = level == "packing"
     base, model = build(architecture), build(architecture)
     documents = _random_documents(LENGTHS if packing else (12, 12, 12))
-    if packing and _routes(base):  # what a router adds is of a batch, not of a document
+    if packing and _routes(base):  # a router's loss depends on the batch
         for each in (base, model):
             each.config.get_text_config().router_aux_loss_coef = 0.0
     try:
@@ -312,10 +315,10 @@ def _train(architecture: Architecture, lora: LoraConfig, level: str) -> Outcome:
 
 
 def examine(architecture: Architecture) -> Row:
-    """One architecture through every level.
+    """Runs one architecture through every level. An exception is recorded in the row.
 
     Args:
-        architecture: Which. Whatever it raises is told in its row.
+        architecture: The architecture.
     """
     row = Row(architecture)
     try:
@@ -336,7 +339,7 @@ def _fill(row: Row) -> None:
         config = tiny_config(architecture.model_type, architecture.task)
         size = sum(value.numel() for value in AUTO[architecture.task].from_config(config).parameters())
     if size > LARGEST:
-        row.not_built = f"{size:,} parameters are left of it where every size is small"
+        row.not_built = f"it has {size:,} parameters even with small sizes"
         return
     model = build(architecture)
     with torch.no_grad():
@@ -367,7 +370,7 @@ def _one_line(error: Exception) -> str:
 
 @contextmanager
 def _in_silence() -> Iterator[None]:
-    """Warnings of libraries about tiny models would bury the table."""
+    """Silences warnings of libraries about tiny models within the block."""
     logger = logging.getLogger("accelerate")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 Inputs = dict[str, torch.Tensor]
-FORMS = ("fused", "reference")  # the hand-written back ends; the first is compared unless another is asked for
+FORMS = ("fused", "reference")  # the hand-written back ends; the first is the default
 
 
 @dataclass
@@ -20,19 +20,19 @@ class Case:
     """One comparison.
 
     Attributes:
-        name: As the table shows it.
-        make_base: Makes the base anew, the same weights every time.
-        config: The adapter.
+        name: The name in the table.
+        make_base: Makes a new base, with the same weights every time.
+        config: The adapter's config.
         inputs: One batch for the model, labels included.
-        adapter: A trained adapter's folder, loaded into both sides instead of a fresh start.
-        arguments: How to train; `SFTConfig` for a language model. `None` where nothing is trained.
+        adapter: A trained adapter's folder, loaded into both sides instead of initialising a new adapter.
+        arguments: Training arguments; `SFTConfig` for a language model. `None` if nothing is trained.
         rows: Rows for SFTTrainer: in any layout of `plainlora.data`, or as `input_ids` and `labels`. Without rows, the
-            batch above is trained row by row with Transformers' Trainer.
-        tokenizer: Turns the rows into tokens.
-        adapter_dtype: Precision of the trained weights.
-        prompts: What generation continues; token ids `(batch, length)`, without padding.
-        lora_backend: Which of `FORMS` is compared with PEFT.
-        seed: Of every random stream.
+            rows of `inputs` are trained with Transformers' Trainer.
+        tokenizer: The tokenizer of the rows.
+        adapter_dtype: The dtype of the trained weights.
+        prompts: Prompts for generation: token ids `(batch, length)`, without padding.
+        lora_backend: The one of `FORMS` that is compared with PEFT.
+        seed: Seed of all random streams.
     """
 
     name: str
@@ -49,12 +49,12 @@ class Case:
     seed: int = 0
 
     def fresh_config(self) -> LoraConfig:
-        """A copy for one side: PEFT writes into the config it is given."""
+        """A copy of the config, because PEFT writes into it."""
         return copy.deepcopy(self.config)
 
 
 def seed_everything(seed: int) -> None:
-    """Python's, NumPy's and PyTorch's global streams."""
+    """Seeds Python's, NumPy's and PyTorch's global random streams."""
     random.seed(seed)
-    np.random.seed(seed)  # the global stream is what the libraries draw from
+    np.random.seed(seed)  # the libraries use the global stream
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Two observations -> one verdict a level, against one table of tolerances."""
+"""Compares the observations of both sides: one verdict for each level, by one table of tolerances."""
 
 import math
 import tempfile
@@ -25,17 +25,17 @@ from plainlora.parity.tolerances import (
 
 
 def last_bits_of(case: Case, theirs: dict[str, Observation]) -> dict[str, float]:
-    """How far PEFT's own result moves, level by level, when the last bit of every weight does.
+    """How much PEFT's own results change, level by level, when the last bit of every weight is changed.
 
-    fp32 knows a weight to its last bit, and the model amplifies it: no two computations can be held nearer than that.
-    Files and the merged model are seen through logits.
+    This is the effect of rounding in fp32, amplified by the model, so two computations cannot be expected to agree
+    better. Files and the merged model are judged by their logits.
 
     Args:
-        case: What is compared.
+        case: The comparison.
         theirs: PEFT's observations.
 
     Returns:
-        The largest difference over the largest value of a tensor.
+        The largest difference divided by the largest value of a tensor, by level.
     """
     moved = {
         level: max(_difference(tensor, theirs[level].tensors[name])[1] for name, tensor in seen.tensors.items())
@@ -56,9 +56,9 @@ class Verdict:
         case: The case's name.
         level: The level's name.
         max_abs: Largest absolute difference.
-        max_rel: Largest difference over the largest value of its tensor (dimensionless).
-        tolerance: What `max_rel` was held to.
-        reason: Why the tolerance is what it is; or why the level did not run; or what differs.
+        max_rel: Largest difference divided by the largest value of its tensor (dimensionless).
+        tolerance: The bound of `max_rel`.
+        reason: The reason of the tolerance; or why the level did not run; or what differs.
         identical: Whether every bit is the same.
         status: `pass`, `fail` or `not run`.
     """
@@ -75,13 +75,13 @@ class Verdict:
 
 @dataclass
 class CaseResult:
-    """One case, compared.
+    """The result of one case.
 
     Attributes:
-        case: What was compared.
+        case: The comparison.
         verdicts: One for each level.
-        losses: The trajectory's losses, by side; empty if none ran.
-        environment: Device, base dtype and, of the fused form, how many layers it covers.
+        losses: The losses of the trajectory, by side; empty if it did not run.
+        environment: Device, base dtype and, for the fused form, the number of fused layers.
     """
 
     case: Case
@@ -91,7 +91,7 @@ class CaseResult:
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
-    """`(max |a - b|, max |a - b| / max |b|)`; infinite where either side holds a value that is not finite."""
+    """`(max |a - b|, max |a - b| / max |b|)`; infinite if a value of either side is not finite."""
     if ours.numel() == 0:
         return 0.0, 0.0
     left, right = ours.double(), theirs.double()
@@ -102,16 +102,16 @@ def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]
 
 
 def judge(name: str, level: str, ours: Observation, theirs: Observation, allowed: Tolerance) -> Verdict:
-    """Compares names and facts first, then the numbers.
+    """Compares two observations: facts and names first, then numbers.
 
     Args:
         name: The case's name.
         level: One of `LEVELS`.
-        ours: What this package did.
-        theirs: What PEFT did.
+        ours: The observation of this package.
+        theirs: The observation of PEFT.
         allowed: The tolerance.
     """
-    if theirs.not_run:  # without the oracle there is nothing to hold to
+    if theirs.not_run:  # nothing to compare with
         why = theirs.not_run if ours.not_run == theirs.not_run else f"PEFT: {theirs.not_run}"
         return Verdict(name, level, None, None, None, why, False, "not run")
     tolerance, follows = allowed.relative, allowed.follows if allowed.relative else None
@@ -128,7 +128,7 @@ def judge(name: str, level: str, ours: Observation, theirs: Observation, allowed
     for tensor in sorted(ours.tensors.keys() & theirs.tensors.keys()):
         left, right = ours.tensors[tensor], theirs.tensors[tensor]
         if (left.shape, left.dtype) != (right.shape, right.dtype):
-            problems.append(f"{tensor} is {_kind(left)} instead of {_kind(right)}")
+            problems.append(f"{tensor} is {_dtype_and_shape(left)} instead of {_dtype_and_shape(right)}")
             continue
         identical = identical and torch.equal(left, right)
         if follows and tensor.startswith(follows):
@@ -142,7 +142,7 @@ def judge(name: str, level: str, ours: Observation, theirs: Observation, allowed
     return Verdict(name, level, max_abs, max_rel, tolerance, reason, identical and not problems, status)
 
 
-def _kind(tensor: torch.Tensor) -> str:
+def _dtype_and_shape(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
@@ -152,7 +152,7 @@ def _short(value: object) -> str:
 
 
 def _weights_after(path: Sequence[Side], case: Case, directory: Path, scratch: Path) -> dict[str, torch.Tensor]:
-    """Loads and saves a folder through each side in turn."""
+    """The weights after each side in turn has loaded and saved them."""
     for number, side in enumerate(path):
         model = side.load(case.make_base(), directory)
         directory = scratch / f"{number}-{side.name}"
@@ -162,14 +162,14 @@ def _weights_after(path: Sequence[Side], case: Case, directory: Path, scratch: P
 
 
 def round_trips(case: Case, folders: dict[str, Path], scratch: Path) -> list[str]:
-    """Custom -> PEFT -> custom and PEFT -> custom -> PEFT must come back bit for bit; what does not is named."""
+    """The problems of the round trips plainlora -> PEFT -> plainlora and PEFT -> plainlora -> PEFT, bit for bit."""
     ours, theirs = HandWritten(case.lora_backend), Peft()
     problems = []
     for first, second in ((ours, theirs), (theirs, ours)):
         start = load_file(folders[first.name] / "adapter_model.safetensors")
-        way = scratch / f"from-{first.name}"
+        folder = scratch / f"from-{first.name}"
         try:
-            end = _weights_after((second, first), case, folders[first.name], way)
+            end = _weights_after((second, first), case, folders[first.name], folder)
         except (ValueError, RuntimeError, KeyError, OSError) as error:
             problems.append(f"{first.name} -> {second.name} -> {first.name} cannot be loaded: {_short(error)}")
             continue
@@ -183,12 +183,12 @@ def round_trips(case: Case, folders: dict[str, Path], scratch: Path) -> list[str
 def compare(
     case: Case, progress: Callable[[str], None] = lambda _: None, tolerance: Tolerance | None = None
 ) -> CaseResult:
-    """Observes both sides and judges every level.
+    """Observes both sides and compares them at every level.
 
     Args:
-        case: What to compare.
-        progress: Told the side and the level as each begins.
-        tolerance: What every level is held to, instead of the table's.
+        case: The comparison.
+        progress: Called with the side and the level as each begins.
+        tolerance: A tolerance for all levels, instead of the table's.
 
     Returns:
         A verdict for each of `LEVELS`, in their order.
@@ -202,7 +202,7 @@ def compare(
         progress(f"{case.name}: round trips")
         if not (ours["files"].not_run or theirs["files"].not_run):
             ours["files"].facts["round trips"] = round_trips(case, folders, Path(scratch))
-            theirs["files"].facts["round trips"] = []  # nothing may be lost on the way
+            theirs["files"].facts["round trips"] = []  # no problem is allowed
     facts = ours["init"].facts
     environment = {name: str(facts.get(name, "")) for name in ("device", "base dtype")}
     environment["device"] = str(ours["trajectory"].facts.get("device", environment["device"]))
@@ -215,7 +215,7 @@ def compare(
         allowed = tolerance or tolerance_for(level, case, environment, quantised)
         verdict = judge(case.name, level, ours[level], theirs[level], allowed)
         if allowed in BLURRED and allowed.relative < (verdict.max_rel or 0.0) < math.inf:
-            progress(f"{case.name}, PEFT with last bits moved")
+            progress(f"{case.name}, PEFT with last bits changed")
             blur = LAST_BITS * last_bits().get(level, 0.0)
             allowed = replace(allowed, relative=max(blur, allowed.relative), reason=BY_LAST_BITS)
             verdict = judge(case.name, level, ours[level], theirs[level], allowed)

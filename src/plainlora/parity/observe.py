@@ -1,4 +1,4 @@
-"""What each side does, as named tensors, level by level. One side is observed at a time, so one model is in memory."""
+"""Observes one side, level by level, as named tensors and facts. Only one model is in memory at a time."""
 
 import hashlib
 import json
@@ -24,20 +24,20 @@ from plainlora.parity.case import Case, seed_everything
 from plainlora.parity.sides import Side
 
 LEVELS = ("init", "forward", "gradients", "dropout", "trajectory", "files", "merge", "generation")
-BOOKKEEPING = ("auto_mapping", "peft_version")  # who wrote the file, not what it says
+BOOKKEEPING = ("auto_mapping", "peft_version")  # fields about the program that wrote the file
 SAVED = "the trainer saves the adapter as it is"
 LOGGED = ("loss", "grad_norm", "entropy", "mean_token_accuracy")  # the last two by SFTTrainer only
 
 
 @dataclass
 class Observation:
-    """One level of one side.
+    """The observation of one level of one side.
 
     Attributes:
-        tensors: What is compared as numbers.
-        facts: What is compared as equal or not: names, dtypes, config fields.
+        tensors: Numbers, which may differ by a tolerance.
+        facts: Names, dtypes, config fields and the like, which must be equal.
         not_run: Why the level did not run; empty if it did.
-        notes: What the report says of this side alone; not compared.
+        notes: Notes for the report; not compared.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -66,9 +66,9 @@ def _attach(side: Side, case: Case) -> nn.Module:
 
 @torch.no_grad()
 def fill(side: Side, model: nn.Module, seed: int) -> None:
-    """Makes every trained weight count: B, and many a bias, starts at zero, and a trained head starts as the base's.
+    """Gives every trained weight random values, because B and some biases start at zero, and a head as the base's.
 
-    Both sides draw the same values, because they draw in the order of the names.
+    Both sides get the same values, because they are drawn in the order of the names.
     """
     generator = torch.Generator().manual_seed(seed)
     for _, tensor in sorted(side.weights(model).items()):
@@ -77,7 +77,7 @@ def fill(side: Side, model: nn.Module, seed: int) -> None:
 
 
 def observe_init(side: Side, case: Case, model: nn.Module) -> Observation:
-    """A and B, element by element, and which parameters are trained."""
+    """The initial A and B, and the dtypes of what is trained."""
     weights = side.weights(model)
     first = next(model.parameters())
     return Observation(
@@ -98,13 +98,13 @@ def _logits(model: nn.Module, case: Case) -> torch.Tensor:
 
 
 def observe_forward(side: Side, case: Case, model: nn.Module) -> Observation:
-    """Logits of the batch, dropout off."""
+    """The logits of the batch, without dropout."""
     return Observation(_clone({"logits": _logits(model.eval(), case)}))
 
 
 @contextmanager
-def _embedding_output_watched(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Keeps the gradient that arrives at the output of the input embeddings: the end of the backward pass."""
+def _embedding_gradient_kept(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Keeps the gradient of the output of the input embeddings, at the end of the backward pass."""
     seen: dict[str, torch.Tensor] = {}
 
     def watch(_: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
@@ -126,8 +126,8 @@ def _embedding_output_watched(model: nn.Module) -> Iterator[dict[str, torch.Tens
 
 
 def observe_gradients(side: Side, case: Case, model: nn.Module) -> Observation:
-    """Gradients of every trained parameter and of the input embeddings' output, dropout off."""
-    # Checkpointing works in training mode only; modules that drop nothing keep the two sides comparable there.
+    """The gradients of every trained parameter and of the input embeddings' output, without dropout."""
+    # Checkpointing needs training mode; the dropouts are set to evaluation mode below.
     checkpointing = bool(case.arguments and case.arguments.gradient_checkpointing)
     if checkpointing:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -137,15 +137,15 @@ def observe_gradients(side: Side, case: Case, model: nn.Module) -> Observation:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.eval()
-    seed_everything(case.seed + 2)  # some attention kernels drop by themselves in training mode
-    _, gradients = _there_and_back(model, case)
+    seed_everything(case.seed + 2)  # some attention kernels apply dropout themselves in training mode
+    _, gradients = _forward_and_backward(model, case)
     return Observation(gradients, {"trained parameters": _trained(model)})
 
 
-def _there_and_back(model: nn.Module, case: Case) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _forward_and_backward(model: nn.Module, case: Case) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The logits, and the gradients of every trained parameter and of the input embeddings' output."""
     model.zero_grad()
-    with _embedding_output_watched(model) as seen:
+    with _embedding_gradient_kept(model) as seen:
         output = model(**_on(model, case.inputs))
         output.loss.backward()
     gradients = {
@@ -162,29 +162,29 @@ def _trained(model: nn.Module) -> list[str]:
 
 
 def _on_disk(name: str) -> str:
-    """A parameter's name without what either side adds while it is in memory."""
+    """A parameter's name without the parts that either side adds in memory."""
     name = name.removeprefix("base_model.model.")
     return re.sub(r"\.(default|trained_module|modules_to_save)(?=\.|$)", "", name)
 
 
 def observe_dropout(side: Side, case: Case, model: nn.Module) -> Observation:
-    """Logits and gradients in training mode under one seed: the same elements must be dropped, there and back."""
+    """The logits and gradients in training mode under one seed, so that the dropout masks must be the same."""
     if case.config.lora_dropout == 0:
-        return Observation(not_run="the config drops nothing")
+        return Observation(not_run="the config has no dropout")
     seed_everything(case.seed + 1)
-    logits, gradients = _there_and_back(model.train(), case)
+    logits, gradients = _forward_and_backward(model.train(), case)
     return Observation(_clone({"logits": logits}) | gradients)
 
 
 def observe_files(side: Side, case: Case, model: nn.Module, directory: Path) -> Observation:
-    """The saved adapter and what it does once loaded.
+    """The saved adapter, and the logits after loading it.
 
-    Names, shapes, dtypes, values and the fields of the config are facts: they are equal or not.
+    Names, shapes, dtypes, values and the fields of the config are facts, which must be equal.
     """
     side.save(model, directory)
     tensors = load_file(directory / "adapter_model.safetensors")
     fields = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-    facts: dict[str, object] = {  # an empty list or text says as little as null
+    facts: dict[str, object] = {  # an empty list or text means the same as null
         name: sorted(value) if isinstance(value, list) else value
         for name, value in fields.items()
         if name not in BOOKKEEPING and name not in ("target_modules", "modules_to_save") and value not in ("", [], {})
@@ -202,13 +202,13 @@ def observe_files(side: Side, case: Case, model: nn.Module, directory: Path) -> 
 
 
 def _fingerprint(tensor: torch.Tensor) -> str:
-    """Dtype, shape, and a digest of every byte."""
+    """A tensor's dtype, shape, and a digest of all bytes."""
     digest = hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} {digest[:16]}"
 
 
 def _dequantized(base: PreTrainedModel) -> PreTrainedModel:
-    """The base with its quantised weights made dense. Transformers does this for bitsandbytes' layers only.
+    """The base with dense weights. Transformers' `dequantize` supports bitsandbytes only.
 
     https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/quantizers/quantizer_torchao.py
     """
@@ -222,7 +222,7 @@ def _dequantized(base: PreTrainedModel) -> PreTrainedModel:
 
 
 def observe_merge(side: Side, case: Case, model: nn.Module, directory: Path) -> Observation:
-    """Merged weights, and logits of the merged model. A quantised base is dequantised first: that can be merged."""
+    """The merged weights and the logits of the merged model. A quantised base is dequantised before merging."""
     if _is_quantized(model):
         model = side.load(_dequantized(case.make_base()), directory)
     merged = side.merge(model).eval()
@@ -235,7 +235,7 @@ def observe_merge(side: Side, case: Case, model: nn.Module, directory: Path) -> 
 
 
 def observe_generation(side: Side, case: Case, model: nn.Module) -> Observation:
-    """Greedy tokens."""
+    """The tokens of greedy generation."""
     if case.prompts is None or not getattr(model, "can_generate", lambda: True)():
         return Observation(not_run="the model does not generate")
     ids = case.prompts.to(next(model.parameters()).device)
@@ -252,13 +252,13 @@ def _same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
 
 
 def _checksums(model: nn.Module) -> dict[str, float]:
-    """A number for each frozen weight that changes when the weight does."""
+    """A checksum of each frozen weight."""
     frozen = {_on_disk(name): p for name, p in model.named_parameters() if not p.requires_grad}
     return {name: float(sum(values.double().abs().sum() for values in inner_tensors(p))) for name, p in frozen.items()}
 
 
 def observe_trajectory(side: Side, case: Case) -> Observation:
-    """What the real trainer logs of every optimizer step, the adapter that it saves, and the logits in the end."""
+    """The real trainer's logs of every optimizer step, the adapter that it saves, and the final logits."""
     if case.arguments is None:
         return Observation(not_run="no rows to train on: give --config")
     with tempfile.TemporaryDirectory() as scratch:
@@ -274,11 +274,15 @@ def observe_trajectory(side: Side, case: Case) -> Observation:
         curves = {
             name: torch.tensor([entry[name] for entry in log]).double() for name in LOGGED if name in (log or [{}])[0]
         }
-        if isinstance(trainer, SFTTrainer):  # which divides by itself; others may call the head that it gave the model
+        if isinstance(
+            trainer, SFTTrainer
+        ):  # its own logs are divided by the number of tokens; this is the head itself
             with torch.no_grad():
                 outcome = model.eval()(**_on(model, case.inputs), fused_lm_head=True)
             curves["head's own loss"] = outcome.loss[None].double()  # TRL's is fp32 whatever the base
-        curves["logits after training"] = _logits(model.eval(), case)  # they show the last step, which no loss does
+        curves["logits after training"] = _logits(
+            model.eval(), case
+        )  # they depend on the last step, unlike the losses
         facts: dict[str, object] = {
             "frozen weights changed": [name for name, value in _checksums(model).items() if value != frozen[name]],
             "device": str(trainer.args.device.type),
@@ -289,7 +293,7 @@ def observe_trajectory(side: Side, case: Case) -> Observation:
 
 @torch.no_grad()
 def move_last_bits(model: nn.Module, seed: int) -> None:
-    """Moves every floating-point weight to one of its two neighbours, drawn at random."""
+    """Changes every floating-point weight to one of its two adjacent numbers, at random."""
     generator = torch.Generator().manual_seed(seed)
     for _, weight in sorted(model.named_parameters()):
         if weight.is_floating_point() and is_plain(weight):
@@ -298,7 +302,7 @@ def move_last_bits(model: nn.Module, seed: int) -> None:
 
 
 def observe_last_bits(side: Side, case: Case) -> dict[str, Observation]:
-    """The levels that compute without an optimizer, once more, with every weight moved in its last bit."""
+    """The levels without an optimizer, with the last bit of every weight changed."""
     model = _attach(side, case)
     if not case.adapter:
         fill(side, model, case.seed)
@@ -316,7 +320,7 @@ def _on(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Te
 
 
 def _attempt(level: Callable[[], Observation]) -> Observation:
-    """A level that cannot run says why; whether that is a failure is for the comparison to judge."""
+    """Runs a level; an exception becomes the reason why it did not run, which the comparison judges."""
     try:
         return level()
     except Exception as error:  # whatever a library raises
@@ -329,19 +333,19 @@ def _reason(error: Exception) -> str:
 
 
 def observe(side: Side, case: Case, directory: Path, progress: Callable[[str], None]) -> dict[str, Observation]:
-    """Every level of one side.
+    """Observes every level of one side.
 
     Args:
         side: The implementation.
-        case: What to do with it.
-        directory: Where its adapter files go; they are needed for the round trips.
-        progress: Told the side and the level as each begins.
+        case: The comparison.
+        directory: The folder for its adapter files, which the round trips need.
+        progress: Called with the side and the level as each begins.
 
     Returns:
-        An observation for each of `LEVELS`; one that could not run carries the reason.
+        An observation for each of `LEVELS`; one that could not run has the reason.
 
     Raises:
-        LoRAError: The adapter is refused, as training with it would be.
+        LoRAError: The adapter is refused.
     """
 
     def begin(level: str, number: int) -> None:
@@ -369,6 +373,6 @@ def observe(side: Side, case: Case, directory: Path, progress: Callable[[str], N
     for number, (level, step) in enumerate(steps.items(), start=2):
         begin(level, number)
         found[level] = _attempt(step)
-    if SAVED in found["trajectory"].facts:  # a question of files, whoever writes them
+    if SAVED in found["trajectory"].facts:  # this belongs to the level `files`
         found["files"].facts[SAVED] = found["trajectory"].facts.pop(SAVED)
     return {level: found[level] for level in LEVELS}

@@ -1,4 +1,4 @@
-"""What a comparison leaves: a table for the terminal, `parity.json`, `parity.md`, `parity.png`."""
+"""Reports a comparison: a table for the terminal, `parity.json`, `parity.md`, `parity.png`."""
 
 import math
 import platform
@@ -16,7 +16,7 @@ from plainlora.report import package_versions, write_json
 
 HEADER = ("case", "level", "max abs", "max rel", "allowed", "bits", "verdict")
 WIDTHS = (34, 11, 9, 9, 9, 10, 8)
-COLUMNS = 5  # panels of the picture side by side
+COLUMNS = 5  # panels in a row of the plot
 
 
 def _number(value: float | None) -> str:
@@ -30,7 +30,7 @@ def _cells(verdict: Verdict) -> tuple[str, ...]:
 
 
 def terminal_rows(verdicts: Iterable[Verdict]) -> list[str]:
-    """A line a verdict; a failure or a level that did not run says why on the same line."""
+    """A line for each verdict, with the reason of a failure or of a level that did not run."""
     lines = []
     for verdict in verdicts:
         line = "  ".join(cell.ljust(width) for cell, width in zip(_cells(verdict), WIDTHS, strict=True))
@@ -39,7 +39,7 @@ def terminal_rows(verdicts: Iterable[Verdict]) -> list[str]:
 
 
 def terminal_header(lora_backend: str) -> str:
-    """The two lines above them: what is compared, and the columns."""
+    """The two lines above the table: what is compared, and the columns."""
     columns = "  ".join(title.ljust(width) for title, width in zip(HEADER, WIDTHS, strict=True)).rstrip()
     return f"{_what(lora_backend)}\n{columns}"
 
@@ -55,7 +55,7 @@ def _matrix_cell(verdict: Verdict) -> str:
 
 
 def markdown(results: Sequence[CaseResult]) -> str:
-    """A matrix of cases and levels, what its signs mean, and the versions it holds for."""
+    """A matrix of cases and levels, an explanation of its signs, all verdicts, and the versions."""
     lines = [f"{line[0].upper()}{line[1:]}." for line in map(_what, _forms(results))]
     matrix = [[result.case.name, *map(_matrix_cell, result.verdicts)] for result in results]
     lines += ["", table(["case", *LEVELS], matrix)]
@@ -79,7 +79,7 @@ def _flat(results: Sequence[CaseResult]) -> list[Verdict]:
 
 
 def _allowed(results: Sequence[CaseResult]) -> list[str]:
-    """Every reason for which some difference was allowed, how much at most, and at which levels."""
+    """Every reason for a tolerance, with the largest one and the levels."""
     held = [verdict for verdict in _flat(results) if verdict.status == "pass" and verdict.tolerance]
     lines = []
     for reason in sorted({verdict.reason for verdict in held}):
@@ -103,7 +103,7 @@ def _devices(results: Sequence[CaseResult]) -> str:
 
 
 def plot(results: Sequence[CaseResult], path: Path) -> None:
-    """A panel a case: the losses of both over the first, and the largest difference between the two curves."""
+    """Plots a panel for each case: both losses divided by the first, and the largest difference between the curves."""
     drawn = [result for result in results if len(result.losses) == 2]
     columns = min(COLUMNS, max(len(drawn), 1))
     rows = max(math.ceil(len(drawn) / columns), 1)
@@ -121,7 +121,7 @@ def plot(results: Sequence[CaseResult], path: Path) -> None:
         axes.yaxis.set_major_locator(MaxNLocator(3))
         axes.tick_params(labelsize=6)
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in panels:  # those that are left over
+    for axes in panels:  # unused ones
         axes.set_visible(False)
     form = ", ".join(_forms(results))
     figure.suptitle(
@@ -134,7 +134,7 @@ def plot(results: Sequence[CaseResult], path: Path) -> None:
 
 
 def _jsonable(value: object) -> object:
-    """JSON has no infinity."""
+    """Replaces infinity, which JSON lacks."""
     return "infinite" if value == math.inf else value
 
 

@@ -1,4 +1,4 @@
-"""Any architecture of Transformers, tiny: the config of each with small numbers where sizes stand."""
+"""Makes tiny configs of any architecture of Transformers, by replacing the sizes."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 VOCABULARY = 320
 
-# What configs call their sizes. Where one has a field of such a name, it gets this value.
+# The names of sizes in configs, and the values that they get.
 SIZES: dict[str, int] = {
     **dict.fromkeys(("vocab_size", "entity_vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embedding_size", "width"), 64),
@@ -38,9 +38,9 @@ SIZES: dict[str, int] = {
 TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
 
 
-MAY_BE_OPEN = ("head_dim", "num_experts_per_tok")  # of some defaults; their code then fails
+MAY_BE_OPEN = ("head_dim", "num_experts_per_tok")  # `None` in some default configs, on which the model's code fails
 
-# What an architecture needs besides, by model type, or `model type.part`.
+# Further fields that an architecture needs, by model type, or `model type.part`.
 SPECIAL: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1]},
@@ -68,7 +68,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zamba2": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3]},
     "zaya": {"num_experts_per_tok": 1},
 }
-LARGEST = 20_000_000  # parameters; beyond it an architecture is not made
+LARGEST = 20_000_000  # parameters; a larger architecture is not built
 NOT_BUILT: dict[str, str] = {
     "musicgen": "it generates audio codes, of several codebooks at a time",
     "musicgen_melody": "it generates audio codes, of several codebooks at a time",
@@ -78,7 +78,7 @@ NOT_BUILT: dict[str, str] = {
 
 
 def _fields(default: PretrainedConfig) -> dict[str, Any]:
-    """Arguments for a config of the same class whose own sizes, and those of its parts, are small."""
+    """Arguments for a config of the same class with small sizes, also in its parts."""
     given: dict[str, Any] = default.to_dict()
     fields: dict[str, Any] = {
         name: value
@@ -89,10 +89,10 @@ def _fields(default: PretrainedConfig) -> dict[str, Any]:
     numbers = [name for name in given if name.endswith(("_token_id", "_token_index")) and name not in TOKENS]
     fields |= {name: 2 + number for number, name in enumerate(numbers) if isinstance(given[name], int)}
     fields |= {name: 0.0 for name in given if name.endswith(("layerdrop", "jitter_noise"))}  # drawn in training
-    kinds = dict.fromkeys(given.get("layer_types") or ())
-    if len(kinds) > 1:  # one of each: what keeps a state, or a window, before what sees everything
-        others = [kind for kind in kinds if kind != "full_attention"]
-        fields["layer_types"] = [others[0], "full_attention" if "full_attention" in kinds else others[1]]
+    layer_types = dict.fromkeys(given.get("layer_types") or ())
+    if len(layer_types) > 1:  # two types, full attention last
+        others = [each for each in layer_types if each != "full_attention"]
+        fields["layer_types"] = [others[0], "full_attention" if "full_attention" in layer_types else others[1]]
     if "kv_lora_rank" in given and "num_key_value_heads" in given:
         fields["num_key_value_heads"] = SIZES["num_attention_heads"]  # latent attention has as many keys as queries
     fields |= SPECIAL.get(default.model_type, {})
@@ -105,11 +105,11 @@ def _fields(default: PretrainedConfig) -> dict[str, Any]:
 
 
 def tiny_config(model_type: str, task: str) -> PretrainedConfig:
-    """The config of an architecture with two layers, 64 wide, and 320 words.
+    """The config of an architecture with two layers, hidden size 64 and 320 words.
 
     Args:
-        model_type: As in `config.json`.
-        task: `causal`: an encoder is made a decoder where its config has a field for that.
+        model_type: `model_type` of its `config.json`.
+        task: With `causal`, an encoder is made a decoder if its config has a field for that.
     """
     default = AutoConfig.for_model(model_type)
     fields = _fields(default)

@@ -1,4 +1,4 @@
-"""The two implementations behind one set of verbs, so that one observation serves both."""
+"""The two implementations, PlainLoRA and PEFT, behind one interface."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -37,11 +37,11 @@ class Side(ABC):
 
     @abstractmethod
     def attach(self, base: PreTrainedModel, config: LoraConfig) -> nn.Module:
-        """Puts a fresh adapter into a base."""
+        """Puts a new adapter into a base."""
 
     @abstractmethod
     def load(self, base: PreTrainedModel, directory: str | Path, trainable: bool = True) -> nn.Module:
-        """Puts a saved adapter into a base, to go on training or to compute with."""
+        """Puts a saved adapter into a base, to resume training or for inference."""
 
     @abstractmethod
     def save(self, model: nn.Module, directory: str | Path) -> None:
@@ -49,18 +49,18 @@ class Side(ABC):
 
     @abstractmethod
     def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """The adapter's tensors under their names on disk; the model's own, to be written into."""
+        """The adapter's tensors under their names in the file. They are the model's own, and may be written into."""
 
     @abstractmethod
     def merge(self, model: nn.Module) -> PreTrainedModel:
-        """Folds the adapter into the base."""
+        """Merges the adapter into the base."""
 
     @abstractmethod
     def trainer(self, model: nn.Module, case: Case, output_dir: str) -> Trainer:
-        """A trainer of the case's rows, prepared in this side's own way."""
+        """A trainer of the case's rows, which this side prepares itself."""
 
     def notes(self, model: nn.Module) -> dict[str, str]:
-        """What the report says about this side alone."""
+        """Notes about this side for the report."""
         return {}
 
 
@@ -72,7 +72,7 @@ def _arguments(case: Case, output_dir: str) -> TrainingArguments:
 
 
 def _row_by_row_trainer(model: nn.Module, case: Case, output_dir: str) -> Trainer:
-    """Transformers' Trainer over the case's own batch: a classifier has no SFTTrainer."""
+    """Transformers' Trainer on the rows of the case's batch, for a classifier."""
     count = len(next(iter(case.inputs.values())))
     examples = [{name: value[row] for name, value in case.inputs.items()} for row in range(count)]
     return Trainer(model=model, args=_arguments(case, output_dir), train_dataset=examples)
@@ -83,7 +83,7 @@ def _is_tokenised(rows: Dataset) -> bool:
 
 
 class HandWritten(Side):
-    """This package: its LoRA, and its own preparation of the rows.
+    """This package: its LoRA and its preparation of rows.
 
     Args:
         lora_backend: `fused` or `reference`.
@@ -100,7 +100,7 @@ class HandWritten(Side):
         return self.backend.attach(base, config)
 
     def load(self, base: PreTrainedModel, directory: str | Path, trainable: bool = True) -> nn.Module:
-        """See `plainlora.backends.Backend`; to go on training, `plainlora.load_adapter` and `plainlora.fuse`."""
+        """See `plainlora.backends.Backend`; for training, `plainlora.load_adapter` and `plainlora.fuse`."""
         if not trainable:
             return self.backend.load(base, directory)
         model = load.load_adapter(base, directory, trainable=True)
@@ -147,15 +147,15 @@ class HandWritten(Side):
         )
 
     def notes(self, model: nn.Module) -> dict[str, str]:
-        """How many layers the fused form covers: what it leaves in the reference form is no proof of it."""
+        """The number of fused layers: a layer that is not fused proves nothing about the fused form."""
         if not self.is_fused:
             return {}
-        fused = ["forward" in vars(layer) for _, layer in lora_layers(model)]  # what `fuse` sets and `unfuse` removes
+        fused = ["forward" in vars(layer) for _, layer in lora_layers(model)]  # set by `fuse`
         return {"fused layers": f"{sum(fused)} of {len(fused)}"}
 
 
 class Peft(Side):
-    """PEFT and TRL, by their own public calls."""
+    """PEFT and TRL, by their public functions."""
 
     name = "PEFT"
 
@@ -182,7 +182,7 @@ class Peft(Side):
             interchange.add_tensors(directory, heads)
 
     def _heads_of(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """A frozen head that came with the adapter. PEFT loads it, and would leave it out when it saves (peft#876)."""
+        """A frozen head that was saved with the adapter. PEFT loads it, but does not save it again (peft#876)."""
         return {name: model.get_parameter(name).detach() for name in self.heads.get(model, ())}
 
     def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -196,12 +196,10 @@ class Peft(Side):
         return model.merge_and_unload()
 
     def trainer(self, model: nn.Module, case: Case, output_dir: str) -> Trainer:
-        """Rows tokenised, masked, packed and trained by SFTTrainer itself, with its own head.
+        """Rows tokenised, masked, packed and trained by SFTTrainer itself, with its own loss head.
 
-        Where that head does not give the model's own loss, the model's own forward computes it, as on the other side.
-
-        Its cast of a quantised model's adapter to bf16 is undone here as on the other side: it is TRL's choice, not
-        part of LoRA, and the comparison is of fp32 adapters.
+        If that head does not give the model's own loss, the model's own forward computes it, as on the other side.
+        TRL's cast of a quantised model's adapter to bf16 is undone, as on the other side: fp32 adapters are compared.
         """
         if case.rows is None or case.tokenizer is None:
             return _row_by_row_trainer(model, case, output_dir)
@@ -218,15 +216,15 @@ class Peft(Side):
 
 
 class _SFTTrainer(RowsInOrder, PredictedTokensCounted, SFTTrainer):
-    """SFTTrainer itself; only what is no part of LoRA is made the same: order of rows by length, count of tokens."""
+    """SFTTrainer with the other side's order of rows by length and count of tokens, which are not part of LoRA."""
 
 
 def _as_trl_expects(rows: Dataset, tokenizer: PreTrainedTokenizerBase, settings: SFTConfig) -> Dataset:
-    """The rows in TRL's own layouts, written out here so that no code of the other side stands behind them."""
+    """The rows in TRL's own layouts, converted here without code of the other side."""
     columns = rows.column_names
     if "messages" in columns or "prompt" in columns:
         return rows
-    if "instruction" not in columns:  # a BOS that the text spells out would stand there twice
+    if "instruction" not in columns:  # a BOS written in the text would be doubled
         bos, column = tokenizer.bos_token, settings.dataset_text_field
         adds_one = bos is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
         return Dataset.from_dict({column: [text.removeprefix(bos) if adds_one else text for text in rows[column]]})

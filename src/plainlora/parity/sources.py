@@ -1,4 +1,4 @@
-"""Cases of the user's own: a recipe of either program, a trained adapter, or any model."""
+"""Comparisons of the user's own: a recipe of either program, a trained adapter, or any model."""
 
 import copy
 from dataclasses import replace
@@ -40,11 +40,11 @@ from plainlora.settings.programs import CLASSIFY, SFT, Program, SettingsT
 from plainlora.tasks import classify, sft
 from plainlora.training.trainers import ArgumentsT
 
-MOST_TEXTS = 32  # in the batch that a classifier is compared on
+MOST_TEXTS = 32  # in the batch of a classifier
 
 
 def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """The rendered prompt as one row, so that no padding comes between the two sides."""
+    """The rendered prompt as one row, without padding."""
     ids = tokenizer(render_prompt(prompt, tokenizer), add_special_tokens=False, return_tensors="pt").input_ids
     return torch.as_tensor(ids)
 
@@ -54,7 +54,7 @@ def _as_batch(ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _for_comparison(training: ArgumentsT, steps: int) -> ArgumentsT:
-    """The recipe's own training, cut to some steps, every one logged and nothing saved on the way."""
+    """The recipe's training arguments for a few steps, with every step logged and no checkpoints."""
     settings = copy.copy(training)
     settings.max_steps, settings.logging_steps = steps, 1
     settings.save_strategy = settings.eval_strategy = "no"
@@ -66,25 +66,25 @@ def _for_comparison(training: ArgumentsT, steps: int) -> ArgumentsT:
 
 
 def _parse(program: Program[SettingsT], config: str, flags: list[str], lora_backend: str | None) -> SettingsT:
-    """A recipe's settings; its `lora_backend` becomes the form to compare.
+    """A recipe's settings, with the `lora_backend` to compare.
 
     Raises:
-        UserError: As the recipe's program would; two forms are asked for; or the recipe trains PEFT's LoRA.
+        UserError: The settings are refused, two back ends are given, or the recipe uses PEFT's LoRA.
     """
-    # So that what the recipe says can be told from what it leaves open.
+    # The default `None` shows whether the recipe sets it.
     settings = program.parse(["--config", config, *flags], lora_backend=None)
-    said = settings.recipe.lora_backend
-    if said == "peft":
+    given = settings.recipe.lora_backend
+    if given == "peft":
         raise UserError(
             f"{config}: with lora_backend peft, PEFT would be compared with itself; end the command with -- "
             f"--lora_backend {lora_backend or FORMS[0]}"
         )
-    if said and lora_backend and said != lora_backend:
+    if given and lora_backend and given != lora_backend:
         raise UserError(
-            f"--lora_backend {lora_backend} contradicts the recipe's lora_backend {said}; leave the first out, or end "
-            f"the command with -- --lora_backend {lora_backend}"
+            f"--lora_backend {lora_backend} contradicts the recipe's lora_backend {given}; leave the first out, or "
+            f"end the command with -- --lora_backend {lora_backend}"
         )
-    settings.recipe.lora_backend = said or lora_backend or FORMS[0]
+    settings.recipe.lora_backend = given or lora_backend or FORMS[0]
     return settings
 
 
@@ -94,13 +94,13 @@ def recipe_case(config: str, flags: list[str], steps: int, lora_backend: str | N
     Args:
         config: The recipe's YAML.
         flags: More of the recipe's flags, as for `recipes/sft.py`.
-        steps: Optimizer steps of the trajectory.
-        lora_backend: One of `FORMS`; the recipe's if left out, and the first if that says nothing.
+        steps: Number of optimizer steps of the trajectory.
+        lora_backend: One of `FORMS`; the recipe's if left out, and the first if the recipe sets none.
 
     Raises:
-        UserError: As `recipes/sft.py` would, or the recipe says another back end.
+        UserError: As in `recipes/sft.py`, or the recipe sets another back end.
     """
-    # TRL's own config: it checkpoints where the recipe leaves that open, which changes memory and no number.
+    # With TRL's own config gradient checkpointing has a default, so nothing is left to decide.
     program = replace(SFT, dataclass_types=(SFTArguments, ScriptArguments, SFTConfig, ModelConfig))
     settings = _parse(program, config, flags, lora_backend)
     recipe, training = settings.recipe, settings.training
@@ -112,7 +112,7 @@ def recipe_case(config: str, flags: list[str], steps: int, lora_backend: str | N
     ids = _prompt_ids((recipe.sample_prompts or ["Name three colours."])[0], tokenizer)
     return Case(
         name=config,
-        # As the libraries place it: a dense base is compared on the CPU, where the two agree to the last bit.
+        # Placed by the libraries: a dense base is compared on the CPU, where the two agree to the last bit.
         make_base=lambda: sft.load_weights(settings, device_map=None).eval(),
         config=cast(LoraConfig, sft.plan_adapter(settings, base_config).lora),
         inputs=_as_batch(ids),
@@ -127,7 +127,7 @@ def recipe_case(config: str, flags: list[str], steps: int, lora_backend: str | N
 
 
 def _rows_within(rows: Dataset, tokenizer: PreTrainedTokenizerBase, training: SFTConfig, enough: int) -> Dataset:
-    """The first rows that fit whole: TRL would cut a longer one, this package would drop it."""
+    """The first rows that fit into `max_length`: TRL would cut longer ones, this package would drop them."""
     column, longest = training.dataset_text_field, training.max_length or 10**9
     encode = Encoder(tokenizer, find_schema(rows, column, "rows"), column, answers_only=False)
     first = range(min(len(rows), 4 * enough))
@@ -138,16 +138,16 @@ def _rows_within(rows: Dataset, tokenizer: PreTrainedTokenizerBase, training: SF
 
 
 def classifier_case(config: str, flags: list[str], steps: int, lora_backend: str | None = None) -> Case:
-    """A classification recipe's own model, adapter, rows and training; what it trains must be LoRA.
+    """A classification recipe's own model, adapter, rows and training; its method must be LoRA.
 
     Args:
         config: The recipe's YAML.
         flags: More of the recipe's flags, as for `recipes/classify.py`.
-        steps: Optimizer steps of the trajectory.
+        steps: Number of optimizer steps of the trajectory.
         lora_backend: See `recipe_case`.
 
     Raises:
-        UserError: As `recipes/classify.py` would, or the recipe says another back end.
+        UserError: As in `recipes/classify.py`, or the recipe sets another back end.
     """
     settings = _parse(CLASSIFY, config, flags, lora_backend)
     recipe, training = settings.recipe, settings.training
@@ -162,7 +162,7 @@ def classifier_case(config: str, flags: list[str], steps: int, lora_backend: str
     adapter = classify.plan_adapter(settings, texts.labels, tokenizer.pad_token_id)
 
     def make_base() -> PreTrainedModel:
-        seed_everything(training.seed)  # of the new head
+        seed_everything(training.seed)  # for the new head
         return classify.load_weights(settings, adapter.config, device_map=None)[0].eval()
 
     return Case(
@@ -185,9 +185,9 @@ def adapter_case(adapter: str, prompt: str | None) -> Case:
         LoRAError: The folder holds no LoRA adapter, or an unreadable one.
     """
     config = read_config(adapter)
-    saved_shapes(adapter)  # unreadable tensors are refused here: a level would say that it did not run
+    saved_shapes(adapter)  # raises for unreadable tensors, which a level would report as not run
     quantization = training_quantization(adapter)
-    base = find_base(adapter, allow_other_base=True)  # both sides stand on the same one, whichever it is
+    base = find_base(adapter, allow_other_base=True)  # both sides use the same base
     tokenizer = load_tokenizer_of(adapter, base)
     classifies = class_labels(adapter) is not None
     ids = _prompt_ids(prompt or "Name three primary colours.", tokenizer)
@@ -210,7 +210,7 @@ def adapter_case(adapter: str, prompt: str | None) -> Case:
 
 
 def _load(name: str) -> PreTrainedModel:
-    """The model of the class its config is for; a new classification head is the same every time."""
+    """Loads a model as the class of its config; a new classification head is the same every time."""
     config = load_config(name)
     if config.is_encoder_decoder:
         raise UserError(f"{name} is an encoder-decoder model; compare knows decoders and encoders")
@@ -222,15 +222,15 @@ def _load(name: str) -> PreTrainedModel:
 
 
 def model_case(name: str, targets: list[str], steps: int) -> Case:
-    """Any decoder or encoder that Transformers' Auto classes load, on random tokens.
+    """Any decoder or encoder of Transformers' Auto classes, on random tokens.
 
     A decoder is trained by SFTTrainer, a classifier by Transformers' Trainer.
 
     Raises:
-        UserError: The model cannot be loaded, or is neither.
+        UserError: The model cannot be loaded, or is an encoder-decoder.
     """
     config = load_config(name)
-    _load(name)  # what cannot be loaded is the user's to know at once
+    _load(name)  # raises now if it cannot be loaded
     is_classifier = model_class(config) is AutoModelForSequenceClassification
     wanted = "all-linear" if targets == ["all-linear"] else targets
     lora = LoraConfig(

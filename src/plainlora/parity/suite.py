@@ -1,4 +1,4 @@
-"""The built-in suite."""
+"""The built-in suite of cases."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,11 +31,11 @@ ROWS = [
 
 
 def training_arguments(steps: int, **options: Any) -> dict[str, Any]:
-    """What both trainers are given: every step logged, nothing else written.
+    """The arguments of both trainers: every step is logged, nothing else is written.
 
-    Where a gradient is zero but for rounding, as that of a key's bias, Adam moves the weight by the learning rate in
-    the direction of the rounding. At 1e-2 the gradient norms of two correct implementations come apart by 1e-5 within
-    50 steps; at 1e-3 by 2e-7.
+    The learning rate is 1e-3. Even if a gradient is zero except for rounding, such as that of a key's bias, Adam moves
+    the weight by the learning rate. At 1e-2 the gradient norms of two correct implementations differ by 1e-5 within 50
+    steps; at 1e-3 by 2e-7.
     """
     return {
         "output_dir": "unused",
@@ -78,9 +78,9 @@ def _causal(
 
 
 def built_in_cases(steps: int) -> Iterator[Case]:
-    """The suite: module kinds, architectures, precisions, and every supported start.
+    """The suite: storages, architectures, dtypes, and every supported initialisation.
 
-    alpha / r is 1.5, no power of two, so that the order of a product and a sum would show in the last bit.
+    alpha / r is 1.5, not a power of two, so that another order of operations shows in the last bit.
     """
 
     def llama() -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Tiny real models, a tokenizer and random tokens: nothing has to be had from anywhere."""
+"""Tiny random models, a tokenizer and random tokens, so that nothing is downloaded."""
 
 import logging
 import tempfile
@@ -34,7 +34,7 @@ SPECIAL: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id":
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """One token a byte, EOS 0 and pad 1: no vocabulary has to be had from anywhere."""
+    """A tokenizer with one token for each byte, EOS 0 and pad 1."""
     vocabulary = {"<|endoftext|>": 0, "<|pad|>": 1} | {byte: number for number, byte in enumerate(BYTES, 2)}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -45,7 +45,7 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def llama_config(**options: Any) -> LlamaConfig:
-    """Two layers, 64 wide: bitsandbytes' block size divides every weight."""
+    """Two layers of hidden size 64, so that bitsandbytes' block size divides every weight."""
     sizes: dict[str, Any] = {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -57,7 +57,7 @@ def llama_config(**options: Any) -> LlamaConfig:
 
 CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": llama_config,
-    # The model's own dropout would only hide the adapter's.
+    # Without the model's own dropout, which would hide the adapter's.
     "gpt2": lambda: GPT2Config(
         n_embd=64, n_head=2, n_layer=2, n_positions=512, vocab_size=VOCABULARY,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **SPECIAL,
@@ -74,7 +74,7 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 
 
 def random_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model with the same random weights every time, as the class its config is for."""
+    """A model of its config's class with the same random weights every time."""
     seed_everything(0)
     return model_class(config).from_config(config, dtype=dtype).eval()
 
@@ -92,21 +92,21 @@ def model_class(config: PretrainedConfig) -> Any:
 
 
 def quantized_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-    """The same random weights in bitsandbytes' 4 or 8 bits, computing in fp32."""
+    """`random_model` in bitsandbytes' 4 or 8 bits, computing in fp32."""
     with tempfile.TemporaryDirectory() as folder:
         random_model(config).save_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, quantization_config=BitsAndBytesConfig(**options)
         )
     keep_4bit_weights_unpacked(model)
-    model.name_or_path = ""  # the folder is gone, and another one each time
+    model.name_or_path = ""  # a temporary folder
     return model.eval()
 
 
 def random_batch(
     vocabulary: int, classes: int | None = None, rows: int = 2, length: int = 24
 ) -> dict[str, torch.Tensor]:
-    """Random tokens `(rows, length)` with themselves, or the row's number, as labels."""
+    """Random tokens `(rows, length)`, with themselves or class numbers as labels."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, vocabulary, (rows, length), generator=generator)
     labels = ids.clone() if classes is None else torch.arange(rows) % classes
@@ -115,9 +115,9 @@ def random_batch(
 
 @contextmanager
 def quiet_models() -> Iterator[None]:
-    """Dozens of tiny models are loaded and saved here; their bars and remarks would bury the comparison.
+    """Silences progress bars and warnings of the libraries within the block, and the warning of `fuse`.
 
-    What `fuse` leaves in the reference form is said by the report, not by its warning.
+    The report lists layers that are not fused.
     """
     fusing = logging.getLogger("plainlora.fast.fuse")
     verbosity, level = transformers.utils.logging.get_verbosity(), fusing.level

@@ -1,4 +1,4 @@
-"""What every level is held to, and why: the only table of tolerances."""
+"""The tolerance of every level, with its reason: the only table of tolerances."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from plainlora.parity.case import Case
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What a level is held to.
+    """The tolerance of a level.
 
     Attributes:
-        relative: Largest difference over the largest value of a tensor (dimensionless).
-        reason: Why it is what it is.
-        follows: How the names of the tensors begin whose values follow from the others; unless `relative` is zero,
-            only their shapes and dtypes are compared.
+        relative: Largest difference divided by the largest value of a tensor (dimensionless).
+        reason: The reason for it.
+        follows: Prefix of the names of tensors whose values follow from others; unless `relative` is zero, only their
+            shapes and dtypes are compared.
     """
 
     relative: float
@@ -24,7 +24,7 @@ class Tolerance:
 ADAM = "Adam divides a gradient by its own size, so rounding may turn a weight's step; what the weights do is held"
 PRODUCT = "W + s B A summed in one product, where PEFT adds a rounded one"
 
-# The only tolerances. Names, dtypes, shapes, config fields, what is trained, saved bytes and round trips are equal.
+# Names, dtypes, shapes, config fields, trained parameters, saved bytes and round trips must be equal.
 TOLERANCES = {
     "same order": Tolerance(0.0, "the same operations in the same order"),
     "drawn": Tolerance(0.0, "drawn from one random stream"),
@@ -40,27 +40,27 @@ TOLERANCES = {
     "merge float16": Tolerance(2**-10, f"{PRODUCT}: one rounding unit; the logits follow", "logits"),
     "merge bfloat16": Tolerance(2**-7, f"{PRODUCT}: one rounding unit; the logits follow", "logits"),
 }
-BLURRED = (TOLERANCES["float32"], TOLERANCES["merge float32"])  # where the last bits are asked, if need be
+BLURRED = (TOLERANCES["float32"], TOLERANCES["merge float32"])  # may be raised by `last_bits_of`
 HALF = ("float16", "bfloat16")
-LAST_BITS = 3  # a single draw of all last bits is of the size of the rounding, not its bound
+LAST_BITS = 3  # one random change of the last bits shows the size of rounding, not its bound
 NEAR_TIES = "in half precision the likelier of two near tokens may be either, and all after it"
 BY_LAST_BITS = f"rounding of fp32: {LAST_BITS} times what PEFT's own result moves by when all weights' last bits move"
 
 
 def tolerance_for(level: str, case: Case, environment: dict[str, str], quantised: bool) -> Tolerance:
-    """The row of `TOLERANCES` that a level of a case is held to.
+    """The tolerance of a level of a case.
 
-    On a CPU the reference form does the same as PEFT in the same order, except that PEFT rounds the adapter's output
-    to the precision of a quantised base before it adds it. The fused form sums in another order, and in the base's
-    precision. A GPU promises no order. Merging sums in its own order for either form.
+    On a CPU the reference form computes the same as PEFT in the same order, except that PEFT rounds the adapter's
+    output to the dtype of a quantised base before adding it. The fused form sums in another order, and in the base's
+    dtype. On a GPU the order is not defined. Merging sums in another order than PEFT for both forms.
 
     Args:
         level: One of `LEVELS`.
-        case: Which form is compared, and the adapter's precision.
+        case: The form that is compared, and the adapter's dtype.
         environment: See `CaseResult`.
-        quantised: Whether the base is.
+        quantised: Whether the base is quantised.
     """
-    dtype = environment["base dtype"] or "float32"  # none is known where nothing could be loaded
+    dtype = environment["base dtype"] or "float32"  # unknown if the base could not be loaded
     half = dtype in HALF
     if level in ("init", "generation"):
         return TOLERANCES["drawn" if level == "init" else "chosen"]
