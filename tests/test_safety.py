@@ -206,7 +206,7 @@ def test_u23_a_commit_is_enough_for_code_of_the_hub(sft: Recipe, capfd: pytest.C
     code = sft(
         "--model_name_or_path", "nobody/nothing", "--trust_remote_code", "true", "--model_revision", COMMIT
     )  # fmt: skip
-    assert "'nobody/nothing' cannot be had from the Hub" in the_one_line(code, *capfd.readouterr())
+    assert "'nobody/nothing' cannot be loaded from the Hub" in the_one_line(code, *capfd.readouterr())
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
@@ -258,7 +258,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         (BOMB, r"an alias \(\*a\) is not read; write the value out"),
         ("a: &a [*a]", r"an alias \(\*a\) is not read"),
         ("a: " + "[" * 100_000, "is not valid YAML"),
-        ("\n".join(f"k{number}: 1" for number in range(20_000)) + "\nk7: 2", "'k7' stands there twice"),
+        ("\n".join(f"k{number}: 1" for number in range(20_000)) + "\nk7: 2", "'k7' is given twice"),
     ],
 )
 def test_u23_a_yaml_is_data(tmp_path: Path, content: str, said: str) -> None:

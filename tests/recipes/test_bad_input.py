@@ -100,9 +100,9 @@ def test_u22_a_bad_yaml(recipe: Run, tmp_path: Path, content: str, said: str) ->
         ("--lr_scheduler_type=cosine_with_min_lr", r"lr_scheduler_type cosine_with_min_lr: .*min_lr.* see lr_sch"),
         ("--test_split_size=40", r"test_split_size: 40 of 40 rows leaves none to train on"),
         ("--lora_r=0", r"r must be a whole number of at least 1, not 0"),
-        ("--model_name_or_path=nobody/nothing", r"'nobody/nothing' cannot be had from the Hub .*make quickstart"),
+        ("--model_name_or_path=nobody/nothing", r"'nobody/nothing' cannot be loaded from the Hub .*make quickstart"),
         ("--model_name_or_path=./nowhere", r"there is no folder ./nowhere"),
-        ("--dataset_name=nobody/nothing", r"'nobody/nothing' cannot be had from the Hub .*make quickstart"),
+        ("--dataset_name=nobody/nothing", r"'nobody/nothing' cannot be loaded from the Hub .*make quickstart"),
         ("--dataset_name=nowhere.jsonl", r"there is no file nowhere.jsonl; give a Hub id, a folder, or a json"),
     ],
 )
@@ -229,8 +229,8 @@ def test_an_output_dir_below_a_file(recipe: Run, tmp_path: Path) -> None:
             {"dataset_name": "CHAT", "prompt_template": "OWN", "assistant_only_loss": "true"},
             r"{% generation %} markers",
         ),
-        ({"model_name_or_path": "nobody/nothing"}, r"'nobody/nothing' cannot be had from the Hub"),
-        ({"dataset_name": "ROWS"}, r"row 2: 'output' is missing or null; mend or remove the row"),
+        ({"model_name_or_path": "nobody/nothing"}, r"'nobody/nothing' cannot be loaded from the Hub"),
+        ({"dataset_name": "ROWS"}, r"row 2: 'output' is missing or null; fix or remove the row"),
     ],
 )
 def test_as_a_process_of_its_own(base: dict[str, str], tmp_path: Path, changes: dict[str, str], said: str) -> None:

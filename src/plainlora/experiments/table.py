@@ -189,7 +189,7 @@ def make_table(configs: Sequence[str], seeds: Sequence[int], output_dir: str | N
 def _run_all(
     variants: Sequence[Variant], seeds: Sequence[int], output: Path, flags: Sequence[str]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Runs all variants under one seed after the other; returns figures of finished runs and reasons of failed ones."""
+    """Runs all variants seed by seed; returns the figures of finished runs and the reasons of failed ones."""
     jobs = [(variant, seed) for seed in seeds for variant in variants]
     runs: list[dict[str, Any]] = []
     failures: list[dict[str, Any]] = []
