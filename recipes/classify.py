@@ -4,11 +4,11 @@ accelerate launch --config_file accelerate_configs/single_gpu.yaml \
     recipes/classify.py --config recipes/distilbert-imdb/lora.yaml
 
 The flags are those of TRL's ScriptArguments and ModelConfig, of Transformers' TrainingArguments and of
-plainlora.settings.arguments.ClassifyArguments, in the YAML or on the command line. The command line wins, and what
-cannot be honoured is refused.
+plainlora.settings.arguments.ClassifyArguments, in the YAML or on the command line. The command line overrides the
+YAML. A setting that cannot be honoured is refused.
 """
 
-import plainlora.quiet  # noqa: F401, I001  # before the libraries that it quiets
+import plainlora.quiet  # noqa: F401, I001  # before the libraries that it silences
 
 from accelerate.utils import release_memory
 from transformers import set_seed
@@ -36,7 +36,7 @@ def main() -> None:
     classify.check_resumable(run, adapter, texts)
     repository = open_run_repository(settings.training, run.log)
 
-    # Seed first, then base with its new head, then adapter: the same command gives the same weights.
+    # The order seed, base with its new head, adapter makes the same command give the same weights.
     set_seed(settings.training.seed)
     model = classify.load_model(settings, adapter, run.log)
     trainer = classify.make_trainer(settings, adapter, model, texts, tokenizer)
@@ -47,14 +47,14 @@ def main() -> None:
     results.figures |= metrics
 
     is_main = trainer.accelerator.is_main_process
-    trainer.end()  # a merge may take longer than the other processes would wait
+    trainer.end()  # other processes would time out during a long merge
     if is_main:
         classify.report(run, results, adapter)
         if settings.recipe.merge:
             del model, trainer
             release_memory()
             results.figures["merge_max_abs_diff"] = merge_adapter(run.folder, run.merged, overwrite=True).max_abs_diff
-            classify.report(run, results, adapter)  # again, with its figure: a merge may be refused
+            classify.report(run, results, adapter)  # again, with the merge's figure
         print(classify.summarize(run, results))
     if repository is not None:
         print(push_run(run.folder, repository, settings.recipe.hub_base_model))

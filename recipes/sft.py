@@ -4,11 +4,11 @@ accelerate launch --config_file accelerate_configs/single_gpu.yaml \
     recipes/sft.py --config recipes/gpt2-alpaca-gpt4/lora.yaml
 
 The flags are those of TRL's ScriptArguments, SFTConfig and ModelConfig and of
-plainlora.settings.arguments.SFTArguments, in the YAML or on the command line. The command line wins, and what
-cannot be honoured is refused.
+plainlora.settings.arguments.SFTArguments, in the YAML or on the command line. The command line overrides the YAML. A
+setting that cannot be honoured is refused.
 """
 
-import plainlora.quiet  # noqa: F401, I001  # before the libraries that it quiets
+import plainlora.quiet  # noqa: F401, I001  # before the libraries that it silences
 
 from accelerate.utils import release_memory
 from transformers import set_seed
@@ -38,7 +38,7 @@ def main() -> None:
     questions = sft.choose_questions(settings, rows, tokenizer)
     repository = open_run_repository(settings.training, run.log)
 
-    # Seed first, then base, then adapter: the same command gives the same adapter.
+    # The order seed, base, adapter makes the same command give the same adapter.
     set_seed(settings.training.seed)
     model = sft.load_model(settings, adapter, sft.plan_run(settings, adapter, tokenizer, rows), run.log)
     trainer = sft.make_trainer(settings, adapter, model, rows, tokenizer)
@@ -49,14 +49,14 @@ def main() -> None:
     results.figures |= metrics
 
     is_main = trainer.accelerator.is_main_process
-    trainer.end()  # a merge may take longer than the other processes would wait
+    trainer.end()  # other processes would time out during a long merge
     if is_main:
         sft.report(run, results)
         if settings.recipe.merge:
             del model, trainer
             release_memory()
             results.figures["merge_max_abs_diff"] = merge_adapter(run.folder, run.merged, overwrite=True).max_abs_diff
-            sft.report(run, results)  # again, with its figure: a merge may be refused
+            sft.report(run, results)  # again, with the merge's figure
         print(sft.summarize(run, results))
     if repository is not None:
         print(push_run(run.folder, repository, settings.recipe.hub_base_model))

@@ -1,10 +1,9 @@
 """Builds the quickstart's files from one seed: a tiny base model and an instruction data set.
 
-The base model is pretrained on plain declarative English about a small world of words, places and numbers. It knows
-those facts but has never seen an instruction. The instruction rows ask for the same facts, and for simple work on
-lists, in Stanford Alpaca's schema. The facts that the test rows ask for occur in the pretraining text, but no training
-row of the same kind asks for them, and the lists of the test rows are new: an adapter has to teach the model to
-answer, not the facts.
+The base model is pretrained on declarative English about words, places and numbers. It knows these facts but has never
+seen an instruction. The instruction rows ask for the same facts, and for simple tasks on lists, in Stanford Alpaca's
+schema. The facts of the test rows occur in the pretraining text, but no training row of the same kind asks for them,
+and the lists of the test rows are new: an adapter has to teach the model to answer, not the facts.
 
 Two builds write the same rows and the same tokenizer, byte for byte. The weights repeat on one machine with one
 number of threads; elsewhere they may differ in the last bits.
@@ -28,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 SEED = 42
 TRAIN_ROWS, TEST_ROWS = 170, 14  # per kind of task, at most
 VOCABULARY = 2048
-CONTEXT = 512  # positions the model is made for; a pretraining window is shorter, which is faster
+CONTEXT = 512  # the model's context length; pretraining windows are shorter, which is faster
 WINDOW = 128
 BATCH = 16
 STEPS = 1600
@@ -427,7 +426,7 @@ def capitalise(text: str) -> str:
 
 
 def write_documents(kinds: list[Kind]) -> Iterator[str]:
-    """Writes the pretraining corpus without end: documents of several facts, either as sentences or as notes."""
+    """Yields the pretraining corpus, endlessly: documents of several facts, either as sentences or as notes."""
     rng = random.Random(SEED)
     weights = [kind.weight for kind in kinds]
     while True:

@@ -1,4 +1,4 @@
-"""Holds a quickstart's all_results.json to what the quickstart promises: one line, and exit code 1 if it is broken."""
+"""Checks the all_results.json of a quickstart against its promised figures; exit code 1 if one does not hold."""
 
 import json
 import sys
