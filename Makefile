@@ -15,7 +15,7 @@ help:
 	@echo "make bench       time and memory beside PEFT with TRL; about an hour on two cores; options: make bench ARGS=--help"
 	@echo "make bench-gpu   the same on one GPU, with the tests that need one; at most ten minutes"
 	@echo "make quality     lint, formatting and types"
-	@echo "make style       mend what lint and formatting can mend"
+	@echo "make style       fix what lint and formatting can fix"
 	@echo "make install     .venv with the package in editable mode and its plainlora command"
 
 install: .venv/installed
