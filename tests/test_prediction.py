@@ -113,10 +113,10 @@ def test_what_is_no_classifier(
     plainlora: Run, tmp_path: Path, model_dirs: dict[str, Path], backbone_dirs: dict[str, Path]
 ) -> None:
     for folder in (model_dirs["llama"], backbone_dirs["bert"]):
-        assert "is no sequence classifier" in plainlora("predict", "--model", folder, *TEXT)
+        assert "is not a sequence classifier" in plainlora("predict", "--model", folder, *TEXT)
     config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", base_model_name_or_path="x")
     save_adapter(inject(make_model("llama"), config), tmp_path / "sft")
-    assert "is no classifier's adapter; use plainlora generate" in plainlora(
+    assert "is not a classifier's adapter; use plainlora generate" in plainlora(
         "predict", "--model", tmp_path / "sft", *TEXT
     )
 
@@ -125,14 +125,17 @@ def test_what_is_no_classifier(
     ("content", "said"),
     [
         ("{", "run.json is damaged (Expecting"),
-        ("[]", "run.json is damaged (it is no mapping)"),
-        ('{"quantization_config": 4}', "run.json is damaged (its quantization_config is no mapping)"),
-        ('{"quantization_config": null, "arguments": []}', "run.json is damaged (its arguments is no mapping)"),
-        ('{"quantization_config": null, "labels": "ham"}', "run.json is damaged (its labels are no list of names)"),
-        ('{"quantization_config": null, "labels": [0, 1]}', "run.json is damaged (its labels are no list of names)"),
+        ("[]", "run.json is damaged (it is not a mapping)"),
+        ('{"quantization_config": 4}', "run.json is damaged (its quantization_config is not a mapping)"),
+        ('{"quantization_config": null, "arguments": []}', "run.json is damaged (its arguments is not a mapping)"),
+        ('{"quantization_config": null, "labels": "ham"}', "run.json is damaged (its labels are not a list of names)"),
+        (
+            '{"quantization_config": null, "labels": [0, 1]}',
+            "run.json is damaged (its labels are not a list of names)",
+        ),
         (
             '{"quantization_config": null, "arguments": {"max_length": "x"}}',
-            "run.json is damaged (its max_length is no whole number)",
+            "run.json is damaged (its max_length is not a whole number)",
         ),
         ('{"quantization_config": null, "labels": ["a", "b", "c"]}', "has shape (2,), the model needs (3,)"),
     ],
@@ -160,7 +163,7 @@ def test_a_base_that_is_gone_or_another(plainlora: Run, adapter: Path, backbone_
     path = adapter / "adapter_config.json"
     config = json.loads(path.read_text())
     for base, said in (
-        ("/gone/base", "names the base /gone/base, which is no folder here"),
+        ("/gone/base", "names the base /gone/base, which is not a folder here"),
         (str(backbone_dirs["bert"]), "the adapter is for another architecture"),
         (None, "names no base model"),
     ):

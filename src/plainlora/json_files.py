@@ -21,5 +21,5 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(error.strerror) from error
     if not isinstance(content, dict):
-        raise ValueError("it is no mapping")
+        raise ValueError("it is not a mapping")
     return content

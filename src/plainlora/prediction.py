@@ -72,7 +72,7 @@ def load_trained_classifier(
     if holds_adapter(folder):
         labels = class_labels(folder)
         if labels is None:
-            raise UserError(f"{folder} is no classifier's adapter; use plainlora generate --adapter {folder}")
+            raise UserError(f"{folder} is not a classifier's adapter; use plainlora generate --adapter {folder}")
         base = find_base(folder, base_model, allow_other_base)
         stored = load_quantized_base_of(folder, base) if as_trained else load_base_of(folder, base)
         model = backend.load(to_accelerator(stored), folder)
@@ -83,13 +83,13 @@ def load_trained_classifier(
             raise UserError(f"--base_model: {folder} is a whole model, which needs no base; leave it out")
         config, warnings = load_config(str(folder)), ()
         if not is_classifier(config):
-            raise UserError(f"{folder} is no sequence classifier (its config names {config.architectures})")
+            raise UserError(f"{folder} is not a sequence classifier (its config names {config.architectures})")
         labels = list((config.id2label or {}).values())
         if not labels or not all(isinstance(label, str) for label in labels):
             raise UserError(f"{folder}/config.json: id2label names no classes, but {labels!r:.60}")
         whole, missing = load_pretrained(AutoModelForSequenceClassification, str(folder))
         if missing:  # these would be random
-            raise UserError(f"{folder} is no whole classifier: it lacks {missing[0]}")
+            raise UserError(f"{folder} is not a whole classifier: it lacks {missing[0]}")
         model, tokenizer = to_accelerator(whole), load_tokenizer(str(folder))
         check_vocabulary(tokenizer, config)
     return Classifier(model.eval(), tokenizer, labels, max_length or context_length(config), warnings)

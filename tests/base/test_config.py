@@ -17,7 +17,7 @@ from plainlora.errors import UserError
 
 @pytest.mark.parametrize("ends", ["two", [0, "one"], 1.5, True, [[0]], 2**63, {}])
 def test_an_eos_that_is_no_token_is_refused(edited: Callable[..., str], ends: object) -> None:
-    with pytest.raises(UserError, match=r"eos_token_id of its generation_config.json is no token|cannot be loaded"):
+    with pytest.raises(UserError, match=r"eos_token_id of its generation_config.json is not a token|cannot be loaded"):
         load_causal_lm(edited("generation_config.json", eos_token_id=ends))
 
 

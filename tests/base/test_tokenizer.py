@@ -12,7 +12,7 @@ from tests.conftest import VOCABULARY
 
 
 def test_a_tokenizer_that_cannot_be_used_is_refused(edited: Callable[..., str]) -> None:
-    with pytest.raises(UserError, match="model_max_length is no number: 'long'"):
+    with pytest.raises(UserError, match="model_max_length is not a number: 'long'"):
         load_tokenizer(edited("tokenizer_config.json", model_max_length="long"))
     with pytest.raises(UserError, match="has no EOS token, and none to pad with; set eos_token"):
         load_tokenizer(edited("tokenizer_config.json", model_max_length=9, eos_token=None, pad_token=None))

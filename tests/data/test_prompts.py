@@ -141,7 +141,7 @@ def test_a_damaged_template_file_is_one_line(fresh: PreTrainedTokenizerFast, tmp
     with pytest.raises(UserError, match=r"binary\.jinja cannot be read"):
         install_template(fresh, str(tmp_path / "binary.jinja"))
     (tmp_path / "syntax.jinja").write_text("{% for x in %}")
-    with pytest.raises(UserError, match=r"syntax\.jinja is no chat template: Expected an expression.* \(line 1\)"):
+    with pytest.raises(UserError, match=r"syntax\.jinja is not a chat template: Expected an expression.* \(line 1\)"):
         install_template(fresh, str(tmp_path / "syntax.jinja"))
 
 

@@ -339,7 +339,7 @@ def test_u06_prompts_begin_as_the_rows_of_text_did(own: PreTrainedTokenizerFast,
     examination = examine(rows, own)
     finding = found(examination, "foreign token")
     assert (finding.level, finding.figures["rows"]) == ("warning", 4)
-    assert "begin with <s> (first in row 1), which is no token of this tokenizer" in finding.message
+    assert "begin with <s> (first in row 1), which is not a token of this tokenizer" in finding.message
     own.save_pretrained(tmp_path / "saved")
     again = AutoTokenizer.from_pretrained(tmp_path / "saved")
     for number, row in enumerate(rows.train):

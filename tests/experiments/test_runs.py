@@ -29,8 +29,8 @@ def test_settings_come_from_the_flags_then_the_yaml_then_the_recipe() -> None:
         (["--lora_r", "4", "--config=x"], r"--config cannot stand after the --"),
         (["--overwrite"], r"--overwrite cannot stand after the --"),
         (["--seed=3"], r"--seed cannot stand after the --: use --seeds"),
-        (["--lora_rr", "4"], r"'--lora_rr' is no flag of recipes/classify.py"),
-        (["loose"], r"'loose' is no flag"),
+        (["--lora_rr", "4"], r"'--lora_rr' is not a flag of recipes/classify.py"),
+        (["loose"], r"'loose' is not a flag"),
         (["--lora_r", "four"], r"--lora_r.*: invalid int value: 'four'"),
         (["--method", "half"], r"invalid choice: 'half'"),
     ],
@@ -86,7 +86,7 @@ def test_interrupted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as ended, runs.held(str(tmp_path)):
         raise KeyboardInterrupt
     assert ended.value.code == 130
-    assert capsys.readouterr().err == "interrupted; what is finished is kept, and the same command goes on\n"
+    assert capsys.readouterr().err == "interrupted; what is finished is kept, and the same command continues\n"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="not run: root may write everywhere")

@@ -72,7 +72,7 @@ def rename_one(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         (lambda all: {name: each[..., 0].clone() for name, each in all.items()}, "which do not fit r=4"),
         (lambda all: {name: each for name, each in all.items() if "lora_A" in name}, "has lora_A alone"),
         (lambda all: {name: each for name, each in all.items() if "v_proj" not in name}, "holds nothing of v_proj"),
-        (rename_one, "is no name that PEFT gives"),
+        (rename_one, "is not a name that PEFT gives"),
         (lambda _: {}, "holds no tensor"),
     ],
 )  # fmt: skip
@@ -208,7 +208,7 @@ def test_u18_a_base_that_nobody_else_has_is_refused(
     assert config["base_model_name_or_path"] == BASE
     assert f"base_model: {BASE}\n" in text_of(adapter, "README.md", BASE)
     assert (adapter / "adapter_config.json").read_bytes() == before
-    with pytest.raises(UserError, match="--base_model /x is no Hub id"):
+    with pytest.raises(UserError, match="--base_model /x is not a Hub id"):
         collect_publication(adapter, "/x")
 
 
@@ -235,7 +235,7 @@ def test_u18_the_revision_of_the_base_is_named(adapter: Path, model: Path) -> No
         (f"base_model: {BASE}", "base_model: /home/ann/gpt2", r"base_model is '/home/ann/gpt2'; write Hub ids"),
         (f"base_model: {BASE}", "base_model: a/b", f"base_model is a/b, but that of the weights is {BASE}"),
         (f"base_model: {BASE}", "base_model: [", "its metadata cannot be read"),
-        ("---\n[^#]*---\n", "---\n- a\n---\n", "its metadata cannot be read .it is no mapping.; fix the block"),
+        ("---\n[^#]*---\n", "---\n- a\n---\n", "its metadata cannot be read .it is not a mapping.; fix the block"),
         (f"base_model: {BASE}", "base_model: 3", "base_model is 3; write Hub ids"),
         (f"base_model: {BASE}", f"base_model: {{{BASE}: 1}}", "base_model is {.*}; write Hub ids"),
         ("pipeline_tag: .*", "pipeline_tag: [text-generation]", r"pipeline_tag is \['text-generation'\]; known are"),
@@ -322,7 +322,7 @@ def test_what_the_command_refuses_is_one_line(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_token")
     push = ("push", "--repo", "ann/it", "--adapter")
-    assert "is no folder; give the one that training" in plainlora(*push, tmp_path / "gone")
+    assert "is not a folder; give the one that training" in plainlora(*push, tmp_path / "gone")
     assert "is switched off (HF_HUB_OFFLINE)" in plainlora(*push, adapter)  # as the tests' own process is
     assert "not allowed with argument" in plainlora(*push, adapter, "--model", adapter)
     assert "one of the arguments --adapter --model is required" in plainlora("push", "--repo", "ann/it")

@@ -181,7 +181,7 @@ def test_a_branch_and_a_private_repository(terminal: Terminal, small_adapter: Pa
         ("ann/it", {"HF_TOKEN": READER}, "the Hub's token of ann may only read; make one that may write at http"),
         ("bob/it", {}, "the repository bob/it cannot be used: the token may not write there"),
         ("bob/new", {}, "the repository bob/new cannot be used: the token may not write there"),
-        ("a/b/c", {}, "is no name of a repository"),
+        ("a/b/c", {}, "is not a name of a repository"),
     ],
 )
 def test_who_may_not_push_is_told_so(
@@ -299,14 +299,14 @@ def test_u18_a_recipe_pushes_what_it_wrote_and_its_token_stays_out_of_every_file
     terminal.hub.faults.append(Fault("POST", COMMIT, times=100))
     line = the_last_line(terminal.run(*command, HF_TOKEN=None))
     assert re.search(
-        rf"the run is saved in {output}, but not pushed: the push to ann/my-run failed: .+; go on with: ", line
+        rf"the run is saved in {output}, but not pushed: the push to ann/my-run failed: .+; continue with: ", line
     )
     assert get_last_checkpoint(output) is not None
     for path in output.rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
 
     terminal.hub.faults.clear()
-    outcome = terminal.run(*line.partition("go on with: ")[2].split())
+    outcome = terminal.run(*line.partition("continue with: ")[2].split())
     assert outcome.code == 0, outcome.err
     published = terminal.hub.files("ann/my-run")
     assert set(published) == {

@@ -176,8 +176,8 @@ def test_a_module_without_a_named_backbone_is_all_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "match"),
     [
-        (["classifier.weight", "classifier.wieght"], "'classifier.wieght' is no parameter of this BertForSequence"),
-        (["classifier"], "'classifier' is no parameter"),
+        (["classifier.weight", "classifier.wieght"], "'classifier.wieght' is not a parameter of this BertForSequence"),
+        (["classifier"], "'classifier' is not a parameter"),
         (["bert.pooler.dense.weight"], "lacks 'bert.pooler.dense.weight', .* add 'bert.pooler.dense' to modules_to_s"),
     ],
 )

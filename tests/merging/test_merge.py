@@ -258,7 +258,9 @@ def test_a_relative_base_is_found_from_the_adapter_upwards(tmp_path: Path, model
     name_base("recipes/own/base")
     merge_adapter(adapter, tmp_path / "merged")
     name_base("recipes/gone/base")
-    with pytest.raises(UserError, match="names the base recipes/gone/base, which is no folder here; run from where"):
+    with pytest.raises(
+        UserError, match="names the base recipes/gone/base, which is not a folder here; run from where"
+    ):
         merge_adapter(adapter, tmp_path / "again")
     name_base("own")  # a Hub id, whatever lies around
     shutil.copytree(model_dirs["gpt2"], tmp_path / "own")

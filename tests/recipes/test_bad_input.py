@@ -204,7 +204,7 @@ def test_a_repository_that_cannot_be_made(recipe: Run, monkeypatch: pytest.Monke
     assert "give its Hub id with --hub_base_model" in recipe(push_to_hub="true")
     base = {"push_to_hub": "true", "hub_base_model": "meta-llama/Llama-2-7b-hf"}
     assert "hub_always_push: there is one push" in recipe(**base, hub_always_push="true")
-    assert "'a/b/c' is no name of a repository" in recipe(**base, hub_model_id="a/b/c")
+    assert "'a/b/c' is not a name of a repository" in recipe(**base, hub_model_id="a/b/c")
     monkeypatch.setenv("HF_TOKEN", "hf_token")
     assert "the Hub is switched off (HF_HUB_OFFLINE)" in recipe(**base)
 

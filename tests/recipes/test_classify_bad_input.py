@@ -106,7 +106,7 @@ PAIRS = [(row["text"], row["label"]) for row in TEXTS]
         (["--eval_do_concat_batches=false"], r"eval_do_concat_batches is not supported"),
         (["--use_liger_kernel=true"], r"use_liger_kernel is not supported: its kernels are for causal"),
         (["--dataloader_num_workers=-1"], r"dataloader_num_workers must be at least 0, not -1"),
-        (["--resume_from_checkpoint=gone"], r"gone is no checkpoint folder; it has no trainer_state.json"),
+        (["--resume_from_checkpoint=gone"], r"gone is not a checkpoint folder; it has no trainer_state.json"),
         (["--labels", "ham"], r"a classifier needs two"),
         (["--labels", "Ham", "spam"], r"'label' is 'ham', expected 'Ham' \(only the case differs\)"),
         (["--text_column=sms"], r"and no 'sms'; set --text_column, or, if the file has no header line"),
@@ -261,7 +261,7 @@ def test_figures_before_training_are_those_of_the_base_whatever_biases_are_train
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--method", "full"], r"holds an adapter, which method full cannot go on from"),
+        (["--method", "full"], r"holds an adapter, which method full cannot resume"),
         (["--lora_r", "4"], r"was trained with r 8, now it is 4"),
         (["--lora_mlp", "true"], r"was trained with lora_mlp False, now it is True"),
         (["--lora_layers_to_transform", "1"], r"was trained with lora_layers_to_transform None, now it is \[1\]"),
@@ -287,7 +287,7 @@ def test_a_whole_model_is_resumed_with_its_own_settings_only(
     output = run_classify("distilbert", "run", "--method", "full", "--max_steps", "3")
     go_on = ["--method", "full", "--resume_from_checkpoint", str(output / "checkpoint-3")]
     for flags, said in (
-        (["--method", "lora"], "holds a whole model, which method lora cannot go on from"),
+        (["--method", "lora"], "holds a whole model, which method lora cannot resume"),
         (["--method", "last_layers"], "was trained with method full, now it is last_layers"),
         (["--model_name_or_path", str(backbone_dirs["bert"])], "was trained with model_name_or_path"),
     ):

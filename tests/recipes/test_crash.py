@@ -179,7 +179,7 @@ def test_u10_a_signal_ends_training_with_a_checkpoint_and_says_how_to_go_on(
 ) -> None:
     # It comes while step 2 is saved, so that step 3 is the one that is ended.
     assert last_words(sft, number.name, sft.first_save()[3], number, code, "checkpoint-3") == (
-        f"stopped after step 3 of 8; {sft.folder}/{number.name}/checkpoint-3 is saved; go on with the same command "
+        f"stopped after step 3 of 8; {sft.folder}/{number.name}/checkpoint-3 is saved; resume with the same command "
         "and --resume_from_checkpoint true"
     )
 
@@ -226,7 +226,7 @@ def test_u10_a_disk_that_is_full_in_the_middle_of_a_save_loses_nothing(sft: Runs
         what = f"the final save in {order.output}" if flags else f"{order.output}/checkpoint-8"
         assert said.startswith(f"error: {what} could not be written ("), said
         assert said.endswith(
-            "what was saved before is untouched; make room, and go on with --resume_from_checkpoint true"
+            "what was saved before is untouched; make room, and resume with --resume_from_checkpoint true"
         )
         assert [path.name for path in list_checkpoints(order.output)] == ["checkpoint-6"]
         assert find_problem(order.output / "checkpoint-6") is None

@@ -93,7 +93,7 @@ def stop(folder: Path, model: Path, rows: Path, *flags: str, send: Callable[[sub
 
 def stopped_at(folder: Path, said: str) -> Path:
     """The checkpoint that was saved, of the step that the message names."""
-    stopped = re.findall(r"stopped after step (\d+) of 20000; (\S+) is saved; go on with the same command and", said)
+    stopped = re.findall(r"stopped after step (\d+) of 20000; (\S+) is saved; resume with the same command and", said)
     assert len(stopped) == 1, said
     step, saved = stopped[0]
     assert [Path(saved)] == list_checkpoints(folder)

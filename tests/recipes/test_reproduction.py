@@ -92,8 +92,8 @@ def test_a_run_that_cannot_be_made_again_is_refused(trained: Path, tmp_path: Pat
     (trained / "run.json").write_text(json.dumps(run))
     assert "has no weights; its training did not end" in plainlora("reproduce", trained)
     assert "has no run.json; give the output_dir of a finished run" in plainlora("reproduce", tmp_path)
-    assert "is no folder" in plainlora("reproduce", tmp_path / "rows")
-    assert "is no folder" in plainlora("reproduce", trained / "run.json")
+    assert "is not a folder" in plainlora("reproduce", tmp_path / "rows")
+    assert "is not a folder" in plainlora("reproduce", trained / "run.json")
     assert "already exists" in plainlora("reproduce", trained, "--output", tmp_path)
 
 

@@ -365,7 +365,7 @@ def test_the_output_folder_holds_what_the_ecosystem_expects(run_sft: RunSFT, mod
 
     card = ModelCard.load(output / "README.md")
     assert card.data.library_name == "peft"
-    assert card.data.base_model is None  # a local path is no Hub id, and the Hub refuses it
+    assert card.data.base_model is None  # a local path is not a Hub id, and the Hub refuses it
     assert f"{results['trainable_params']:,}" in card.text
     picture = (output / "loss.png").read_bytes()
     assert picture.startswith(b"\x89PNG")

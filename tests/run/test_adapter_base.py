@@ -39,7 +39,7 @@ def test_u03_the_same_base_says_nothing(adapter: Path, base: Path, tmp_path: Pat
     assert find_base(adapter, str(moved)).name == str(moved)
     shutil.rmtree(base)
     with pytest.raises(
-        UserError, match="which is no folder here; run from where it was trained, or give --base_model"
+        UserError, match="which is not a folder here; run from where it was trained, or give --base_model"
     ):
         find_base(adapter)
 
@@ -50,7 +50,9 @@ def test_u03_a_bit_flipped_after_training_is_seen(adapter: Path, base: Path) -> 
     with pytest.raises(UserError, match="holds other weights of the same shapes") as raised:
         find_base(adapter)
     assert all(name_base(each) in str(raised.value) for each in (trained, describe_base(str(base))))
-    assert "; give the base it was trained on with --base_model, or go on with --allow_other_base" in str(raised.value)
+    assert "; give the base it was trained on with --base_model, or continue with --allow_other_base" in str(
+        raised.value
+    )
     warning = find_base(adapter, allow_other_base=True).warning
     assert warning is not None
     assert "holds other weights of the same shapes" in warning
@@ -99,14 +101,14 @@ def test_a_damaged_commit_of_the_base(adapter: Path) -> None:
     described = json.loads((adapter / "run.json").read_text())["base"]
     described |= {"commit": 5, "weights": "0"}
     write_json(adapter / "run.json", {"quantization_config": None, "base": described})
-    with pytest.raises(UserError, match=r"run.json is damaged \(its base is no description of one\)"):
+    with pytest.raises(UserError, match=r"run.json is damaged \(its base is not a description of one\)"):
         find_base(adapter)
 
 
 @pytest.mark.parametrize("damaged", [4, [], {}, {"name": "a"}, "llama"])
 def test_a_damaged_record_of_the_base(adapter: Path, damaged: object) -> None:
     (adapter / "run.json").write_text(json.dumps({"quantization_config": None, "base": damaged}))
-    with pytest.raises(UserError, match=r"run.json is damaged \(its base is no description of one\)"):
+    with pytest.raises(UserError, match=r"run.json is damaged \(its base is not a description of one\)"):
         find_base(adapter)
 
 

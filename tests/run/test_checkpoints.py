@@ -142,7 +142,7 @@ def test_u10_each_that_is_passed_over_is_named_and_a_path_that_is_not_whole_is_r
     assert resume_path(arguments(str(run / "checkpoint-9"))) == str(run / "checkpoint-9")
     with pytest.raises(UserError, match=r"checkpoint-100 is not whole: optimizer.pt is missing; .* or `true`"):
         resume_path(arguments(str(run / "checkpoint-100")))
-    with pytest.raises(UserError, match="nowhere is no checkpoint folder"):
+    with pytest.raises(UserError, match="nowhere is not a checkpoint folder"):
         resume_path(arguments(str(run / "nowhere")))
     empty(run / "checkpoint-9")
     with pytest.raises(UserError, match="holds no whole checkpoint; leave it out to start"):

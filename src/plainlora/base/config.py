@@ -22,7 +22,7 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
     except Exception as error:  # of any class: the file's values are not checked
         raise explain(name, "model", error) from error
     if not isinstance(config.architectures, list | None):
-        raise UserError(f"{name}/config.json: architectures is no list of names, but {config.architectures!r:.60}")
+        raise UserError(f"{name}/config.json: architectures is not a list of names, but {config.architectures!r:.60}")
     if isinstance(layers, int) and layers > MOST_LAYERS:  # building them would take forever
         raise UserError(f"{name}/config.json names {layers:,} layers, more than any model has; it is damaged")
     if method not in (None, "bitsandbytes"):

@@ -173,11 +173,13 @@ def load_causal_lm(name: str, **options: Any) -> PreTrainedModel:
     """A causal language model. Arguments and errors are those of `load_pretrained`."""
     model, missing = load_pretrained(AutoModelForCausalLM, name, **options)
     if missing:
-        raise UserError(f"{name} is no causal language model: it lacks {missing[0]}")
+        raise UserError(f"{name} is not a causal language model: it lacks {missing[0]}")
     ends = getattr(model.generation_config, "eos_token_id", None)
     numbers = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if not all(type(number) is int and -1 <= number < 2**31 for number in numbers):
-        raise UserError(f"{name}: eos_token_id of its generation_config.json is no token's number, but {ends!r:.60}")
+        raise UserError(
+            f"{name}: eos_token_id of its generation_config.json is not a token's number, but {ends!r:.60}"
+        )
     return model
 
 

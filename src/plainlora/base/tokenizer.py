@@ -37,7 +37,7 @@ def load_tokenizer(
         raise UserError(f"the tokenizer of {name} holds text that is not UTF-8 ({error}); copy it again") from error
     if not isinstance(tokenizer.model_max_length, (int, float)):
         raise UserError(
-            f"{name}/tokenizer_config.json: model_max_length is no number: {tokenizer.model_max_length!r:.60}"
+            f"{name}/tokenizer_config.json: model_max_length is not a number: {tokenizer.model_max_length!r:.60}"
         )
     for role, token in (("eos_token", eos_token), ("pad_token", pad_token)):
         if token is not None:

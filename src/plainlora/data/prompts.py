@@ -72,7 +72,7 @@ def install_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -
     try:
         _compile_jinja_template(source)
     except Exception as error:  # of any class, as in `apply_template`
-        raise BrokenTemplate(f"prompt_template: {path} is no chat template: {_fault(error)}") from error
+        raise BrokenTemplate(f"prompt_template: {path} is not a chat template: {_fault(error)}") from error
     # The tokenizer adds no BOS to rendered text, so a built-in template writes it if the model expects one.
     bos = "{{- bos_token -}}" if path == built_in and adds_bos(tokenizer) else ""
     tokenizer.chat_template = bos + source

@@ -121,8 +121,8 @@ def _examine_beginnings(found: Beginnings, tokenizer: PreTrainedTokenizerBase, e
     if found.foreign:
         advice = f"write its own, {tokenizer.bos_token}, or take it out" if tokenizer.bos_token else "take it out"
         message = (
-            f"{found.foreign_rows:,} begin with {found.foreign} (first in row {found.first_foreign:,}), which is no "
-            f"token of this tokenizer, so its characters are trained; {advice}"
+            f"{found.foreign_rows:,} begin with {found.foreign} (first in row {found.first_foreign:,}), which is not "
+            f"a token of this tokenizer, so its characters are trained; {advice}"
         )
         examination.add("warning", "train rows", "foreign token", message, rows=found.foreign_rows)
     if found.others:

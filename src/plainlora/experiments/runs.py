@@ -69,7 +69,7 @@ def resolve(config: str, flags: Sequence[str], refused: Mapping[str, str]) -> di
     typed, unknown = parser.parse_known_args(list(flags))
     if unknown:
         raise UserError(
-            f"{unknown[0]!r} is no flag of {CLASSIFY.path}; its flags stand after a --, as in -- --bf16 true"
+            f"{unknown[0]!r} is not a flag of {CLASSIFY.path}; its flags stand after a --, as in -- --bf16 true"
         )
     settings = vars(parser.parse_known_args([])[0]) | read_yaml(config)
     settings |= {name: value for name, value in vars(typed).items() if name in names}
@@ -166,7 +166,7 @@ def held(output_dir: str) -> Iterator[Path]:
             yield folder
         except KeyboardInterrupt as error:
             sys.stdout.flush()
-            print("interrupted; what is finished is kept, and the same command goes on", file=sys.stderr)
+            print("interrupted; what is finished is kept, and the same command continues", file=sys.stderr)
             raise SystemExit(INTERRUPTED) from error
 
 

@@ -35,7 +35,7 @@ def parse_spec(name: str, spec: str) -> BaseDistribution:
     if ".." not in spec:
         choices = spec.split("|")
         if len(choices) < 2 or len(set(choices)) < len(choices) or not all(choices):
-            raise UserError(f"--search {name}={spec} is no choice of different values; {form}")
+            raise UserError(f"--search {name}={spec} is not a choice of different values; {form}")
         return CategoricalDistribution(choices)
     ends = spec.split("..", 1)
     try:
@@ -95,7 +95,7 @@ def parse_search(words: Sequence[str], fixed: set[str]) -> dict[str, str]:
             if flag not in known:
                 near = difflib.get_close_matches(flag, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"see {CLASSIFY.path} --help"
-                raise UserError(f"--search {word}: {flag} is no option; {hint}")
+                raise UserError(f"--search {word}: {flag} is not an option; {hint}")
             if flag in seen:
                 raise UserError(f"--search: {flag} is given twice; keep one of them")
             if flag in fixed or flag in OWN_FLAGS or flag == "method":

@@ -91,7 +91,7 @@ def collect_publication(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give the one that training or `plainlora merge` wrote")
+        raise UserError(f"{folder} is not a folder; give the one that training or `plainlora merge` wrote")
     if link := _find_link_outside(folder):
         raise UserError(
             f"{folder} is not published: {link.name} is a link to {os.readlink(link)}, outside of the folder; put the "
@@ -188,7 +188,7 @@ def _find_adapter(folder: Path) -> _Weights:
     path = folder / ADAPTER[1]
     _check_tensors(path)
     if strange := [name for name in shapes if not name.startswith(PREFIX)]:
-        raise UserError(f"{path}: {strange[0]} is no name that PEFT gives; save the adapter again")
+        raise UserError(f"{path}: {strange[0]} is not a name that PEFT gives; save the adapter again")
     modules = {name.removesuffix(end) for name in shapes for end in LORA_WEIGHTS if name.endswith(end)}
     for module in sorted(modules):
         a, b = (shapes.get(module + end) for end in LORA_WEIGHTS)
@@ -301,7 +301,7 @@ def hub_base(where: str | Path, named: str | None, given: str | None, flag: str 
     """
     if given is not None:
         if not is_hub_id(given):
-            raise UserError(f"{flag} {given} is no Hub id, such as openai-community/gpt2")
+            raise UserError(f"{flag} {given} is not a Hub id, such as openai-community/gpt2")
         return given
     if not named:
         raise UserError(f"{where} names no base model; give its Hub id with {flag}")
@@ -343,7 +343,7 @@ def _metadata(path: Path) -> dict[str, Any]:
         loader.name = str(path)  # for its errors
         metadata = loader.get_single_data() or {}
         if not isinstance(metadata, dict):
-            raise ValueError("it is no mapping")
+            raise ValueError("it is not a mapping")
         ModelCardData(**metadata)
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise UserError(f"{path}: its metadata cannot be read ({error}); fix the block between the ---") from error

@@ -88,4 +88,4 @@ def push_run(folder: str | Path, repository: Repository, base_model: str | None)
         command = f"plainlora push --adapter {folder} --repo {repository.name}"
         command += f" --base_model {base_model}" if base_model else ""
         command += f" --revision {repository.revision}" if repository.revision else ""
-        raise UserError(f"the run is saved in {folder}, but not pushed: {error}; go on with: {command}") from error
+        raise UserError(f"the run is saved in {folder}, but not pushed: {error}; continue with: {command}") from error

@@ -34,7 +34,7 @@ def check_repository_name(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise UserError(f"{name!r} is no name of a repository ({error}); give USER/NAME") from error
+        raise UserError(f"{name!r} is not a name of a repository ({error}); give USER/NAME") from error
 
 
 def find_token(given: str | None = None) -> str:

@@ -337,7 +337,7 @@ def find_new_weights(model: nn.Module, config: LoraConfig, names: Collection[str
         names: Names of the parameters that the base's checkpoint lacks.
 
     Raises:
-        LoRAError: There is no parameter of a name, or it is quantised or inside the backbone.
+        LoRAError: No parameter has a name, or it is quantised or inside the backbone.
     """
     if not names:
         return set()
@@ -346,7 +346,7 @@ def find_new_weights(model: nn.Module, config: LoraConfig, names: Collection[str
     found = set()
     for name in names:
         if name not in parameters:
-            raise LoRAError(f"new_weights: {name!r} is no parameter of this {type(model).__name__}")
+            raise LoRAError(f"new_weights: {name!r} is not a parameter of this {type(model).__name__}")
         owner = name.rpartition(".")[0]
         if any(parent.endswith(entries) for parent in itertools.accumulate(owner.split("."), "{}.{}".format)):
             continue

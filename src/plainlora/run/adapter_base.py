@@ -85,7 +85,7 @@ def _difference(adapter: str | Path, base: Base, allow_other_base: bool) -> str 
     }
     if difference == "precision" or (allow_other_base and difference != "architecture"):
         return f"{both} {other[difference]}"
-    advice = "" if difference == "architecture" else ", or go on with --allow_other_base"
+    advice = "" if difference == "architecture" else ", or continue with --allow_other_base"
     raise UserError(f"{both} {other[difference]}; give the base it was trained on with --base_model{advice}")
 
 
@@ -117,7 +117,7 @@ def _find_base(name: str, adapter: Path) -> str:
             return str(parent / name)
     if name.count("/") > 1 or name.startswith(("/", ".", "~")):
         raise UserError(
-            f"{adapter}/adapter_config.json names the base {name}, which is no folder here; run from where it was "
+            f"{adapter}/adapter_config.json names the base {name}, which is not a folder here; run from where it was "
             "trained, or give --base_model"
         )
     return name
@@ -144,10 +144,10 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     try:
         content = read_mapping(path)
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); take it away to go on without it") from error
+        raise UserError(f"{path} is damaged ({error}); remove it to continue without it") from error
     problem = _find_damage(content) or _find_quantization_damage(content)
     if problem:
-        raise UserError(f"{path} is damaged ({problem}); take it away to go on without it")
+        raise UserError(f"{path} is damaged ({problem}); remove it to continue without it")
     return content
 
 
@@ -157,14 +157,14 @@ def _find_damage(run: dict[str, Any]) -> str | None:
         return "it has no quantization_config"
     for name in ("quantization_config", "arguments"):
         if not isinstance(run.get(name), dict | None):
-            return f"its {name} is no mapping"
+            return f"its {name} is not a mapping"
     if run.get("base") is not None and not is_description(run["base"]):
-        return "its base is no description of one"
+        return "its base is not a description of one"
     labels = run.get("labels")
     if not isinstance(labels, list | None) or not all(isinstance(label, str) for label in labels or ()):
-        return "its labels are no list of names"
+        return "its labels are not a list of names"
     if not isinstance((run.get("arguments") or {}).get("max_length"), int | None):
-        return "its max_length is no whole number"
+        return "its max_length is not a whole number"
     return None
 
 

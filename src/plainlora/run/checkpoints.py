@@ -123,7 +123,7 @@ def resume_path(args: TrainingArguments, log: Callable[[str], object] = print) -
         _check_steps_left(newest, args, log)
         return str(newest)
     if not (Path(asked) / "trainer_state.json").is_file():
-        raise UserError(f"resume_from_checkpoint: {asked} is no checkpoint folder; it has no trainer_state.json")
+        raise UserError(f"resume_from_checkpoint: {asked} is not a checkpoint folder; it has no trainer_state.json")
     if problem := find_problem(Path(asked)):
         raise UserError(
             f"resume_from_checkpoint: {asked} is not whole: {problem}; give another checkpoint, or `true` for the "

@@ -79,7 +79,7 @@ def claim_output_dir(output_dir: str | Path, overwrite: bool, resume: str | Path
         raise UserError(f"{folder} is not a run's folder, but holds {names}; give another --output_dir")
     if not overwrite:
         raise UserError(
-            f"{folder} holds another run ({names}); give another --output_dir, go on with "
+            f"{folder} holds another run ({names}); give another --output_dir, resume with "
             "--resume_from_checkpoint true, or replace it with --overwrite"
         )
     merged = folder / "merged"

@@ -93,7 +93,7 @@ def read_recorded(folder: str | Path) -> RecordedRun:
         UserError: The run did not finish, was not recorded, or its record is damaged.
     """
     if not Path(folder).is_dir():
-        raise UserError(f"{folder} is no folder; give the output_dir of a finished run")
+        raise UserError(f"{folder} is not a folder; give the output_dir of a finished run")
     run = read_run(folder)
     if not run:
         raise UserError(f"{folder} has no run.json; give the output_dir of a finished run of recipes/*.py")

@@ -143,7 +143,7 @@ def check_same_method(checkpoint: str | Path, method: str, labels: Sequence[str]
     """
     if holds_adapter(checkpoint) != (method == "lora"):
         held = "an adapter" if holds_adapter(checkpoint) else "a whole model"
-        raise UserError(f"resume_from_checkpoint: {checkpoint} holds {held}, which method {method} cannot go on from")
+        raise UserError(f"resume_from_checkpoint: {checkpoint} holds {held}, which method {method} cannot resume")
     check_same_labels(checkpoint, _labels_of(checkpoint), labels)
 
 

@@ -140,7 +140,7 @@ def check_isolation(isolation: Isolation, name: str, packing: str | None, batche
     if not isolation.is_negligible(found := isolation.later()):
         raise UserError(
             f"{name} reads the tokens that it is to predict (they change {found.neighbours:.0%} of what those before "
-            "them do): it is no causal language model; give another base"
+            "them do): it is not a causal language model; give another base"
         )
     if packing:
         question, setting, advice = isolation.packed, packing, f"set {packing} to false"

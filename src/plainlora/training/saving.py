@@ -108,7 +108,7 @@ class AtomicSaves(Trainer):
         shutil.rmtree(self._run_dir() / UNFINISHED, ignore_errors=True)
         return UserError(
             f"{what} could not be written ({first_line(error)}); what was saved before is untouched; make "
-            "room, and go on with --resume_from_checkpoint true"
+            "room, and resume with --resume_from_checkpoint true"
         )
 
     def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:

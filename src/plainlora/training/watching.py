@@ -319,7 +319,7 @@ class Watched(Trainer):
         if self.stopping:
             step, output = self.state.global_step, self.args.output_dir
             message = (
-                f"stopped after step {step} of {self.state.max_steps}; {output}/checkpoint-{step} is saved; go on "
+                f"stopped after step {step} of {self.state.max_steps}; {output}/checkpoint-{step} is saved; resume "
                 "with the same command and --resume_from_checkpoint true"
             )
             raise Stopped(self.stopping, message if self.is_world_process_zero() else "")
