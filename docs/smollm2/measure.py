@@ -179,7 +179,7 @@ def main() -> None:
     results["machine"] = f"{os.cpu_count()} CPU cores, {platform.machine()}"
     results["versions"] = package_versions()
     results_file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    (HERE / "results.md").write_text(table(results))
+    (HERE / "results.md").write_text("# Answers of a real model\n\n" + table(results))
 
 
 def table(results: dict[str, Any]) -> str:
@@ -215,7 +215,9 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _flat(text: str) -> str:
-    return " ".join(text.split())
+    """In one line, as code: an answer may hold what Markdown would take for its own."""
+    line = " ".join(text.split()).replace("`", "'")
+    return f"`{line}`" if line else "(empty)"
 
 
 if __name__ == "__main__":
