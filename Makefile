@@ -1,16 +1,18 @@
 # Every target sets itself up: on a fresh machine `make quickstart` and `make test` are all there is to type.
 PYTHON ?= python3
 BIN := .venv/bin
-CHECKED := src recipes benchmarks tests
+CHECKED := src recipes benchmarks tests docs
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test test-slow compare bench bench-gpu style quality clean
+.PHONY: help install quickstart test test-slow compare compat bench bench-gpu docs style quality clean
 
 help:
 	@echo "make quickstart  install, train the embedded default on the CPU, merge it, show the result"
 	@echo "make test        install, run the tests (no model hub, no GPU needed)"
 	@echo "make test-slow   the tests that make test leaves out: every architecture of Transformers; most of an hour"
+	@echo "make compat      the core beside older and newer versions of Transformers and PEFT, each in a fresh environment"
+	@echo "make docs        the site, in outputs/site; a dead link fails"
 	@echo "make compare     the proof: the hand-written LoRA beside PEFT, level by level"
 	@echo "make bench       time and memory beside PEFT with TRL; about an hour on two cores; options: make bench ARGS=--help"
 	@echo "make bench-gpu   the same on one GPU, with the tests that need one; at most ten minutes"
@@ -45,6 +47,16 @@ bench: install
 
 bench-gpu: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.gpu
+
+compat: install
+	$(BIN)/python tests/compat/grid.py
+
+docs: install .venv/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+.venv/docs-installed: docs/requirements.txt .venv/installed
+	$(BIN)/python -m pip install --quiet --requirement docs/requirements.txt
+	touch $@
 
 style: install
 	$(BIN)/ruff check --fix $(CHECKED)

@@ -10,6 +10,10 @@ from plainlora.lora.errors import LoRAError
 
 EXIT_CODE = 2
 LONGEST = 1500  # characters of a line
+EXTRAS = {  # of pyproject.toml, by a package that each brings
+    **dict.fromkeys(("trl", "datasets", "matplotlib", "yaml", "tqdm", "tensorboard", "sklearn"), "train"),
+    **{"bitsandbytes": "qlora", "scipy": "classify", "optuna": "sweep", "sqlalchemy": "sweep"},
+}
 INTERRUPTED = 130  # a shell's exit code for a program that Ctrl-C ended
 
 
@@ -57,6 +61,12 @@ def one_line_errors() -> Iterator[None]:
         sys.stdout.flush()
         for fault in error.args if isinstance(error, UserError) else [error]:
             print("error: " + _shortened(one_line(str(fault))), file=sys.stderr)
+        raise SystemExit(EXIT_CODE) from error
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        print(f'error: this needs {error.name}: pip install "plainlora[{extra}]"', file=sys.stderr)
         raise SystemExit(EXIT_CODE) from error
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)

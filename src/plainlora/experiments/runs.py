@@ -1,6 +1,5 @@
 """Runs a recipe in another process, unless the same run is finished already."""
 
-import fcntl
 import hashlib
 import shutil
 import signal
@@ -13,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from plainlora.errors import INTERRUPTED, UserError
 from plainlora.interruption import end_with_parent
@@ -117,7 +118,7 @@ def run_recipe(config: str, flags: Sequence[str], output_dir: Path) -> Outcome:
             stderr=subprocess.STDOUT,
             check=False,
             # A killed sweep must not leave a run behind that holds the GPU. It is one system call, without locks.
-            preexec_fn=partial(end_with_parent, signal.SIGKILL),
+            preexec_fn=partial(end_with_parent, signal.SIGKILL) if sys.platform == "linux" else None,
         ).returncode
     if code != 0:
         raise UserError(f"{_last_words(log, code)} (log: {log})")
@@ -157,17 +158,15 @@ def held(output_dir: str) -> Iterator[Path]:
     check_writable(output_dir, "--output_dir")
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:  # released by the system even if this process is killed
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another command is at work in {folder}; wait, or give another --output_dir") from error
-        try:
+    try:
+        with FileLock(folder / ".lock", timeout=0):  # released by the system even if this process is killed
             yield folder
-        except KeyboardInterrupt as error:
-            sys.stdout.flush()
-            print("interrupted; what is finished is kept, and the same command continues", file=sys.stderr)
-            raise SystemExit(INTERRUPTED) from error
+    except Timeout as error:
+        raise UserError(f"another command is at work in {folder}; wait, or give another --output_dir") from error
+    except KeyboardInterrupt as error:
+        sys.stdout.flush()
+        print("interrupted; what is finished is kept, and the same command continues", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from error
 
 
 def duration(seconds: float) -> str:

@@ -16,12 +16,14 @@ from peft import LoraConfig, PeftConfig, TaskType
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
-from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from plainlora.lora.errors import LoRAError, some
+from plainlora.lora.peft_versions import (
+    NoMatchingPeftModuleError,
+    convert_peft_adapter_state_dict_for_transformers,
+)
 from plainlora.lora.storage import find_storage, is_quantized, is_supported
 
 # The new heads that PEFT trains and saves whole beside the adapters.

@@ -1,6 +1,5 @@
 """How much memory a run has used at most, and how much is free."""
 
-import resource
 import sys
 from pathlib import Path
 
@@ -46,6 +45,12 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 def _peak_resident_memory() -> int:
     if STATUS.is_file():  # getrusage would count what the process held that started this one
         return _read_fields(STATUS)["VmHWM:"] * 1024
+    if sys.platform == "win32":
+        import psutil  # noqa: PLC0415  # PEFT and Accelerate depend on it
+
+        return psutil.Process().memory_info().peak_wset
+    import resource  # noqa: PLC0415  # Windows has none
+
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts kilobytes on Linux, bytes on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
