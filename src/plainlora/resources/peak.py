@@ -10,9 +10,9 @@ from plainlora.resources.model_states import ModelStates, count_model_states
 from plainlora.resources.plan import Plan
 from plainlora.resources.weights import bytes_by_format, weight_bytes
 
-# A share of what is alive in the largest step. Of the thirteen runs of docs/footprint, on two CPU cores, ten held at most
-# 0.28 of it more than is counted and one 0.43. The two that compute activations again held 1.8 and 3.0 times of it more:
-# little is alive in their steps. No GPU was measured; there it stands for what the caching allocator keeps.
+# A share of what is alive in the largest step. Of the thirteen runs of docs/footprint, on two CPU cores, ten held at
+# most 0.28 of it more than is counted, one 0.43, and the two that compute activations again, in whose steps little is
+# alive, 1.8 and 3.0 times of it. No GPU was measured; there it stands for what the caching allocator keeps.
 MARGIN = 0.3
 
 
