@@ -228,7 +228,7 @@ def test_gradient_checkpointing_is_decided_by_what_fits_and_what_is_said_stays(
         asked = run_sft("llama", said, "--max_steps", "2", "--gradient_checkpointing", said)
         assert "activations" not in capfd.readouterr().out
         assert checkpointing(asked) == [expected, expected]
-    monkeypatch.setattr("plainlora.resources.checkpointing.SHARE", 1e-9)
+    monkeypatch.setattr("plainlora.resources.peak.MARGIN", 1e9)
     scarce = run_sft("llama", "scarce", "--max_steps", "2")
     assert re.search(r"(?m) GB free: gradient checkpointing$", capfd.readouterr().out)
     assert checkpointing(scarce) == [True, True]
