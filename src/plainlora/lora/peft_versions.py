@@ -14,7 +14,7 @@ try:
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 except ImportError:  # before PEFT 0.21, which renames nothing
 
-    def convert_peft_adapter_state_dict_for_transformers(**options: Any) -> Any:
+    def convert_peft_adapter_state_dict_for_transformers(**options: Any) -> Any:  # type: ignore[misc]
         """The adapter's tensors as they are."""
         return options["adapter_state_dict"]
 
