@@ -1,5 +1,6 @@
 """What the benchmark leaves: a table for the terminal, a JSON file, Markdown and a picture beside it."""
 
+import itertools
 import os
 import platform
 from collections.abc import Sequence
@@ -11,12 +12,13 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.case import FLOOR, FUSED, PEFT, REFERENCE, Case, Target
+from benchmarks.case import FLOOR, PEFT, Case, Target
 from benchmarks.interleave import Outcome
 from plainlora.markdown import table
+from plainlora.plots import COLOURS
 from plainlora.report import package_versions, write_json
 
-COLOURS = ("#c2410c", "#9aa5b1", "#1f4e79", "#4d7c5a", "#e3a857", "#7c5295", "#a8c5da", "#8a6d3b")
+OTHER_COLOURS = ("#4d7c5a", "#e3a857", "#7c5295", "#a8c5da", "#8a6d3b")
 MEMORY = ("peak", "peak above weights", "peak reserved", "tensor bytes", "saved bytes")
 
 
@@ -163,7 +165,8 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
     figure = Figure(figsize=(9, 1.2 + 0.24 * bars), layout="constrained")
     axes = figure.add_subplot()
     shown = dict.fromkeys(variant for outcome in ran for variant in outcome.case.variants)
-    names = list(dict.fromkeys((FUSED, PEFT, REFERENCE, FLOOR, *shown)))  # in every picture, each has its own colour
+    others = [variant for variant in (FLOOR, *shown) if variant not in COLOURS]
+    colours = COLOURS | dict(zip(dict.fromkeys(others), itertools.cycle(OTHER_COLOURS), strict=False))
     place = 0.0
     for outcome in ran:
         axes.annotate(
@@ -177,7 +180,7 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
         place += 1
         for variant in outcome.case.variants:
             middle, low, high = ratio(outcome, "time", variant, PEFT)
-            axes.barh(place, middle, color=COLOURS[names.index(variant) % len(COLOURS)], height=0.8)
+            axes.barh(place, middle, color=colours[variant], height=0.8)
             axes.plot((low, high), (place, place), color="#111827", linewidth=1)
             axes.annotate(
                 f"{middle:.2f}",
@@ -189,9 +192,12 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
             )
             place += 1
         place += 0.4
-    handles = [axes.barh(0, 0, color=COLOURS[names.index(variant) % len(COLOURS)], label=variant) for variant in shown]
+    handles = [axes.barh(0, 0, color=colours[variant], label=variant) for variant in shown]
     axes.axvline(1, color="#9aa5b1", linestyle=":")
     axes.set(xlabel="time / PEFT's time", ylim=(place, -1))
+    # One slow round would squeeze all bars; its whisker then leaves the picture.
+    highest = max((ratio(o, "time", v, PEFT)[0] for o in ran for v in o.case.variants), default=1.0)
+    axes.set_xlim(0, min(axes.get_xlim()[1], 1.6 * max(highest, 1.0)))
     axes.set_yticks([])
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)

@@ -8,6 +8,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+COLOURS = {"fused": "#c2410c", "peft": "#9aa5b1", "reference": "#1f4e79"}  # of the back ends, in every picture
+
 
 def plot_loss(
     history: list[dict[str, Any]],

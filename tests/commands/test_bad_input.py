@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from peft import LoraConfig
 
 from plainlora import inject, save_adapter
 from plainlora.backends import BACKENDS
-from plainlora.commands import VERBS
+from plainlora.commands import GROUPS, VERBS, build_parser
 from plainlora.lora.errors import LoRAError
 from tests.conftest import ROOT, make_model, run_program
 from tests.refusals import Run, the_one_line
@@ -221,3 +222,18 @@ def test_ctrl_c_is_one_line_and_leaves_nothing_half_written(adapter: Path, tmp_p
     assert said.splitlines()[-1] == "interrupted"
     assert "Traceback" not in said
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_the_help_of_every_verb_ends_with_an_example_that_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    overview = build_parser().format_help()
+    for want, group in GROUPS.items():
+        assert f"\n{want}:\n" in overview
+        for verb, (does, example) in group.items():
+            assert re.search(rf"^  {verb} +{re.escape(does)}$", overview, flags=re.MULTILINE)
+            program, *words = shlex.split(example)
+            assert (program, words[0]) == ("plainlora", verb)
+            parsed = build_parser().parse_args(words)
+            assert parsed.verb == verb
+            config = getattr(parsed, "config", None)
+            assert config is None or Path(config).is_file()

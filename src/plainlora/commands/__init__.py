@@ -8,17 +8,51 @@ from typing import NoReturn
 import plainlora
 from plainlora.errors import UserError, one_line_errors
 
-VERBS = {
-    "compare": "show how far the hand-written LoRA is from PEFT",
-    "doctor": "find what would go wrong in training, before a weight is loaded",
-    "generate": "answer a prompt with the base and with an adapter, side by side",
-    "predict": "classify texts with a trained classifier",
-    "merge": "merge an adapter into its base and check the result by reloading it",
-    "push": "publish an adapter or a model on the Hub",
-    "reproduce": "train a finished run again and compare the bytes",
-    "sweep": "search for better hyperparameters of a classifier on validation rows",
-    "table": "train a classifier by every method under several seeds, and compare them",
+GROUPS: dict[str, dict[str, tuple[str, str]]] = {  # by what one wants: each verb, what it does, and an example
+    "train with confidence": {
+        "doctor": (
+            "find what would go wrong in training, before a weight is loaded",
+            "plainlora doctor --config recipes/instruct/lora.yaml -- --dataset_name rows.jsonl",
+        ),
+        "table": (
+            "train a classifier by every method under several seeds, and compare them",
+            "plainlora table --config recipes/gpt2-sms-spam/lora.yaml --seeds 0 1 2",
+        ),
+        "sweep": (
+            "search for better hyperparameters of a classifier on validation rows",
+            "plainlora sweep --config recipes/distilbert-imdb/lora.yaml --trials 20",
+        ),
+    },
+    "use what was trained": {
+        "generate": (
+            "answer a prompt with the base and with an adapter, side by side",
+            'plainlora generate --adapter outputs/quickstart --prompt "Write the opposite of hot."',
+        ),
+        "predict": (
+            "classify texts with a trained classifier",
+            'plainlora predict --model outputs/gpt2-sms-spam --text "You have won a prize"',
+        ),
+        "merge": (
+            "merge an adapter into its base and check the result by reloading it",
+            "plainlora merge --adapter outputs/quickstart --output outputs/quickstart-merged",
+        ),
+        "push": (
+            "publish an adapter or a model on the Hub",
+            "plainlora push --adapter outputs/gpt2-alpaca-gpt4 --repo USER/NAME --private",
+        ),
+    },
+    "check it": {
+        "compare": (
+            "show how far the hand-written LoRA is from PEFT",
+            "plainlora compare --config recipes/gpt2-alpaca-gpt4/lora.yaml --steps 50",
+        ),
+        "reproduce": (
+            "train a finished run again and compare the bytes",
+            "plainlora reproduce outputs/quickstart",
+        ),
+    },
 }
+VERBS = [verb for group in GROUPS.values() for verb in group]
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,14 +65,31 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs. Each verb's module has `add_arguments(parser)` and `run(arguments)`."""
-    parser = Parser(prog="plainlora", description=(plainlora.__doc__ or "").splitlines()[0])
+    raw = argparse.RawDescriptionHelpFormatter
+    description = (plainlora.__doc__ or "").splitlines()[0]
+    parser = Parser(prog="plainlora", description=description, epilog=_overview(), formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"plainlora {plainlora.__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for name, description in VERBS.items():
-        sentence = description[0].upper() + description[1:] + "."  # not capitalize(), which lowers "Hub"
-        verb = verbs.add_parser(name, help=description, description=sentence, allow_abbrev=False)
-        import_module(f"plainlora.commands.{name}").add_arguments(verb)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, help="one of those below")
+    for group in GROUPS.values():
+        for name, (does, example) in group.items():
+            sentence = does[0].upper() + does[1:] + "."  # not capitalize(), which lowers "Hub"
+            verb = verbs.add_parser(
+                name,
+                description=sentence,
+                epilog=f"example:\n  {example}",
+                formatter_class=raw,
+                allow_abbrev=False,
+            )
+            import_module(f"plainlora.commands.{name}").add_arguments(verb)
     return parser
+
+
+def _overview() -> str:
+    """The verbs by what one wants, for `plainlora --help`."""
+    lines = []
+    for want, group in GROUPS.items():
+        lines += [f"{want}:", *(f"  {name:<11}{does}" for name, (does, _) in group.items()), ""]
+    return "\n".join([*lines, "training: accelerate launch recipes/sft.py or recipes/classify.py, see the README"])
 
 
 def _check_texts(parsed: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from plainlora.markdown import table
 from plainlora.parity.compare import CaseResult, Verdict
 from plainlora.parity.observe import LEVELS
 from plainlora.parity.tolerances import TOLERANCES
+from plainlora.plots import COLOURS
 from plainlora.report import package_versions, write_json
 
 HEADER = ("case", "level", "max abs", "max rel", "allowed", "bits", "verdict")
@@ -112,8 +113,8 @@ def plot(results: Sequence[CaseResult], path: Path) -> None:
     for result, axes in zip(drawn, panels, strict=False):
         ours, theirs = result.losses.values()
         first = ours[0] or 1.0
-        axes.plot([loss / first for loss in ours], color="#93c5fd", linewidth=4)
-        axes.plot([loss / first for loss in theirs], color="black", linewidth=0.9, linestyle="--")
+        axes.plot([loss / first for loss in theirs], color=COLOURS["peft"], linewidth=4)
+        axes.plot([loss / first for loss in ours], color=COLOURS["fused"], linewidth=1.2)
         gap = max(abs(a - b) for a, b in zip(ours, theirs, strict=False))
         axes.set_title(result.case.name, fontsize=8)
         axes.annotate(f"{gap:.1e}" if gap else "equal", (0.97, 0.9), xycoords="axes fraction", ha="right", fontsize=7)
@@ -125,7 +126,7 @@ def plot(results: Sequence[CaseResult], path: Path) -> None:
         axes.set_visible(False)
     form = ", ".join(_forms(results))
     figure.suptitle(
-        f"Loss over the first loss: PlainLoRA, {form} form (wide), and PEFT (dashed);\n"
+        f"Loss over the first loss: PlainLoRA, {form} form (thin), on PEFT (wide);\n"
         "in the corner the largest difference between the two losses of a step",
         fontsize=9,
     )
