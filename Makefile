@@ -25,6 +25,7 @@ install: .venv/installed
 .venv/installed: requirements.txt tests/requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt --requirement tests/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv/torchao torchao==0.18.0
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
