@@ -1,4 +1,4 @@
-"""Runs `with_torchao.py` in a process that has torchao, which Transformers would import at every start of the others."""
+"""Runs `with_torchao.py` in a process that has torchao, which Transformers would import in all others too."""
 
 import os
 import re
