@@ -5,12 +5,13 @@ CHECKED := src recipes benchmarks tests docs
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test test-slow compare compat bench bench-gpu docs style quality clean
+.PHONY: help install quickstart test test-all test-slow compare compat bench bench-gpu docs style quality clean
 
 help:
 	@echo "make quickstart  install, train the embedded default on the CPU, merge it, show the result"
-	@echo "make test        install, run the tests (no model hub, no GPU needed)"
-	@echo "make test-slow   the tests that make test leaves out: every architecture of Transformers; most of an hour"
+	@echo "make test        install, run the quick tests, in minutes (no model hub, no GPU needed)"
+	@echo "make test-all    these, and what runs whole programs and commands: kills, publishing, the proof with planted faults"
+	@echo "make test-slow   every architecture of Transformers through the proof; most of an hour"
 	@echo "make compat      the core beside older and newer versions of Transformers and PEFT, each in a fresh environment"
 	@echo "make docs        the site, in outputs/site; a dead link fails"
 	@echo "make compare     the proof: the hand-written LoRA beside PEFT, level by level"
@@ -35,6 +36,9 @@ quickstart: install
 	$(BIN)/python recipes/quickstart/check.py outputs/quickstart/all_results.json
 
 test: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 -m "not integration and not slow"
+
+test-all: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2
 
 test-slow: install

@@ -88,8 +88,20 @@ ROWS = [
 ]
 
 
+# Below tests/: what runs whole programs, commands or trainers, which `make test` leaves to `make test-all`.
+INTEGRATION = (
+    *("recipes/", "commands/", "experiments/", "benchmarks/", "compat/", "docs/test_from_scratch.py"),
+    *("hub/test_repository.py", "merging/test_merge.py", "parity/test_faults.py", "parity/test_suite.py"),
+    *("parity/test_architectures.py", "test_prediction.py", "test_fuzz.py", "test_safety.py", "test_quiet.py"),
+    *("lora/storage/test_torchao.py", "training/test_evaluation_loss.py", "resources/test_activations.py"),
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that needs a GPU is reported as not run, with the reason, where there is none."""
+    """Marks the tiers; a test that needs a GPU is reported as not run, with the reason, where there is none."""
+    for item in items:
+        if item.path.relative_to(ROOT / "tests").as_posix().startswith(INTEGRATION):
+            item.add_marker(pytest.mark.integration)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
