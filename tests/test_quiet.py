@@ -70,3 +70,18 @@ def test_every_program_imports_this_module_before_the_libraries() -> None:
         first = min(imports, key=lambda each: each.lineno)
         assert isinstance(first, ast.Import), program
         assert first.names[0].name == "plainlora.quiet", program
+
+
+def test_progress_bars_are_for_terminals_and_not_for_files(tmp_path: Path) -> None:
+    program = "import plainlora.quiet; from tqdm import tqdm; list(tqdm(range(3), desc='counting')); print('done')"
+    command = [sys.executable, "-c", program]
+    piped = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (piped.stdout, piped.stderr) == ("done\n", "")
+    ours, theirs = os.openpty()
+    with open(tmp_path / "out", "w") as out:
+        subprocess.run(command, cwd=ROOT, stdout=out, stderr=theirs, check=True)
+    os.close(theirs)
+    shown = os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert "counting" in shown
+    assert "\r" in shown

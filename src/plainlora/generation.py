@@ -85,7 +85,7 @@ def generate(
     context = context_length(cast(PreTrainedModel, model).config)
     try:
         starts = range(0, len(order), batch_size)
-        for start in tqdm(starts, desc=description, disable=description is None, leave=False):
+        for start in tqdm(starts, desc=description, disable=None if description else True, leave=False):
             chosen = order[start : start + batch_size]
             batch = tokenizer(
                 [prompts[number] for number in chosen], add_special_tokens=False, padding=True, return_tensors="pt"
