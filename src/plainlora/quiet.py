@@ -15,8 +15,8 @@ from types import TracebackType
 # https://gcc.gnu.org/onlinedocs/libgomp/OMP_005fWAIT_005fPOLICY.html
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Progress bars belong to a terminal; in a file each of their states would be a line. tqdm reads this when it is loaded:
-# https://github.com/tqdm/tqdm/blob/v4.70.1/tqdm/utils.py (`envwrap`)
+# Progress bars belong to a terminal; in a file each of their states would be a line. tqdm reads this when it is
+# imported: https://github.com/tqdm/tqdm/blob/v4.70.1/tqdm/utils.py (`envwrap`)
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_DISABLE", "1")
 

@@ -66,7 +66,7 @@ def try_row(row: dict[str, str], torch: str) -> dict[str, str]:
     core = re.findall(r"^=* ?(\d+ (?:passed|failed).*?) in ", log.read_text(encoding="utf-8"), flags=re.MULTILINE)
     proof = ""
     if "trl" in row:
-        code = run([str(folder / "bin" / "plainlora"), "compare"], folder, log)
+        code = run([str(folder / "bin" / "plainlora"), "compare", "--output", "."], folder, log)
         verdicts = json.loads((folder / "parity.json").read_text(encoding="utf-8")) if code in (0, 1) else {}
         proof = {0: f"{len(verdicts.get('cases', ()))} cases hold", 1: "some levels do not hold"}.get(
             code, "does not run"
