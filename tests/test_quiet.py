@@ -76,12 +76,13 @@ def test_every_program_imports_this_module_before_the_libraries() -> None:
 def test_progress_bars_are_for_terminals_and_not_for_files(tmp_path: Path) -> None:
     program = "import plainlora.quiet; from tqdm import tqdm; list(tqdm(range(3), desc='counting')); print('done')"
     command = [sys.executable, "-c", program]
-    piped = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    own = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    piped = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=True)
     assert (piped.stdout, piped.stderr) == ("done\n", "")
     ours, theirs = os.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
     with open(tmp_path / "out", "w") as out:
-        subprocess.run(command, cwd=ROOT, stdout=out, stderr=theirs, check=True)
+        subprocess.run(command, cwd=ROOT, env=own, stdout=out, stderr=theirs, check=True)
     os.set_blocking(ours, False)
     shown = os.read(ours, 100_000).decode()
     os.close(theirs)

@@ -52,7 +52,7 @@ def both(plainlora: Run, tmp_path: Path) -> Run:
     ("arguments", "said"),
     [
         ([], r"required: VERB; see plainlora --help"),
-        (["train"], r"invalid choice: 'train' \(choose from .*'table'\)"),
+        (["train"], r"invalid choice: 'train' \(choose from .*'reproduce'\)"),
         (["merge"], r"required: --adapter, --output; see plainlora merge --help"),
         (["merge", "--adapter", "a", "--output", "b", "--foo"], r"unrecognized arguments: --foo"),
         (["merge", "--adap", "a", "--output", "b"], r"required: --adapter"),
