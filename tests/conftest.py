@@ -92,7 +92,8 @@ ROWS = [
 INTEGRATION = (
     *("recipes/", "commands/", "experiments/", "benchmarks/", "compat/", "docs/test_from_scratch.py"),
     *("hub/test_repository.py", "merging/test_merge.py", "parity/test_faults.py", "parity/test_architectures.py"),
-    *("test_prediction.py", "test_fuzz.py", "test_safety.py", "test_quiet.py"),
+    *("lora/storage/test_torchao.py", "training/test_evaluation_loss.py", "test_prediction.py"),
+    *("test_fuzz.py", "test_safety.py", "test_quiet.py"),
 )
 
 
