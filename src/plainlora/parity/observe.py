@@ -19,7 +19,7 @@ from trl import SFTTrainer
 
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.storage import dense_weight, is_quantized
-from plainlora.lora.storage.dense import inner_tensors, is_plain
+from plainlora.lora.storage.tensors import inner_tensors, is_plain
 from plainlora.parity.case import Case, seed_everything
 from plainlora.parity.sides import Side
 

@@ -29,7 +29,7 @@ from plainlora.errors import UserError
 from plainlora.interruption import Stopped, StopRequest, stop_at_once
 from plainlora.lora.errors import some
 from plainlora.lora.numerics import is_finite
-from plainlora.lora.storage.dense import inner_tensors
+from plainlora.lora.storage.tensors import inner_tensors
 from plainlora.run.checkpoints import newest_checkpoint
 
 OF_ALL_STEPS = ("train_loss", "train_samples_per_second", "train_steps_per_second")  # Trainer's names

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from plainlora.lora.storage.dense import is_plain
 from plainlora.lora.storage.interface import Storage
+from plainlora.lora.storage.tensors import is_plain
 
 
 class Transposed(Storage):
