@@ -18,13 +18,22 @@ OUTCOMES = {
 }
 TITLES: dict[Task, str] = {"causal": "Causal language models", "classifier": "Sequence classifiers"}
 INTRODUCTION = """\
-causal language models and sequence classifiers of Transformers were compared, each tiny and with random weights.
-Written by `plainlora compare --architectures`.
+# Architectures
 
-`init`, `forward`, `gradients`, `files` and `merge` compare the fused form with PEFT. `loss` compares the loss of a
-training step with the loss of the model's own forward, `packing` the loss of packed documents with the losses of each
-alone. A number is the largest relative difference; it is measured in fp64 if the rounding of fp32 exceeds 1e-6. A
-refusal is the message that a user would get."""
+{built} of the {all} causal language models and sequence classifiers of Transformers were compared with PEFT, and
+{differ} differ: at each level the others are equal to 1e-6, or refused by name.
+
+Each was compared tiny and with random weights, by `plainlora compare --architectures`, which writes this page.
+
+| level | what is compared |
+|---|---|
+| `init`, `forward`, `gradients`, `files`, `merge` | the fused form with PEFT |
+| `loss` | the loss of a training step with the loss of the model's own forward |
+| `packing` | the loss of packed documents with the losses of each alone |
+
+A number is the largest relative difference, `=` that every bit is the same. It is measured in fp64 if the rounding of
+fp32 exceeds 1e-6. A refusal is the message that a user would get: [what is refused](#what-is-refused), [what was not
+compared](#what-was-not-compared)."""
 
 
 def _name(architecture: Architecture) -> str:
@@ -70,7 +79,8 @@ def markdown(rows: Sequence[Row]) -> str:
         rows: One row for each architecture.
     """
     built, counts = [row for row in rows if not row.not_built], count(rows)
-    lines = ["# Architectures", "", f"{len(built)} of the {len(rows)} {INTRODUCTION}", ""]
+    differ = sum(any(outcome.kind == "differs" for outcome in row.outcomes.values()) for row in built)
+    lines = [INTRODUCTION.format(built=len(built), all=len(rows), differ=differ), ""]
     sums = [[level, *(counts[level][kind] for kind in OUTCOMES)] for level in LEVELS]
     lines.append(table(["level", *OUTCOMES.values()], sums, right=range(1, 1 + len(OUTCOMES))))
     for task, title in TITLES.items():
