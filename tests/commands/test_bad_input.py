@@ -16,7 +16,7 @@ from peft import LoraConfig
 
 from plainlora import inject, save_adapter
 from plainlora.backends import BACKENDS
-from plainlora.commands import GROUPS, VERBS, build_parser
+from plainlora.commands import GROUPS, VERBS, build_parser, main
 from plainlora.lora.errors import LoRAError
 from tests.conftest import ROOT, make_model, run_program
 from tests.refusals import Run, the_one_line
@@ -51,11 +51,11 @@ def both(plainlora: Run, tmp_path: Path) -> Run:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], r"required: VERB; see plainlora --help"),
         (["train"], r"invalid choice: 'train' \(choose from .*'reproduce'\)"),
         (["merge"], r"required: --adapter, --output; see plainlora merge --help"),
-        (["merge", "--adapter", "a", "--output", "b", "--foo"], r"unrecognized arguments: --foo"),
-        (["merge", "--adap", "a", "--output", "b"], r"required: --adapter"),
+        (["merge", "--adapter", "a", "--output", "b", "--foo"], r"--foo is not an option; see plainlora merge --help"),
+        (["merge", "--adap", "a", "--output", "b"], r"--adap is not an option; did you mean --adapter\?"),
+        (["doctor", "--config", "a", "--lora_r", "4"], r"a recipe's flags stand after a --, as in -- --lora_r"),
         (["merge", "--adapter", "a", "--output", "b", "--dtype", "int8"], r"invalid choice: 'int8'"),
         (
             ["merge", "--adapter", "a", "--output", "b", "--base", "8-bit"],
@@ -200,6 +200,13 @@ def test_help_answers_at_once_and_without_torch(verb: str) -> None:
         if best < 1:
             break
     assert best < 1
+
+
+def test_without_a_verb_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2
+    assert "check it:" in capsys.readouterr().err
 
 
 def test_as_a_process_of_its_own(adapter: Path, tmp_path: Path) -> None:

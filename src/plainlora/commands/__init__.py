@@ -1,9 +1,12 @@
 """The `plainlora` command. Each verb has a thin module, which imports heavy libraries only when it runs."""
 
 import argparse
+import difflib
+import itertools
+import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import plainlora
 from plainlora.errors import UserError, one_line_errors
@@ -63,13 +66,37 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+class VerbParser(Parser):
+    """The parser of one verb. It names an unknown flag, where argparse would name what else is missing."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, after a look at the flags before a `--`."""
+        own = itertools.takewhile(lambda word: word != "--", args or ())
+        for name in (word.partition("=")[0] for word in own):
+            if name.startswith("--") and name not in self._option_string_actions:
+                self._refuse_unknown(name)
+        return super().parse_known_args(args, namespace)
+
+    def _refuse_unknown(self, name: str) -> NoReturn:
+        near = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.75)
+        if near:
+            self.error(f"{name} is not an option; did you mean {near[0]}?")
+        if any(action.dest == "flags" for action in self._actions):
+            self.error(
+                f"{name} is not an option of {self.prog}; a recipe's flags stand after a --, as in -- {name} ..."
+            )
+        self.error(f"{name} is not an option")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs. Each verb's module has `add_arguments(parser)` and `run(arguments)`."""
     raw = argparse.RawDescriptionHelpFormatter
     description = (plainlora.__doc__ or "").splitlines()[0]
     parser = Parser(prog="plainlora", description=description, epilog=_overview(), formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"plainlora {plainlora.__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, help="one of those below")
+    verbs = parser.add_subparsers(
+        dest="verb", metavar="VERB", required=True, help="one of those below", parser_class=VerbParser
+    )
     for group in GROUPS.values():
         for name, (does, example) in group.items():
             sentence = does[0].upper() + does[1:] + "."  # not capitalize(), which lowers "Hub"
@@ -89,7 +116,7 @@ def _overview() -> str:
     lines = []
     for want, group in GROUPS.items():
         lines += [f"{want}:", *(f"  {name:<11}{does}" for name, (does, _) in group.items()), ""]
-    return "\n".join([*lines, "training: accelerate launch recipes/sft.py or recipes/classify.py, see the README"])
+    return "\n".join([*lines, "training: python recipes/sft.py or recipes/classify.py in a checkout, see the README"])
 
 
 def _check_texts(parsed: argparse.Namespace) -> None:
@@ -102,8 +129,12 @@ def _check_texts(parsed: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the `plainlora` command."""
+    """Entry point of the `plainlora` command. Without a verb it prints the help."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     with one_line_errors():
+        if not arguments:
+            build_parser().print_help(sys.stderr)
+            raise SystemExit(2)
         parsed = build_parser().parse_args(arguments)
         _check_texts(parsed)
         import_module(f"plainlora.commands.{parsed.verb}").run(parsed)
