@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
+from plainlora.data.datasets import load_train_and_test
 from plainlora.data.encoding import IGNORED, EncodingReport, encode_rows
 from plainlora.data.prompts import assistant_message, install_template, render, render_prompt, user_message
 from plainlora.errors import UserError
@@ -41,13 +43,14 @@ def alpaca(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
 
 def encode(
-    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, **options: Any
+    rows: list[dict[str, Any]] | Dataset, tokenizer: PreTrainedTokenizerFast, **options: Any
 ) -> tuple[Dataset, EncodingReport]:
     defaults: dict[str, Any] = {
         "where": "rows.jsonl", "text_column": "text", "answers_only": False, "max_length": None,
         "on_overflow": "drop", "max_truncated": 0.0,
     }  # fmt: skip
-    encoded, report = encode_rows(Dataset.from_list(rows), tokenizer, **(defaults | options))
+    given = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
+    encoded, report = encode_rows(given, tokenizer, **(defaults | options))
     report.check()
     return encoded, report
 
@@ -350,3 +353,22 @@ def test_an_input_is_rendered_as_in_generation(alpaca: PreTrainedTokenizerFast) 
     (row,), _ = encode([{"instruction": "a", "input": "b", "output": "c"}], alpaca)
     prompt = render([user_message("a", "b")], alpaca, for_generation=True)
     assert alpaca.decode(row["input_ids"]) == prompt + "c<|endoftext|>"
+
+
+def test_a_row_keeps_its_number_when_a_test_set_is_held_out(alpaca: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    rows = [{"messages": [user_message(f"Say {number}."), assistant_message("Yes.")]} for number in range(40)]
+    rows[4]["messages"][0]["rolle"] = rows[4]["messages"][0].pop("role")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    for seed in range(3):
+        split = {"config": None, "train_split": "train", "test_split": "test", "test_name": None}
+        train, test = load_train_and_test(
+            str(tmp_path / "rows.jsonl"), **split, test_split_size=8, max_train_rows=None, seed=seed
+        )
+        said = ""
+        for part in (train, test):
+            assert part is not None
+            try:
+                encode(part, alpaca, answers_only=True)
+            except UserError as error:
+                said += str(error)
+        assert said.startswith("rows.jsonl row 5: a message needs a role")

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -335,6 +335,12 @@ def load_train_and_test(
     if max_train_rows is not None:
         train = train.select(range(min(max_train_rows, len(train))))
     return train, test
+
+
+def row_numbers(rows: Dataset) -> Sequence[int]:
+    """The number of each row, from 1, in what it was read from: the rows of a random split keep theirs."""
+    kept = rows._indices  # a table of one column; `None` for rows in the order in which they were read
+    return range(1, len(rows) + 1) if kept is None else [index + 1 for index in kept.column(0).to_pylist()]
 
 
 def hub_name(name: str) -> str | None:

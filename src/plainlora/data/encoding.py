@@ -5,7 +5,7 @@ so EOS is trained even if it is the pad token (trl#1623).
 """
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
 from plainlora.data.coverage import Coverage, Omission
+from plainlora.data.datasets import row_numbers
 from plainlora.data.layouts import (
     Schema,
     find_schema,
@@ -267,14 +268,14 @@ def _trains(labels: list[int]) -> bool:
     return any(label != IGNORED for label in labels[1:])
 
 
-def _first(flags: list[bool]) -> int | None:
-    """Number of the first flag that is set, from 1."""
-    return flags.index(True) + 1 if True in flags else None
+def _first(flags: list[bool], numbers: Sequence[int]) -> int | None:
+    """Number of the first row whose flag is set."""
+    return next((number for flag, number in zip(flags, numbers, strict=True) if flag), None)
 
 
-def _count_omissions(rows: Iterable[list[Any]]) -> tuple[Omission, ...]:
+def _count_omissions(rows: Iterable[list[Any]], numbers: Sequence[int]) -> tuple[Omission, ...]:
     found: dict[tuple[Any, str], list[int]] = {}
-    for number, lost in enumerate(rows, 1):
+    for number, lost in zip(numbers, rows, strict=True):
         for kind, what in dict.fromkeys(map(tuple, lost)):
             found.setdefault((kind, what), []).append(number)
     return tuple(Omission(kind, what, len(numbers), numbers[0]) for (kind, what), numbers in found.items())
@@ -287,14 +288,15 @@ def _encode(rows: Dataset, encoder: Encoder, where: str, num_proc: int | None) -
         UserError: A bad row; it is named.
     """
     coverage = Coverage(encoder.tokenizer)
+    numbers = row_numbers(rows)
 
-    def encode(row: dict[str, Any], number: int) -> dict[str, Any]:
+    def encode(row: dict[str, Any], at: int) -> dict[str, Any]:
         try:
             encoded = encoder(row)
         except BrokenTemplate:  # not the fault of a row
             raise
         except UserError as error:
-            raise UserError(f"{where} row {number + 1}: {error}") from error
+            raise UserError(f"{where} row {numbers[at]}: {error}") from error
         found = {"length": len(encoded["input_ids"]), "largest": max(encoded["input_ids"], default=0)}
         found |= {"trained": _trains(encoded["labels"]), "answered": has_answer(row, encoder.schema)}
         if is_rendered(row, encoder.schema):
@@ -375,6 +377,7 @@ def encode_rows(
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     encoded = _encode(rows, encoder, where, num_proc)
+    numbers = row_numbers(rows)
     lengths, merged = encoded["length"][:], [not is_prefix for is_prefix in encoded["prompt_is_prefix"]]
     without_eos = [trains and not ends for trains, ends in zip(encoded["trained"], encoded["trains_eos"], strict=True)]
     too_long = sum(max_length is not None and length > max_length for length in lengths)
@@ -407,15 +410,15 @@ def encode_rows(
         answers_cut_off=len(left) - untrained - len(trainable),
         untrained=untrained,
         without_eos=sum(without_eos),
-        first_without_eos=_first(without_eos),
+        first_without_eos=_first(without_eos, numbers),
         merged_boundaries=sum(merged),
-        first_merged=_first(merged),
+        first_merged=_first(merged, numbers),
         longest=max(lengths),
         median=statistics.median(lengths),
         percentile_95=percentile_95(lengths),
         tokens=sum(len(ids) for ids in trainable["input_ids"]),
         trained_tokens=sum(label != IGNORED for labels in trainable["labels"] for label in labels),
         largest_id=max(encoded["largest"]),
-        losses=_count_omissions(encoded["lost"]),
+        losses=_count_omissions(encoded["lost"], numbers),
     )
     return trainable.select_columns(["input_ids", "labels"]), report
