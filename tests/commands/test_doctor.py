@@ -66,7 +66,7 @@ def small(
         if recipe.parent.name == "instruct":
             (base / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
         rows = {"dataset_name": texts_file, "text_column": "text", "test_split_size": 20} if classifies else {}
-        rows = rows or {"dataset_name": rows_file, "max_length": 256, "test_split_size": 8}
+        rows = rows or {"dataset_name": rows_file, "max_length": 256, "test_split_size": 8, "num_train_epochs": 100}
         labels = ["--labels", "ham", "spam"] if classifies else []
         return ["--", f"--model_name_or_path={base}", *(f"--{name}={value}" for name, value in rows.items()), *labels]
 

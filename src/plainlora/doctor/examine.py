@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from plainlora.base.remote_code import describe_remote_code
+from plainlora.data.datasets import is_local
 from plainlora.data.encoding import IGNORED
 from plainlora.doctor.base import examine_weights
 from plainlora.doctor.diagnosis import Diagnosis
@@ -93,7 +95,7 @@ def _examine_sft(found: Diagnosis, settings: SFTSettings, log: Callable[[str], N
         ):
             found.examination.add("warning", "base", "code", message)
         stages.config = ask("base", "config", sft.read_config, settings)
-        stages.tokenizer = ask("tokenizer", "there", sft.read_tokenizer, settings)
+        stages.tokenizer = _read_tokenizer(sft.read_tokenizer, settings, stages.config, found.examination)
     if stages.tokenizer is not None:
         stages.own_template = stages.tokenizer.chat_template
         if not found.examination.passes("tokenizer", "template", sft.install_template, settings, stages.tokenizer):
@@ -131,7 +133,7 @@ def _examine_classifier(found: Diagnosis, settings: ClassifySettings, log: Calla
     log("looking at the base")
     if model.model_name_or_path:
         stages.config = ask("base", "config", classify.read_config, settings)
-        stages.tokenizer = ask("tokenizer", "there", classify.read_tokenizer, settings)
+        stages.tokenizer = _read_tokenizer(classify.read_tokenizer, settings, stages.config, found.examination)
     if script.dataset_name:
         log("reading rows")
         if stages.tokenizer is None:
@@ -168,6 +170,19 @@ def _examine_classifier(found: Diagnosis, settings: ClassifySettings, log: Calla
     found.examination.add("ok", "evaluation", "memory", message)
     longest = classify.longest_text(settings, stages.config)
     return {"max_length": (longest, "the base's positions")} if recipe.max_length is None else {}
+
+
+def _read_tokenizer(
+    read: Callable[..., PreTrainedTokenizerBase],
+    settings: Settings[Any, Any],
+    config: PretrainedConfig | None,
+    found: Examination,
+) -> PreTrainedTokenizerBase | None:
+    """The base's tokenizer. The Hub is not asked again where it did not give the config: each refusal takes long."""
+    if config is None and not is_local(settings.base):
+        found.add("error", "tokenizer", "there", "not looked for, as the base's config could not be loaded")
+        return None
+    return found.ask("tokenizer", "there", read, settings)
 
 
 def _silent(line: str) -> None:

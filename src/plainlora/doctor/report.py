@@ -12,7 +12,7 @@ COLOURS: dict[Level, str] = {"ok": "\033[32m", "note": "\033[36m", "warning": "\
 
 
 def to_text(diagnosis: Diagnosis, colour: bool) -> str:
-    """The diagnosis as text.
+    """The diagnosis as text. The findings are last, where a terminal's reader looks first.
 
     Args:
         diagnosis: The diagnosis of a recipe.
@@ -20,12 +20,6 @@ def to_text(diagnosis: Diagnosis, colour: bool) -> str:
     """
     found = diagnosis
     lines = [f"{found.config}, for recipes/{found.program}"]
-    findings = found.examination.findings
-    for subject in dict.fromkeys(finding.subject for finding in findings):
-        lines += ["", subject]
-        lines += [_line(finding, found.config, colour) for finding in findings if finding.subject == subject]
-    if found.reports:
-        lines += ["", *(report.line(f"{split} rows") for split, report in found.reports.items())]
     if found.settings:
         lines += ["", "what the settings will be, and where that comes from", *_settings(found)]
     if found.precisions:
@@ -35,6 +29,12 @@ def to_text(diagnosis: Diagnosis, colour: bool) -> str:
         lines += [f"  {line}" for line in found.footprint.lines()]
     if found.sample:
         lines += ["", _sample_title(found, colour), *_indented(show_sample(found.sample, colour))]
+    if found.reports:
+        lines += ["", *(report.line(f"{split} rows") for split, report in found.reports.items())]
+    findings = found.examination.findings
+    for subject in dict.fromkeys(finding.subject for finding in findings):
+        lines += ["", subject]
+        lines += [_line(finding, found.config, colour) for finding in findings if finding.subject == subject]
     return "\n".join([*lines, "", found.examination.summary()])
 
 

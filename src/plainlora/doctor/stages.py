@@ -12,6 +12,7 @@ from plainlora.doctor.finding import Examination
 from plainlora.doctor.layers import examine_layers
 from plainlora.doctor.learning_rate import examine_learning_rate
 from plainlora.doctor.rows import examine_rows
+from plainlora.doctor.steps import examine_steps
 from plainlora.doctor.texts import examine_texts
 from plainlora.doctor.tokens import examine_template
 from plainlora.settings.programs import ClassifySettings, Settings, SFTSettings
@@ -76,6 +77,9 @@ def examine_sft(settings: SFTSettings, stages: Stages, rows: PreparedRows | None
         found.ask("tokenizer", "own template", examine_template, tokenizer, template, own, found)
         if rows is not None:
             found.findings += examine_rows(rows, tokenizer, stages.config).findings
+        if rows is not None and len(rows.train) and stages.adapter is not None:
+            steps = sft.plan_run(settings, stages.adapter, tokenizer, rows).steps
+            examine_steps(steps, settings.training, found)
     examine_learning_rate(settings.training, found)
     if stages.adapter is not None and stages.adapter.lora is not None:
         examine_layers(stages.adapter.build(), stages.adapter.lora, found)
