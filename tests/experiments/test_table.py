@@ -71,6 +71,11 @@ def test_several_configs_are_compared_as_they_are(tmp_path: Path) -> None:
         find_variants([one, one])
 
 
+def test_a_recipe_of_the_other_program_is_refused_before_a_run() -> None:
+    with pytest.raises(UserError, match=r"recipes/instruct/lora\.yaml is a recipe of recipes/sft\.py; give one of"):
+        find_variants(["recipes/instruct/lora.yaml"])
+
+
 def test_the_recipes_of_this_repository() -> None:
     imdb = find_variants(["recipes/distilbert-imdb/lora.yaml"])
     assert [variant.name for variant in imdb] == ["last_layers", "lora", "lora_best", "full"]

@@ -22,7 +22,7 @@ from plainlora.report import write_json
 from plainlora.run.folder import list_checkpoints
 from plainlora.settings.checks import check_writable
 from plainlora.settings.parsing import read_yaml
-from plainlora.settings.programs import CLASSIFY
+from plainlora.settings.programs import CLASSIFY, SFT, find_program
 
 FINETUNING_MODES = ("last_layers", "lora", "full")
 RESULTS, RECORD = "all_results.json", "command.json"
@@ -72,7 +72,12 @@ def resolve(config: str, flags: Sequence[str], refused: Mapping[str, str]) -> di
         raise UserError(
             f"{unknown[0]!r} is not a flag of {CLASSIFY.path}; its flags stand after a --, as in -- --bf16 true"
         )
-    settings = vars(parser.parse_known_args([])[0]) | read_yaml(config)
+    given = read_yaml(config)
+    if find_program(config) is SFT and not given.keys() <= set(parser.names):
+        raise UserError(
+            f"{config} is a recipe of {SFT.path}; give one of {CLASSIFY.path}: only classifiers are compared"
+        )
+    settings = vars(parser.parse_known_args([])[0]) | given
     settings |= {name: value for name, value in vars(typed).items() if name in names}
     if settings["method"] not in FINETUNING_MODES:
         modes = f"{', '.join(FINETUNING_MODES[:-1])} or {FINETUNING_MODES[-1]}"

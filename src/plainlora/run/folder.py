@@ -74,7 +74,7 @@ def claim_output_dir(output_dir: str | Path, overwrite: bool, resume: str | Path
     found += [path.name for path in list_checkpoints(folder)]
     if not found:
         return
-    names = ", ".join(sorted(found))
+    names = ", ".join(sorted(found)[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
     if not is_run(folder):
         raise UserError(f"{folder} is not a run's folder, but holds {names}; give another --output_dir")
     if not overwrite:
