@@ -1,6 +1,6 @@
 """Predicted and measured peak memory of real runs, side by side, for `footprint.json` and `footprint.md`.
 
-    python docs/footprint/measure.py --gpt2 PATH --qwen2 PATH --dataset FILE
+    python -m docs.footprint.measure --gpt2 PATH --qwen2 PATH --dataset FILE
 
 Every case is asked of `plainlora doctor --json`, which loads no weight, and then trained for two optimizer steps and
 evaluated by `recipes/sft.py`, each in a process of its own; `all_results.json` holds what the process has held. Bases
@@ -11,18 +11,16 @@ import argparse
 import json
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from docs.measuring import run
 from plainlora.report import package_versions
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 START = "from plainlora.commands import main; main()"
 RECIPES = {
     "GPT-2 124M": "recipes/gpt2-alpaca-gpt4/lora.yaml",
@@ -49,18 +47,6 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ("Qwen2-0.5B", "1 x 1024, bf16 mixed precision", (*ONE, *KEPT, "--bf16", "true")),
     ("Qwen2-0.5B", "1 x 1024, base in NF4", (*ONE, *KEPT, "--load_in_4bit", "true")),
 ]
-
-
-def run(*command: str) -> str:
-    """What a program prints; its errors are passed on.
-
-    Raises:
-        RuntimeError: It failed.
-    """
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return done.stdout
 
 
 def measure(recipe: str, flags: list[str]) -> dict[str, Any]:

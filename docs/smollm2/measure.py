@@ -1,6 +1,6 @@
 """A real model trained by two recipes and by a plain TRL + PEFT script, for `results.json` and `results.md`.
 
-    python docs/smollm2/measure.py --base PATH --alpaca FILE --guanaco FILE [--rounds 5]
+    python -m docs.smollm2.measure --base PATH --alpaca FILE --guanaco FILE [--rounds 5]
 
 The base is SmolLM2-135M-Instruct on this disk; the rows are Alpaca-GPT4 (instruction, input, output) and Guanaco
 (text). Rows longer than 1,024 tokens are left out, and both sides train in bf16. The recipe trains once on all rows,
@@ -13,8 +13,6 @@ import os
 import platform
 import random
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,28 +22,16 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from docs.measuring import run
 from plainlora.report import package_versions
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 LONGEST, TEST_ROWS, ASKED, NEW_TOKENS, SHOWN = 1024, 100, 40, 256, 5
 # The recipe, and what both sides are told: rows a step, and steps of a short run.
 RECIPES: dict[str, tuple[str, dict[str, int]]] = {
     "instruct": ("recipes/instruct/lora.yaml", {"batch": 2, "short": 8}),
     "guanaco": ("recipes/llama2-7b-guanaco/qlora.yaml", {"batch": 4, "short": 6}),
 }
-
-
-def run(*command: str) -> str:
-    """What a program prints; its errors are passed on.
-
-    Raises:
-        RuntimeError: It failed.
-    """
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return done.stdout
 
 
 def write_rows(name: str, source: str, tokenizer: Any, folder: Path) -> None:
