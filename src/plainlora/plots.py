@@ -37,7 +37,7 @@ def plot_loss(
         axes.plot(*zip(*test, strict=True), color="#c2410c", marker="o", markersize=4, label=f"{rows} rows")
     if base_loss is not None:
         axes.axhline(base_loss, color="#1f4e79", linestyle=":", label=f"{rows} rows, base model ({base_loss:.2f})")
-    axes.set(xlabel="optimizer step", ylabel=f"loss (nats per {unit})", title="fine-tuning")
+    axes.set(xlabel="optimizer step", ylabel=f"loss (nats per {unit})")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e5e7eb")

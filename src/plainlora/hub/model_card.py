@@ -33,6 +33,15 @@ def _table(values: dict[str, Any]) -> str:
     return table(["", ""], [(name, _show(value)) for name, value in values.items() if value is not None])
 
 
+def _results_table(values: dict[str, Any]) -> str:
+    """A row for each figure: of the base before training, where it was measured, and of the result."""
+    names = dict.fromkeys(name.removesuffix("_base").removesuffix("_adapter") for name in values)
+    rows = [(name, values.get(f"{name}_base"), values.get(f"{name}_adapter", values.get(name))) for name in names]
+    return table(
+        ["", "before", "after"], [[name, *("" if v is None else _show(v) for v in both)] for name, *both in rows]
+    )
+
+
 def _base_weights(model: ModelConfig) -> str | None:
     """How the base was stored in training."""
     if model.load_in_4bit:
@@ -156,7 +165,7 @@ def _write(
 
 ## Results
 
-{_table(quality)}
+{_results_table(quality)}
 
 {answers}## Loading
 
