@@ -55,7 +55,7 @@ def both(plainlora: Run, tmp_path: Path) -> Run:
         (["merge"], r"required: --adapter, --output; see plainlora merge --help"),
         (["merge", "--adapter", "a", "--output", "b", "--foo"], r"--foo is not an option; see plainlora merge --help"),
         (["merge", "--adap", "a", "--output", "b"], r"--adap is not an option; did you mean --adapter\?"),
-        (["doctor", "--config", "a", "--lora_r", "4"], r"a recipe's flags stand after a --, as in -- --lora_r"),
+        (["doctor", "--config", "a", "--lora_r", "4"], r"a recipe's flags stand after a --: -- --lora_r"),
         (["merge", "--adapter", "a", "--output", "b", "--dtype", "int8"], r"invalid choice: 'int8'"),
         (
             ["merge", "--adapter", "a", "--output", "b", "--base", "8-bit"],

@@ -17,13 +17,13 @@ def warned(folder: Path, steps: int, **given: object) -> list[str]:
 
 def test_few_steps_are_a_warning_that_says_what_to_set(tmp_path: Path) -> None:
     (message,) = warned(tmp_path, 2, num_train_epochs=1, packing=True)
-    assert message.startswith("2 optimizer steps of all rows: ")
+    assert message.startswith("2 optimizer steps in all: ")
     assert message.endswith(
         "set num_train_epochs to 11 or more, or packing to false, as it makes a few long rows of many"
     )
     (message,) = warned(tmp_path, 1, num_train_epochs=1)
     assert message.endswith(
-        "1 optimizer step of all rows: the adapter will learn little; set num_train_epochs to 21 or more"
+        "1 optimizer step in all: the adapter will learn little; set num_train_epochs to 21 or more"
     )
 
 

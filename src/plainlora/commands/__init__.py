@@ -80,10 +80,10 @@ class VerbParser(Parser):
     def _refuse_unknown(self, name: str) -> NoReturn:
         near = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.75)
         if near:
-            self.error(f"{name} is not an option; did you mean {near[0]}?")
+            raise UserError(f"{name} is not an option; did you mean {near[0]}?")
         if any(action.dest == "flags" for action in self._actions):
-            self.error(
-                f"{name} is not an option of {self.prog}; a recipe's flags stand after a --, as in -- {name} ..."
+            raise UserError(
+                f"{name} is not an option of {self.prog}; a recipe's flags stand after a --: -- {name} ..."
             )
         self.error(f"{name} is not an option")
 

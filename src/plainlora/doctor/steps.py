@@ -20,5 +20,5 @@ def examine_steps(steps: int, training: TrainingArguments, examination: Examinat
     advice = f"set num_train_epochs to {int(training.num_train_epochs * FEW / steps) + 1} or more"
     if getattr(training, "packing", False):
         advice += ", or packing to false, as it makes a few long rows of many"
-    message = f"{steps} optimizer step{'s' * (steps > 1)} of all rows: the adapter will learn little; {advice}"
+    message = f"{steps} optimizer step{'s' * (steps > 1)} in all: the adapter will learn little; {advice}"
     examination.add("warning", "train rows", "steps", message, steps=steps)
