@@ -44,14 +44,14 @@ class Backend:
         load: Puts a saved adapter into a base model, for inference.
         reload: Copies a saved adapter into a model that already carries one, to resume training.
         disabled: A context in which the adapter is switched off.
-        one_pass_head: Whether to try the one-pass loss of `plainlora.fast.head`.
+        fast: Whether the trainer uses the loss head and the attention of `plainlora.fast`.
     """
 
     attach: Attach
     load: Callable[[PreTrainedModel, str | Path], nn.Module]
     reload: Callable[[nn.Module, str | Path], None]
     disabled: Callable[[nn.Module], AbstractContextManager[object]]
-    one_pass_head: bool = False
+    fast: bool = False
 
 
 def _reference_attach(model: PreTrainedModel, config: LoraConfig, new_weights: Collection[str] = ()) -> nn.Module:
@@ -126,7 +126,7 @@ BACKENDS = {
         load=lambda model, directory: _fused(load.load_adapter(model, directory)),
         reload=interchange.load_adapter_weights,
         disabled=inject.disabled,
-        one_pass_head=True,
+        fast=True,
     ),
     "reference": Backend(
         attach=_reference_attach,
@@ -145,7 +145,7 @@ BACKENDS = {
         load=lambda model, directory: _fused(_peft_load(model, directory)),
         reload=_peft_reload,
         disabled=lambda model: cast(PeftModel, model).disable_adapter(),
-        one_pass_head=True,
+        fast=True,
     ),
 }
 

@@ -58,7 +58,7 @@ def attach(model: PreTrainedModel, backend: str) -> torch.nn.Module:
 
 def a_step(config: PretrainedConfig, rows: int, backend: str = "fused", **options: Any) -> Step:
     batch = Batch(rows, options.pop("length", LENGTH), masked=rows > 1)
-    head = BACKENDS[backend].one_pass_head
+    head = BACKENDS[backend].fast
     return Step(config, lambda base: attach(base, backend), batch, CPU, one_pass_head=head, **options)
 
 
@@ -100,7 +100,7 @@ def allocate(
     base = AutoModelForCausalLM.from_config(config)
     model = attach(base, backend).train()
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
-    if BACKENDS[backend].one_pass_head:
+    if BACKENDS[backend].fast:
         LossHead(base)
     if checkpointing:
         base.activation_checkpointing_enable()
@@ -271,15 +271,17 @@ def test_the_largest_batch_is_what_the_trainer_collates(
     packing: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     args = settings(tmp_path, packing=packing)
-    base = make_model("llama")
-    backend = BACKENDS["fused"]
-    rows = Dataset.from_dict({name: [[5] * 64] * 6 for name in ("input_ids", "labels")})
-    trainer = AdapterTrainer(
-        attach_adapter(base, copy.deepcopy(LORA), backend), backend, args=args_for_sft(args), train_dataset=rows,
-        processing_class=tokenizer,
-    )  # fmt: skip
-    collated = next(iter(trainer.get_train_dataloader()))
     expected = largest_batch(args, 64)
-    assert tuple(collated["input_ids"].shape) == (expected.rows, expected.length)
+    for name in ("fused", "reference"):
+        base, backend = make_model("llama"), BACKENDS[name]
+        rows = Dataset.from_dict({name: [[5] * 64] * 6 for name in ("input_ids", "labels")})
+        trainer = AdapterTrainer(
+            attach_adapter(base, copy.deepcopy(LORA), backend), backend, args=args_for_sft(args), train_dataset=rows,
+            processing_class=tokenizer,
+        )  # fmt: skip
+        shape = next(iter(trainer.get_train_dataloader()))["input_ids"].shape
+        assert shape.numel() == expected.rows * expected.length
+        if name == "reference":  # the other lays the rows of a batch one after the other
+            assert tuple(shape) == (expected.rows, expected.length)
     assert expected.masked
     assert not largest_batch(settings(tmp_path, per_device_train_batch_size=1), 64).masked

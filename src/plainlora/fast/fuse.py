@@ -115,8 +115,9 @@ class FuseReport:
 def fuse(target: nn.Module | Trainer) -> FuseReport:
     """Fuses a model, or the model of a trainer, in place; `unfuse` undoes it.
 
-    LoRA layers become one autograd Function, GPT-2's GELU and SwiGLU keep fewer tensors for the backward pass, and the
-    loss of an SFTTrainer is computed in one pass if that gives the model's own loss. Unsupported layers are left
+    LoRA layers become one autograd Function, GPT-2's GELU and SwiGLU keep fewer tensors for the backward pass. The
+    loss of an SFTTrainer is computed in one pass if that gives the model's own loss; its attention goes over one
+    document at a time, and its batches are not padded, if that keeps the documents apart. Unsupported layers are left
     unchanged: 8-bit layers, embeddings, convolutions, DoRA and other variants.
 
     In an existing TRL + PEFT script, add one line after the trainer is made. Nothing is copied, and state dictionaries
@@ -153,11 +154,18 @@ def _fuse_trainer(trainer: Trainer) -> FuseReport:
     trl = sys.modules.get("trl")  # imported already if this is a trainer of TRL
     if trl is None or not isinstance(trainer, trl.SFTTrainer):
         return report
+    from plainlora.fast.documents import choose_documents  # noqa: PLC0415
     from plainlora.fast.loss_head import use_one_pass_head  # noqa: PLC0415
 
-    if "loss_choice" not in vars(trainer):  # only once, so that `unfuse` restores the trainer's own head
+    given = vars(trainer)  # only once, so that `unfuse` restores the trainer's own
+    if "loss_choice" not in given:
         use_one_pass_head(trainer)
-    return FuseReport(report.fused | {"loss head": 1}, report.unchanged)
+    if "documents" not in given:
+        given["documents"] = choose_documents(trainer)
+    fused = report.fused | {"loss head": 1}
+    if (documents := given["documents"]) is not None:
+        fused |= {"attention over documents": 1} | ({"padding-free collator": 1} if documents.collator else {})
+    return FuseReport(fused, report.unchanged)
 
 
 def unfuse(target: nn.Module | Trainer) -> None:
@@ -169,6 +177,8 @@ def unfuse(target: nn.Module | Trainer) -> None:
     if not isinstance(target, nn.Module):
         if (choice := vars(target).pop("loss_choice", None)) is not None:
             choice.undo()
+            if (documents := vars(target).pop("documents", None)) is not None:
+                documents.undo()
         target = cast(nn.Module, target.model)
     for module in [layer for _, layer in _layers(target)] + [module for module, _ in _rest_of(target)]:
         module.__dict__.pop("forward", None)

@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from plainlora import backends
 from plainlora.data.encoding import encode_rows
+from plainlora.fast.documents import choose_documents
 from plainlora.fast.fuse import fuse
 from plainlora.fast.loss_head import use_own_loss
 from plainlora.lora import interchange, load, merge
@@ -212,6 +213,9 @@ class Peft(Side):
                 cast(PeftModel, model), args=settings, train_dataset=rows, processing_class=case.tokenizer
             )
         use_own_loss(trainer, one_pass=False)
+        # The same batches, so that dropout draws the same numbers; with the base's own attention and mask.
+        if backends.BACKENDS[case.lora_backend].fast and (documents := choose_documents(trainer)):
+            documents.attention.undo()
         return trainer
 
 

@@ -129,7 +129,7 @@ class Plan:
             device=self.device,
             dtype=self.dtype,
             autocast=precision(self.training),
-            one_pass_head=self.backend is not None and self.backend.one_pass_head,
+            one_pass_head=self.backend is not None and self.backend.fast,
             classifies=self.labels is not None,
             trust_remote_code=bool(getattr(self.training, "trust_remote_code", False)),
         )

@@ -16,10 +16,12 @@ from trl import SFTConfig, SFTTrainer
 
 from plainlora.backends import Backend
 from plainlora.errors import UserError
-from plainlora.fast.loss_head import base_of, evaluating, rounding_unit, use_own_loss
+from plainlora.fast.documents import use_documents
+from plainlora.fast.isolation import isolation_of
+from plainlora.fast.loss_head import base_of, evaluating, use_own_loss
 from plainlora.run.checkpoints import past_the_end
+from plainlora.training.batching import check_isolation
 from plainlora.training.evaluation_loss import TokenEvaluation
-from plainlora.training.isolation import Isolation, check_isolation, text_tokens
 from plainlora.training.saving import AtomicSaves
 from plainlora.training.watching import Watched, check_effect, check_values
 
@@ -186,7 +188,7 @@ class AdapterTrainer(_TrainerOverrides, PredictedTokensCounted, TokenEvaluation)
     def __init__(self, model: nn.Module, backend: Backend, *args: Any, **kwargs: Any) -> None:
         self._rows, self._examined = kwargs["train_dataset"], False
         super().__init__(model, backend, *args, **kwargs)
-        self._choice = use_own_loss(self, one_pass=backend.one_pass_head)
+        self._choice = use_own_loss(self, one_pass=backend.fast)
         if not self._is_sharded():  # a sharded model can compute only after Trainer has wrapped it
             self._examine_base(model)
 
@@ -203,20 +205,15 @@ class AdapterTrainer(_TrainerOverrides, PredictedTokensCounted, TokenEvaluation)
         if self.args.gradient_checkpointing and not base.supports_gradient_checkpointing:
             raise UserError(f"gradient_checkpointing: {type(base).__name__} does not support it; set it to false")
         self._choice.make(model, max(self._rows[:64]["input_ids"], key=len))
-        options = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        tokens = text_tokens(base, {*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder})
-
-        def log_probs(batch: dict[str, Any]) -> torch.Tensor:
-            return model(**batch, fused_lm_head=True, **options).log_probs[..., None]
-
         sizes = {"train": self.args.per_device_train_batch_size}
         if self.eval_dataset is not None:
             sizes["eval"] = self.args.per_device_eval_batch_size
         batches = [f"per_device_{name}_batch_size" for name, size in sizes.items() if size > 1]
         packed = "packing" if cast(SFTConfig, self.args).packing else "padding_free"
         with evaluating(model), self.compute_loss_context_manager():
-            pad, device = cast(int, self._tokenizer.pad_token_id), self.args.device
-            isolation = Isolation(log_probs, tokens, pad, device, rounding_unit(model))
+            isolation = isolation_of(self, model)
+            if cast(Backend, self.backend).fast:
+                use_documents(self, isolation)
             check_isolation(isolation, type(base).__name__, packed if self.padding_free else None, batches)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:

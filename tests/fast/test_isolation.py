@@ -32,8 +32,8 @@ from trl import SFTConfig
 
 from plainlora.backends import BACKENDS, attach_adapter
 from plainlora.errors import UserError
+from plainlora.fast.isolation import Isolation, text_tokens
 from plainlora.fast.loss_head import rounding_unit
-from plainlora.training.isolation import Isolation, text_tokens
 from plainlora.training.trainers import AdapterTrainer, args_for_sft
 from tests.conftest import CONFIGS, SPECIAL, VOCABULARY, load_quantized, random_ids
 
@@ -172,10 +172,11 @@ def test_a_batch_whose_rows_depend_on_each_other_is_refused(
 ) -> None:
     said = r"per_device_train_batch_size: in CoupledForCausalLM .*; set per_device_train_batch_size to 1"
     with pytest.raises(UserError, match=said):
-        make_trainer(CoupledForCausalLM(CONFIGS["llama"]()), tmp_path, tokenizer, packing=False)
-    make_trainer(
-        CoupledForCausalLM(CONFIGS["llama"]()), tmp_path, tokenizer, packing=False, per_device_train_batch_size=1
-    )
+        make_trainer(CoupledForCausalLM(CONFIGS["llama"]()), tmp_path, tokenizer, "reference", packing=False)
+    one = {"packing": False, "per_device_train_batch_size": 1}
+    make_trainer(CoupledForCausalLM(CONFIGS["llama"]()), tmp_path, tokenizer, "reference", **one)
+    # Without padding the rows of a batch are one row, which couples with no other.
+    make_trainer(CoupledForCausalLM(CONFIGS["llama"]()), tmp_path, tokenizer, packing=False)
 
 
 def test_a_base_that_reads_ahead_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

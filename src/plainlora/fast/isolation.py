@@ -9,13 +9,15 @@ is then computed by the same operations on the same numbers, so its outputs may 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
+from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from plainlora.errors import UserError, first_line
+from plainlora.fast.loss_head import base_of, rounding_unit
 
 # Tokens of three documents, longer than the convolutions of state space models, which reach 4 tokens back.
 LENGTHS = (13, 9, 10)
@@ -125,43 +127,26 @@ class Isolation:
         return self._relative(_difference(swapped, found), _difference(found, alone))
 
 
-def check_isolation(isolation: Isolation, name: str, packing: str | None, batches: Sequence[str]) -> None:
-    """Checks that the model predicts from earlier tokens only and keeps the rows of a batch apart.
-
-    Args:
-        isolation: The measurements of the model.
-        name: The model's name in messages.
-        packing: The setting by which rows are packed, if they are.
-        batches: The settings of batch sizes above 1.
-
-    Raises:
-        UserError: It does not; the error names the dependence, and what to set.
-    """
-    if not isolation.is_negligible(found := isolation.later()):
-        raise UserError(
-            f"{name} reads the tokens that it is to predict (they change {found.neighbours:.0%} of what those before "
-            "them do): it is not a causal language model; give another base"
-        )
-    if packing:
-        question, setting, advice = isolation.packed, packing, f"set {packing} to false"
-    elif batches:
-        question, setting, advice = isolation.padded, " and ".join(batches), f"set {' and '.join(batches)} to 1"
-    else:
-        return
-    try:
-        found = question()
-    except Exception as error:  # a missing argument, kernel or mask: whatever the model's code raises
-        raise UserError(f"{setting}: {name} cannot keep rows apart ({first_line(error)}); {advice}") from error
-    if not isolation.is_negligible(found):
-        raise UserError(
-            f"{setting}: in {name} a row depends on those beside it (by {max(found.neighbours, found.company):.0%} of "
-            f"what text before it would change); {advice}"
-        )
-
-
 def text_tokens(model: PreTrainedModel, special: Collection[int] = ()) -> list[int]:
     """Ids of a model's vocabulary, without special ones and those named in its config."""
     config = model.config.get_text_config()
     settings = vars(model.config) | vars(config)
     named = {value for name, value in settings.items() if name.endswith(("_id", "_index")) and isinstance(value, int)}
     return [token for token in range(int(config.vocab_size)) if token not in named and token not in special]
+
+
+def isolation_of(trainer: SFTTrainer, model: nn.Module) -> Isolation:
+    """Measures on a trainer's model, as the trainer computes its loss. To be called within `evaluating`.
+
+    Args:
+        trainer: Of a causal language model.
+        model: The model as the trainer calls it, possibly wrapped.
+    """
+    base, tokenizer = base_of(cast(nn.Module, trainer.model)), trainer._tokenizer
+    options = {"output_router_logits": True} if trainer.aux_loss_enabled else {}
+
+    def log_probs(batch: dict[str, Any]) -> torch.Tensor:
+        return cast(torch.Tensor, model(**batch, fused_lm_head=True, **options).log_probs[..., None])
+
+    tokens = text_tokens(base, {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder})
+    return Isolation(log_probs, tokens, cast(int, tokenizer.pad_token_id), trainer.args.device, rounding_unit(model))

@@ -1,0 +1,156 @@
+"""Attention over packed documents, one document at a time.
+
+    o[i] = sum over j of softmax(scale q[i] k[j]) v[j]          j of the same document as i, and j <= i
+
+Transformers builds an L x L mask for a row of L tokens, and the kernel computes every score of it: L^2 of them. Of
+documents of n_1, n_2, ... tokens only n_1^2 / 2 + n_2^2 / 2 + ... count. So each document is handed to the kernel
+alone, with `is_causal` in place of a mask.
+
+The documents' boundaries reach the layers in place of the mask: Transformers returns a mask that is 4-dimensional
+already unchanged. A batch without boundaries, such as a padded one or a step of generation, is left to Transformers'
+SDPA function and its own mask.
+
+https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/masking_utils.py
+(`_preprocess_mask_arguments`)
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "plainlora"  # in `config._attn_implementation`
+
+# In half precision a CPU kernel of PyTorch 2.13 converts and repacks every block. Forward and backward of 12 heads of
+# width 64 over 1,024 tokens took, converted to fp32 before and back after, 0.49 to 0.62 of the time for documents of
+# 16 to 128 tokens, 0.90 for 256, 1.04 for 512, 1.20 for 1,024 (two cores with AVX512-BF16).
+FLOAT32_BELOW = 512
+
+
+def _is_boundaries(mask: torch.Tensor | None) -> bool:
+    """Whether a mask is the cumulative lengths of documents, `(1, 1, 1, documents + 1)`."""
+    return mask is not None and mask.dtype == torch.int32
+
+
+def _mask_of(boundaries: torch.Tensor, window: int | None, device: torch.device) -> torch.Tensor:
+    """The mask that the boundaries stand for, `(1, 1, L, L)`; True where attention is allowed."""
+    lengths = boundaries.flatten().diff().to(device)
+    document = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)  # (L,)
+    position = torch.arange(len(document), device=device)
+    distance = position[:, None] - position  # (L, L)
+    allowed = (document[:, None] == document) & (distance >= 0)
+    if window is not None:
+        allowed &= distance < window
+    return allowed[None, None]
+
+
+def _by_length(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, **options: Any
+) -> torch.Tensor:
+    """`(1, heads, L, d) -> (1, L, heads, d)` by one call of SDPA for each document."""
+    lengths, dtype = boundaries.flatten().diff().tolist(), query.dtype
+    if query.device.type == "cpu" and dtype.itemsize == 2 and max(lengths) < FLOAT32_BELOW:
+        query, key, value = query.float(), key.float(), value.float()
+    options["enable_gqa"] = query.shape[1] != key.shape[1]
+    attended = [
+        functional.scaled_dot_product_attention(q, k, v, is_causal=True, **options).transpose(1, 2)
+        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    ]
+    return torch.cat(attended, 1).to(dtype)
+
+
+def _by_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """The same by CUDA's FlashAttention for documents of any length, in half precision only."""
+    bounds, longest = boundaries.flatten().to(query.device, non_blocking=True), int(boundaries.flatten().diff().max())
+    q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))  # (L, heads, d)
+    grouped = q.shape[1] != k.shape[1]
+    options: dict[str, Any] = {"window_size": (-1, 0), "scale": scale, "enable_gqa": grouped}
+    attended = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+    assert isinstance(attended, torch.Tensor)  # only with `return_aux` a tuple
+    return attended[None]
+
+
+def document_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention function for `transformers.AttentionInterface`.
+
+    With dropout, or if a document is longer than the sliding window, the mask is built after all: dropout then draws
+    the random numbers that it draws without this function.
+
+    Args:
+        module: The attention layer.
+        query: `(batch, heads, L, d)`.
+        key: `(batch, key and value heads, L, d)`.
+        value: As `key`.
+        attention_mask: From Transformers, or the cumulative lengths of documents as int32, `(1, 1, 1, documents + 1)`.
+        dropout: Probability of dropping a weight.
+        scaling: Of the scores; `None` for `d ** -0.5`.
+        sliding_window: Number of tokens that a token attends to at most, itself included.
+        **kwargs: Other arguments of the architecture, handed to Transformers' SDPA function.
+
+    Returns:
+        `(batch, L, heads, d)`, and no weights.
+    """
+    options = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, **kwargs}
+    if attention_mask is None or not _is_boundaries(attention_mask):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    longest = int(attention_mask.flatten().diff().max())
+    is_windowed = sliding_window is not None and longest > sliding_window
+    if dropout or is_windowed or any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache")):
+        mask = _mask_of(attention_mask, sliding_window, query.device)
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    if query.device.type == "cuda" and query.dtype.itemsize == 2:
+        return _by_kernel(query, key, value, attention_mask, scaling), None
+    return _by_length(query, key, value, attention_mask, scale=scaling), None
+
+
+def _boundaries_as_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A forward pre-hook: cumulative lengths, as TRL's collator and FlashAttention name them, become the mask."""
+    bounds = kwargs.get("cu_seq_lens_q")
+    if bounds is None or kwargs.get("attention_mask") is not None:
+        return args, kwargs
+    # On the CPU, because the layers need them as numbers: one wait for the device instead of one a layer.
+    return args, kwargs | {"attention_mask": bounds.to("cpu", torch.int32)[None, None, None]}
+
+
+AttentionInterface.register(NAME, document_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+class DocumentAttention:
+    """Gives a model attention over packed documents. Whether it keeps them apart is to be measured afterwards.
+
+    Args:
+        model: A causal language model that uses Transformers' SDPA function, see `is_covered`.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        model.set_attn_implementation(NAME)
+        self._hook = model.base_model.register_forward_pre_hook(_boundaries_as_mask, with_kwargs=True)
+
+    @staticmethod
+    def is_covered(model: PreTrainedModel) -> bool:
+        """Whether the model calls SDPA through `transformers.AttentionInterface`."""
+        return model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation()
+
+    def undo(self) -> None:
+        """Restores SDPA with Transformers' own mask."""
+        self._hook.remove()
+        self.model.set_attn_implementation("sdpa")

@@ -1,0 +1,93 @@
+"""Gives an SFTTrainer attention over documents, and batches without padding, if its model keeps documents apart.
+
+The rows of a batch are then laid one after the other, as packed rows are: `(1, n_1 + n_2 + ...)` in place of
+`(rows, longest)`. Bytes and operations follow the tokens. The loss is the same, because it is a sum over tokens.
+"""
+
+from typing import cast
+
+from torch import nn
+from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from plainlora.fast.attention import DocumentAttention
+from plainlora.fast.isolation import Isolation, isolation_of
+from plainlora.fast.loss_head import base_of, evaluating
+
+
+class Documents:
+    """What a trainer was given; `undo` restores its own attention and batches.
+
+    Attributes:
+        attention: The attention over documents.
+        collator: The collator that no longer pads; `None` if rows are packed, or stand alone in their batch.
+    """
+
+    def __init__(self, trainer: SFTTrainer) -> None:
+        self._trainer = trainer
+        self.attention = DocumentAttention(base_of(cast(nn.Module, trainer.model)))
+        self.collator: DataCollatorForLanguageModeling | None = None
+
+    def stop_padding(self) -> None:
+        """Lays the rows of a batch one after the other."""
+        collator = cast(DataCollatorForLanguageModeling, self._trainer.data_collator)
+        self.collator, collator.padding_free, self._trainer.padding_free = collator, True, True
+
+    def undo(self) -> None:
+        """Restores the model's own attention, and padding."""
+        self.attention.undo()
+        if self.collator is not None:
+            self.collator.padding_free = self._trainer.padding_free = False
+
+
+def _pads(trainer: SFTTrainer) -> bool:
+    """Whether the trainer pads rows, and may as well not.
+
+    `compute_metrics` reads logits of padded rows, and `pad_to_multiple_of` is asked for.
+    """
+    args, collator = trainer.args, trainer.data_collator
+    several = max(args.per_device_train_batch_size, args.per_device_eval_batch_size) > 1
+    plain = type(collator) is DataCollatorForLanguageModeling and collator.pad_to_multiple_of is None
+    return several and plain and not trainer.padding_free and trainer.compute_metrics is None
+
+
+def use_documents(trainer: SFTTrainer, isolation: Isolation) -> Documents | None:
+    """Gives a trainer both, if its model keeps documents apart with its own attention, and with this one too.
+
+    Each document of a packed batch must get the outputs that it gets alone, whatever its neighbours are.
+
+    Args:
+        trainer: An SFTTrainer of a causal language model, with or without an adapter.
+        isolation: The measurements of its model.
+
+    Returns:
+        What it was given; `None` if it stays as it was.
+    """
+    pads = _pads(trainer)
+    if not (pads or trainer.padding_free) or not DocumentAttention.is_covered(base_of(cast(nn.Module, trainer.model))):
+        return None
+    if not _is_apart(isolation):
+        return None
+    found = Documents(trainer)
+    if not _is_apart(isolation):
+        found.undo()
+        return None
+    if pads:
+        found.stop_padding()
+    return found
+
+
+def _is_apart(isolation: Isolation) -> bool:
+    try:
+        return isolation.is_negligible(isolation.packed())
+    except Exception:  # whatever a model's code raises for packed rows, or for a mask of this kind
+        return False
+
+
+def choose_documents(trainer: SFTTrainer) -> Documents | None:
+    """`use_documents` on the measurements of a trainer's model; `None` for a sharded one, which cannot compute yet."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return None
+    model = cast(nn.Module, trainer.model)
+    with evaluating(model), trainer.compute_loss_context_manager():
+        return use_documents(trainer, isolation_of(trainer, model))
