@@ -1,5 +1,6 @@
 """Attention with dropout, beside `scaled_dot_product_attention` with the same seed."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,6 +13,7 @@ from plainlora.fast import dropout_attention as module
 from plainlora.fast.dropout_attention import dropout_attention
 
 ROWS, HEADS, QUERIES, DIM = 3, 4, 37, 16
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries, keys, values
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
@@ -43,15 +45,18 @@ MASKS = {
 }
 
 
-def inputs(dtype: torch.dtype, heads: int = HEADS) -> list[torch.Tensor]:
+def inputs(dtype: torch.dtype, heads: int = HEADS) -> Inputs:
     """Queries, keys and values as a model's projections lay them out."""
     generator = torch.Generator().manual_seed(0)
-    shapes = ((ROWS, QUERIES, each, DIM) for each in (HEADS, heads, heads))
-    return [torch.randn(shape, dtype=dtype, generator=generator).transpose(1, 2) for shape in shapes]
+    query, key, value = (
+        torch.randn((ROWS, QUERIES, each, DIM), dtype=dtype, generator=generator).transpose(1, 2)
+        for each in (HEADS, heads, heads)
+    )
+    return query, key, value
 
 
-def output_and_gradients(form: Any, tensors: list[torch.Tensor], **options: Any) -> list[torch.Tensor]:
-    tensors = [tensor.clone().requires_grad_(True) for tensor in tensors]
+def output_and_gradients(form: Any, given: Sequence[torch.Tensor], **options: Any) -> list[torch.Tensor]:
+    tensors = [tensor.clone().requires_grad_(True) for tensor in given]
     torch.manual_seed(5)
     out = form(*tensors, **options)
     torch.rand(3)  # whatever is drawn between the two passes
@@ -117,7 +122,9 @@ def test_half_precision_is_computed_in_fp32_as_by_sdpa(autocast: bool) -> None:
 
 def kept_bytes(mask: torch.Tensor | None) -> int:
     """What one call keeps for its backward pass, beyond queries, keys and values."""
-    given = [tensor.requires_grad_(True) for tensor in inputs(torch.float32)]
+    given = inputs(torch.float32)
+    for tensor in given:
+        tensor.requires_grad_(True)
     known = {tensor.untyped_storage()._cdata for tensor in given}
     kept: dict[int, int] = {}
 
