@@ -4,7 +4,8 @@
 
 Transformers builds an L x L mask for a row of L tokens, and the kernel computes every score of it: L^2 of them. Of
 documents of n_1, n_2, ... tokens only n_1^2 / 2 + n_2^2 / 2 + ... count. So each document is handed to the kernel
-alone, with `is_causal` in place of a mask.
+alone, with `is_causal` in place of a mask. With dropout, `plainlora.fast.dropout_attention` takes the kernel's place
+on a CPU.
 
 The documents' boundaries reach the layers in place of the mask: Transformers returns a mask that is 4-dimensional
 already unchanged. A batch without boundaries, such as a padded one or a step of generation, is left to Transformers'
@@ -23,6 +24,8 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from plainlora.fast.dropout_attention import dropout_attention
 
 NAME = "plainlora"  # in `config._attn_implementation`
 
@@ -77,7 +80,25 @@ def _by_kernel(
     return attended[None]
 
 
-def document_attention(
+def _with_dropout(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' SDPA function with dropout on a CPU: the same numbers in less time and memory."""
+    given = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(given and attention_mask is None and query.shape[2] > 1)
+    attended = dropout_attention(query, key, value, attention_mask, dropout, scaling, causal)
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -88,10 +109,10 @@ def document_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function for `transformers.AttentionInterface`.
+    """An attention function for `transformers.AttentionInterface`, the same as Transformers' SDPA function.
 
-    With dropout, or if a document is longer than the sliding window, the mask is built after all: dropout then draws
-    the random numbers that it draws without this function.
+    With dropout, or if a document is longer than the sliding window, the mask of the documents is built after all:
+    dropout then draws the random numbers that it draws without this function.
 
     Args:
         module: The attention layer.
@@ -107,17 +128,19 @@ def document_attention(
     Returns:
         `(batch, L, heads, d)`, and no weights.
     """
-    options = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, **kwargs}
-    if attention_mask is None or not _is_boundaries(attention_mask):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    longest = int(attention_mask.flatten().diff().max())
-    is_windowed = sliding_window is not None and longest > sliding_window
-    if dropout or is_windowed or any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache")):
-        mask = _mask_of(attention_mask, sliding_window, query.device)
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
-    if query.device.type == "cuda" and query.dtype.itemsize == 2:
-        return _by_kernel(query, key, value, attention_mask, scaling), None
-    return _by_length(query, key, value, attention_mask, scale=scaling), None
+    options = {"dropout": dropout, "scaling": scaling, **kwargs}
+    is_plain = all(kwargs.get(name) is None for name in ("position_bias", "softcap", "cache"))
+    if attention_mask is not None and _is_boundaries(attention_mask):
+        is_windowed = sliding_window is not None and int(attention_mask.flatten().diff().max()) > sliding_window
+        if is_plain and not dropout and not is_windowed:
+            if query.device.type == "cuda" and query.dtype.itemsize == 2:
+                return _by_kernel(query, key, value, attention_mask, scaling), None
+            return _by_length(query, key, value, attention_mask, scale=scaling), None
+        attention_mask = _mask_of(attention_mask, sliding_window, query.device)
+    is_for_all_heads = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
+    if dropout and is_plain and is_for_all_heads and query.device.type == "cpu":
+        return _with_dropout(module, query, key, value, attention_mask, **options)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, sliding_window=sliding_window, **options)
 
 
 def _boundaries_as_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -129,28 +152,35 @@ def _boundaries_as_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     return args, kwargs | {"attention_mask": bounds.to("cpu", torch.int32)[None, None, None]}
 
 
-AttentionInterface.register(NAME, document_attention)
+AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def is_covered(model: PreTrainedModel) -> bool:
+    """Whether a model calls Transformers' SDPA function, or already the one above, through `AttentionInterface`."""
+    return model.config._attn_implementation in ("sdpa", NAME) and model._can_set_attn_implementation()
+
+
+def drops(model: PreTrainedModel) -> bool:
+    """Whether a model has dropout on its attention's probabilities in training, by its config."""
+    fields = vars(model.config.get_text_config()).items()
+    names = ("attn_pdrop", "attn_dropout", "attention_dropout", "attention_probs_dropout_prob")
+    return any(name in names and bool(value) for name, value in fields)
 
 
 class DocumentAttention:
     """Gives a model attention over packed documents. Whether it keeps them apart is to be measured afterwards.
 
     Args:
-        model: A causal language model that uses Transformers' SDPA function, see `is_covered`.
+        model: A causal language model that `is_covered`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+        self.model, self._own = model, model.config._attn_implementation
         model.set_attn_implementation(NAME)
         self._hook = model.base_model.register_forward_pre_hook(_boundaries_as_mask, with_kwargs=True)
 
-    @staticmethod
-    def is_covered(model: PreTrainedModel) -> bool:
-        """Whether the model calls SDPA through `transformers.AttentionInterface`."""
-        return model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation()
-
     def undo(self) -> None:
-        """Restores SDPA with Transformers' own mask."""
+        """Restores the attention that the model had, with Transformers' own mask."""
         self._hook.remove()
-        self.model.set_attn_implementation("sdpa")
+        self.model.set_attn_implementation(self._own)

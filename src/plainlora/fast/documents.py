@@ -10,7 +10,7 @@ from torch import nn
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from plainlora.fast.attention import DocumentAttention
+from plainlora.fast.attention import DocumentAttention, is_covered
 from plainlora.fast.isolation import Isolation, isolation_of
 from plainlora.fast.loss_head import base_of, evaluating
 
@@ -63,10 +63,8 @@ def use_documents(trainer: SFTTrainer, isolation: Isolation) -> Documents | None
     Returns:
         What it was given; `None` if it stays as it was.
     """
-    pads = _pads(trainer)
-    if not (pads or trainer.padding_free) or not DocumentAttention.is_covered(base_of(cast(nn.Module, trainer.model))):
-        return None
-    if not _is_apart(isolation):
+    pads, model = _pads(trainer), base_of(cast(nn.Module, trainer.model))
+    if not (pads or trainer.padding_free) or not is_covered(model) or not _is_apart(isolation):
         return None
     found = Documents(trainer)
     if not _is_apart(isolation):

@@ -9,15 +9,17 @@ from types import MethodType
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.activations import NewGELUActivation, SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mistral.modeling_mistral import MistralMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
+from plainlora.fast import attention
 from plainlora.fast.activations import swiglu
 from plainlora.fast.lora import fused_forward
 from plainlora.lora import storage
@@ -81,6 +83,12 @@ def _rest_of(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., torch.
             yield module, _gated
 
 
+def _base_of(model: nn.Module) -> PreTrainedModel | None:
+    """The model of Transformers inside a PeftModel, or the model itself; `None` for any other module."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return inner if isinstance(inner, PreTrainedModel) else None
+
+
 def _probability(dropout: nn.Module) -> float:
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
@@ -115,10 +123,11 @@ class FuseReport:
 def fuse(target: nn.Module | Trainer) -> FuseReport:
     """Fuses a model, or the model of a trainer, in place; `unfuse` undoes it.
 
-    LoRA layers become one autograd Function, GPT-2's GELU and SwiGLU keep fewer tensors for the backward pass. The
-    loss of an SFTTrainer is computed in one pass if that gives the model's own loss; its attention goes over one
-    document at a time, and its batches are not padded, if that keeps the documents apart. Unsupported layers are left
-    unchanged: 8-bit layers, embeddings, convolutions, DoRA and other variants.
+    LoRA layers become one autograd Function, GPT-2's GELU and SwiGLU keep fewer tensors for the backward pass, and
+    attention with dropout keeps a byte for each score on a CPU. The loss of an SFTTrainer is computed in one pass if
+    that gives the model's own loss; its attention goes over one document at a time, and its batches are not padded, if
+    that keeps the documents apart. Unsupported layers are left unchanged: 8-bit layers, embeddings, convolutions, DoRA
+    and other variants.
 
     In an existing TRL + PEFT script, add one line after the trainer is made. Nothing is copied, and state dictionaries
     do not change.
@@ -144,6 +153,10 @@ def fuse(target: nn.Module | Trainer) -> FuseReport:
     for module, rest in _rest_of(target):
         module.forward = MethodType(rest, module)
         fused["GELU" if rest is _gelu else "SwiGLU"] += 1
+    base = _base_of(target)
+    if base is not None and attention.is_covered(base) and attention.drops(base):
+        base.set_attn_implementation(attention.NAME)
+        fused["attention with dropout"] = 1
     if unchanged:
         logger.warning("%d layers are not fused: %s", len(unchanged), some(unchanged))
     return FuseReport(dict(fused), unchanged)
@@ -182,3 +195,6 @@ def unfuse(target: nn.Module | Trainer) -> None:
         target = cast(nn.Module, target.model)
     for module in [layer for _, layer in _layers(target)] + [module for module, _ in _rest_of(target)]:
         module.__dict__.pop("forward", None)
+    base = _base_of(target)
+    if base is not None and base.config._attn_implementation == attention.NAME:
+        base.set_attn_implementation("sdpa")
