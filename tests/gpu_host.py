@@ -1,4 +1,4 @@
-"""A host with GPUs, as far as a program asks torch about them: nothing is computed there."""
+"""Hosts with GPUs, or with another CPU, as far as a program asks torch about them: nothing is computed there."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +42,15 @@ def gpu_host(count: int = 1, capability: tuple[int, int] = (8, 0), free: int = 8
         finally:
             _forget_answers()
             AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextmanager
+def cpu_host(bf16: bool) -> Iterator[None]:
+    """Within, torch answers as on a host whose CPU has units for bfloat16, or has none."""
+    with pytest.MonkeyPatch.context() as patch:
+        found = dict(torch.cpu.get_capabilities()) | {"amx_bf16": bf16, "avx512_bf16": bf16}
+        patch.setattr(torch.cpu, "get_capabilities", lambda: found)
+        yield
 
 
 def _forget_answers() -> None:

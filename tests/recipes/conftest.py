@@ -29,7 +29,7 @@ def run_sft(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_dirs: dict[st
             *("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--lora_dropout", "0.1"),
             *("--max_steps", "6", "--save_steps", "3", "--eval_steps", "3", "--logging_steps", "1"),
             *("--report_to", "none", "--disable_tqdm", "true", "--max_new_tokens", "4", "--use_cpu", "true"),
-            *("--learning_rate", "5e-3"),
+            *("--learning_rate", "5e-3", "--precision", "fp32"),
             *flags,
         ]
         monkeypatch.chdir(ROOT)

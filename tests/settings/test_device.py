@@ -7,7 +7,7 @@ import pytest
 from plainlora.errors import UserError
 from plainlora.settings.precision import list_precisions
 from plainlora.settings.programs import CLASSIFY, SFT, Program
-from tests.gpu_host import gpu_host
+from tests.gpu_host import cpu_host, gpu_host
 
 T4, A100 = (7, 5), (8, 0)
 Formats = tuple[bool, bool, str]  # bf16, fp16, dtype
@@ -79,3 +79,61 @@ def test_a_bfloat16_adapter_under_loss_scaling_is_refused() -> None:
     with pytest.raises(UserError, match="adapter_dtype bfloat16: fp16 scales the loss"):
         formats(A100, "fp16: true\nadapter_dtype: bfloat16\n")
     assert formats(A100, "adapter_dtype: bfloat16\n") == (True, False, "auto")
+
+
+FLAGS = ["--model_name_or_path=m", "--dataset_name=d", "--output_dir=out", "--use_cpu"]
+IN_FP32 = (False, False, "float32")
+
+
+@pytest.mark.parametrize(
+    ("typed", "with_units", "without"),
+    [
+        # The base as it is stored: autocast rounds its products alone.
+        ([], (True, False, "auto"), IN_FP32),
+        (["--precision=auto"], (True, False, "auto"), IN_FP32),
+        (["--precision=fp32"], IN_FP32, IN_FP32),
+        (["--precision=bf16"], (True, False, "auto"), (True, False, "auto")),
+        (["--load_in_4bit=true"], (True, False, "bfloat16"), IN_FP32),
+        # What was typed stays.
+        (["--bf16=false"], IN_FP32, IN_FP32),
+        (["--bf16=true"], (True, False, "auto"), (True, False, "float32")),
+        (["--dtype=float32"], (True, False, "float32"), IN_FP32),
+    ],
+)
+def test_a_cpu_with_units_for_bfloat16_uses_them(typed: list[str], with_units: Formats, without: Formats) -> None:
+    for bf16, expected in ((True, with_units), (False, without)):
+        with cpu_host(bf16):
+            settings = SFT.parse([*FLAGS, *typed])
+        training = settings.training
+        assert (training.bf16, training.fp16, settings.model.dtype) == expected
+
+
+def test_the_reason_for_bfloat16_is_said_and_a_yaml_for_a_gpu_fits_such_a_cpu() -> None:
+    Path("recipe.yaml").write_text("fp16: true\ndtype: float16\nload_in_4bit: true\n")
+    with cpu_host(bf16=True):
+        settings = SFT.read(["--config", "recipe.yaml", *FLAGS])
+    assert settings.origins["bf16"] == "this CPU computes in bfloat16"
+    assert (settings.training.bf16, settings.training.fp16, settings.model.dtype) == (True, False, "bfloat16")
+
+
+def test_a_classifier_trains_in_float32_on_every_cpu() -> None:
+    with cpu_host(bf16=True):
+        settings = CLASSIFY.parse([*FLAGS, "--lora_query=true"])
+    assert (settings.training.bf16, settings.model.dtype) == (False, "float32")
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--precision=fp32", "--bf16=true"], "precision fp32 contradicts bf16 true and fp16 false; leave either out"),
+        (["--precision=bf16", "--bf16=false"], "precision bf16 contradicts bf16 false and fp16 false; leave"),
+    ],
+)
+def test_a_precision_that_is_contradicted_is_refused(typed: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        SFT.parse([*FLAGS, *typed])
+
+
+def test_precision_holds_on_a_gpu_too() -> None:
+    assert formats(A100, "", "--precision=fp32") == IN_FP32
+    assert formats(A100, "fp16: true\ndtype: float16\n", "--precision=bf16") == (True, False, "auto")

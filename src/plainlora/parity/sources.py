@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -36,6 +36,7 @@ from plainlora.run.adapter_base import (
     training_quantization,
 )
 from plainlora.settings.arguments import SFTArguments
+from plainlora.settings.device import trains_on_cpu
 from plainlora.settings.programs import CLASSIFY, SFT, Program, SettingsT
 from plainlora.tasks import classify, sft
 from plainlora.training.trainers import ArgumentsT
@@ -71,8 +72,10 @@ def _parse(program: Program[SettingsT], config: str, flags: list[str], lora_back
     Raises:
         UserError: The settings are refused, two back ends are given, or the recipe uses PEFT's LoRA.
     """
-    # The default `None` shows whether the recipe sets it.
-    settings = program.parse(["--config", config, *flags], lora_backend=None)
+    defaults: dict[str, Any] = {"lora_backend": None}  # shows whether the recipe sets it
+    if SFTArguments in program.dataclass_types and trains_on_cpu(use_cpu=False):
+        defaults["precision"] = "fp32"  # in which the two sides can be compared most closely
+    settings = program.parse(["--config", config, *flags], **defaults)
     given = settings.recipe.lora_backend
     if given == "peft":
         raise UserError(

@@ -78,6 +78,14 @@ class RecipeArguments:
 class SFTArguments(RecipeArguments):
     """The flags of `recipes/sft.py` beyond TRL's `ScriptArguments`, `SFTConfig` and `ModelConfig`."""
 
+    precision: Literal["auto", "fp32", "bf16"] = field(
+        default="auto",
+        metadata={
+            "help": "`bf16`: the base as it is stored, its products in bfloat16, adapter and softmax in float32; "
+            "`fp32`: everything in float32; `auto`: bf16 if the CPU or GPU has units for it. What --bf16, --fp16 and "
+            "--dtype say on the command line is kept."
+        },
+    )
     max_train_rows: int | None = field(default=None, metadata={"help": "Train on the first rows only, for a trial."})
     prompt_template: str | None = field(
         default=None,

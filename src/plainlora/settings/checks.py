@@ -332,6 +332,10 @@ def _clashing_precisions(recipe: RecipeArguments, training: TrainingArguments, m
             f"adapter_dtype {recipe.adapter_dtype}: fp16 scales the loss, and the scale can be taken out of float32 "
             "gradients alone; leave it out, or give --bf16 true --fp16 false"
         )
+    precision = getattr(recipe, "precision", "auto")
+    if precision == ("fp32" if training.bf16 or training.fp16 else "bf16" if not training.bf16 else None):
+        flags = f"bf16 {training.bf16} and fp16 {training.fp16}".lower()
+        yield f"precision {precision} contradicts {flags}; leave either out"
     if training.fp16 and trains_on_cpu(training.use_cpu):
         yield "fp16 needs a GPU: leave --fp16 out, and a CPU trains in float32"
     if model.dtype not in ("auto", "float32", "float16", "bfloat16"):

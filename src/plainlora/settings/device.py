@@ -18,6 +18,15 @@ def trains_on_cpu(use_cpu: bool) -> bool:
     return chosen or not torch.accelerator.is_available()
 
 
+def computes_in_bf16() -> bool:
+    """Whether this CPU has units for products of bfloat16 numbers.
+
+    Others convert to float32 and back, in more time than float32 takes. PyTorch before 2.13 does not say.
+    """
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+
+
 @dataclass(frozen=True)
 class Device:
     """The device that trains.
@@ -36,7 +45,7 @@ class Device:
 def this_device(use_cpu: bool = False) -> Device:
     """The device that a run with this setting trains on."""
     if trains_on_cpu(use_cpu):
-        return Device("cpu")
+        return Device("cpu", computes_in_bf16())
     if not torch.cuda.is_available():
         return Device(str(torch.accelerator.current_accelerator()))
     return Device("cuda", torch.cuda.is_bf16_supported(including_emulation=False), is_torch_tf32_available())
@@ -53,30 +62,55 @@ def fit_formats(
         typed: Names of the settings on the command line.
         device: The device that trains.
     """
-    if device.kind == "cpu":
-        return _on_cpu(parsed, typed)
-    return _on_cuda(parsed, given, typed, device) if device.kind == "cuda" else {}
+    if device.kind not in ("cpu", "cuda"):
+        return {}
+    precision = getattr(parsed, "precision", None)  # a classifier has none: it is trained in float32, on a GPU in TF32
+    if precision == "fp32":
+        changes = _in_float32(parsed, typed, "precision fp32")
+    elif precision == "bf16":
+        changes = _in_bfloat16(parsed, given, typed, "precision bf16")
+    elif device.kind == "cuda":
+        changes = _on_cuda(parsed, given, typed, device)
+    elif precision is None or not device.bf16 or parsed.bf16 is False or (parsed.fp16 and "fp16" in typed):
+        changes = _in_float32(parsed, typed, "no GPU here")  # Accelerate refuses fp16 on a CPU
+    else:
+        changes = _in_bfloat16(parsed, given, typed, "this CPU computes in bfloat16")
+    # Without `use_cpu` several processes on a CPU do not find each other.
+    return changes | ({"use_cpu": (True, "no GPU here")} if device.kind == "cpu" else {})
 
 
-def _on_cpu(parsed: Namespace, typed: Collection[str]) -> dict[str, tuple[Any, str]]:
-    """Float32, because Accelerate refuses fp16 on a CPU, and bf16 (TRL's default) is slower than fp32 on most.
-
-    `use_cpu` is needed for several processes on a CPU to find each other.
-    """
-    changes: dict[str, Any] = {"use_cpu": True} | {name: False for name in ("bf16", "fp16") if name not in typed}
+def _in_float32(parsed: Namespace, typed: Collection[str], why: str) -> dict[str, tuple[Any, str]]:
+    """Every number in float32."""
+    changes: dict[str, Any] = {name: False for name in ("bf16", "fp16") if name not in typed}
     if parsed.dtype in HALF and "dtype" not in typed:
         changes["dtype"] = "float32"
-    return {name: (value, "no GPU here") for name, value in changes.items()}
+    return {name: (value, why) for name, value in changes.items()}
+
+
+def _in_bfloat16(
+    parsed: Namespace, given: Collection[str], typed: Collection[str], why: str
+) -> dict[str, tuple[Any, str]]:
+    """Mixed precision: the base as it is stored, its products in bfloat16, everything else in float32."""
+    changes = {name: (value, why) for name, value in (("bf16", True), ("fp16", False)) if name not in typed}
+    if "dtype" not in given or (parsed.dtype == "float16" and "dtype" not in typed):
+        changes["dtype"] = _dtype_of_base(parsed, "bfloat16")
+    return changes
+
+
+def _dtype_of_base(parsed: Namespace, compute: str) -> tuple[str, str]:
+    """A dtype that autocast need not cast at every product.
+
+    Autocast caches the casts of trained weights only, so a frozen base in float32 would be cast in every forward pass
+    and again in every backward pass. Kept as it is stored, which is mostly half precision, the base loses nothing.
+    TRL's 4-bit layers compute in `dtype`, so it must be the format of mixed precision.
+    """
+    return (compute, "mixed precision") if parsed.load_in_4bit else ("auto", "as it is stored")
 
 
 def _on_cuda(
     parsed: Namespace, given: Collection[str], typed: Collection[str], device: Device
 ) -> dict[str, tuple[Any, str]]:
-    """A mixed precision that the card supports, and a base that autocast need not cast at every product.
-
-    Autocast caches the casts of trained weights only, so a frozen base in float32 would be cast in every forward pass
-    and again in every backward pass. Kept as it is stored, which is mostly half precision, the base loses nothing.
-    """
+    """A mixed precision that the card supports."""
     changes: dict[str, tuple[Any, str]] = {}
     bf16 = parsed.bf16 or (parsed.bf16 is None and not parsed.fp16)  # SFTConfig's default
     if bf16 and not device.bf16 and not {"bf16", "fp16"} & {*typed}:
@@ -87,9 +121,7 @@ def _on_cuda(
         bf16 = False
     fp16 = parsed.fp16 or "fp16" in changes
     if (bf16 or fp16) and "dtype" not in given:
-        # TRL's 4-bit layers compute in `dtype`, so it must be the format of mixed precision.
-        compute = "bfloat16" if bf16 else "float16"
-        changes["dtype"] = (compute, "mixed precision") if parsed.load_in_4bit else ("auto", "as it is stored")
+        changes["dtype"] = _dtype_of_base(parsed, "bfloat16" if bf16 else "float16")
     if not bf16 and not fp16 and parsed.tf32 is None and device.tf32 and not {"bf16", "fp16"} & {*typed}:
         changes["tf32"] = (True, "this GPU has TF32")
     return changes
