@@ -1,5 +1,6 @@
 """What only a GPU can show. Elsewhere each of these is reported as not run."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from torch import nn
 
 from plainlora import inject
 from plainlora.fast.activations import swiglu
+from plainlora.fast.attention import DocumentAttention
 from plainlora.fast.head import TokenLogProbs
+from plainlora.fast.isolation import collate
 from plainlora.fast.lora import fused_forward
 from tests.conftest import fused_in_place, load_quantized, make_model, random_ids, run_program
 
@@ -141,3 +144,30 @@ def test_a_backward_pass_inside_autocast_gives_the_same_gradients(name: str) -> 
         with torch.autocast("cuda", torch.float16, enabled=inside):
             found += torch.autograd.grad(y, x, torch.cos(y.detach()))
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_attention_over_documents_on_a_gpu_is_the_models_own(kind: str, dtype: torch.dtype) -> None:
+    """In half precision a kernel of its own; it may differ by twice what the model's own differs from fp64 by."""
+    model = make_model(kind, dtype).cuda()
+    rows = [random_ids(1, length)[0].tolist() for length in (13, 1, 30, 40, 7)]
+    batch = {
+        name: value.cuda() if isinstance(value, torch.Tensor) else value
+        for name, value in collate(rows, True, 1).items()
+    }
+
+    def results(of: Any) -> list[torch.Tensor]:
+        of.zero_grad()
+        output = of(**batch)
+        output.loss.backward()
+        return [output.logits.detach().double(), *(each.grad.double() for each in of.parameters())]
+
+    def difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+        pairs = zip(found, expected, strict=True)
+        return max(float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-3)) for ours, theirs in pairs)
+
+    own, exact = results(model), results(copy.deepcopy(model).double())
+    DocumentAttention(model)
+    allowed = 1e-5 if dtype == torch.float32 else 2 * difference(own, exact)
+    assert difference(results(model), exact if dtype != torch.float32 else own) <= allowed

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -71,6 +70,8 @@ def _by_kernel(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scale: float | None
 ) -> torch.Tensor:
     """The same by CUDA's FlashAttention for documents of any length, in half precision only."""
+    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  since PyTorch 2.10, and not needed on a CPU
+
     bounds, longest = boundaries.flatten().to(query.device, non_blocking=True), int(boundaries.flatten().diff().max())
     q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))  # (L, heads, d)
     grouped = q.shape[1] != k.shape[1]
