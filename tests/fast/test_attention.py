@@ -70,7 +70,7 @@ def results(model: PreTrainedModel, batch: dict[str, Any]) -> list[torch.Tensor]
 
 
 def largest_difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """Relative to the largest element of each tensor; a gradient that is zero but for rounding counts as 1 % of all."""
+    """Relative to the largest element of each tensor; one that is zero but for rounding counts as 1 % of all."""
     assert len(found) == len(expected) > 5
     least = 0.01 * max(float(theirs.abs().max()) for theirs in expected[1:])
     return max(
