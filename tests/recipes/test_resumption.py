@@ -44,7 +44,6 @@ def test_u09_a_run_goes_on_with_its_own_settings_and_rows_only(begun: Path, refu
         ("--optim", "adamw_torch_fused", "sgd"),
         ("--lr_scheduler_type", "cosine", "linear"),
         ("--packing", "False", "True"),
-        ("--bf16", "False", "True"),
         ("--neftune_noise_alpha", "None", "5.0"),
     ):
         said = refused(begun, "--max_steps", "9", flag, now.lower())
@@ -52,6 +51,7 @@ def test_u09_a_run_goes_on_with_its_own_settings_and_rows_only(begun: Path, refu
             f"checkpoint-6 was trained with {flag[2:]} {then}, now it is {now}; give the same settings, or start anew "
             "in another --output_dir"
         )
+    assert "was trained with bf16 False, now it is True" in refused(begun, "--max_steps", "9", "--precision", "bf16")
     assert "with rows a step 2, now it is 4" in refused(
         begun, "--max_steps", "9", "--gradient_accumulation_steps", "2"
     )

@@ -535,8 +535,8 @@ def test_another_runs_folder_is_kept_unless_overwriting_is_asked_for(
     assert (output / "notes.txt").read_text() == "mine"
 
 
-def test_bf16_typed_on_a_cpu_trains_in_mixed_precision(run_sft: RunSFT) -> None:
-    full, mixed = run_sft("llama", "full"), run_sft("llama", "mixed", "--bf16", "true")
+def test_a_cpu_trains_in_mixed_precision_if_it_is_told_to(run_sft: RunSFT) -> None:
+    full, mixed = run_sft("llama", "full"), run_sft("llama", "mixed", "--precision", "bf16")
     assert json.loads((mixed / "run.json").read_text())["arguments"]["bf16"] is True
     assert losses(mixed) != losses(full)
     assert losses(mixed) == pytest.approx(losses(full), rel=1e-2)
