@@ -37,6 +37,7 @@ class Case:
         table: `matched`, the same recipe on both sides; `as shipped`, each side with its own defaults; else empty.
         targets: What is asked.
         not_run: Why it cannot run here; empty if it can.
+        rounds: The most rounds that are timed, however many are asked for; as many as are asked for if `None`.
     """
 
     suite: str
@@ -46,3 +47,4 @@ class Case:
     table: str = ""
     targets: tuple[Target, ...] = ()
     not_run: str = ""
+    rounds: int | None = None

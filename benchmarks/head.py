@@ -12,21 +12,21 @@ from benchmarks.counting import count
 from benchmarks.timer import Timer
 from plainlora.fast.loss_head import LossHead
 
-STATISTICS = "fused, with accuracy and entropy"
+TOKENS = 512
 HEADS = {"Llama-2-7b": (4096, 32_000), "GPT-2": (768, 50_257), "Qwen2-0.5B": (896, 151_936)}  # d, V
 TRL_FIELDS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks for at every step
 
 
 def cases(size: str, device: str) -> list[Case]:
-    """Three vocabularies, 512 and 1024 tokens."""
+    """Three vocabularies, 512 tokens."""
     del device
     factor = 1 if size == "full" else 16
     return [
         Case(
             suite="head",
-            name=f"{name} {d} x {vocabulary:,}, {tokens} tokens",
-            variants={variant: {} for variant in (FUSED, STATISTICS, PEFT, REFERENCE, FLOOR)},
-            options={"d": d // factor, "vocabulary": vocabulary // factor, "tokens": tokens // factor},
+            name=f"{name} {d} x {vocabulary:,}, {TOKENS} tokens",
+            variants={variant: {} for variant in (FUSED, PEFT, REFERENCE, FLOOR)},
+            options={"d": d // factor, "vocabulary": vocabulary // factor, "tokens": TOKENS // factor},
             targets=(
                 Target("time", PEFT, 0.45),
                 Target("peak above weights", PEFT, 0.10),
@@ -36,7 +36,6 @@ def cases(size: str, device: str) -> list[Case]:
             ),
         )
         for name, (d, vocabulary) in HEADS.items()
-        for tokens in (512, 1024)
     ]
 
 
@@ -51,10 +50,10 @@ def make_model(d: int, vocabulary: int) -> LlamaForCausalLM:
 def run_variant(variant: str, options: dict[str, Any], timer: Timer) -> None:
     """Runs one form of the head: in one pass, TRL's own, with all logits at once, or two bare products of matrices."""
     model = make_model(options["d"], options["vocabulary"]).to(timer.device)  # type: ignore[arg-type]
-    if variant in (FUSED, STATISTICS, PEFT):
+    if variant in (FUSED, PEFT):
         add_fused_lm_head(model, outputs=TRL_FIELDS)
-    if variant in (FUSED, STATISTICS):
-        LossHead(model).with_statistics = variant == STATISTICS
+    if variant == FUSED:
+        LossHead(model).with_statistics = False
     hidden = torch.randn(1, options["tokens"], options["d"], device=timer.device, requires_grad=True)
     labels = torch.randint(options["vocabulary"], (1, options["tokens"]), device=timer.device)
     head: nn.Linear = model.get_output_embeddings()

@@ -101,6 +101,7 @@ def time_interleaved(
         UserError: A variant stopped, or did not answer in time.
     """
     deadline = time.monotonic() + seconds
+    repeats = min(repeats, case.rounds or repeats)
     outcome = Outcome(case, {variant: [] for variant in case.variants})
     name = f"{case.suite}, {case.name}"
     with ExitStack() as stack:

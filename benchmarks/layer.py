@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from benchmarks.case import FLOOR, FUSED, PEFT, REFERENCE, Case, Target
+from benchmarks.case import FLOOR, FUSED, PEFT, Case, Target
 from benchmarks.counting import count
 from benchmarks.timer import Timer
 from plainlora.fast.fuse import fuse
@@ -40,7 +40,7 @@ def cases(size: str, device: str) -> list[Case]:
                 Case(
                     suite="layer",
                     name=f"{name} {d_in} -> {d_out}, r={r}, dropout {p:g}",
-                    variants={variant: {} for variant in (FUSED, PEFT, REFERENCE, FLOOR)},
+                    variants={variant: {} for variant in (FUSED, PEFT, FLOOR)},
                     options=shape | {"p": p, "tokens": tokens, "passes": passes},
                     targets=tuple(limits),
                 )

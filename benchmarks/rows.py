@@ -1,6 +1,7 @@
 """Rows of random tokens whose lengths are those of the real data sets."""
 
 import random
+from typing import Any
 
 from datasets import Dataset
 
@@ -30,10 +31,25 @@ def draw_lengths(data: str, count: int, longest: int, seed: int = 0) -> list[int
     return lengths
 
 
-def make_rows(lengths: list[int], vocabulary: int, labels: int | None = None, seed: int = 0) -> Dataset:
-    """Rows of `input_ids`, and of a class in turn where `labels` says how many there are."""
+def make_rows(
+    lengths: list[int], vocabulary: int, labels: int | None = None, seed: int = 0, answers: float = 1.0
+) -> Dataset:
+    """Rows of `input_ids`, and of a class in turn where `labels` says how many there are.
+
+    Args:
+        lengths: Tokens of each row.
+        vocabulary: How many tokens there are.
+        labels: How many classes.
+        seed: Of the tokens.
+        answers: The share of each row's tokens, at its end, that have a label of their own.
+    """
     draw = random.Random(seed)
-    rows = [{"input_ids": [draw.randrange(2, vocabulary) for _ in range(length)]} for length in lengths]
-    if labels is None:
-        return Dataset.from_list(rows)
-    return Dataset.from_list([row | {"labels": number % labels} for number, row in enumerate(rows)])
+    rows: list[dict[str, Any]] = [
+        {"input_ids": [draw.randrange(2, vocabulary) for _ in range(length)]} for length in lengths
+    ]
+    if labels is not None:
+        rows = [row | {"labels": number % labels} for number, row in enumerate(rows)]
+    elif answers < 1:
+        asked = [len(row["input_ids"]) - round(answers * len(row["input_ids"])) for row in rows]
+        rows = [row | {"labels": [-100] * n + row["input_ids"][n:]} for n, row in zip(asked, rows, strict=True)]
+    return Dataset.from_list(rows)

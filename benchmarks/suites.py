@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from benchmarks import classify, head, language, layer, lifecycle
+from benchmarks import classify, head, language, layer, lifecycle, scaling
 from benchmarks.case import Case
 
 # suite: (module whose `run_variant` is called, its cases for a size and a device)
@@ -13,9 +13,11 @@ SUITES: dict[str, tuple[str, Callable[[str, str], list[Case]]]] = {
     "head": ("head", head.cases),
     "gpt2": ("language", partial(language.cases, "gpt2")),
     "qwen2": ("language", partial(language.cases, "qwen2")),
+    "smollm2": ("language", partial(language.cases, "smollm2")),
     "llama2": ("language", partial(language.cases, "llama2")),
     "classify": ("classify", classify.cases),
     "lifecycle": ("lifecycle", lifecycle.cases),
+    "scaling": ("language", scaling.cases),
 }
 
 

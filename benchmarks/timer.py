@@ -54,12 +54,12 @@ class Timer:
         if asked == "profile":
             self._profile = torch.profiler.profile()
             self._profile.start()
-        self._synchronize()
+        self.synchronize()
         self._started = time.perf_counter()
 
     def end(self) -> None:
         """Stops the clock; an iteration that was profiled leaves the time of each kind of operation."""
-        self._synchronize()
+        self.synchronize()
         seconds = time.perf_counter() - self._started
         if self._profile is None:
             peak = self.memory.peak()
@@ -70,10 +70,18 @@ class Timer:
             self._profile = None
         self._pipe.send(seconds)
 
+    def answer(self, seconds: float) -> None:
+        """Answers with seconds that were computed: for a variant that is no run, and has no memory and no profile."""
+        if self._profile is not None:
+            self._profile.stop()
+            self._profile = None
+        self._pipe.send(seconds)
+
     def close(self) -> None:
         """Sends what was counted, and the memory at the end of the last iteration that was not profiled."""
         self._pipe.send(self.facts | self._peaks)
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
+        """Waits for a GPU to finish what it was given."""
         if self.device == "cuda":
             torch.cuda.synchronize()
