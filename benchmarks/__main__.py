@@ -4,13 +4,16 @@ import plainlora.quiet  # noqa: F401, I001
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from benchmarks import report
+from benchmarks.case import Case
 from benchmarks.interleave import Outcome, time_interleaved
+from benchmarks.ratios import is_met
 from benchmarks.suites import SUITES, list_cases
 from plainlora.commands import Parser
 from plainlora.errors import UserError, one_line_errors
@@ -22,6 +25,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m benchmarks", description=__doc__, allow_abbrev=False)
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES), help="default: all of them")
     parser.add_argument("--case", nargs="+", help="only the cases whose name or table holds one of these")
+    parser.add_argument(
+        "--model-folder", help="SmolLM2-135M's checkpoint, for its real weights in the suite smollm2; default: random"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--repeats", type=int, default=9, help="timed iterations of each variant (default: 9)")
     parser.add_argument(
@@ -34,6 +40,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--json", default="outputs/bench/bench.json", help="the file to write; Markdown and pictures beside it"
     )
     return parser
+
+
+def with_weights(case: Case, folder: str) -> Case:
+    """A case of the suite smollm2 with a checkpoint's weights; any other as it is."""
+    if case.suite != "smollm2":
+        return case
+    return replace(case, name=f"{case.name}, real weights", options=case.options | {"folder": folder})
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -52,6 +65,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--json {path}: give a file whose name ends in .json")
     check_writable(str(path.parent), "--json")
     chosen = [each for suite in arguments.suite for each in list_cases(suite, arguments.size, device)]
+    if (folder := arguments.model_folder) is not None:
+        if not (Path(folder) / "config.json").is_file():
+            raise UserError(f"--model-folder {folder}: there is no config.json in it")
+        chosen = [(module, with_weights(case, folder)) for module, case in chosen]
     if arguments.case:
         wanted = arguments.case
         chosen = [(m, case) for m, case in chosen if any(part in f"{case.name} {case.table}" for part in wanted)]
@@ -69,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
             print(report.terminal(outcomes[-1]), flush=True)
         written = report.write(outcomes, path)  # after every case: what is measured is kept
     asked = [(outcome, target) for outcome in outcomes if not outcome.case.not_run for target in outcome.case.targets]
-    met = sum(report.is_met(outcome, target) for outcome, target in asked)
+    met = sum(is_met(outcome, target) for outcome, target in asked)
     not_run = sum(bool(outcome.case.not_run) for outcome in outcomes)
     judged = "tiny: no target is judged" if arguments.size == "tiny" else f"{met} of {len(asked)} targets met"
     print(f"\n{judged}; {not_run} cases not run\n{', '.join(map(str, written))}")

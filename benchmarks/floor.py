@@ -1,12 +1,14 @@
 """The floor of a step: its counted operations over the peak of the machine's own matrix product."""
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 from peft import LoraConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.timer import Timer
@@ -15,8 +17,10 @@ from plainlora.resources.plan import Plan
 TRIES = 2  # of each product in a round; the best of all counts
 
 
-def shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+def shapes(config: PretrainedConfig) -> dict[str, tuple[int, int]]:
     """Name: (in, out) of every linear layer of the blocks."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()
     found = {}
     for name, module in model.named_modules():
@@ -27,10 +31,11 @@ def shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     return found
 
 
-def count_step(config: PretrainedConfig, r: int, documents: Sequence[int], answers: int | None = None) -> int:
+def count_step(config: PretrainedConfig, r: int, documents: Sequence[int]) -> int:
     """FLOPs that no form of a step can leave out, with LoRA of rank r on every linear layer of the blocks.
 
-    N tokens in documents of n_1, n_2, ...; M of them are predicted; the embeddings and every W0 are frozen.
+    N tokens in documents of n_1, n_2, ...; M are predicted, all but the first of each. The embeddings and every W0
+    are frozen.
 
         each W0 (in x out):  2 N in out forward + 2 N in out backward (dX; no gradient of W0)
         each A, B:           2 N r (in + out) forward + 4 N r (in + out) backward (dX, dA, dB)
@@ -45,14 +50,11 @@ def count_step(config: PretrainedConfig, r: int, documents: Sequence[int], answe
         config: Of the base.
         r: Rank.
         documents: Tokens of each document of the step.
-        answers: How many tokens are predicted; all but the first of each document if left out.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
     tokens = sum(documents)
-    predicted = tokens - len(documents) if answers is None else answers
+    predicted = tokens - len(documents)
     flops = 4 * predicted * config.hidden_size * config.vocab_size
-    for name, (d_in, d_out) in shapes(model).items():
+    for name, (d_in, d_out) in shapes(config).items():
         lowest = ".0." in name and name.endswith(("c_attn", "q_proj", "k_proj", "v_proj"))
         flops += (2 if lowest else 4) * tokens * d_in * d_out
         flops += 6 * tokens * r * (d_in + d_out) - (2 * tokens * r * d_in if lowest else 0)
@@ -63,10 +65,8 @@ def count_step(config: PretrainedConfig, r: int, documents: Sequence[int], answe
 
 def products(config: PretrainedConfig, tokens: int, dtype: torch.dtype, device: str) -> list[Callable[[], int]]:
     """The distinct products of the blocks, forward and backward; each computes one and returns its FLOPs."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
     made: list[Callable[[], int]] = []
-    for d_in, d_out in sorted(set(shapes(model).values())):
+    for d_in, d_out in sorted(set(shapes(config).values())):
         weight = torch.randn(d_out, d_in, dtype=dtype, device=device)
         x, gradient = (torch.randn(tokens, width, dtype=dtype, device=device) for width in (d_in, d_out))
         flops = 2 * tokens * d_in * d_out
@@ -75,25 +75,23 @@ def products(config: PretrainedConfig, tokens: int, dtype: torch.dtype, device: 
     return made
 
 
-def run_floor(plan: Plan, steps: Sequence[Sequence[int]], timer: Timer, share: float = 1.0) -> None:
+def run_floor(plan: Plan, steps: Sequence[Sequence[int]], timer: Timer) -> NoReturn:
     """Measures the peak in every round, and answers with the seconds that the round's step would take at it.
 
     Args:
         plan: The run, whose dtype is that of the products.
         steps: Tokens of each document of each step.
         timer: Of this variant.
-        share: Of the tokens, how many have a label.
     """
     assert isinstance(plan.lora, LoraConfig)
     dtype = plan.dtype
     run = products(plan.config, sum(steps[0]), dtype, timer.device)
     timer.facts |= {"products in": str(dtype).removeprefix("torch."), "FLOPs": [], "FLOP/s": []}
     timer.ready()
-    for documents in steps:
-        answers = None if share == 1 else round(share * sum(documents))
+    for documents in itertools.cycle(steps):  # an epoch after the other
         timer.begin()
         rates = [_rate(product, timer) for _ in range(TRIES) for product in run]
-        flops = count_step(plan.config, plan.lora.r, documents, answers)
+        flops = count_step(plan.config, plan.lora.r, documents)
         timer.facts["FLOPs"].append(flops)
         timer.facts["FLOP/s"].append(max(rates))
         timer.answer(flops / max(rates))

@@ -33,7 +33,8 @@ from tqdm import tqdm
 from benchmarks.case import FUSED, MATCHED, PEFT, Case
 from benchmarks.language import plan_run
 from benchmarks.interleave import Outcome, time_interleaved
-from benchmarks.report import amount, describe_machine, duration, machine, ratio, to_json
+from benchmarks.ratios import loss_differences, ratio
+from benchmarks.report import amount, describe_machine, duration, machine, to_json
 from plainlora.errors import one_line_errors
 from plainlora.report import package_versions, write_json
 from plainlora.resources.footprint import estimate
@@ -111,8 +112,7 @@ def figures(outcome: Outcome, variant: str) -> dict[str, Any]:
 
 def differences(outcome: Outcome) -> dict[str, float]:
     """The relative difference of both losses: at the first step, where B = 0, and the largest of all steps."""
-    pairs = zip(outcome.facts[FUSED]["losses"], outcome.facts[PEFT]["losses"], strict=True)
-    found = [abs(ours - theirs) / abs(theirs) for ours, theirs in pairs]
+    found = loss_differences(outcome, FUSED)
     return {"first difference": found[0], "largest difference": max(found)}
 
 

@@ -278,7 +278,7 @@ def run_variant(variant: str, options: dict[str, Any], timer: Timer) -> None:
     plan = plan_run(options, timer.device, timer.scratch)
     if options["backend"] == FLOOR:
         run_floor(plan, step_documents(options), timer)
-    rows = make_rows(row_lengths(options), plan.config.vocab_size, answers=options.get("answers", 1.0))
+    rows = make_rows(row_lengths(options), plan.config.vocab_size, answers=options.get("answers"))
     folder = options.get("folder")
     base = stored_base(plan, folder) if folder else random_base(plan)
     trainer = make_trainer(base, plan, options["backend"], rows, [StepTimer(timer, "step")])

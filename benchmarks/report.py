@@ -1,6 +1,5 @@
 """What the benchmark leaves: a table for the terminal, a JSON file, Markdown and a picture beside it."""
 
-import itertools
 import os
 import platform
 from collections.abc import Sequence
@@ -10,33 +9,17 @@ from statistics import median
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
-from benchmarks.case import FLOOR, PEFT, Case, Target
+from benchmarks.case import FLOOR, FUSED, MATCHED, PEFT, Target
 from benchmarks.interleave import Outcome
+from benchmarks.pictures import draw_ratios, draw_scaling
+from benchmarks.ratios import is_met, loss_differences, ratio, title
+from benchmarks.scaling import SCALING
 from plainlora.markdown import table
-from plainlora.plots import COLOURS
 from plainlora.report import package_versions, write_json
 
-OTHER_COLOURS = ("#4d7c5a", "#e3a857", "#7c5295", "#a8c5da", "#8a6d3b")
-MEMORY = ("peak", "peak above weights", "peak reserved", "tensor bytes", "saved bytes")
-
-
-def ratio(outcome: Outcome, metric: str, variant: str, against: str) -> tuple[float, float, float]:
-    """Median, lowest and highest of `variant / against` (dimensionless); of one number where the metric does not vary.
-
-    Times are divided round by round: whatever slowed the machine for a while slowed both.
-    """
-    if metric == "time":
-        each = [a / b for a, b in zip(outcome.seconds[variant], outcome.seconds[against], strict=True)]
-        return median(each), min(each), max(each)
-    one = outcome.facts[variant][metric] / (outcome.facts[against][metric] if against else 1)
-    return one, one, one
-
-
-def is_met(outcome: Outcome, target: Target) -> bool:
-    """Whether the median ratio, or the number, is within the target."""
-    return ratio(outcome, target.metric, target.variant, target.against)[0] <= target.at_most
+ABOVE = "peak above weights"
+MEMORY = ("peak", ABOVE, "peak reserved", "tensor bytes", "saved bytes")
 
 
 def amount(value: float) -> str:
@@ -53,10 +36,6 @@ def _per_pass(outcome: Outcome, variant: str) -> list[float]:
     return [seconds / outcome.facts[variant].get("passes per iteration", 1) for seconds in outcome.seconds[variant]]
 
 
-def _title(case: Case) -> str:
-    return f"{case.suite}: {case.name}" + (f" ({case.table})" if case.table else "")
-
-
 def target_line(outcome: Outcome, target: Target) -> tuple[str, str, str, str]:
     """What is asked, what was measured, the limit, and whether it is met."""
     middle, low, high = ratio(outcome, target.metric, target.variant, target.against)
@@ -67,30 +46,59 @@ def target_line(outcome: Outcome, target: Target) -> tuple[str, str, str, str]:
     return f"{target.metric}, {target.variant} / {target.against}", f"{middle:.2f}{spread}", f"{target.at_most:g}", met
 
 
-def figures(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows: median, minimum and maximum of the time, its ratio to PEFT's, and memory."""
-    memory = [name for name in MEMORY if all(name in facts for facts in outcome.facts.values())]
-    if outcome.case.suite == "layer":
-        memory = ["saved bytes"]  # of one layer the process's peak says nothing
+def figures(outcome: Outcome, bold: str = "") -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: time, memory, their ratios with what is asked of them, and how far the losses are apart.
+
+    Args:
+        outcome: Of one case.
+        bold: What stands before and after a ratio that misses its target.
+    """
+    case = outcome.case
+    layer = case.suite == "layer"  # of one layer the process's peak says nothing
+    memory = [name for name in (MEMORY if not layer else ("saved bytes",)) if _has(outcome, name, PEFT)]
+    pairs = [("time", PEFT), *([("time", FLOOR)] if FLOOR in case.variants else ())]
+    pairs += [(name, PEFT) for name in memory]
+    pairs = list(dict.fromkeys(pairs + [(target.metric, target.against) for target in case.targets]))
+    losses = case.table == MATCHED and _has(outcome, "losses", PEFT)
     rows = []
-    for variant in outcome.case.variants:
+    for variant in case.variants:
         seconds = _per_pass(outcome, variant)
-        middle, low, high = ratio(outcome, "time", variant, PEFT)
-        row = [
-            variant,
-            *map(duration, (median(seconds), min(seconds), max(seconds))),
-            f"{middle:.2f} ({low:.2f} to {high:.2f})",
-        ]
-        rows.append(row + [amount(outcome.facts[variant][name]) for name in memory])
-    return ["variant", "median", "min", "max", "time / peft", *memory], rows
+        row = [variant, *map(duration, (median(seconds), min(seconds), max(seconds)))]
+        row += [amount(outcome.facts[variant][name]) if _has(outcome, name, variant) else "" for name in memory]
+        row += [_ratio_cell(outcome, metric, variant, against, bold) for metric, against in pairs]
+        if losses:
+            told = variant != PEFT and _has(outcome, "losses", variant)
+            row += [f"{max(loss_differences(outcome, variant)):.0e}" if told else ""]
+        rows.append(row)
+    columns = ["variant", "median", "min", "max", *memory, *(" / ".join(filter(None, pair)) for pair in pairs)]
+    return columns + (["losses differ by at most"] if losses else []), rows
+
+
+def _has(outcome: Outcome, name: str, variant: str) -> bool:
+    return name in outcome.facts[variant]
+
+
+def _ratio_cell(outcome: Outcome, metric: str, variant: str, against: str, bold: str) -> str:
+    """A ratio, with its spread if it has one, and its target if there is one; empty where it says nothing."""
+    told = metric == "time" or all(_has(outcome, metric, each) for each in (variant, against) if each)
+    asked = [t for t in outcome.case.targets if (t.metric, t.variant, t.against) == (metric, variant, against)]
+    if not told or (not against and not asked):
+        return ""
+    middle, low, high = ratio(outcome, metric, variant, against)
+    spread = f" ({low:.2f} to {high:.2f})" if low != high else ""
+    shown = f"{middle:.2f}{spread}" if against else amount(middle)
+    if not asked:
+        return shown
+    mark = "" if is_met(outcome, asked[0]) else bold
+    return f"{mark}{shown}{mark}, at most {asked[0].at_most:g}" if against else f"{mark}{shown}{mark}"
 
 
 def terminal(outcome: Outcome) -> str:
     """One case: its figures, and its targets."""
     case = outcome.case
     if case.not_run:
-        return f"\n{_title(case)}\n  not run: {case.not_run}"
-    lines = ["", _title(case), *_aligned(*figures(outcome))]
+        return f"\n{title(case)}\n  not run: {case.not_run}"
+    lines = ["", title(case), *_aligned(*figures(outcome))]
     for target in case.targets:
         what, measured, limit, met = target_line(outcome, target)
         lines.append(f"  {what}: {measured}, target at most {limit}: {met}")
@@ -105,19 +113,44 @@ def _aligned(columns: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:
-    """A table of the targets, if there are any, and one of all figures for each case."""
+    """A table of the targets, if there are any, one of all figures for each case, and one of the scaling."""
     ran = [outcome for outcome in outcomes if not outcome.case.not_run]
     held = [(outcome, target) for outcome in ran for target in outcome.case.targets]
-    judged = [[_title(outcome.case), *target_line(outcome, target)] for outcome, target in held]
-    lines = [table(["case", "what", "measured", "target, at most", ""], judged, right=(2, 3))] if held else []
-    lines += ["", *(f"- not run: {_title(o.case)}: {o.case.not_run}" for o in outcomes if o.case.not_run)]
+    lines = []
+    if held:
+        lines.append("In bold: a target that was missed.")
+        judged = []
+        for outcome, target in held:
+            what, measured, limit, met = target_line(outcome, target)
+            judged.append([title(outcome.case), what, measured if met == "met" else f"**{measured}**", limit, met])
+        lines += ["", table(["case", "what", "measured", "target, at most", ""], judged, right=(2, 3))]
+    lines += ["", *(f"- not run: {title(o.case)}: {o.case.not_run}" for o in outcomes if o.case.not_run)]
     for outcome in ran:
-        columns, rows = figures(outcome)
-        lines += ["", f"**{_title(outcome.case)}**", "", table(columns, rows, right=range(1, len(columns)))]
+        if outcome.case.suite != SCALING:
+            columns, rows = figures(outcome, bold="**")
+            lines += ["", f"**{title(outcome.case)}**", "", table(columns, rows, right=range(1, len(columns)))]
         columns, rows = profile_rows(outcome)
         if rows:
             lines += ["", table(columns, rows, right=range(1, len(columns)))]
+    if points := [outcome for outcome in ran if outcome.case.suite == SCALING]:
+        columns, rows = scaling_rows(points)
+        heading = f"**{SCALING}: {', '.join(dict.fromkeys(outcome.case.options['shape'] for outcome in points))}**"
+        lines += ["", heading, "", table(columns, rows, right=range(1, len(columns)))]
     return "\n".join([*lines, "", describe_machine(), ""])
+
+
+def scaling_rows(points: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: seconds and bytes of each point on both sides, and their ratios."""
+    rows = []
+    for outcome in points:
+        cells = [outcome.case.name.partition(", ")[2]]
+        for variant in (FUSED, PEFT):
+            cells += [duration(median(outcome.seconds[variant])), amount(outcome.facts[variant][ABOVE])]
+        for metric in ("time", ABOVE):
+            cells.append(_ratio_cell(outcome, metric, FUSED, PEFT, ""))
+        rows.append([*cells, f"{max(loss_differences(outcome, FUSED)):.0e}"])
+    sides = [f"{what}, {variant}" for variant in (FUSED, PEFT) for what in ("time", ABOVE)]
+    return ["step", *sides, "time / peft", f"{ABOVE} / peft", "losses differ by at most"], rows
 
 
 def profile_rows(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
@@ -158,52 +191,6 @@ def describe_machine() -> str:
     return f"{here['cpu']}{features}, {here['cores']} cores, {here['memory'] / 2**30:.0f} GiB{gpu}; {versions}."
 
 
-def plot(outcomes: Sequence[Outcome], path: Path) -> None:
-    """A bar for each variant: its time over PEFT's, with the lowest and highest round; PEFT is the line at 1."""
-    ran = [outcome for outcome in outcomes if not outcome.case.not_run]
-    bars = sum(len(outcome.case.variants) + 1 for outcome in ran)
-    figure = Figure(figsize=(9, 1.2 + 0.24 * bars), layout="constrained")
-    axes = figure.add_subplot()
-    shown = dict.fromkeys(variant for outcome in ran for variant in outcome.case.variants)
-    others = [variant for variant in (FLOOR, *shown) if variant not in COLOURS]
-    colours = COLOURS | dict(zip(dict.fromkeys(others), itertools.cycle(OTHER_COLOURS), strict=False))
-    place = 0.0
-    for outcome in ran:
-        axes.annotate(
-            _title(outcome.case).partition(": ")[2],
-            (0, place),
-            (4, 0),
-            textcoords="offset points",
-            fontsize=8,
-            va="center",
-        )
-        place += 1
-        for variant in outcome.case.variants:
-            middle, low, high = ratio(outcome, "time", variant, PEFT)
-            axes.barh(place, middle, color=colours[variant], height=0.8)
-            axes.plot((low, high), (place, place), color="#111827", linewidth=1)
-            axes.annotate(
-                f"{middle:.2f}",
-                (max(middle, high), place),
-                (4, 0),
-                textcoords="offset points",
-                fontsize=7,
-                va="center",
-            )
-            place += 1
-        place += 0.4
-    handles = [axes.barh(0, 0, color=colours[variant], label=variant) for variant in shown]
-    axes.axvline(1, color="#9aa5b1", linestyle=":")
-    axes.set(xlabel="time / PEFT's time", ylim=(place, -1))
-    # One slow round would squeeze all bars; its whisker then leaves the picture.
-    highest = max((ratio(o, "time", v, PEFT)[0] for o in ran for v in o.case.variants), default=1.0)
-    axes.set_xlim(0, min(axes.get_xlim()[1], 1.6 * max(highest, 1.0)))
-    axes.set_yticks([])
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-
-
 def to_json(outcome: Outcome) -> dict[str, Any]:
     """Everything that was measured of one case."""
     case = outcome.case
@@ -220,6 +207,11 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
             "spread": max(seconds) / min(seconds),
         }
         for variant, seconds in known["seconds"].items()
+    }
+    known["loss differences"] = {
+        variant: max(loss_differences(outcome, variant))
+        for variant in case.variants
+        if case.table == MATCHED and _has(outcome, "losses", variant) and _has(outcome, "losses", PEFT)
     }
     known["targets"] = []
     for target in case.targets:
@@ -246,6 +238,7 @@ def write(outcomes: Sequence[Outcome], path: Path) -> list[Path]:
     written = [path, notes]
     for suite in dict.fromkeys(outcome.case.suite for outcome in outcomes if not outcome.case.not_run):
         picture = path.with_name(f"{suite}.png")
-        plot([outcome for outcome in outcomes if outcome.case.suite == suite], picture)
+        draw = draw_scaling if suite == SCALING else draw_ratios
+        draw([outcome for outcome in outcomes if outcome.case.suite == suite], picture)
         written.append(picture)
     return written

@@ -32,7 +32,7 @@ def draw_lengths(data: str, count: int, longest: int, seed: int = 0) -> list[int
 
 
 def make_rows(
-    lengths: list[int], vocabulary: int, labels: int | None = None, seed: int = 0, answers: float = 1.0
+    lengths: list[int], vocabulary: int, labels: int | None = None, seed: int = 0, answers: float | None = None
 ) -> Dataset:
     """Rows of `input_ids`, and of a class in turn where `labels` says how many there are.
 
@@ -41,7 +41,8 @@ def make_rows(
         vocabulary: How many tokens there are.
         labels: How many classes.
         seed: Of the tokens.
-        answers: The share of each row's tokens, at its end, that have a label of their own.
+        answers: The share of each row's tokens, at its end, that have a label. Given, the first never has one: nothing
+            predicts it, but Transformers counts it where it divides GPT-2's loss (transformers#46204).
     """
     draw = random.Random(seed)
     rows: list[dict[str, Any]] = [
@@ -49,7 +50,7 @@ def make_rows(
     ]
     if labels is not None:
         rows = [row | {"labels": number % labels} for number, row in enumerate(rows)]
-    elif answers < 1:
-        asked = [len(row["input_ids"]) - round(answers * len(row["input_ids"])) for row in rows]
+    elif answers is not None:
+        asked = [max(1, length - round(answers * length)) for length in lengths]
         rows = [row | {"labels": [-100] * n + row["input_ids"][n:]} for n, row in zip(asked, rows, strict=True)]
     return Dataset.from_list(rows)

@@ -8,11 +8,11 @@ from transformers import Trainer, TrainerCallback
 
 
 class StepRecord(TrainerCallback):
-    """Keeps the loss of each step, and how many labels it had; both are read after the clock has stopped.
+    """Keeps the loss of each step, and how many labels were predicted; both are read after the clock has stopped.
 
     Args:
         trainer: Whose steps; its `StepTimer` comes first, and stops the clock.
-        facts: Where `losses` (nats per label) and `tokens`, the number of labels, are kept.
+        facts: Where `losses` (nats per label) and `tokens` are kept; the first token of a row is never predicted.
     """
 
     def __init__(self, trainer: Trainer, facts: dict[str, Any]) -> None:
@@ -32,4 +32,5 @@ class StepRecord(TrainerCallback):
         """The clock has stopped."""
         loss, labels = self._last
         self.losses.append(loss.item())
-        self.tokens.append(int((labels != -100).sum()))
+        predicted = labels[:, 1:] if labels.dim() > 1 else labels  # of a language model, or a class a row
+        self.tokens.append(int((predicted != -100).sum()))

@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from benchmarks import report
+from benchmarks import pictures, ratios, report, scaling
 from benchmarks.case import Case, Target
 from benchmarks.interleave import Outcome
 from benchmarks.suites import SUITES, list_cases
@@ -22,13 +22,13 @@ def make(fused: list[float]) -> Outcome:
 
 def test_times_are_divided_round_by_round() -> None:
     # The medians' quotient would be 8 / 20 = 0.4.
-    assert report.ratio(make([8.0, 6.0, 12.0]), "time", "fused", "peft") == (0.3, 0.3, 0.8)
+    assert ratios.ratio(make([8.0, 6.0, 12.0]), "time", "fused", "peft") == (0.3, 0.3, 0.8)
 
 
 @pytest.mark.parametrize(("fused", "met"), [([4.0, 8.0, 20.0], True), ([8.0, 16.0, 4.0], False)])
 def test_a_target_is_held_against_the_median_ratio(fused: list[float], met: bool) -> None:
     outcome = make(fused)
-    assert [report.is_met(outcome, target) for target in TARGETS] == [met, True, True]
+    assert [ratios.is_met(outcome, target) for target in TARGETS] == [met, True, True]
     shown = report.terminal(outcome)
     assert ("target at most 0.5: met" in shown) == met
     assert ("target at most 0.5: missed" in shown) != met
@@ -68,7 +68,7 @@ def test_size_tiny_says_so_in_every_table_and_picture_and_judges_no_target(tmp_p
         outcome = Outcome(case, {variant: [1.0, 2.0] for variant in case.variants}, facts)
         picture = tmp_path / "picture.svg"
         with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
-            report.plot([outcome], picture)
+            pictures.draw_ratios([outcome], picture)
         for shown in (report.terminal(outcome), report.markdown([outcome]), picture.read_text()):
             assert "tiny, in place of " in shown, case.name
             assert "target" not in shown, case.name

@@ -34,3 +34,9 @@ def test_rows_have_the_asked_lengths_and_classes() -> None:
     assert rows["labels"] == [0, 1, 0]
     assert all(2 <= token < 100 for row in rows["input_ids"] for token in row)
     assert make_rows([3], 100).column_names == ["input_ids"]
+
+
+def test_the_asked_share_at_the_end_of_each_row_has_a_label_and_the_first_token_never_has() -> None:
+    for share, expected in ((1.0, 9), (0.4, 4), (0.1, 1)):
+        (row,) = make_rows([10], 100, answers=share)
+        assert row["labels"] == [-100] * (10 - expected) + row["input_ids"][10 - expected :]
