@@ -281,6 +281,7 @@ def run_variant(variant: str, options: dict[str, Any], timer: Timer) -> None:
     rows = make_rows(row_lengths(options), plan.config.vocab_size, answers=options.get("answers"))
     folder = options.get("folder")
     base = stored_base(plan, folder) if folder else random_base(plan)
+    seed_everything(0)  # the same A, wherever the base is from
     trainer = make_trainer(base, plan, options["backend"], rows, [StepTimer(timer, "step")])
     if options.get("one_line"):
         fuse(trainer)

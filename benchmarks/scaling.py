@@ -24,9 +24,10 @@ def cases(size: str, device: str) -> list[Case]:
     points = [base] + [base | {axis: value} for axis, (_, values) in AXES.items() for value in values[1:]]
     training = {"gradient_checkpointing": False, "bf16": device == "cuda"}
     variants = {form: {"backend": form, "training": training, "base_dropout": 0.0} for form in (FUSED, PEFT)}
+    shape = SHAPE if size == "full" else f"tiny, in place of {SHAPE}"
     found = []
     for point in points:
-        options: dict[str, Any] = {"model": "gpt2", "size": size, "point": point, "shape": SHAPE} | point
+        options: dict[str, Any] = {"model": "gpt2", "size": size, "point": point, "shape": shape} | point
         if size == "tiny":
             options["length"] = int(point["length"]) // 16
         tokens = point["length"] * point["batch"]
