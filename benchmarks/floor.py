@@ -88,7 +88,9 @@ def run_floor(plan: Plan, steps: Sequence[Sequence[int]], timer: Timer) -> NoRet
     run = products(plan.config, sum(steps[0]), dtype, timer.device)
     timer.facts |= {"products in": str(dtype).removeprefix("torch."), "FLOPs": [], "FLOP/s": []}
     timer.ready()
-    for documents in itertools.cycle(steps):  # an epoch after the other
+    epochs = itertools.cycle(steps)
+    while True:  # until the parent asks for no more
+        documents = next(epochs)
         timer.begin()
         rates = [_rate(product, timer) for _ in range(TRIES) for product in run]
         flops = count_step(plan.config, plan.lora.r, documents)

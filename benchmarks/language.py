@@ -81,7 +81,7 @@ def cases(suite: str, size: str, device: str) -> list[Case]:
     matched: dict[str, dict[str, Any]] = {
         form: {"backend": form, "training": lean, "base_dropout": 0.0} for form in (FUSED, PEFT)
     }
-    floor = {FLOOR: {"backend": FLOOR, "training": lean}}
+    floor: dict[str, dict[str, Any]] = {FLOOR: {"backend": FLOOR, "training": lean}}
     if suite == "smollm2":
         options |= {"r": 16, "packed": False, "batch": 4, "count": 64, "drawn": True}
         nf4 = Target("time", PEFT, 0.60), Target("peak above weights", PEFT, 0.7)
@@ -95,7 +95,7 @@ def cases(suite: str, size: str, device: str) -> list[Case]:
         matched[ONE_LINE] = matched[PEFT] | {"one_line": True}
         targets.append(Target("time", FUSED, 1.03, ONE_LINE))
     stored = "float32" if suite == "gpt2" else "bfloat16"  # on the Hub
-    auto = {"backend": FUSED, "training": lean}
+    auto: dict[str, Any] = {"backend": FUSED, "training": lean}
     if has_bf16(device):
         auto = {"backend": FUSED, "training": lean | {"bf16": True}, "dtype": stored}
         floor_shipped = {FLOOR: floor[FLOOR] | {"dtype": "bfloat16"}}

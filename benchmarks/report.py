@@ -82,7 +82,7 @@ def _ratio_cell(outcome: Outcome, metric: str, variant: str, against: str, bold:
     """A ratio, with its spread if it has one, and its target if there is one; empty where it says nothing."""
     told = metric == "time" or all(_has(outcome, metric, each) for each in (variant, against) if each)
     asked = [t for t in outcome.case.targets if (t.metric, t.variant, t.against) == (metric, variant, against)]
-    if not told or (not against and not asked):
+    if not told or (against not in (PEFT, FLOOR) and not asked):
         return ""
     middle, low, high = ratio(outcome, metric, variant, against)
     spread = f" ({low:.2f} to {high:.2f})" if low != high else ""
