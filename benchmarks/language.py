@@ -33,6 +33,7 @@ from plainlora.fast.fuse import fuse
 from plainlora.parity.case import seed_everything
 from plainlora.parity.tiny import byte_tokenizer, random_model
 from plainlora.resources.plan import Plan
+from plainlora.settings.device import computes_in_bf16
 from plainlora.training.trainers import AdapterTrainer, adapter_precision_kept, args_for_sft
 
 SPECIAL: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
@@ -67,8 +68,7 @@ FROZEN = "frozen base"
 
 def has_bf16(device: str) -> bool:
     """Whether the device has units for bf16, so that `--precision auto` computes in it."""
-    capabilities = torch.cpu.get_capabilities()
-    return device == "cuda" or any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+    return device == "cuda" or computes_in_bf16()
 
 
 def cases(suite: str, size: str, device: str) -> list[Case]:
