@@ -248,3 +248,25 @@ def test_a_chunk_is_128_tokens_on_a_cpu_and_counted_in_bytes_on_a_gpu() -> None:
     for words, tokens in sizes.items():
         assert tokens == 1024 or tokens * words * 4 <= loss.LOGITS_ON_CUDA
         assert chunk_size("cpu", words) == CHUNK == 128
+
+
+class _TensorsOf(TorchDispatchMode):
+    """Keeps every result of one shape."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape, self.found = shape, list[torch.Tensor]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.shape == self.shape:
+            self.found.append(result)
+        return result
+
+
+@pytest.mark.parametrize(("dtype", "tensors"), [(torch.float32, 1), (torch.bfloat16, 2)])
+def test_all_chunks_share_one_tensor_of_logits_in_each_dtype(dtype: torch.dtype, tensors: int) -> None:
+    hidden, weight = torch.randn(3 * CHUNK, 8, dtype=dtype, requires_grad=True), torch.randn(50, 8, dtype=dtype)
+    with _TensorsOf((CHUNK, 50)) as seen:
+        TokenLogProbs.apply(hidden, torch.arange(3 * CHUNK) % 50, weight, None, None)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in seen.found}) == tensors
