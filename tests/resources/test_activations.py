@@ -133,17 +133,21 @@ def test_mixed_precision_is_counted_as_it_runs() -> None:
 
 
 def test_attention_with_dropout_keeps_its_scores_and_without_it_does_not() -> None:
-    scores = 2 * 2 * (4 * LENGTH) ** 2 * 4  # layers, heads, fp32
-    short, long = (count(make_config("llama"), 1, length=length) for length in (LENGTH, 4 * LENGTH))
-    assert long < 4.1 * short
-    assert count(make_config("llama", 0.1), 1, length=4 * LENGTH) > long + scores
+    scores = 2 * 2 * (4 * LENGTH) ** 2  # layers, heads
+    for backend, fewest, most in (("reference", 4, 20), ("fused", 1, 3)):  # bytes of each
+        short, long = (count(make_config("llama"), 1, backend, length=length) for length in (LENGTH, 4 * LENGTH))
+        assert long < 4.1 * short
+        kept = count(make_config("llama", 0.1), 1, backend, length=4 * LENGTH) - long
+        assert fewest * scores < kept < most * scores
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_checkpointed_step_is_counted_as_it_runs(kind: str) -> None:
     config = make_config(kind, 0.1)
     again = count_peak_bytes(a_step(config, 3), checkpointing=True)
-    assert again == pytest.approx(allocate(config, 3, checkpointing=True), rel=0.03)
+    # The backward pass of attention with dropout holds one tensor of a query's size that is not counted.
+    query = 3 * LENGTH * 64 * 4
+    assert again + query == pytest.approx(allocate(config, 3, checkpointing=True), rel=0.03)
     assert again < 0.8 * count(config, 3)
 
 
@@ -197,13 +201,19 @@ def test_a_count_that_goes_through_the_tokens_one_by_one_is_given_up(monkeypatch
 @pytest.mark.parametrize("backend", ["fused", "peft"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_a_step_on_a_gpu_is_counted(kind: str, backend: str, autocast: torch.dtype | None) -> None:
-    """With dropout in the base and in the adapter. A CPU's kernels differ, but not in what they keep."""
+    """With dropout in the base and in the adapter. A CPU's kernels differ, but not in what they keep.
+
+    Except for fused attention with dropout, which is for a CPU alone.
+    """
     lora = copy.deepcopy(LORA)
     lora.lora_dropout = 0.1
-    step = replace(
-        a_step(make_config(kind, 0.1), 3, backend, autocast=autocast),
-        prepare=lambda base: attach_adapter(base, copy.deepcopy(lora), BACKENDS[backend]),
-    )
+
+    def prepare(base: PreTrainedModel) -> torch.nn.Module:
+        model = attach_adapter(base, copy.deepcopy(lora), BACKENDS[backend])
+        base.set_attn_implementation("sdpa")
+        return model
+
+    step = replace(a_step(make_config(kind, 0.1), 3, backend, autocast=autocast), prepare=prepare)
     with fake_gpu() as device:
         whole, again = (count_peak_bytes(replace(step, device=device), checkpointing=each) for each in (False, True))
     assert again < whole == pytest.approx(count_peak_bytes(step), rel=0.3)
@@ -218,8 +228,8 @@ def test_the_head_on_a_gpu_is_counted_by_the_chunk_that_it_takes_there(autocast:
         with fake_gpu() as device:
             step = replace(a_step(config, 1, length=length, autocast=autocast), device=device)
             head, whole = count_head_bytes(step), count_peak_bytes(step)
-        # Beside them what is multiplied, in half precision, or the entropy's products.
-        assert head == pytest.approx((1.5 if autocast else 1.25) * logits, rel=0.1)
+        # Beside them what is multiplied, in half precision, and the entropy's products.
+        assert head == pytest.approx((1.85 if autocast else 1.25) * logits, rel=0.1)
         assert head < whole
 
 

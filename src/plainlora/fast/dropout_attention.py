@@ -48,8 +48,8 @@ class _Blocks:
         (_, heads, queries, _), keys = query.shape, key.shape[2]
         self.heads = min(heads, max(1, BLOCK // (queries * keys)))
         self.queries = min(queries, max(1, BLOCK // (self.heads * keys)))
-        self.buffers = query.new_empty(buffers, self.heads * self.queries * keys)
         self.bias = None if mask is None else query.new_zeros(mask.shape).masked_fill_(~mask, -math.inf)
+        self.buffers = query.new_empty(buffers, self.heads * self.queries * keys)
 
     def __iter__(self) -> Iterator[tuple[At, At, list[torch.Tensor]]]:
         """Where a block's queries are, where the keys are that one of them sees, and memory for such blocks."""
