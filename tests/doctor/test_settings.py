@@ -12,6 +12,7 @@ from plainlora.errors import UserError
 from plainlora.settings.programs import CLASSIFY, SFT, Program, find_program
 from plainlora.settings.renames import RENAMES
 from tests.conftest import ROOT
+from tests.gpu_host import cpu_host
 
 BASE = "model_name_or_path: m\ndataset_name: d\noutput_dir: out\n"
 NAMES = {
@@ -28,7 +29,8 @@ def read(text: str, *flags: str, program: Program = SFT) -> tuple[dict[str, Any]
     """Every setting, the message of every error, and where each setting came from."""
     Path("recipe.yaml").write_text(BASE + text, encoding="utf-8")
     examination = Examination()
-    settings = read_settings(program, "recipe.yaml", flags, examination)
+    with cpu_host(bf16=False):
+        settings = read_settings(program, "recipe.yaml", flags, examination)
     values = {name: value for part in settings.parts for name, value in vars(part).items()}
     return values, [finding.message for finding in examination.at("error")], settings.origins
 

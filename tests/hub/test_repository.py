@@ -325,7 +325,7 @@ def test_u18_a_recipe_pushes_what_it_wrote_and_its_token_stays_out_of_every_file
     assert card.data.base_model == BASE
     assert f"A LoRA adapter for `{BASE}`" in card.text
     assert "\n| rows trained on | 32 of 32 read |\n" in card.text
-    assert "\n| exact_match_rows | 3 |\n" in card.text
+    assert "\n| exact_match_rows |  | 3 |\n" in card.text
 
     terminal.run("download", "ann/my-run", tmp_path / "again")
     assert torch.equal(logits(tmp_path / "again"), logits(output))

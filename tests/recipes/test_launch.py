@@ -32,7 +32,7 @@ def launch(processes: int, batch_size: int, output: Path, model: Path, rows: Pat
         *("--per_device_train_batch_size", str(batch_size), "--gradient_accumulation_steps", "1"),
         *("--per_device_eval_batch_size", str(batch_size)),
         *("--learning_rate", "5e-3", "--report_to", "none", "--logging_steps", "1", "--exact_match_rows", "2"),
-        *("--max_new_tokens", "2", "--merge"),
+        *("--max_new_tokens", "2", "--merge", "--precision", "fp32"),
     ]
     launcher = subprocess.Popen(
         command, cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
