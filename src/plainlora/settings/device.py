@@ -23,7 +23,7 @@ def computes_in_bf16() -> bool:
 
     Others convert to float32 and back, in more time than float32 takes. PyTorch before 2.13 does not say.
     """
-    found = getattr(torch.cpu, "get_capabilities", dict)()
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 
 
@@ -91,7 +91,8 @@ def _in_bfloat16(
     parsed: Namespace, given: Collection[str], typed: Collection[str], why: str
 ) -> dict[str, tuple[Any, str]]:
     """Mixed precision: the base as it is stored, its products in bfloat16, everything else in float32."""
-    changes = {name: (value, why) for name, value in (("bf16", True), ("fp16", False)) if name not in typed}
+    changes: dict[str, tuple[Any, str]] = {}
+    changes |= {name: (value, why) for name, value in (("bf16", True), ("fp16", False)) if name not in typed}
     if "dtype" not in given or (parsed.dtype == "float16" and "dtype" not in typed):
         changes["dtype"] = _dtype_of_base(parsed, "bfloat16")
     return changes
