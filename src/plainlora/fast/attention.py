@@ -34,9 +34,9 @@ NAME = "plainlora"  # in `config._attn_implementation`
 FLOAT32_BELOW = 512
 
 
-def _is_boundaries(mask: torch.Tensor | None) -> bool:
+def _is_boundaries(mask: torch.Tensor) -> bool:
     """Whether a mask is the cumulative lengths of documents, `(1, 1, 1, documents + 1)`."""
-    return mask is not None and mask.dtype == torch.int32
+    return mask.dtype == torch.int32
 
 
 def _mask_of(boundaries: torch.Tensor, window: int | None, device: torch.device) -> torch.Tensor:
@@ -51,7 +51,7 @@ def _mask_of(boundaries: torch.Tensor, window: int | None, device: torch.device)
     return allowed[None, None]
 
 
-def _by_length(
+def _by_document(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, **options: Any
 ) -> torch.Tensor:
     """`(1, heads, L, d) -> (1, L, heads, d)` by one call of SDPA for each document."""
@@ -136,7 +136,7 @@ def attention(
         if is_plain and not dropout and not is_windowed:
             if query.device.type == "cuda" and query.dtype.itemsize == 2:
                 return _by_kernel(query, key, value, attention_mask, scaling), None
-            return _by_length(query, key, value, attention_mask, scale=scaling), None
+            return _by_document(query, key, value, attention_mask, scale=scaling), None
         attention_mask = _mask_of(attention_mask, sliding_window, query.device)
     is_for_all_heads = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
     if dropout and is_plain and is_for_all_heads and query.device.type == "cpu":
