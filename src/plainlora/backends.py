@@ -232,11 +232,15 @@ def attach_adapter(
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """`(trainable, total)`; a 4-bit weight counts as the number of its values, not of its packed bytes."""
+    """`(trainable, total)`; a 4-bit weight counts as the number of its values, not of its packed bytes.
+
+    A ZeRO-3 parameter is empty outside its module's passes, and names its size.
+    """
     trainable = total = 0
     for parameter in model.parameters():
         shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
-        values = parameter.numel() if shape is None else int(torch.Size(shape).numel())
+        whole = getattr(parameter, "ds_numel", parameter.numel())
+        values = whole if shape is None else int(torch.Size(shape).numel())
         total += values
         trainable += values if parameter.requires_grad else 0
     return trainable, total

@@ -82,9 +82,11 @@ class Evaluator:
         return found
 
     def _answer(self, model: nn.Module, prompts: list[str], description: str | None = None) -> list[str]:
-        """The answers, of which each process generates its share."""
+        """The answers, of which each process generates its share; with a sharded base, all of them together."""
         accelerator = self.trainer.accelerator
         shown = description if accelerator.is_main_process else None
+        if self.trainer.engine.shards_base:
+            return generate(model, self.tokenizer, prompts, self.max_new_tokens, description=shown)
         with accelerator.split_between_processes(prompts) as mine:
             return list(gather_object(generate(model, self.tokenizer, mine, self.max_new_tokens, description=shown)))
 

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 from plainlora.errors import UserError, first_line
 from plainlora.folders import check_disk, move_in, put_in_place
 from plainlora.run.folder import UNFINISHED, list_checkpoints, remove_checkpoint
+from plainlora.training.engines.engine import count_of
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_TEXTS = (
@@ -37,7 +38,7 @@ def saved_bytes(model: nn.Module, whole: bool) -> int:
         model: The trained model.
         whole: Whether all weights are saved, or the trained ones alone.
     """
-    return sum(each.nbytes for each in model.parameters() if each.requires_grad or whole)
+    return sum(count_of(each) * each.itemsize for each in model.parameters() if each.requires_grad or whole)
 
 
 def checkpoint_bytes(model: nn.Module, whole: bool) -> int:

@@ -130,12 +130,16 @@ class _TrainerOverrides(Watched, AtomicSaves, RowsInOrder):
         else:
             self.control.should_training_stop = True
 
+    def load_adapter(self, checkpoint: str) -> None:
+        """Loads a checkpoint's adapter into the model, whose trained weights are whole."""
+        cast(Backend, self.backend).reload(self.adapted, checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Loads the adapter. Trainer itself would look for a whole model, because this is not a PeftModel."""
-        if self.backend is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.backend is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            self.backend.reload(self.adapted if model is None else model, resume_from_checkpoint)
+            self.load_whole(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As Trainer's; an optimizer state of other weights is reported in one line."""
@@ -168,18 +172,18 @@ class _TrainerOverrides(Watched, AtomicSaves, RowsInOrder):
         """Loads the adapter for `load_best_model_at_end`; see `_load_from_checkpoint`."""
         if self.state.best_global_step != self.state.global_step:
             self._evaluated = None, None
-        if self.backend is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.backend is None:
             super()._load_best_model()
         else:
-            self.backend.reload(self.adapted, str(self.state.best_model_checkpoint))
+            self.load_whole(str(self.state.best_model_checkpoint))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves, unless a trained weight is not finite or, at the end, an adapter has no effect."""
-        if not self._is_sharded():
+        with self.engine.whole(self.engine.trained):
             check_values(self.adapted)
             if output_dir is None:
                 check_effect(self.adapted, self.state.global_step)
-        super().save_model(output_dir, _internal_call)
+            super().save_model(output_dir, _internal_call)
 
 
 class AdapterTrainer(_TrainerOverrides, PredictedTokensCounted, TokenEvaluation):
@@ -189,7 +193,7 @@ class AdapterTrainer(_TrainerOverrides, PredictedTokensCounted, TokenEvaluation)
         self._rows, self._examined = kwargs["train_dataset"], False
         super().__init__(model, backend, *args, **kwargs)
         self._choice = use_own_loss(self, one_pass=backend.fast)
-        if not self._is_sharded():  # a sharded model can compute only after Trainer has wrapped it
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # these compute only after Trainer has wrapped it
             self._examine_base(model)
 
     def _examine_base(self, model: nn.Module) -> None:

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn, cast
 
 import numpy as np
@@ -31,6 +32,8 @@ from plainlora.lora.errors import some
 from plainlora.lora.numerics import is_finite
 from plainlora.lora.storage.tensors import inner_tensors
 from plainlora.run.checkpoints import newest_checkpoint
+from plainlora.training.engines import OnEngine
+from plainlora.training.engines.engine import shard_of
 
 OF_ALL_STEPS = ("train_loss", "train_samples_per_second", "train_steps_per_second")  # Trainer's names
 SAMPLED = 64  # values of each frozen weight that are compared
@@ -63,25 +66,49 @@ def _are_zero(tensors: Sequence[torch.Tensor]) -> list[bool]:
     return [norm == 0 for norm in torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()]
 
 
-def check_gradients(model: nn.Module) -> None:
-    """Checks before the first optimizer step that every adapter has a gradient.
+class AdapterGradients:
+    """Whether every adapter gets a gradient in the first step, seen where autograd computes it.
 
-    B is 0 then, so the gradient of A is 0 and that of B must not be.
+    B is 0 then, so the gradient of A is 0 and that of B must not be. An engine that shards gradients leaves none to
+    look at after the backward pass.
 
-    Raises:
-        UserError: An adapter would not be trained; the error names its layer.
+    Args:
+        model: The model before training.
     """
-    layers = lora_matrices(model)
-    without = [name for name, layer in layers.items() if layer.lora_A.grad is None and layer.lora_B.grad is None]
-    rest = {name: layer for name, layer in layers.items() if name not in set(without)}
-    sides = [side.grad for layer in rest.values() for side in (layer.lora_A, layer.lora_B)]
-    zero = _are_zero([torch.zeros(1) if gradient is None else gradient for gradient in sides])
-    without += [name for at, name in enumerate(rest) if zero[2 * at] and zero[2 * at + 1]]
-    if without:
-        raise UserError(
-            f"{len(without)} of {len(layers)} adapters got no gradient in the first step ({some(without)}), so they "
-            "would not be trained: the loss does not depend on them; leave them out with lora_exclude_modules"
-        )
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = lora_matrices(model)
+        self._largest: dict[int, torch.Tensor] = {}  # absolute value of each weight's gradient
+        sides = [side for layer in self._layers.values() for side in (layer.lora_A, layer.lora_B)]
+        self._hooks = [side.register_hook(partial(self._note, id(side))) for side in sides if side.requires_grad]
+
+    def _note(self, side: int, gradient: torch.Tensor) -> None:
+        largest = gradient.detach().abs().max().float()
+        self._largest[side] = torch.maximum(largest, self._largest.get(side, largest))
+
+    def check(self, of_all_processes: Callable[..., list[list[float]]]) -> None:
+        """Raises `UserError` if an adapter would not be trained; the error names its layer.
+
+        Args:
+            of_all_processes: Given numbers, returns those of every process.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        nothing = torch.zeros(())
+        here = [
+            torch.maximum(*(self._largest.get(id(side), nothing).to("cpu") for side in (layer.lora_A, layer.lora_B)))
+            for layer in self._layers.values()
+        ]
+        if not here:
+            return
+        found = [max(column) for column in zip(*of_all_processes(*here), strict=True)]
+        without = [name for name, largest in zip(self._layers, found, strict=True) if largest == 0]
+        if without:
+            raise UserError(
+                f"{len(without)} of {len(self._layers)} adapters got no gradient in the first step ({some(without)}), "
+                "so they would not be trained: the loss does not depend on them; leave them out with "
+                "lora_exclude_modules"
+            )
 
 
 def check_effect(model: nn.Module, steps: int) -> None:
@@ -121,7 +148,7 @@ def check_values(model: nn.Module) -> None:
 
 
 class FrozenWeights:
-    """Digests of some values of every frozen weight, to check later that it has not changed.
+    """Digests of some values of every frozen weight, or of this process's part, to check later that none has changed.
 
     Args:
         model: The model before training.
@@ -135,9 +162,9 @@ class FrozenWeights:
     def _digests(model: nn.Module) -> dict[str, str]:
         digests = {}
         for name, parameter in model.named_parameters():
-            if not parameter.requires_grad and parameter.numel():
+            if not parameter.requires_grad and shard_of(parameter).numel():
                 digest = hashlib.sha256()
-                for values in inner_tensors(parameter):
+                for values in inner_tensors(shard_of(parameter)):
                     flat = values.flatten()
                     sample = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].contiguous().cpu()
                     digest.update(sample.view(torch.uint8).numpy().tobytes())
@@ -267,7 +294,7 @@ class _AfterStep(TrainerCallback):
             control.should_save = control.should_evaluate = control.should_log = False
 
 
-class Watched(Trainer):
+class Watched(OnEngine):
     """Trainer that stops with an error as soon as training goes wrong, and after a checkpoint on a signal.
 
     Reading a number from a GPU makes the host wait for it. So the losses of a step, its gradient norm and the signals
@@ -290,14 +317,10 @@ class Watched(Trainer):
         self._batches: list[dict[str, np.ndarray]] = []  # since the last optimizer step
         self._batch_losses: list[torch.Tensor] = []  # of these batches
         self._frozen: FrozenWeights | None = None
+        self._gradients: AdapterGradients | None = None  # of the first step
         self._steps = 0  # of this process
-        self._gradients_checked = False
         self.add_callback(self.seen)
         self.add_callback(_AfterStep(self))
-
-    def _is_sharded(self) -> bool:
-        """Whether a process holds only a part of each weight, so that it cannot check the whole."""
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains.
@@ -306,8 +329,7 @@ class Watched(Trainer):
             UserError: A check failed.
             Stopped: SIGTERM or Ctrl-C was received; a checkpoint of the current step was saved.
         """
-        self._frozen = None if self._is_sharded() else FrozenWeights(self.adapted)
-        self._steps, self._gradients_checked = 0, False
+        self._frozen, self._gradients, self._steps = None, AdapterGradients(self.adapted), 0
         self._batches, self._batch_losses = [], []
         with self._request.listening():
             outcome = super().train(*args, **kwargs)
@@ -341,6 +363,9 @@ class Watched(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Trains on one batch. Its loss is checked before the optimizer's step, in `_get_grad_norm`."""
+        if self._frozen is None:  # only now has an engine sharded them
+            self.engine.reshard(self.adapted)
+            self._frozen = FrozenWeights(self.adapted)
         rows = inputs.pop(ROWS, None) or rows_on_host(inputs)
         self.seen.add(rows["input_ids"])
         loss = super().training_step(model, inputs, *args, **kwargs)
@@ -379,16 +404,16 @@ class Watched(Trainer):
         # Under fp16 an overflow is no fault: the scaler skips the step and lowers its scale.
         if faults and self.accelerator.scaler is None:
             self._stop(f"the gradient norm of step {self.state.global_step + 1} is {faults[0]}", self._batches)
-        # Clipping by a norm that is not finite sets finite gradients to 0, so they cannot be checked.
-        if not faults and not self._gradients_checked and not self._is_sharded():
-            check_gradients(self.adapted)
-            self._gradients_checked = True
+        if not faults and self._gradients is not None:
+            self._gradients.check(self._of_all_processes)
+            self._gradients = None
         self._batches, self._batch_losses = [], []
         return norm
 
     def after_step(self, control: TrainerControl) -> None:
         """Checks the frozen weights after the first step, and ends training if a signal was received."""
         if self._steps == 0 and self._frozen is not None:
+            self.engine.reshard(self.adapted)
             self._frozen.check(self.adapted)
         self._steps += 1
         if control.should_training_stop and not self.stopping:  # the last step, after which signals are not exchanged

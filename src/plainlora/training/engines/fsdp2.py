@@ -1,0 +1,106 @@
+"""FSDP2 (`torch.distributed.fsdp.fully_shard`): the base is sharded, the adapter is in every process.
+
+A base weight is frozen: it is gathered for a block's forward and backward pass, and has no gradient to reduce. The
+adapter is a few megabytes. Sharded, each of its matrices would be gathered and its gradient scattered for every
+block; in every process it costs one reduction a step, and it is saved, checked and resumed like that of one process.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from plainlora.errors import UserError
+from plainlora.training.engines.engine import Engine
+
+
+def is_asked_for(args: Any) -> bool:
+    """Whether the launcher or the arguments ask for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or bool(args.fsdp)
+
+
+@contextmanager
+def engaged_on_a_cpu(args: Any) -> Iterator[None]:
+    """Makes Accelerate shard in processes on a CPU too: it enters its FSDP branch only for GPUs and their kind.
+
+    https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/state.py (`AcceleratorState.__init__`)
+    """
+    state = PartialState._shared_state
+    if not is_asked_for(args) or state.get("distributed_type") != DistributedType.MULTI_CPU:
+        yield
+        return
+    state["distributed_type"] = DistributedType.MULTI_GPU
+    try:
+        yield
+    finally:
+        state["distributed_type"] = DistributedType.MULTI_CPU
+
+
+class FSDP2(Engine):
+    """The base's weights are sharded over processes, the trained weights are whole in every process.
+
+    Raises:
+        UserError: The FSDP settings are ones that this does not cover.
+    """
+
+    name = "FSDP2"
+    shards_base = True
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(trainer)
+        plugin = trainer.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise UserError("FSDP version 1 is not supported; set fsdp_version: 2 in the accelerate config")
+        if plugin.cpu_ram_efficient_loading:
+            raise UserError(
+                "fsdp_cpu_ram_efficient_loading loses adapters that are not sharded; set it to false in the "
+                "accelerate config: every process then reads the base's checkpoint"
+            )
+
+    def before_wrapping(self, model: nn.Module) -> None:
+        """Keeps the trained weights out of the sharding, the same in every process.
+
+        Raises:
+            UserError: A layer has trained and frozen weights, as with `lora_bias`.
+        """
+        device = self.trainer.args.device
+        owners = []
+        for name, module in model.named_modules():
+            own = list(module.parameters(recurse=False))
+            if any(parameter.requires_grad for parameter in own):
+                if not all(parameter.requires_grad for parameter in own):
+                    raise UserError(
+                        f"FSDP2 cannot train the bias of {name} while its weight is frozen; leave bias out"
+                    )
+                owners.append(module.to(device))
+        for parameter in (each for module in owners for each in module.parameters(recurse=False)):
+            dist.broadcast(parameter.data, 0)
+        self.trainer.accelerator.state.fsdp_plugin.ignored_modules = owners
+
+    def reshard(self, model: nn.Module) -> None:
+        """Frees what a forward pass without a backward pass has left gathered."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    @torch.no_grad()
+    def average_gradients(self) -> None:
+        """One reduction for each dtype; a gradient that this process lacks counts as zeros."""
+        for parameter in self.trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
+        for dtype in sorted({gradient.dtype for gradient in gradients}, key=str):
+            alike = [gradient for gradient in gradients if gradient.dtype == dtype]
+            flat = torch.cat([gradient.flatten() for gradient in alike])
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+            parts = flat.split([gradient.numel() for gradient in alike])
+            torch._foreach_copy_(alike, [part.view_as(into) for part, into in zip(parts, alike, strict=True)])
