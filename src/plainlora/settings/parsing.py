@@ -375,11 +375,11 @@ def _current_name(name: str) -> str:
 
 
 def forget_deepspeed() -> None:
-    """Unregisters the DeepSpeed config of refused arguments.
+    """Unregisters the DeepSpeed config, of refused arguments or of a run that has ended.
 
     Transformers registers a DeepSpeed config before it reads it. If the arguments are then refused, the incomplete
     config stays registered while anything refers to it, such as the traceback, and every model made meanwhile fails
-    with an AttributeError:
+    with an AttributeError. After a run under ZeRO-3, every model would be loaded in parts, by all processes together:
     https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/deepspeed.py
     """
     unset_hf_deepspeed_config()

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Trainer
 
 from plainlora.errors import UserError
+from plainlora.settings.parsing import forget_deepspeed
 from plainlora.training.engines import fsdp2
 from plainlora.training.engines.engine import Engine
 from plainlora.training.engines.fsdp2 import FSDP2
@@ -40,6 +41,11 @@ class OnEngine(Trainer):
             raise UserError("DeepSpeed was asked for, and Accelerate does not use it here: set use_cpu to false")
         kind = ZeRO if self.is_deepspeed_enabled else FSDP2 if self.is_fsdp_enabled else Engine
         self.engine = kind(self)
+
+    def end(self) -> None:
+        """As Trainer's; afterwards a base is loaded whole, and not in DeepSpeed's parts."""
+        super().end()
+        forget_deepspeed()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As Trainer's, without a group that has no weights, as of weights without decay: DeepSpeed leaves it out."""
