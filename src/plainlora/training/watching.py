@@ -33,6 +33,7 @@ from plainlora.lora.storage.tensors import inner_tensors
 from plainlora.run.checkpoints import newest_checkpoint
 from plainlora.training.engines import OnEngine
 from plainlora.training.engines.engine import shard_of
+from plainlora.training.engines.lost import is_of_another_process, lost_process
 
 OF_ALL_STEPS = ("train_loss", "train_samples_per_second", "train_steps_per_second")  # Trainer's names
 SAMPLED = 64  # values of each frozen weight that are compared
@@ -325,13 +326,19 @@ class Watched(OnEngine):
         """Trains.
 
         Raises:
-            UserError: A check failed.
+            UserError: A check failed, or another process is gone.
             Stopped: SIGTERM or Ctrl-C was received; a checkpoint of the current step was saved.
         """
         self._frozen, self._gradients, self._steps = None, AdapterGradients(self.adapted), 0
         self._batches, self._batch_losses = [], []
-        with self._request.listening():
-            outcome = super().train(*args, **kwargs)
+        try:
+            with self._request.listening():
+                outcome = super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if self.accelerator.num_processes == 1 or not is_of_another_process(error):
+                raise
+            output = str(self.args.output_dir)
+            raise lost_process(error, newest_checkpoint(output), output) from error
         if self._steps < self.state.global_step:  # resumed: Trainer would divide by the steps of all parts
             for name in OF_ALL_STEPS:
                 outcome.metrics.pop(name, None)

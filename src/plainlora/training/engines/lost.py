@@ -1,0 +1,36 @@
+"""What a process says when another one of the same run is gone."""
+
+import torch.distributed as dist
+
+from plainlora.errors import UserError, first_line
+
+GLOO = (
+    *("Connection closed by peer", "Connection reset by peer", "Connection refused"),
+    *("Broken pipe", "Timed out waiting"),
+)
+
+
+def is_of_another_process(error: BaseException) -> bool:
+    """Whether an error says that another process does not answer. Gloo raises it as a RuntimeError with its text."""
+    return isinstance(error, dist.DistError) or any(text in str(error) for text in GLOO)
+
+
+def lost_process(error: BaseException, kept: object, output_dir: object) -> UserError:
+    """The error for the person who started the run.
+
+    Args:
+        error: The error of the communication.
+        kept: The newest checkpoint, if there is one.
+        output_dir: The run's folder.
+    """
+    rank, count = dist.get_rank(), dist.get_world_size()
+    way = (
+        f"{kept} is kept; resume with the same command and --resume_from_checkpoint true"
+        if kept
+        else f"{output_dir} holds no checkpoint yet; give the same command again"
+    )
+    said = next((text for text in GLOO if text in str(error)), first_line(error)[:120])
+    return UserError(
+        f"process {rank} of {count}: another process is gone ({said}), so training stopped; {way}; the launcher's "
+        "report names the process that failed first"
+    )
