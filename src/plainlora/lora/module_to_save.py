@@ -7,13 +7,27 @@ import torch
 from torch import nn
 
 
+def _copy_of(module: nn.Module) -> nn.Module:
+    """A deep copy. Under DeepSpeed ZeRO-3 a weight is empty until it is gathered, as PEFT does for its copy too.
+
+    https://github.com/huggingface/peft/blob/v0.21.0/src/peft/utils/other.py (`ModulesToSaveWrapper`)
+    """
+    parameters = list(module.parameters())
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return copy.deepcopy(module)
+    import deepspeed  # noqa: PLC0415  an extra
+
+    with deepspeed.zero.GatheredParameters(parameters):
+        return copy.deepcopy(module)
+
+
 class ModuleToSave(nn.Module):
     """A frozen module and a trained copy of it, which is called in its place."""
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self.original_module = original
-        self.trained_module = copy.deepcopy(original).requires_grad_(True)
+        self.trained_module = _copy_of(original).requires_grad_(True)
         self.enabled = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -173,14 +173,31 @@ def common_faults(
         }
     )
     yield from _misplaced(recipe, script, model)
-    if training.fsdp and training.world_size == 1:
-        yield "fsdp is for several processes, and this is one: start them with accelerate launch, or leave it out"
+    yield from _fsdp_faults(training)
     if training.save_strategy == "best" and not training.metric_for_best_model:
         yield "save_strategy best needs metric_for_best_model: give one, such as loss"
     yield from _clashing_precisions(recipe, training, model)
     yield from _fault_of(check_writable, training.output_dir)
     for tracker in [training.report_to] if isinstance(training.report_to, str) else training.report_to or []:
         yield from _fault_of(check_tracker, tracker)
+
+
+def _fsdp_faults(training: TrainingArguments) -> Iterator[str]:
+    """What of FSDP is not supported; an accelerate config asks for it by environment variables."""
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if not launched and not training.fsdp:
+        return
+    if training.world_size == 1:
+        yield "fsdp is for several processes, and this is one: start them with accelerate launch, or leave it out"
+    given: dict[str, Any] = getattr(training, "fsdp_plugin_args", None) or {}
+    if str(given.get("fsdp_version", os.environ.get("FSDP_VERSION", "1"))) != "2":
+        yield "fsdp: version 1 is not supported; set fsdp_version: 2 in the accelerate config"
+    lean = given.get("cpu_ram_efficient_loading", os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false"))
+    if str(lean).lower() == "true":
+        yield (
+            "fsdp: cpu_ram_efficient_loading loses adapters, which are not sharded here; set "
+            "fsdp_cpu_ram_efficient_loading: false in the accelerate config: every process reads the base itself"
+        )
 
 
 def _unsupported(settings: dict[str, tuple[object, str]]) -> Iterator[str]:

@@ -38,6 +38,16 @@ def list_precisions(
         compute += ", its products in TF32"
     if model.load_in_4bit and not compute.startswith(str(stored)):
         compute += f"; 4-bit layers in {stored}"
+    plugin = training.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage < 3 and (training.bf16 or training.fp16):
+        # DeepSpeed casts the model, adapter included; under ZeRO-3 only the base, which it has in parts already.
+        base = compute = "bfloat16" if training.bf16 else "float16"
+        return {
+            "base": base,
+            "compute": f"{compute}, by DeepSpeed",
+            "adapter" if adapter_dtype else "trained weights": f"{compute}, with a float32 copy in the optimizer",
+            "optimizer state": f"float32 ({optim_name(training)})",
+        }
     trained = adapter_dtype or ("float32" if training.fp16 else str(stored))
     name = optim_name(training)
     state = "8-bit" if "8bit" in name else "float32" if "32bit" in name else f"{trained}, as what is trained"

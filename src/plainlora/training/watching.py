@@ -337,8 +337,8 @@ class Watched(OnEngine):
         except RuntimeError as error:
             if self.accelerator.num_processes == 1 or not is_of_another_process(error):
                 raise
-            output = str(self.args.output_dir)
-            raise lost_process(error, newest_checkpoint(output), output) from error
+            folder = str(self.args.output_dir)
+            raise lost_process(error, newest_checkpoint(folder), folder) from error
         if self._steps < self.state.global_step:  # resumed: Trainer would divide by the steps of all parts
             for name in OF_ALL_STEPS:
                 outcome.metrics.pop(name, None)

@@ -35,7 +35,8 @@ class Bits4(_Bitsandbytes):
     def dense_weight(self, module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
         """See `Storage`."""
         weight = cast(torch.Tensor, module.weight)
-        state = module.weight.quant_state  # type: ignore[union-attr]
+        # FSDP2 replaces the weight by one that has lost it (pytorch#136929); the module keeps it.
+        state = getattr(weight, "quant_state", None) or module.quant_state
         return sys.modules["bitsandbytes"].functional.dequantize_4bit(weight.data, state).to(dtype)
 
 

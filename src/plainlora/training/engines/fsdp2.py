@@ -44,25 +44,10 @@ def engaged_on_a_cpu(args: Any) -> Iterator[None]:
 
 
 class FSDP2(Engine):
-    """The base's weights are sharded over processes, the trained weights are whole in every process.
-
-    Raises:
-        UserError: The FSDP settings are ones that this does not cover.
-    """
+    """The base's weights are sharded over processes, the trained weights are whole in every process."""
 
     name = "FSDP2"
     shards_base = True
-
-    def __init__(self, trainer: Any) -> None:
-        super().__init__(trainer)
-        plugin = trainer.accelerator.state.fsdp_plugin
-        if plugin.fsdp_version != 2:
-            raise UserError("FSDP version 1 is not supported; set fsdp_version: 2 in the accelerate config")
-        if plugin.cpu_ram_efficient_loading:
-            raise UserError(
-                "fsdp_cpu_ram_efficient_loading loses adapters that are not sharded; set it to false in the "
-                "accelerate config: every process then reads the base's checkpoint"
-            )
 
     def before_wrapping(self, model: nn.Module) -> None:
         """Keeps the trained weights out of the sharding, the same in every process.

@@ -78,6 +78,7 @@ class OnEngine(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer's in one process, on every engine: the main process writes the adapter."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            self.engine.reshard(cast(nn.Module, self.model))  # reading the state would reshard the main process alone
             if self.args.should_save:
                 self._save(output_dir)
         else:

@@ -2,22 +2,25 @@
 
 Stage 2 shards gradients and the optimizer's state, stage 3 the weights too, the adapter's among them. Weights are
 gathered where they are needed. The optimizer works on flat fp32 copies of the trained weights, of which each process
-has a part; DeepSpeed's `safe_get_full_...` functions make them whole:
-https://deepspeed.readthedocs.io/en/latest/zero3.html#debugging
+has a part. DeepSpeed's `safe_get_full_optimizer_state` makes it whole, but under ZeRO-2 finds that of the first group
+of weights alone (`_lazy_init_hp_params_optimizer_state` runs when the first group has stepped):
+https://github.com/deepspeedai/DeepSpeed/blob/v0.19.8/deepspeed/runtime/zero/stage_1_and_2.py
 """
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import transformers.trainer as upstream
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from plainlora.lora.layer import LoRALinear
-from plainlora.training.engines.engine import Engine, count_of
+from plainlora.training.engines.engine import Engine
 
 
 @contextmanager
@@ -52,6 +55,41 @@ def register_weights(model: nn.Module) -> None:
                 deepspeed.zero.register_external_parameter(layer, parameter)
 
 
+@dataclass(frozen=True)
+class Part:
+    """The part of a trained weight that this process's optimizer has.
+
+    Attributes:
+        parameter: The weight.
+        flat: The fp32 tensor of many weights' parts, with which the optimizer works.
+        start: Where the part begins in it.
+        own: Which of the weight's values it is. Under ZeRO-3 the last part may reach beyond them.
+    """
+
+    parameter: nn.Parameter
+    flat: torch.Tensor
+    start: int
+    own: slice
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the whole weight."""
+        return cast(torch.Size, getattr(self.parameter, "ds_shape", self.parameter.shape))
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """What all processes have in tensors like `flat`, in the weight's shape. To be called by all."""
+        whole = values.new_zeros(self.shape.numel())
+        into = whole[self.own]
+        into.copy_(values.detach()[self.start : self.start + len(into)])
+        dist.all_reduce(whole)
+        return whole.view(self.shape).cpu()
+
+    def scatter(self, whole: torch.Tensor, values: torch.Tensor) -> None:
+        """Copies this process's part of a tensor in the weight's shape into a tensor like `flat`."""
+        part = whole.flatten()[self.own]
+        values.data[self.start : self.start + len(part)].copy_(part)
+
+
 class ZeRO(Engine):
     """ZeRO-2, or ZeRO-3, which shards the weights too."""
 
@@ -84,24 +122,18 @@ class ZeRO(Engine):
         return engine.optimizer
 
     def optimizer_state(self) -> dict[str, Any]:
-        """The whole state: that of each weight gathered, and what is no tensor of its size, the step, as it is.
-
-        A weight that is not fp32 has its fp32 copy under `master`.
-        """
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state  # noqa: PLC0415
-
-        inner = self._zero.optimizer
-        flat, held = next(iter(inner.state.items()), (torch.empty(0), {}))
-        sized = [key for key, value in held.items() if torch.is_tensor(value) and value.shape == flat.shape]
-        state: dict[int, dict[str, Any]] = {}
-        for number, parameter in enumerate(self.trained):
-            found = {key: safe_get_full_optimizer_state(parameter, key) for key in sized}
-            if parameter.dtype != torch.float32:
-                found["master"] = safe_get_full_fp32_param(parameter)
-            whole = {key: value.reshape(_shape_of(parameter)).cpu() for key, value in found.items()}
-            # Copied, because every weight counts its own steps, and torch.save keeps what is shared.
-            state[number] = {key: copy.deepcopy(held[key]) for key in held if key not in sized} | whole
-        numbers = iter(range(len(state)))
+        """The whole state. A weight that is not fp32 has its fp32 copy under `master`."""
+        inner, parts = self._zero.optimizer, self._parts()
+        state: dict[int, dict[str, Any]] = {number: {} for number in range(len(parts))}
+        for number, part in enumerate(parts):
+            held = dict(inner.state[part.flat])
+            if part.parameter.dtype != torch.float32:
+                held["master"] = part.flat
+            for key, value in held.items():
+                sized = torch.is_tensor(value) and value.shape == part.flat.shape
+                # Copied, because every weight counts its own steps, and torch.save keeps what is shared.
+                state[number][key] = part.gather(value) if sized else copy.deepcopy(value)
+        numbers = iter(state)
         groups = [
             {key: value for key, value in group.items() if key != "params"} | {"params": [next(numbers) for _ in own]}
             for group, own in zip(inner.param_groups, self.groups, strict=True)
@@ -113,34 +145,32 @@ class ZeRO(Engine):
         inner, parts = self._zero.optimizer, self._parts()
         if len(state["state"]) != len(parts):
             raise ValueError(f"it has {len(state['state'])} weights, and the run {len(parts)}")
-        for (parameter, flat, start, own), saved in zip(parts, state["state"].values(), strict=True):
-            held = inner.state[flat]
+        for part, saved in zip(parts, state["state"].values(), strict=True):
+            held = inner.state[part.flat]
             for key, value in saved.items():
-                if torch.is_tensor(value) and value.numel() == count_of(parameter) and value.ndim:
-                    into = flat if key == "master" else held.setdefault(key, torch.zeros_like(flat))
-                    part = value.flatten()[own]
-                    into.data[start : start + len(part)].copy_(part)
+                if torch.is_tensor(value) and value.shape == part.shape:
+                    part.scatter(value, part.flat if key == "master" else held.setdefault(key, _zeros(part.flat)))
                 else:
                     held[key] = value
         for group, saved in zip(inner.param_groups, state["param_groups"], strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})
 
-    def _parts(self) -> list[tuple[nn.Parameter, torch.Tensor, int, slice]]:
-        """Of each trained weight: the flat fp32 tensor with this process's part, where it starts, what it is of."""
+    def _parts(self) -> list[Part]:
+        """The trained weights' parts in this process."""
         zero, found = self._zero, []
         for number, parameter in ((at, each) for at, group in enumerate(self.groups) for each in group):
             if self.shards_base:
                 subgroup, start, size = zero.grad_position[zero.get_param_id(parameter)]
-                flat, first = zero.fp32_partitioned_groups_flat[subgroup], size * torch.distributed.get_rank()
+                flat, first = zero.fp32_partitioned_groups_flat[subgroup], size * dist.get_rank()
             else:
                 flat, mapping = zero.single_partition_of_fp32_groups[number], cast(Any, parameter)._hp_mapping
                 start = size = first = 0
                 if mapping is not None:  # else other processes have all of it
                     start, size = mapping.hp_fragment_address.start, mapping.lp_fragment_address.numel
                     first = mapping.lp_fragment_address.start
-            found.append((parameter, flat, start, slice(first, first + size)))
+            found.append(Part(parameter, flat, start, slice(first, first + size)))
         return found
 
 
-def _shape_of(parameter: torch.Tensor) -> torch.Size:
-    return cast(torch.Size, getattr(parameter, "ds_shape", parameter.shape))
+def _zeros(flat: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(flat, requires_grad=False)
