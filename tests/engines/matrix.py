@@ -239,8 +239,11 @@ def why(code: int | None, said: str) -> str:
 
 def relative(found: torch.Tensor, expected: torch.Tensor, beside: torch.Tensor | None = None) -> float:
     """The norm of a difference relative to that of what is expected, or of `beside`; dimensionless."""
-    size = (expected if beside is None else beside).double().norm()
-    return float((found.double() - expected.double()).norm() / size) if size else float(found.norm())
+    difference = float((found.double() - expected.double()).norm())
+    size = float((expected if beside is None else beside).double().norm())
+    if not difference:
+        return 0.0
+    return difference / size if size else float("inf")
 
 
 def logged(folder: Path, name: str) -> dict[int, float]:
@@ -309,7 +312,9 @@ class Result:
         """Whether every difference is within its limit."""
         return not self.problem and all(value <= LIMITS[name] for name, value in self.measured.items())
 
-    def __str__(self) -> str:
+    @property
+    def text(self) -> str:
+        """The cell as the table has it."""
         if self.problem:
             return self.problem
         figures = [
@@ -331,7 +336,7 @@ def judge(cell: Cell, folder: Path) -> Result:
 
 def table(results: Sequence[Result]) -> str:
     """The matrix in Markdown: a row for each case, a column for each engine."""
-    by_place = {(result.case, result.engine): str(result) for result in results}
+    by_place = {(result.case, result.engine): result.text for result in results}
     compared = {cell.case: " / ".join(cell.compared) for cell in cells()}
     engines = [engine.name for engine in ENGINES]
     lines = ["| case | compared | " + " | ".join(engines) + " |", "|---|---|" + "---|" * len(engines)]
