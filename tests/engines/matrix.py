@@ -110,6 +110,7 @@ CASES: dict[str, tuple[tuple[str, ...], int]] = {
     "packed": ((*STEPS, "--packing", "true", "--max_length", "128"), 400),
     "gradient accumulation": ((*STEPS, "--gradient_accumulation_steps", "2"), 400),
     "gradient checkpointing": ((*STEPS, "--gradient_checkpointing", "true"), 400),
+    "a module trained whole": ((*STEPS, "--lora_modules_to_save", "norm"), 400),
     "last batch uneven: 45 rows": (("--num_train_epochs", "2", "--save_strategy", "no"), 45),
 }
 
@@ -204,7 +205,7 @@ def carry_out(launch: Launch, folder: Path) -> str:
     """Launches it, unless its folder says that it has been.
 
     Returns:
-        Nothing, or why there is no result: `refused: ...` with the program's own line, or `FAILS: ...`.
+        Nothing, or why it did not end well: `refused: ...` with the program's own line, or `FAILS: ...`.
     """
     noted = folder / f"{launch.name}.outcome"
     if noted.is_file():
@@ -222,17 +223,17 @@ def carry_out(launch: Launch, folder: Path) -> str:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             code = None
-    outcome = "" if code == 0 else why(code, log.read_text(errors="replace"))
+    outcome = "" if code == 0 else why(code, log.read_text(errors="replace"), (folder / launch.name).exists())
     noted.write_text(outcome)
     return outcome
 
 
-def why(code: int | None, said: str) -> str:
-    """Why a launch has no result, in a line."""
+def why(code: int | None, said: str, begun: bool) -> str:
+    """Why a launch did not end well, in a line. What has begun is no longer refused."""
     if code is None:
         return f"FAILS: it hung; it was killed after {LONGEST:.0f} s"
     if refusals := re.findall(r"^error: (.*)$", said, flags=re.MULTILINE):
-        return f"refused: {refusals[0]}"
+        return f"{'FAILS' if begun else 'refused'}: {refusals[0]}"
     errors = re.findall(r"^(?:\[rank\d\]: )?(\w+(?:\.\w+)*Error: .*)$", said, flags=re.MULTILINE)
     return f"FAILS: {next(iter(errors), f'exit code {code}')}"
 
@@ -325,13 +326,20 @@ class Result:
 
 
 def judge(cell: Cell, folder: Path) -> Result:
-    """A cell whose launches have been carried out."""
-    for launch in (cell.expected, cell.found):
-        for each in filter(None, (launch.resumes, launch)):
-            if outcome := carry_out(each, folder):
-                return Result(cell.case, cell.engine, {}, outcome)
+    """A cell whose launches have been carried out.
+
+    Of a launch that failed at its end, in the merge, what was written before is compared.
+    """
     found, expected = folder / cell.found.name, folder / cell.expected.name
-    return Result(cell.case, cell.engine, {name: compare(name, found, expected) for name in cell.compared}, "")
+    launches = [
+        each for launch in (cell.expected, cell.found) for each in (launch.resumes, launch) if each is not None
+    ]
+    problems = [problem for launch in launches if (problem := carry_out(launch, folder))]
+    try:
+        measured = {name: compare(name, found, expected) for name in cell.compared}
+    except FileNotFoundError as error:
+        return Result(cell.case, cell.engine, {}, problems[0] if problems else f"FAILS: {error}")
+    return Result(cell.case, cell.engine, measured, "")
 
 
 def table(results: Sequence[Result]) -> str:

@@ -27,7 +27,7 @@ KNOWN: dict[tuple[str, str], str] = {}
 @pytest.mark.slow
 def test_every_cell_holds_or_is_refused_by_name(tmp_path: Path) -> None:
     results = matrix.run(list(matrix.cells()), tmp_path)
-    assert len(results) == 124
+    assert len(results) == 129
     assert {(each.case, each.engine): each.text for each in results if not each.holds} == KNOWN
 
 
@@ -212,8 +212,9 @@ def test_a_difference_beyond_its_limit_is_found(change: dict[str, Any], names: s
 
 def test_what_a_launch_says_of_its_end_is_told_in_a_line() -> None:
     refused = "torch warns\nerror: FSDP2 cannot do it; leave it out\nTraceback\nChildFailedError: \n"
-    assert matrix.why(2, refused) == "refused: FSDP2 cannot do it; leave it out"
+    assert matrix.why(2, refused, begun=False) == "refused: FSDP2 cannot do it; leave it out"
+    assert matrix.why(2, refused, begun=True) == "FAILS: FSDP2 cannot do it; leave it out"
     broken = "[rank1]: AttributeError: no quant_state\ntorch.elastic.ChildFailedError: \n"
-    assert matrix.why(1, broken) == "FAILS: AttributeError: no quant_state"
-    assert matrix.why(-11, "") == "FAILS: exit code -11"
-    assert matrix.why(None, refused) == "FAILS: it hung; it was killed after 600 s"
+    assert matrix.why(1, broken, begun=True) == "FAILS: AttributeError: no quant_state"
+    assert matrix.why(-11, "", begun=True) == "FAILS: exit code -11"
+    assert matrix.why(None, refused, begun=True) == "FAILS: it hung; it was killed after 600 s"
