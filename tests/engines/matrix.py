@@ -41,7 +41,7 @@ STEPS = (*("--max_steps", "6"), *("--save_strategy", "steps", "--save_steps", "3
 # part of a whole step of that weight, for two or three weights of thousands.
 PLAIN = (
     *("--config", "recipes/quickstart/lora.yaml", "--precision", "fp32", "--warmup_steps", "0"),
-    *("--adam_epsilon", "1e-6"),
+    *("--adam_epsilon", "1e-5"),
     *("--eval_strategy", "no", "--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "true"),
     *("--merge", "false", "--exact_match_rows", "6", "--max_new_tokens", "8"),
 )
