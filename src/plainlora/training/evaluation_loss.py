@@ -8,19 +8,11 @@ import math
 from typing import Any, cast
 
 from accelerate.utils import gather_object
-from datasets import Dataset, concatenate_datasets
 from torch import nn
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-
-def with_unlabelled(rows: Dataset, count: int) -> Dataset:
-    """Appends `count` copies of a short row without labels, which do not change a sum of losses."""
-    if not count:
-        return rows
-    row = min(rows.select(range(min(64, len(rows)))), key=lambda row: len(row["input_ids"]))
-    more = [row | {"labels": [-100] * len(row["labels"])}] * count
-    return concatenate_datasets([rows, Dataset.from_list(more, features=rows.features)])
+from plainlora.training.last_batch import with_unlabelled
 
 
 class TokenEvaluation(SFTTrainer):

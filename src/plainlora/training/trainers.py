@@ -22,6 +22,7 @@ from plainlora.fast.loss_head import base_of, evaluating, use_own_loss
 from plainlora.run.checkpoints import past_the_end
 from plainlora.training.batching import check_isolation
 from plainlora.training.evaluation_loss import TokenEvaluation
+from plainlora.training.last_batch import TrainsRowsOnce
 from plainlora.training.saving import AtomicSaves
 from plainlora.training.watching import Watched, check_effect, check_values
 
@@ -115,6 +116,11 @@ class _TrainerOverrides(Watched, AtomicSaves, RowsInOrder):
             trained_in_float32(model)
         with accepted_as_adapter_model(model), adapter_precision_kept(model):
             super().__init__(cast(PreTrainedModel, model), *args, **kwargs)
+        if backend is None and self.engine.shards_base:
+            raise UserError(
+                f"{self.engine.name} shards the base's weights, which this method trains: use accelerate_configs/"
+                "ddp.yaml, or train an adapter"
+            )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Takes no step if none is left. Trainer takes one more when it resumes a run's last checkpoint.
@@ -186,7 +192,7 @@ class _TrainerOverrides(Watched, AtomicSaves, RowsInOrder):
             super().save_model(output_dir, _internal_call)
 
 
-class AdapterTrainer(_TrainerOverrides, PredictedTokensCounted, TokenEvaluation):
+class AdapterTrainer(_TrainerOverrides, PredictedTokensCounted, TokenEvaluation, TrainsRowsOnce):
     """SFTTrainer for a model with an adapter of any back end."""
 
     def __init__(self, model: nn.Module, backend: Backend, *args: Any, **kwargs: Any) -> None:

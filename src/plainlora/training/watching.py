@@ -18,7 +18,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 
@@ -26,15 +27,11 @@ class Engine:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.groups: list[list[nn.Parameter]] = []  # the trained weights, in the optimizer's groups
-        self.options: list[dict[str, Any]] = []  # of these groups, such as the learning rate
 
     def note(self, optimizer: torch.optim.Optimizer) -> None:
         """Remembers the trained weights, before an engine replaces them in the optimizer by its own."""
         if not self.groups:
             self.groups = [list(group["params"]) for group in optimizer.param_groups]
-            self.options = [
-                {key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups
-            ]
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -76,10 +73,10 @@ class Engine:
 
 def shard_of(parameter: torch.Tensor) -> torch.Tensor:
     """The part of a weight that this process holds: of a DTensor (FSDP2), of a ZeRO-3 parameter, or all of it."""
-    shard = getattr(parameter, "ds_tensor", None)
-    if shard is None:
-        shard = getattr(parameter, "_local_tensor", parameter)
-    return shard
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    partition: torch.Tensor | None = getattr(parameter, "ds_tensor", None)
+    return parameter if partition is None else partition
 
 
 def count_of(parameter: torch.Tensor) -> int:

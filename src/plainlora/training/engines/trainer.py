@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -42,17 +42,19 @@ class OnEngine(Trainer):
         self.engine = kind(self)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As Trainer's."""
+        """As Trainer's, without a group that has no weights, as of weights without decay: DeepSpeed leaves it out."""
         optimizer = super().create_optimizer(*args, **kwargs)
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         self.engine.note(optimizer)
         return optimizer
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """As Trainer's, which wraps the model, and under DeepSpeed and FSDP loads the checkpoint."""
-        self.engine.before_wrapping(self.model)
+        model = cast(nn.Module, self.model)
+        self.engine.before_wrapping(model)
         with adapter_loaded_by(self.load_whole):
             found = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        self.engine.after_wrapping(self.model)
+        self.engine.after_wrapping(model)
         return found
 
     def load_whole(self, checkpoint: str) -> None:
@@ -80,11 +82,12 @@ class OnEngine(Trainer):
         state = self.engine.optimizer_state()
         if self.args.should_save:
             torch.save(state, Path(output_dir) / "optimizer.pt")
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As Trainer's in one process, on every engine."""
         if checkpoint is not None:
             state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
             self.engine.load_optimizer_state(state)
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+            scheduler: Any = self.lr_scheduler
+            scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))

@@ -6,6 +6,7 @@ has a part; DeepSpeed's `safe_get_full_...` functions make them whole:
 https://deepspeed.readthedocs.io/en/latest/zero3.html#debugging
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -39,8 +40,8 @@ def adapter_loaded_by(load: Callable[[str], None]) -> Iterator[None]:
 def register_weights(model: nn.Module) -> None:
     """Makes ZeRO-3 gather a LoRA layer's weights for its whole backward pass.
 
-    ZeRO-3 gathers a module's own weights in hooks around its forward and backward pass. `plainlora.fast.lora` reads the
-    base's weight, A and B in the backward pass of the layer around them, whose hooks do not know them:
+    ZeRO-3 gathers a module's own weights in hooks around its forward and backward pass. `plainlora.fast.lora` reads
+    the base's weight, A and B in the backward pass of the layer around them, whose hooks do not know them:
     https://deepspeed.readthedocs.io/en/latest/zero3.html#registering-external-parameters
     """
     import deepspeed  # noqa: PLC0415  an extra
@@ -58,7 +59,7 @@ class ZeRO(Engine):
 
     def __init__(self, trainer: Any) -> None:
         super().__init__(trainer)
-        self.shards_base = trainer.accelerator.state.deepspeed_plugin.zero_stage == 3  # noqa: PLR2004
+        self.shards_base = trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
 
     def after_wrapping(self, model: nn.Module) -> None:
         """Registers the weights that a LoRA layer reads in its backward pass."""
@@ -90,8 +91,7 @@ class ZeRO(Engine):
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state  # noqa: PLC0415
 
         inner = self._zero.optimizer
-        flat = next(iter(inner.state), None)
-        held = {} if flat is None else inner.state[flat]
+        flat, held = next(iter(inner.state.items()), (torch.empty(0), {}))
         sized = [key for key, value in held.items() if torch.is_tensor(value) and value.shape == flat.shape]
         state: dict[int, dict[str, Any]] = {}
         for number, parameter in enumerate(self.trained):
@@ -99,15 +99,14 @@ class ZeRO(Engine):
             if parameter.dtype != torch.float32:
                 found["master"] = safe_get_full_fp32_param(parameter)
             whole = {key: value.reshape(_shape_of(parameter)).cpu() for key, value in found.items()}
-            state[number] = {key: held[key] for key in held if key not in sized} | whole
-        numbers, used = iter(range(len(state))), iter(inner.param_groups)
-        # DeepSpeed leaves out a group without weights, such as that of weights without decay.
-        groups = [next(used) if own else made for made, own in zip(self.options, self.groups, strict=True)]
-        numbered = [
+            # Copied, because every weight counts its own steps, and torch.save keeps what is shared.
+            state[number] = {key: copy.deepcopy(held[key]) for key in held if key not in sized} | whole
+        numbers = iter(range(len(state)))
+        groups = [
             {key: value for key, value in group.items() if key != "params"} | {"params": [next(numbers) for _ in own]}
-            for group, own in zip(groups, self.groups, strict=True)
+            for group, own in zip(inner.param_groups, self.groups, strict=True)
         ]
-        return {"state": state, "param_groups": numbered}
+        return {"state": state, "param_groups": groups}
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Loads what `optimizer_state` returned, in a run of any number of processes."""
@@ -123,14 +122,13 @@ class ZeRO(Engine):
                     into.data[start : start + len(part)].copy_(part)
                 else:
                     held[key] = value
-        used = [group for group in state["param_groups"] if group["params"]]
-        for group, saved in zip(inner.param_groups, used, strict=True):
+        for group, saved in zip(inner.param_groups, state["param_groups"], strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})
 
     def _parts(self) -> list[tuple[nn.Parameter, torch.Tensor, int, slice]]:
         """Of each trained weight: the flat fp32 tensor with this process's part, where it starts, what it is of."""
         zero, found = self._zero, []
-        for number, parameter in ((at, each) for at, group in enumerate(filter(None, self.groups)) for each in group):
+        for number, parameter in ((at, each) for at, group in enumerate(self.groups) for each in group):
             if self.shards_base:
                 subgroup, start, size = zero.grad_position[zero.get_param_id(parameter)]
                 flat, first = zero.fp32_partitioned_groups_flat[subgroup], size * torch.distributed.get_rank()
