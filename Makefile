@@ -13,7 +13,7 @@ help:
 	@echo "make test-all    these, and what runs whole programs and commands: kills, publishing, the proof with planted faults"
 	@echo "make test-slow   every architecture of Transformers through the proof; most of an hour"
 	@echo "make compat      the core beside older and newer versions of Transformers and PEFT, each in a fresh environment"
-	@echo "make matrix      two processes on every engine beside one process; an hour and a half on two cores; options: make matrix ARGS=--help"
+	@echo "make matrix      two processes on every engine beside one process; most of an hour on two cores"
 	@echo "make docs        the site, in outputs/site; a dead link fails"
 	@echo "make compare     the proof: the hand-written LoRA beside PEFT, level by level"
 	@echo "make bench       time and memory beside PEFT with TRL; about an hour on two cores; options: make bench ARGS=--help"

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,27 +67,26 @@ def assert_within_limits(measured: dict[str, float]) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of two runs in one process of 30 steps, "fp32" and "nf4", beside which the others lay theirs."""
-    folder = tmp_path_factory.mktemp("engines")
-    for name, flags in (("fp32", ()), ("nf4", matrix.NF4)):
-        assert matrix.carry_out(train(30, name, "cpu", 1, *flags), folder) == ""
-    return folder
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs lie beside each other; one that is there is not repeated."""
+    return tmp_path_factory.mktemp("engines")
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("config", LIFECYCLE)
-def test_a_run_that_is_stopped_goes_on_to_what_one_process_computes(config: str, alone: Path) -> None:
+def test_a_run_that_is_stopped_goes_on_to_what_one_process_computes(config: str, folder: Path) -> None:
     """Trained with evaluations, stopped by SIGTERM, resumed, merged, asked: as one process that is not stopped."""
-    bits = config == "fsdp2_qlora"
-    launch = train(30, config, config, 2, *(matrix.NF4 if bits else ()))
-    stop_in_training(launch, alone)
-    (stopped,) = list_checkpoints(alone / config)
+    base = matrix.NF4 if config == "fsdp2_qlora" else ()
+    alone = train(30, f"one process {' '.join(base)}", "cpu", 1, *base)
+    assert matrix.carry_out(alone, folder) == ""
+    launch = train(30, config, config, 2, *base)
+    stop_in_training(launch, folder)
+    (stopped,) = list_checkpoints(folder / config)
     assert 0 < int(stopped.name.partition("-")[2]) < 30
-    assert not (alone / config / "adapter_model.safetensors").exists()
-    on = Launch(launch.name, launch.config, 2, launch.rows, (*launch.flags, "--resume_from_checkpoint", "true"))
-    assert matrix.carry_out(on, alone) == ""
-    assert_within_limits(differences(alone / config, alone / ("nf4" if bits else "fp32")))
+    assert not (folder / config / "adapter_model.safetensors").exists()
+    on = replace(launch, flags=(*launch.flags, "--resume_from_checkpoint", "true"))
+    assert matrix.carry_out(on, folder) == ""
+    assert_within_limits(differences(folder / config, folder / alone.name))
 
 
 def stop_in_training(launch: Launch, folder: Path) -> None:
@@ -137,10 +137,10 @@ def launch_together(commands: list[list[str]], log: Path, **variables: str) -> N
 
 
 @pytest.fixture(scope="module")
-def one_machine(alone: Path) -> Path:
+def one_machine(folder: Path) -> Path:
     """Six steps in two processes of one machine."""
-    assert matrix.carry_out(train(6, "one machine", "ddp", 2), alone) == ""
-    return alone / "one machine"
+    assert matrix.carry_out(train(6, "one machine", "ddp", 2), folder) == ""
+    return folder / "one machine"
 
 
 @pytest.mark.integration
