@@ -5,7 +5,7 @@ CHECKED := src recipes benchmarks tests docs
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test test-all test-slow compare compat bench bench-gpu docs style quality clean
+.PHONY: help install quickstart test test-all test-slow compare compat matrix bench bench-gpu docs style quality clean
 
 help:
 	@echo "make quickstart  install, train the embedded default on the CPU, merge it, show the result"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-all    these, and what runs whole programs and commands: kills, publishing, the proof with planted faults"
 	@echo "make test-slow   every architecture of Transformers through the proof; most of an hour"
 	@echo "make compat      the core beside older and newer versions of Transformers and PEFT, each in a fresh environment"
+	@echo "make matrix      two processes on every engine beside one process; most of an hour on two cores"
 	@echo "make docs        the site, in outputs/site; a dead link fails"
 	@echo "make compare     the proof: the hand-written LoRA beside PEFT, level by level"
 	@echo "make bench       time and memory beside PEFT with TRL; about an hour on two cores; options: make bench ARGS=--help"
@@ -46,6 +47,9 @@ test-slow: install
 
 compare: install
 	HF_HUB_OFFLINE=1 $(BIN)/plainlora compare
+
+matrix: install
+	$(BIN)/python -m tests.engines.matrix $(ARGS)
 
 bench: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(ARGS)

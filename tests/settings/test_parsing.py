@@ -1,9 +1,11 @@
 """YAML first, command line last, and nothing ignored."""
 
 import dataclasses
-import importlib.util
 import json
 import os
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -378,9 +380,25 @@ def test_a_setting_of_the_other_program_is_said_to_be_its_own() -> None:
         CLASSIFY.parse(["--packing", "true"])
 
 
-def test_a_package_that_is_missing_is_said_in_one_readable_line() -> None:
-    if importlib.util.find_spec("deepspeed") is None:
-        assert refusal("deepspeed: ds.json\n").startswith("The 'deepspeed>=")
+@pytest.mark.parametrize("asked", ["by a flag", "by the launcher"])
+def test_a_package_that_is_missing_is_said_in_one_line_with_the_extra_that_brings_it(
+    asked: str, tmp_path: Path
+) -> None:
+    """In a process that finds every package that is installed but DeepSpeed."""
+    for folder in dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib")):
+        for path in Path(folder).iterdir():
+            if not path.name.startswith("deepspeed"):
+                (tmp_path / path.name).symlink_to(path)
+    launched = {"ACCELERATE_USE_DEEPSPEED": "true"} if asked == "by the launcher" else {}
+    flags = ("--deepspeed", "ds.json") if asked == "by a flag" else ()
+    done = subprocess.run(
+        [sys.executable, "-S", "recipes/sft.py", "--config", "recipes/quickstart/lora.yaml", *flags],
+        cwd=ROOT, env=os.environ | launched | {"PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(tmp_path)))},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1:] == ['error: this needs deepspeed: pip install "plainlora[deepspeed]"']
+    assert "Traceback" not in done.stderr
 
 
 def test_refused_arguments_leave_nothing_behind_in_the_process() -> None:

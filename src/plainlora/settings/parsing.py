@@ -7,6 +7,7 @@ import argparse
 import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import suppress
@@ -20,7 +21,7 @@ import yaml
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig, TrlParser
 
-from plainlora.errors import UserError
+from plainlora.errors import EXTRAS, UserError
 from plainlora.settings.arguments import ClassifyArguments, SFTArguments
 from plainlora.settings.device import fit_formats, this_device
 from plainlora.settings.renames import RENAMES
@@ -357,11 +358,15 @@ class StrictParser(TrlParser):
 
         Raises:
             UserError: The dataclass refuses the settings.
+            ModuleNotFoundError: A package of an extra is missing, which no other settings would mend.
         """
         try:
             return kind(**settings)
         except (ValueError, ArithmeticError, ImportError, OSError) as error:
             forget_deepspeed()
+            absent = EXTRAS.keys() & re.findall(r"\w+", str(error).lower())
+            if isinstance(error, ImportError) and absent:
+                raise ModuleNotFoundError(name=absent.pop()) from error
             if isinstance(error, PackageNotFoundError):  # its text has a preface
                 raise UserError(f"{str(error.name).strip()} Install it, or leave out what asks for it") from error
             raise UserError(str(error)) from error
