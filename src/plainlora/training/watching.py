@@ -31,9 +31,9 @@ from plainlora.lora.errors import some
 from plainlora.lora.numerics import is_finite
 from plainlora.lora.storage.tensors import inner_tensors
 from plainlora.run.checkpoints import newest_checkpoint
-from plainlora.training.engines import OnEngine
 from plainlora.training.engines.engine import shard_of
 from plainlora.training.engines.lost import is_of_another_process, lost_process
+from plainlora.training.engines.trainer import OnEngine
 
 OF_ALL_STEPS = ("train_loss", "train_samples_per_second", "train_steps_per_second")  # Trainer's names
 SAMPLED = 64  # values of each frozen weight that are compared

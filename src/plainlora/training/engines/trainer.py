@@ -11,9 +11,8 @@ from transformers import Trainer
 
 from plainlora.errors import UserError
 from plainlora.settings.parsing import forget_deepspeed
-from plainlora.training.engines import fsdp2
 from plainlora.training.engines.engine import Engine
-from plainlora.training.engines.fsdp2 import FSDP2
+from plainlora.training.engines.fsdp2 import FSDP2, engaged_on_a_cpu, is_asked_for
 from plainlora.training.engines.zero import ZeRO, adapter_loaded_by
 
 
@@ -33,9 +32,9 @@ class OnEngine(Trainer):
         Raises:
             UserError: An engine that was asked for is not used, or not supported.
         """
-        with fsdp2.engaged_on_a_cpu(self.args):
+        with engaged_on_a_cpu(self.args):
             super().create_accelerator_and_postprocess()
-        if fsdp2.is_asked_for(self.args) and not self.is_fsdp_enabled:
+        if is_asked_for(self.args) and not self.is_fsdp_enabled:
             raise UserError("FSDP was asked for, and Accelerate does not use it here: it needs two processes or more")
         if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true" and not self.is_deepspeed_enabled:
             raise UserError("DeepSpeed was asked for, and Accelerate does not use it here: set use_cpu to false")
