@@ -1,10 +1,15 @@
-"""Runs `recipes/sft.py` in a process of `accelerate launch`, and writes what the process held and sent.
+"""Runs `recipes/sft.py` in processes of `accelerate launch`, and writes what each process held and sent.
 
-    accelerate launch ... docs/several-devices/probe.py FOLDER --config ...
+    accelerate launch ... docs/several-devices/probe.py CASES.json
 
-`FOLDER/RANK.json` gets bytes resident before the base was loaded, at most while it was loaded and wrapped, and at most
-in the steps (`VmRSS` and `VmHWM` of `/proc/self/status`); and for each step the bytes sent and received, as the kernel
-counted them on the process's connections (`TCP_INFO`). The program ends after training: nothing else is measured.
+`CASES.json` is a list of command lines of the program, each with a file to write to. Each is run in a process forked
+from this one, which has loaded the libraries: that saves most of the time. `FILE.RANK` gets the bytes of each process
+
+- held before the base was loaded, and at most in the steps after the first: resident (`VmRSS`, `VmHWM`), without the
+  pages of mapped files (`RssFile`), but with those of the base's checkpoint where it is used as it lies there;
+- sent and received in each step on its connections, as the kernel counted them (`TCP_INFO`).
+
+The program ends after training.
 """
 
 import plainlora.quiet  # noqa: F401, I001
@@ -15,90 +20,116 @@ import runpy
 import socket
 import struct
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from plainlora.resources.memory import STATUS, _read_fields
+from plainlora.errors import one_line_errors
 from plainlora.run.run import Run
 from plainlora.tasks import sft
 
 TCP_INFO, SENT, RECEIVED = 11, 120, 128  # of linux/tcp.h: tcpi_bytes_acked and tcpi_bytes_received, 8 bytes each
-found: dict[str, Any] = {"sent": [], "received": []}
 
 
-def resident(name: str) -> int:
+def resident(field: str) -> int:
     """A field of `/proc/self/status`, in bytes."""
-    return _read_fields(STATUS)[name] * 1024
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def of_files() -> int:
+    """Resident pages of mapped files other than checkpoints of weights, in bytes: of libraries, mostly."""
+    weights, lines = 0, Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines):
+        if line.endswith(".safetensors"):
+            weights += next(int(each.split()[1]) * 1024 for each in lines[number:] if each.startswith("Rss:"))
+    return resident("RssFile") - weights
 
 
 def begin_peak() -> None:
     """Sets `VmHWM` back to what is resident now."""
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def traffic() -> tuple[int, int]:
-    """Bytes sent and received so far on all TCP connections of this process."""
+    """Bytes sent and received so far on the TCP connections of this process."""
     sent = received = 0
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            connection = socket.socket(fileno=os.dup(int(name)))
-        except OSError:  # no socket, or closed meanwhile
+    for link in Path("/proc/self/fd").iterdir():
+        if not link.is_socket():
             continue
+        connection = socket.socket(fileno=os.dup(int(link.name)))
         with connection:
             if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
                 info = connection.getsockopt(socket.IPPROTO_TCP, TCP_INFO, 256)
-                if len(info) >= RECEIVED + 8:
-                    sent += struct.unpack_from("Q", info, SENT)[0]
-                    received += struct.unpack_from("Q", info, RECEIVED)[0]
+                sent += struct.unpack_from("Q", info, SENT)[0]
+                received += struct.unpack_from("Q", info, RECEIVED)[0]
     return sent, received
 
 
 class Watch(TrainerCallback):
-    """Begins the peak with the first step, and counts the bytes of each."""
+    """Begins the peak after the first step, whose checks hold and send more, and counts the bytes of each step."""
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Called when the model is wrapped."""
-        found["loading"] = resident("VmHWM:")
-        begin_peak()
+    def __init__(self, found: dict[str, Any]) -> None:
+        self.found = found
 
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """Called before an optimizer step."""
+        if state.global_step == 1:
+            self.found["first"] = resident("VmHWM") - of_files()
+            begin_peak()
         self.before = traffic()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Called after an optimizer step."""
-        after = traffic()
-        found["sent"].append(after[0] - self.before[0])
-        found["received"].append(after[1] - self.before[1])
+        self.found["peak"] = resident("VmHWM") - of_files()
+        for name, after, before in zip(("sent", "received"), traffic(), self.before, strict=True):
+            self.found[name].append(after - before)
 
 
-def main() -> None:
+def measure(words: list[str], file: str) -> None:
     """Runs the program with the measurements in place."""
-    folder = Path(sys.argv.pop(1))
+    found: dict[str, Any] = {"sent": [], "received": []}
     load, make, train = sft.load_model, sft.make_trainer, Run.train
 
     def load_model(*args: Any) -> Any:
-        found["before"] = resident("VmRSS:")
+        found["before"] = resident("VmRSS") - of_files()
         return load(*args)
 
     def make_trainer(*args: Any) -> Any:
         trainer = make(*args)
-        trainer.add_callback(Watch())
+        trainer.add_callback(Watch(found))
         return trainer
 
     def train_and_end(run: Run, trainer: Any) -> None:
         train(run, trainer)
-        found["peak"] = resident("VmHWM:")
-        (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+        Path(f"{file}.{os.environ['RANK']}").write_text(json.dumps(found), encoding="utf-8")
         trainer.accelerator.wait_for_everyone()
         os._exit(0)
 
     sft.load_model, sft.make_trainer = load_model, make_trainer  # type: ignore[assignment]
     Run.train = train_and_end  # type: ignore[assignment,method-assign]
-    sys.argv[0] = "recipes/sft.py"
-    runpy.run_path("recipes/sft.py", run_name="__main__")
+    sys.argv = ["recipes/sft.py", *words]
+    with one_line_errors():
+        runpy.run_path("recipes/sft.py", run_name="__main__")
+
+
+def main() -> None:
+    """Runs the cases one after the other."""
+    for number, (words, file) in enumerate(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))):
+        child = os.fork()
+        if not child:
+            # Each group of processes has keys of its own in the launcher's store, as after a restart.
+            os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
+            try:
+                measure(words, file)
+            except BaseException:  # whatever ends it ends this process alone
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        if os.waitpid(child, 0)[1]:
+            raise SystemExit(f"{' '.join(words)}: failed")
 
 
 if __name__ == "__main__":

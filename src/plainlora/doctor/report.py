@@ -58,17 +58,9 @@ def _devices(need: DevicesNeed) -> list[str]:
     names = ("weights", "gathered", "adapters", "gradients", "buckets", "optimizer", "activations", "margin", "total")
     rows = [["engine", *names, "sent a step", ""]]
     for engine in need.engines:
-        sizes = [
-            format_size(size) if size != 0 else "-"
-            for size in (*(getattr(engine, name) for name in names), engine.sent)
-        ]
-        rows.append(
-            [
-                engine.engine,
-                *(format_size(size) if size != 0 else "-" for size in sizes),
-                {True: "fits", False: "DOES NOT FIT", None: "unknown"}[engine.fits],
-            ]
-        )
+        sizes = [*(getattr(engine, name) for name in names), engine.sent]
+        verdict = {True: "fits", False: "DOES NOT FIT", None: "unknown"}[engine.fits]
+        rows.append([engine.engine, *(format_size(size) if size != 0 else "-" for size in sizes), verdict])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     how = "with" if need.checkpointing else "without"
     return [
