@@ -20,6 +20,7 @@ import runpy
 import socket
 import struct
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,10 @@ def main() -> None:
                 os._exit(1)
         if os.waitpid(child, 0)[1]:
             raise SystemExit(f"{' '.join(words)}: failed")
+        # A process that is ahead must not find the others' of the case before.
+        Path(f"{file}.{os.environ['RANK']}.ended").touch()
+        while not all(Path(f"{file}.{rank}.ended").exists() for rank in range(int(os.environ["WORLD_SIZE"]))):
+            time.sleep(0.1)
 
 
 if __name__ == "__main__":
