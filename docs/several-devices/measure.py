@@ -3,7 +3,7 @@
     python -m docs.several-devices.measure
 
 Bases of a few ten million weights are made from their configs. Every case is asked of the doctor, which loads no
-weight, and then trained for six optimizer steps by `recipes/sft.py` in two or four processes on the CPU, see
+weight, and then trained for five optimizer steps by `recipes/sft.py` in two or four processes on the CPU, see
 `probe.py`. Compared are the bytes that a process holds at most in its steps beyond what it held before the base was
 loaded, of all processes the one that held most, with the doctor's total; and the bytes that it sent in its last step,
 with the doctor's. What DeepSpeed sets aside for gradients is left out of the total: a CPU gives memory only for what
@@ -32,7 +32,7 @@ from plainlora.resources.devices import Devices
 
 HERE = Path(__file__).parent
 RECIPE = "recipes/quickstart/lora.yaml"
-ROWS, STEPS = 200, 6
+ROWS, STEPS = 100, 5
 CONFIGS = {
     "DDP": {"distributed_type": "MULTI_GPU", "use_cpu": True},
     "ZeRO-2": {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}},
@@ -109,7 +109,7 @@ def launch(folder: Path, engine: str, processes: int, cases: list[tuple[list[str
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"{engine}: {done.stdout[-1000:]}{done.stderr[-3000:]}")
+        raise RuntimeError(f"{engine}: {done.stdout[-3000:]}{done.stderr[-9000:]}")
 
 
 def count(flags: list[str], processes: int, engine: str) -> dict[str, Any]:

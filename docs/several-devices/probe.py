@@ -121,8 +121,9 @@ def main() -> None:
     for number, (words, file) in enumerate(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))):
         child = os.fork()
         if not child:
-            # Each group of processes has keys of its own in the launcher's store, as after a restart.
-            os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
+            # Each case meets in a store of its own: the launcher's still has the addresses of the case before.
+            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+            os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1 + number)
             try:
                 measure(words, file)
             except BaseException:  # whatever ends it ends this process alone
