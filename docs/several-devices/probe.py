@@ -42,10 +42,13 @@ def resident(field: str) -> int:
 
 def of_files() -> int:
     """Resident pages of mapped files other than checkpoints of weights, in bytes: of libraries, mostly."""
-    weights, lines = 0, Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines):
-        if line.endswith(".safetensors"):
-            weights += next(int(each.split()[1]) * 1024 for each in lines[number:] if each.startswith("Rss:"))
+    weights, mapped = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        name, *rest = line.split()
+        if not name.endswith(":"):
+            mapped = line.endswith(".safetensors")
+        elif mapped and name in ("Rss:", "Anonymous:"):  # anonymous are pages that were written to, no file's any more
+            weights += int(rest[0]) * 1024 * (1 if name == "Rss:" else -1)
     return resident("RssFile") - weights
 
 
