@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 from plainlora.base.loading import load_causal_lm
 from plainlora.commands import main
@@ -403,3 +404,81 @@ def test_a_rank_and_a_scale_that_cannot_be_meant_are_warnings(
     assert code == 0
     assert "r is above the smaller width" in said
     assert "lora_alpha -8 is below 0; was that meant?" in said
+
+
+LLAMAS = {
+    "7B": (4096, 11008, 32, 32),
+    "13B": (5120, 13824, 40, 40),
+    "70B": (8192, 28672, 80, 8),
+}
+
+
+def bare_base(folder: Path, size: str) -> Path:
+    """A base of that size without weights: its config and the quickstart's tokenizer."""
+    width, inner, layers, keys = LLAMAS[size]
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=width // 128,
+        num_key_value_heads=keys, eos_token_id=0, pad_token_id=1, bos_token_id=None, dtype="bfloat16",
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "recipes/quickstart/base" / name, folder)
+    return folder
+
+
+HALF = ("--precision", "bf16", "--dtype", "auto", "--per_device_train_batch_size", "1", "--max_steps", "4")
+
+
+@pytest.mark.parametrize(
+    ("size", "devices", "choice", "gigabytes"),
+    [
+        pytest.param("7B", "2x24GB", "ddp.yaml", 13.5, marks=pytest.mark.integration),
+        pytest.param("13B", "8x24GB", "fsdp2.yaml", 26.0, marks=pytest.mark.integration),
+        pytest.param("70B", "8x80GB", "fsdp2.yaml", 138.0, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_is_planned_from_a_config_without_weights(
+    size: str, devices: str, choice: str, gigabytes: float, doctor: Doctor, rows_file: Path, tmp_path: Path
+) -> None:
+    base = bare_base(tmp_path / "base", size)
+    recipe = recipe_for(tmp_path, base, rows_file)
+    code, said = doctor("--devices", devices, "--config", recipe, "--json", "--", *HALF)
+    found = json.loads(said)
+    assert code == 0, said
+    plan = found["footprint"]["devices"]
+    assert plan["choice"] == choice
+    assert plan["devices"] == int(devices[0])
+    ddp, _, fsdp, _ = plan["engines"]
+    assert ddp["weights"] == pytest.approx(gigabytes * 1e9, rel=0.01)
+    assert fsdp["weights"] == pytest.approx(ddp["weights"] / plan["devices"], rel=0.01)
+    assert ddp["sent"] < 0.01 * fsdp["sent"]
+    assert plan["tokens_per_step"] > 0
+
+
+def test_a_plan_is_a_table_under_the_findings(doctor: Doctor, own_base: Path, rows_file: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, own_base, rows_file)
+    code, said = doctor("--devices", "4x80GiB", "--config", recipe, "--", "--precision", "fp32")
+    assert code == 0
+    table = said.split("4 x 85.8993 GB, one process on each: ")[1].splitlines()
+    assert re.fullmatch(r"with(out)? gradient checkpointing, [\d,]+ tokens a step", table[0])
+    assert table[1].split()[:4] == ["engine", "weights", "gathered", "adapters"]
+    assert [line.split()[0] for line in table[2:6]] == ["DDP", "ZeRO-2", "FSDP2", "ZeRO-3"]
+    assert all(line.endswith("  fits") for line in table[2:6])
+    assert table[6].startswith("  choose: ddp.yaml;")
+    assert "note     formats: counted in float32, as above; for GPUs with bfloat16 add -- --precision bf16" in said
+    assert "ok       devices: 4 x 85.8993 GB: choose accelerate_configs/ddp.yaml (DDP), with" in said
+    assert "free on cpu" not in said  # this machine's memory says nothing of theirs
+    code, said = doctor("--devices", "2x0.001GB", "--config", recipe)
+    assert code == 1
+    assert "  error    devices: 2 x 0.001 GB: no engine fits; the least is 0.0 GB on each, with" in said
+    assert "  choose: none fits;" in said
+
+
+def test_devices_that_cannot_be_read_are_one_line(
+    capsys: pytest.CaptureFixture[str], own_base: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor", "--devices", "8 GPUs", "--config", str(recipe_for(tmp_path, own_base, rows_file))])
+    said = capsys.readouterr()
+    assert (stopped.value.code, said.out) == (2, "")
+    assert said.err == "error: --devices '8 GPUs' does not say how many and how large; write it as 8x24GB\n"

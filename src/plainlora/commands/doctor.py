@@ -10,6 +10,8 @@ from contextlib import contextmanager
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     parser.add_argument("--config", required=True, metavar="YAML", help="a recipe; more of its flags after --")
+    help_devices = "plan it for these from the config alone, as 8x24GB: which engine, and what each device holds"
+    parser.add_argument("--devices", metavar="NxGB", help=help_devices)
     parser.add_argument("--json", action="store_true", help="write JSON, for a program to read")
     parser.add_argument("--color", action="store_true", help="colours even if the output is not a terminal")
     parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="as for the recipe's program")
@@ -38,10 +40,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     from plainlora.doctor.examine import STAGES, examine
     from plainlora.doctor.report import to_dict, to_text
+    from plainlora.resources.devices import Devices
 
+    devices = None if arguments.devices is None else Devices.parse(arguments.devices)
     if arguments.json or not sys.stderr.isatty():
         with _without_bars():
-            diagnosis = examine(arguments.config, arguments.flags, lambda _: None)
+            diagnosis = examine(arguments.config, arguments.flags, lambda _: None, devices)
     else:
         with tqdm(total=len(STAGES), leave=False) as bar:
 
@@ -49,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
                 bar.n += 1
                 bar.set_description_str(stage)
 
-            diagnosis = examine(arguments.config, arguments.flags, begin)
+            diagnosis = examine(arguments.config, arguments.flags, begin, devices)
     if arguments.json:
         print(json.dumps(to_dict(diagnosis), indent=2, default=str, ensure_ascii=False))
     else:

@@ -7,6 +7,7 @@ from plainlora.data.encoding import EncodingReport
 from plainlora.doctor.finding import Examination
 from plainlora.doctor.sample import Segment
 from plainlora.doctor.settings import Setting
+from plainlora.resources.devices import Devices
 from plainlora.resources.footprint import Footprint
 
 
@@ -17,6 +18,7 @@ class Diagnosis:
     Attributes:
         config: The recipe's YAML.
         program: The program of `recipes/` for it.
+        planned_for: The devices that the run is planned for, if not for here.
         examination: All findings.
         settings: The values of the main settings.
         precisions: The number formats, from `list_precisions`.
@@ -28,6 +30,7 @@ class Diagnosis:
 
     config: str
     program: str
+    planned_for: Devices | None = None
     examination: Examination = field(default_factory=Examination)
     settings: list[Setting] = field(default_factory=list)
     precisions: dict[str, str] = field(default_factory=dict)

@@ -20,6 +20,7 @@ from plainlora.doctor.settings import list_settings, read_settings
 from plainlora.doctor.stages import Stages, examine_classifier, examine_sft, examine_start
 from plainlora.errors import UserError
 from plainlora.hub.pushing import check_push
+from plainlora.resources.devices import Devices
 from plainlora.resources.footprint import estimate
 from plainlora.resources.plan import Plan
 from plainlora.run.checkpoints import resume_path
@@ -36,20 +37,23 @@ STAGES = (
 Decided = dict[str, tuple[Any, str]]  # the value of a setting that was left open, and the reason
 
 
-def examine(config: str, flags: Sequence[str], log: Callable[[str], None]) -> Diagnosis:
+def examine(
+    config: str, flags: Sequence[str], log: Callable[[str], None], devices: Devices | None = None
+) -> Diagnosis:
     """Examines a recipe by the stages of its program, and goes on after errors.
 
     Args:
         config: The recipe's YAML.
         flags: More of the recipe's flags.
         log: Called with the name of each of `STAGES` as it begins.
+        devices: What the run is planned for, if not for here: it is then counted from the base's config alone.
 
     Raises:
         UserError: The file is not a YAML mapping.
     """
     log("reading the settings")
     program = find_program(config, flags)
-    found = Diagnosis(config, program.name)
+    found = Diagnosis(config, program.name, devices)
     settings = read_settings(program, config, flags, found.examination)
     _examine_folder(settings, found.examination)
     examine_task: Callable[..., Decided] = _examine_sft if program is SFT else _examine_classifier
@@ -118,7 +122,7 @@ def _examine_sft(found: Diagnosis, settings: SFTSettings, log: Callable[[str], N
             first = rows.train[0]
             found.sample = split_sample(first["input_ids"], first["labels"], stages.tokenizer)
     log("building the model")
-    loads = stages.config is not None and examine_weights(settings, stages.config, sft.load_weights, found.examination)
+    loads = stages.config is not None and _examine_weights(found, settings, stages.config, sft.load_weights)
     if loads and stages.adapter is not None and stages.tokenizer is not None and rows is not None and len(rows.train):
         log("counting memory")
         _count(found, partial(sft.plan_run, settings, stages.adapter, stages.tokenizer, rows))
@@ -162,7 +166,7 @@ def _examine_classifier(found: Diagnosis, settings: ClassifySettings, log: Calla
         log("building the model")
         config = stages.adapter.config
         load = partial(classify.load_weights, config=config)
-        loads = examine_weights(settings, config, load, found.examination)
+        loads = _examine_weights(found, settings, config, load)
         if loads and texts is not None and stages.tokenizer is not None:
             log("counting memory")
             _count(found, partial(classify.plan_run, settings, stages.adapter, stages.tokenizer, texts))
@@ -185,6 +189,16 @@ def _read_tokenizer(
     return found.ask("tokenizer", "there", read, settings)
 
 
+def _examine_weights(
+    found: Diagnosis, settings: Settings[Any, Any], config: PretrainedConfig, load: Callable[..., object]
+) -> bool:
+    """Whether the program can load the base; presumed where the run is planned for elsewhere."""
+    if found.planned_for is None:
+        return examine_weights(settings, config, load, found.examination)
+    found.examination.add("note", "base", "loading", "planned from the config alone; the weights are not looked at")
+    return True
+
+
 def _silent(line: str) -> None:
     """Ignores what a program prints of its rows, which is in the diagnosis."""
 
@@ -193,7 +207,11 @@ def _count(found: Diagnosis, make_plan: Callable[[], Plan]) -> None:
     """Estimates memory, disk space and time, unless there are errors in the adapter."""
     if any(finding.subject in ("adapter", "method") for finding in found.examination.at("error")):
         return
-    found.footprint = found.examination.ask("resources", "estimate", lambda: estimate(make_plan()))
+    ask = found.examination.ask
+    if found.planned_for is not None and found.precisions["compute"] == "float32":
+        message = "counted in float32, as above; for GPUs with bfloat16 add -- --precision bf16 --dtype auto"
+        found.examination.add("note", "resources", "formats", message)
+    found.footprint = ask("resources", "estimate", lambda: estimate(make_plan(), found.planned_for))
     if found.footprint is not None:
         examine_resources(found.footprint, found.examination)
 

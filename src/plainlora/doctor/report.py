@@ -7,6 +7,8 @@ from typing import Any
 from plainlora.doctor.diagnosis import Diagnosis
 from plainlora.doctor.finding import Finding, Level
 from plainlora.doctor.sample import CLOSING, OPENING, PLAIN, show_sample
+from plainlora.resources.engines import DevicesNeed
+from plainlora.resources.footprint import format_size
 
 COLOURS: dict[Level, str] = {"ok": "\033[32m", "note": "\033[36m", "warning": "\033[33m", "error": "\033[1;31m"}
 
@@ -35,6 +37,8 @@ def to_text(diagnosis: Diagnosis, colour: bool) -> str:
     for subject in dict.fromkeys(finding.subject for finding in findings):
         lines += ["", subject]
         lines += [_line(finding, found.config, colour) for finding in findings if finding.subject == subject]
+    if found.footprint is not None and found.footprint.devices is not None:
+        lines += ["", *_devices(found.footprint.devices)]
     return "\n".join([*lines, "", found.examination.summary()])
 
 
@@ -46,6 +50,24 @@ def _settings(found: Diagnosis) -> list[str]:
     return [
         f"  {setting.name:<{width}}  {value:<{wide}}  {file if setting.origin == found.config else setting.origin}"
         for setting, value in zip(found.settings, values, strict=True)
+    ]
+
+
+def _devices(need: DevicesNeed) -> list[str]:
+    """A table of what each engine needs on a device."""
+    names = ("weights", "gathered", "adapters", "gradients", "buckets", "optimizer", "activations", "margin", "total")
+    rows = [["engine", *names, "sent a step", ""]]
+    for engine in need.engines:
+        sizes = [*(getattr(engine, name) for name in names), engine.sent]
+        verdict = {True: "fits", False: "DOES NOT FIT", None: "unknown"}[engine.fits]
+        rows.append([engine.engine, *(format_size(size) if size != 0 else "-" for size in sizes), verdict])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    how = "with" if need.checkpointing else "without"
+    return [
+        f"{need.devices} x {need.memory / 1e9:g} GB, one process on each: {how} gradient checkpointing, "
+        f"{need.tokens_per_step:,} tokens a step",
+        *("  " + "  ".join(map(str.rjust, row, widths)).rstrip() for row in rows),
+        f"  choose: {need.choice or 'none fits'}; what is received is as much as what is sent",
     ]
 
 

@@ -1,13 +1,14 @@
 """Checks that memory and disk suffice for what `plainlora.resources.footprint` estimates."""
 
-from plainlora.doctor.finding import Examination
+from plainlora.doctor.finding import Examination, Level
 from plainlora.resources.disk import DiskNeed
+from plainlora.resources.engines import DevicesNeed
 from plainlora.resources.footprint import Footprint
 from plainlora.resources.peak import MemoryNeed
 
 
 def examine_resources(footprint: Footprint, examination: Examination) -> None:
-    """Checks that the run fits into memory and on the disk.
+    """Checks that the run fits into memory, here or on the devices that it is planned for, and on the disk.
 
     It is an error if the live bytes do not fit into memory, and a warning if only the margin does not.
 
@@ -15,8 +16,12 @@ def examine_resources(footprint: Footprint, examination: Examination) -> None:
         footprint: The estimate.
         examination: Gets the findings.
     """
-    _examine_memory(footprint.memory, footprint.device, examination)
-    _examine_disk(footprint.disk, examination)
+    if footprint.devices is None:
+        _examine_memory(footprint.memory, footprint.device, examination)
+        _examine_disk(footprint.disk, examination)
+    else:
+        _examine_devices(footprint.devices, examination)
+        examination.add("note", "resources", "disk", f"{footprint.disk.needed / 1e9:.2f} GB needed")
 
 
 def _examine_memory(memory: MemoryNeed, device: str, examination: Examination) -> None:
@@ -35,6 +40,24 @@ def _examine_memory(memory: MemoryNeed, device: str, examination: Examination) -
         examination.add("error", "resources", "memory", message)
     else:
         examination.add("warning", "resources", "memory", message)
+
+
+def _examine_devices(need: DevicesNeed, examination: Examination) -> None:
+    where = f"{need.devices} x {need.memory / 1e9:g} GB"
+    known = [engine for engine in need.engines if engine.total is not None]
+    if not known:
+        examination.add("note", "resources", "devices", f"what a step needs on {where} could not be counted")
+    elif need.choice is not None:
+        chosen = next(engine for engine in known if engine.config == need.choice)
+        message = f"{where}: choose accelerate_configs/{need.choice} ({chosen.engine}), with"
+        examination.add("ok", "resources", "devices", f"{message} {(chosen.total or 0) / 1e9:.1f} GB on each")
+    else:
+        least = min(known, key=lambda engine: engine.total or 0)
+        message = f"{where}: no engine fits; the least is {(least.total or 0) / 1e9:.1f} GB on each, with"
+        message += f" accelerate_configs/{least.config}; take more devices, load_in_4bit, or a lower"
+        message += " per_device_train_batch_size or max_length"
+        level: Level = "warning" if any(engine.fits_closely for engine in known) else "error"
+        examination.add(level, "resources", "devices", message)
 
 
 def _examine_disk(disk: DiskNeed, examination: Examination) -> None:

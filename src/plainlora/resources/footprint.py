@@ -11,8 +11,11 @@ from typing import Any
 from torch import nn
 
 from plainlora.backends import count_parameters
+from plainlora.resources.devices import Devices
 from plainlora.resources.disk import DiskNeed, count_disk
 from plainlora.resources.duration import TimeNeed, count_time
+from plainlora.resources.engines import DevicesNeed, count_engines
+from plainlora.resources.model_states import count_model_states
 from plainlora.resources.peak import MemoryNeed, count_memory
 from plainlora.resources.plan import Plan
 from plainlora.settings.arguments import optim_name
@@ -59,6 +62,7 @@ class Footprint:
         memory: Of the device.
         disk: Of `output_dir`.
         time: At least.
+        devices: On several devices, if it was asked for.
     """
 
     device: str
@@ -67,6 +71,7 @@ class Footprint:
     memory: MemoryNeed
     disk: DiskNeed
     time: TimeNeed
+    devices: DevicesNeed | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON has words for."""
@@ -74,7 +79,11 @@ class Footprint:
 
     def lines(self) -> list[str]:
         """A table for a terminal."""
-        rows = [*self._parameter_rows(), *self._memory_rows(), ("disk", self._disk()), ("time", self._time())]
+        rows = [*self._parameter_rows(), *self._memory_rows()]
+        if self.devices is None:
+            rows += [*self._peak_rows(), ("disk", self._disk()), ("time", self._time())]
+        else:
+            rows.append(("disk", self._disk()))  # this machine's memory and speed say nothing of others
         return [f"{name:<12}{text}" for name, text in rows if text]
 
     def _parameter_rows(self) -> list[tuple[str, str]]:
@@ -85,30 +94,33 @@ class Footprint:
 
     def _memory_rows(self) -> list[tuple[str, str]]:
         memory = self.memory
-        formats = ", ".join(f"{name} {_size(size)}" for name, size in memory.weights_by_format.items())
-        kept, again = _size(memory.activations), _size(memory.activations_checkpointed)
-        head = "" if memory.loss_head is None else f"; the loss alone {_size(memory.loss_head)}"
-        rows = [
-            ("weights", f"{_size(memory.weights)} ({formats})"),
-            ("trained", f"adapter {_size(memory.adapters)}, gradients {_size(memory.gradients)}, "
-                        f"{self.optim} {_size(memory.optimizer)}"),
+        formats = ", ".join(f"{name} {format_size(size)}" for name, size in memory.weights_by_format.items())
+        kept, again = format_size(memory.activations), format_size(memory.activations_checkpointed)
+        head = "" if memory.loss_head is None else f"; the loss alone {format_size(memory.loss_head)}"
+        return [
+            ("weights", f"{format_size(memory.weights)} ({formats})"),
+            ("trained", f"adapter {format_size(memory.adapters)}, gradients {format_size(memory.gradients)}, "
+                        f"{self.optim} {format_size(memory.optimizer)}"),
             ("activations", f"{kept}, {again} with gradient checkpointing{head}"),
         ]  # fmt: skip
+
+    def _peak_rows(self) -> list[tuple[str, str]]:
+        memory = self.memory
         named = {"libraries and rows": memory.libraries, "pages of the checkpoint": memory.mapped}
-        parts = [f"{name} {_size(size)}" for name, size in named.items() if size]
-        rows.append(("else", ", ".join([*parts, f"margin {_size(memory.margin)}"])))
+        parts = [f"{name} {format_size(size)}" for name, size in named.items() if size]
+        rest = ", ".join([*parts, f"margin {format_size(memory.margin)}"])
         how = "with" if memory.checkpointing else "without"
         verdict = {True: "fits", False: "DOES NOT FIT", None: "unknown whether it fits"}[memory.fits]
-        free = "an unknown amount" if memory.free is None else _size(memory.free)
-        peak = f"at least {_size(memory.at_least)}" if memory.peak is None else _size(memory.peak)
+        free = "an unknown amount" if memory.free is None else format_size(memory.free)
+        peak = f"at least {format_size(memory.at_least)}" if memory.peak is None else format_size(memory.peak)
         text = f"{peak} {how} gradient checkpointing, {free} free on {self.device}: {verdict}"
-        return [*rows, ("peak", text)]
+        return [("else", rest), ("peak", text)]
 
     def _disk(self) -> str:
         disk = self.disk
         return (
-            f"{_size(disk.needed)} ({disk.checkpoints} x {_size(disk.checkpoint)} checkpoint, "
-            f"result {_size(disk.result)}, merged {_size(disk.merged)}), {_size(disk.free)} free: "
+            f"{format_size(disk.needed)} ({disk.checkpoints} x {format_size(disk.checkpoint)} checkpoint, "
+            f"result {format_size(disk.result)}, merged {format_size(disk.merged)}), {format_size(disk.free)} free: "
             f"{'fits' if disk.fits else 'DOES NOT FIT'}"
         )
 
@@ -120,7 +132,8 @@ class Footprint:
         )
 
 
-def _size(size: int | None) -> str:
+def format_size(size: int | None) -> str:
+    """Bytes for a reader."""
     if size is None:
         return "unknown"
     return f"{size / 1e9:.1f} GB" if size >= 5e7 or not size else f"{size / 1e6:.1f} MB"
@@ -155,18 +168,20 @@ def count_targets(model: nn.Module) -> dict[str, Target]:
     return dict(sorted(found.items()))
 
 
-def estimate(plan: Plan) -> Footprint:
+def estimate(plan: Plan, devices: Devices | None = None) -> Footprint:
     """What a run will need of memory, disk and time. No weight is loaded.
 
     Args:
         plan: The run.
+        devices: What it is planned for, if not for one process here.
 
     Raises:
         UserError: The optimizer cannot be made here, or the adapter does not fit the model.
         LoRAError: The adapter does not fit the model.
     """
     base, model = plan.build()
-    memory = count_memory(plan, base, model)
+    states = count_model_states(plan, base, model)
+    memory = count_memory(plan, base, model, states)
     trainable, total = count_parameters(model)
     return Footprint(
         device=str(plan.device),
@@ -175,4 +190,5 @@ def estimate(plan: Plan) -> Footprint:
         memory=memory,
         disk=count_disk(plan, base, model, memory.optimizer),
         time=count_time(plan, model, memory.checkpointing),
+        devices=None if devices is None else count_engines(plan, base, model, states, memory, devices),
     )

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from plainlora.resources.activations import count_evaluation_bytes, count_head_bytes, count_peak_bytes, least_bytes
 from plainlora.resources.memory import free_memory, of_this_process, resident_memory
-from plainlora.resources.model_states import ModelStates, count_model_states
+from plainlora.resources.model_states import ModelStates
 from plainlora.resources.plan import Plan
 from plainlora.resources.weights import bytes_by_format, weight_bytes
 
@@ -105,7 +105,7 @@ def _count_activations(plan: Plan) -> _Activations:
         return _Activations()
 
 
-def count_memory(plan: Plan, base: PreTrainedModel, model: PreTrainedModel) -> MemoryNeed:
+def count_memory(plan: Plan, base: PreTrainedModel, model: PreTrainedModel, states: ModelStates) -> MemoryNeed:
     """Adds up what one process holds at the same time.
 
     On a CPU the peak holds what this process holds already, so it should be asked where the libraries are loaded and
@@ -115,12 +115,10 @@ def count_memory(plan: Plan, base: PreTrainedModel, model: PreTrainedModel) -> M
         plan: The run.
         base: Its base, on the `meta` device.
         model: The same with what is trained.
-
-    Raises:
-        UserError: The optimizer cannot be made here.
+        states: What the process holds beside a step.
     """
     on_cpu = plan.device.type == "cpu"
-    counted, states = _count_activations(plan), count_model_states(plan, base, model)
+    counted = _count_activations(plan)
     free = of_this_process(free_memory(plan.device), plan.device)
     checkpointing = plan.training.gradient_checkpointing
     if checkpointing is None:

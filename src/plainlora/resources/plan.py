@@ -97,6 +97,12 @@ class Plan:
         """That are trained on, all epochs."""
         return math.ceil(self.tokens * self.steps / self._steps_an_epoch)
 
+    def tokens_per_step(self, processes: int) -> int:
+        """Tokens of one optimizer step of so many processes, on average."""
+        training = self.training
+        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
+        return round(self.tokens * min(1.0, rows / self._sequences))
+
     @property
     def _sequences(self) -> int:
         """Rows as they are trained on: packed or not."""

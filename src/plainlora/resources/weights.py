@@ -68,15 +68,10 @@ def quantized_weights(
     }
 
 
-def weight_bytes(skeleton: PreTrainedModel, quantization: BitsAndBytesConfig | None, dtype: torch.dtype) -> int:
-    """Bytes that a base's weights and buffers hold in memory.
-
-    Args:
-        skeleton: The base without an adapter, of any dtype.
-        quantization: bitsandbytes' 4 or 8 bits, or `None`.
-        dtype: Of everything that is not quantised.
-    """
-    buffers = count_bytes(skeleton.buffers())
+def parameter_bytes(
+    skeleton: PreTrainedModel, quantization: BitsAndBytesConfig | None, dtype: torch.dtype
+) -> dict[str, int]:
+    """Bytes that each of a base's weights holds in memory, by name. Arguments are those of `weight_bytes`."""
     parameters = dict(skeleton.named_parameters())
     quantized = {} if quantization is None else quantized_weights(skeleton, quantization, dtype)
     sizes = {name: parameter.numel() * dtype.itemsize for name, parameter in parameters.items()}
@@ -88,7 +83,18 @@ def weight_bytes(skeleton: PreTrainedModel, quantization: BitsAndBytesConfig | N
             module = skeleton.get_submodule(name.rpartition(".")[0])
             outputs = module.nf if isinstance(module, Conv1D) else cast(nn.Linear, module).out_features
             sizes[name] = values + 4 * outputs  # one scale a row
-    return buffers + sum(sizes.values())
+    return sizes
+
+
+def weight_bytes(skeleton: PreTrainedModel, quantization: BitsAndBytesConfig | None, dtype: torch.dtype) -> int:
+    """Bytes that a base's weights and buffers hold in memory.
+
+    Args:
+        skeleton: The base without an adapter, of any dtype.
+        quantization: bitsandbytes' 4 or 8 bits, or `None`.
+        dtype: Of everything that is not quantised.
+    """
+    return count_bytes(skeleton.buffers()) + sum(parameter_bytes(skeleton, quantization, dtype).values())
 
 
 def bytes_by_format(skeleton: PreTrainedModel, dtype: torch.dtype) -> dict[str, int]:
