@@ -32,6 +32,7 @@ ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs" / "engines"
 AT_ONCE = 2  # launches
 LONGEST = 600.0  # seconds of a launch
+NOT_RUN = "not run"
 
 # The largest difference with which a cell holds. `relative` says how those of tensors are measured.
 LIMITS = {"losses": 1e-5, "evaluation": 1e-6, "adapter": 1e-4, "merged": 1e-4, "answers": 0.0}
@@ -360,12 +361,13 @@ def table(results: Sequence[Result]) -> str:
 
 def page(results: Sequence[Result]) -> str:
     """The page of the docs."""
-    holding, refused = sum(each.holds for each in results), sum(each.problem.startswith("refused") for each in results)
+    holding = sum(each.holds for each in results)
+    refused, never = (sum(each.problem.startswith(word) for each in results) for word in ("refused", NOT_RUN))
     limits = f"losses {LIMITS['losses']:.0e}, evaluation {LIMITS['evaluation']:.0e}, adapter {LIMITS['adapter']:.0e}"
     return (
         f"# The equality matrix\n\nTwo processes beside one with twice the batch, in fp32: `make matrix`. "
         f"{len(results)} cells: {holding} hold, {refused} are refused by name, "
-        f"{len(results) - holding - refused} fail.\n\n"
+        f"{len(results) - holding - refused - never} fail, {never} have not been run.\n\n"
         "Losses and evaluation losses: the largest relative difference of all that were logged. Adapter: the norm of "
         "a tensor's difference relative to the tensor's, the largest of all tensors. Merged: the norm of a weight's "
         "difference relative to what the merge changed of the base. Answers: every one, letter for letter. "
@@ -374,9 +376,21 @@ def page(results: Sequence[Result]) -> str:
     )
 
 
+def known(docs: Path) -> list[Result]:
+    """Every cell as the docs have it."""
+    path = docs / "matrix.json"
+    told = json.loads(path.read_text())["cells"] if path.is_file() else []
+    names = ("case", "engine", "measured", "problem")
+    found = {(cell["case"], cell["engine"]): Result(*(cell[name] for name in names)) for cell in told}
+    never = (Result(cell.case, cell.engine, {}, NOT_RUN) for cell in cells())
+    return [found.get((each.case, each.engine), each) for each in never]
+
+
 def write(results: Sequence[Result], docs: Path) -> None:
-    """Writes both files."""
+    """Writes both files; cells that were not run now stay as they were."""
     docs.mkdir(parents=True, exist_ok=True)
+    now = {(each.case, each.engine): each for each in results}
+    results = [now.get((each.case, each.engine), each) for each in known(docs)]
     content = {"limits": LIMITS, "cells": [{**asdict(each), "holds": each.holds} for each in results]}
     content["machine"] = f"{describe_machine().removesuffix('.')}, deepspeed {version('deepspeed')}"
     (docs / "matrix.json").write_text(json.dumps(content, indent=2) + "\n")
@@ -397,7 +411,7 @@ def run(wanted: Sequence[Cell], folder: Path) -> list[Result]:
 
 
 def main() -> None:
-    """Runs the matrix, or the asked columns and rows of it, and writes it down if it is whole."""
+    """Runs the matrix, or the asked columns and rows of it, and writes it down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", nargs="*", help="columns, by their heads")
     parser.add_argument("--cases", default="", help="rows, by a regular expression")
@@ -408,8 +422,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         results = run(wanted, asked.folder or Path(temporary))
     print(table(results))
-    if len(results) == len(list(cells())):
-        write(results, DOCS)
+    write(results, DOCS)
     raise SystemExit(sum(not each.holds and not each.problem.startswith("refused") for each in results) > 0)
 
 

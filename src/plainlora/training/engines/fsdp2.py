@@ -8,7 +8,7 @@ block; in every process it costs one reduction a step, and it is saved, checked 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -68,6 +68,20 @@ class FSDP2(Engine):
         for parameter in (each for module in owners for each in module.parameters(recurse=False)):
             dist.broadcast(parameter.data, 0)
         self.trainer.accelerator.state.fsdp_plugin.ignored_modules = owners
+
+    def after_wrapping(self, model: nn.Module) -> None:
+        """Gathers the output embedding for the whole forward pass: fused loss heads read its weight, without a call.
+
+        Accelerate puts it in one unit with the final norm, whose call gathers both; a norm that is trained whole, or
+        that it does not find, leaves the output embedding alone in its unit.
+        """
+        head = cast(Any, model).get_output_embeddings()
+        if isinstance(head, FSDPModule):
+
+            def gather_head(*_: Any) -> None:
+                head.unshard()
+
+            model.register_forward_pre_hook(gather_head)
 
     def reshard(self, model: nn.Module) -> None:
         """Frees what a forward pass without a backward pass has left gathered."""
