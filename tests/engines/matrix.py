@@ -182,8 +182,9 @@ def write_rows(folder: Path, count: int) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """Of every launch: no GPU, one thread for each process."""
+    """Of every launch: no GPU, one thread for each process, and ninja, with which DeepSpeed compiles, found."""
     return os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         **{"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"},
         **{"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"},
     }
