@@ -231,16 +231,17 @@ def attach_adapter(
     return adapted
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """`(trainable, total)`; a 4-bit weight counts as the number of its values, not of its packed bytes.
+def count_of(parameter: torch.Tensor) -> int:
+    """Number of values of a whole weight. A ZeRO-3 parameter is empty between steps; a DTensor says its whole size."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
-    A ZeRO-3 parameter is empty outside its module's passes, and names its size.
-    """
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """`(trainable, total)`; a 4-bit weight counts as the number of its values, not of its packed bytes."""
     trainable = total = 0
     for parameter in model.parameters():
         shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
-        whole = getattr(parameter, "ds_numel", parameter.numel())
-        values = whole if shape is None else int(torch.Size(shape).numel())
+        values = count_of(parameter) if shape is None else int(torch.Size(shape).numel())
         total += values
         trainable += values if parameter.requires_grad else 0
     return trainable, total

@@ -345,6 +345,11 @@ def test_a_base_dropout_that_is_no_probability_below_1_is_refused(p: str) -> Non
         ("optim: galore_adamw", "optim galore_adamw: You need to install `galore_torch`"),
         ("optim_args: nonsense", "optim adamw_torch_fused: it cannot be made here ("),
         ("fsdp: full_shard", "fsdp is for several processes, and this is one"),
+        ("fsdp: full_shard\nfsdp_config: {version: 1}", "fsdp: version 1 is not supported; set fsdp_version: 2"),
+        (
+            "fsdp: full_shard\nfsdp_config: {cpu_ram_efficient_loading: true}",
+            "cpu_ram_efficient_loading loses adapters",
+        ),
         (
             "metric_for_best_model: accuracy",
             "there is no 'accuracy'; there are loss, perplexity, entropy, mean_token_a",

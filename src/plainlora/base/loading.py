@@ -3,7 +3,6 @@
 import copy
 import ctypes
 import logging
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from plainlora.base.remote_code import code_options
 from plainlora.errors import UserError
 from plainlora.settings.arguments import dtype_of
 from plainlora.settings.checks import unusable_attention
+from plainlora.settings.launcher import asks_for_fsdp
 
 
 def keep_4bit_weights_unpacked(model: nn.Module) -> None:
@@ -60,8 +60,7 @@ def placement(device: torch.device | None, quantized: bool) -> dict[str, Any]:
         device: Where training runs; `None` to leave it to the libraries.
         quantized: Whether the base is quantised while it is loaded.
     """
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if device is None or fsdp or is_deepspeed_zero3_enabled():
+    if device is None or asks_for_fsdp() or is_deepspeed_zero3_enabled():
         return {}
     return {"device_map": {"": str(device)}} if quantized or device.type != "cpu" else {}
 

@@ -69,14 +69,13 @@ def _resolve(model: nn.Module, config: LoraConfig, strict: bool) -> tuple[LoraCo
 def _place(layer: LoRALinear, weight: torch.Tensor) -> None:
     """Moves A and B to W0's device, in fp32 or, if W0's dtype is wider, in that.
 
-    On a half-precision base the initial values are rounded to the base's dtype and kept in fp32, as in PEFT. The dtype
-    of a 4-bit weight is only that of its bytes' container (`bnb_4bit_quant_storage`).
+    On a half-precision base the initial values are rounded to the base's dtype and kept in fp32, as in PEFT.
     """
     for parameter in layer.adapter_tensors().values():
         values = parameter.data
         if not values.is_meta:
             values = values.to(weight.device)
-        if weight.is_floating_point() and not hasattr(weight, "quant_state"):
+        if weight.is_floating_point() and not storage_of(layer.base_layer).packed:
             values = values.to(weight.dtype)
         parameter.data = values.to(torch.promote_types(values.dtype, torch.float32))
 

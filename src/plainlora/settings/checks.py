@@ -34,6 +34,7 @@ from plainlora.settings.arguments import (
     optim_name,
 )
 from plainlora.settings.device import trains_on_cpu
+from plainlora.settings.launcher import asks_for_fsdp
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -184,8 +185,7 @@ def common_faults(
 
 def _fsdp_faults(training: TrainingArguments) -> Iterator[str]:
     """What of FSDP is not supported; an accelerate config asks for it by environment variables."""
-    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if not launched and not training.fsdp:
+    if not asks_for_fsdp() and not training.fsdp:
         return
     if training.world_size == 1:
         yield "fsdp is for several processes, and this is one: start them with accelerate launch, or leave it out"

@@ -9,10 +9,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from plainlora.backends import count_of
 from plainlora.errors import UserError, first_line
 from plainlora.folders import check_disk, move_in, put_in_place
 from plainlora.run.folder import UNFINISHED, list_checkpoints, remove_checkpoint
-from plainlora.training.engines.engine import count_of
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_TEXTS = (

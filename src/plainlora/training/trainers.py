@@ -185,7 +185,7 @@ class _TrainerOverrides(Watched, AtomicSaves, RowsInOrder):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves, unless a trained weight is not finite or, at the end, an adapter has no effect."""
-        with self.engine.whole(self.engine.trained):
+        with self.engine.whole():
             check_values(self.adapted)
             if output_dir is None:
                 check_effect(self.adapted, self.state.global_step)

@@ -94,15 +94,12 @@ class AdapterGradients:
         """
         for hook in self._hooks:
             hook.remove()
-        nothing = torch.zeros(())
-        here = [
-            torch.maximum(*(self._largest.get(id(side), nothing).to("cpu") for side in (layer.lora_A, layer.lora_B)))
-            for layer in self._layers.values()
-        ]
-        if not here:
+        if not self._layers:
             return
+        sides = [side for layer in self._layers.values() for side in (layer.lora_A, layer.lora_B)]
+        here = [self._largest.get(id(side), 0.0) for side in sides]  # read with one transfer from the device
         found = [max(column) for column in zip(*of_all_processes(*here), strict=True)]
-        without = [name for name, largest in zip(self._layers, found, strict=True) if largest == 0]
+        without = [name for at, name in enumerate(self._layers) if found[2 * at] == found[2 * at + 1] == 0]
         if without:
             raise UserError(
                 f"{len(without)} of {len(self._layers)} adapters got no gradient in the first step ({some(without)}), "

@@ -12,12 +12,14 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainerState, set_seed
 from trl import SFTConfig
 
 from plainlora.backends import BACKENDS, attach_adapter
+from plainlora.errors import UserError
+from plainlora.settings.arguments import ClassifyConfig
 from plainlora.training.engines.engine import shard_of
-from plainlora.training.trainers import AdapterTrainer, args_for_sft
+from plainlora.training.trainers import AdapterTrainer, ClassifierTrainer, args_for_sft
 from tests.conftest import make_model
 from tests.two_processes import in_two_processes
 
@@ -31,7 +33,10 @@ def ask_for_fsdp2() -> None:
     os.environ |= {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 
 
-def train(folder: Path, engine: str, processes: int, resume: str | None) -> dict[str, Any]:
+def train(
+    folder: Path, engine: str, processes: int, resume: str | None, callbacks: list[TrainerCallback] | None = None,
+    kind: str = "llama", **options: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Four steps of five rows, or the last two of them; the trainer saves after two."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     rows = [tokenizer(text)["input_ids"] for text in TEXTS]
@@ -41,19 +46,54 @@ def train(folder: Path, engine: str, processes: int, resume: str | None) -> dict
         adam_epsilon=1e-5, lr_scheduler_type="linear", use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     set_seed(0)
-    lora = LoraConfig(task_type="CAUSAL_LM", r=3, target_modules="all-linear", modules_to_save=["norm"])
-    backend = BACKENDS["fused"]
+    backend, model = BACKENDS["fused"], make_model(kind)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", r=3, target_modules="all-linear", **options or {"modules_to_save": ["norm"]}
+    )
     trainer = AdapterTrainer(
-        attach_adapter(make_model("llama"), lora, backend), backend, args=args_for_sft(arguments),
+        attach_adapter(model, lora, backend), backend, args=args_for_sft(arguments),
         train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}), processing_class=tokenizer,
+        callbacks=callbacks,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
     trainer.engine.reshard(trainer.adapted)
     frozen = [parameter for parameter in trainer.adapted.parameters() if not parameter.requires_grad]
     held = sum(shard_of(parameter).numel() for parameter in frozen)
+    # Chosen in the first step, where a sharded model can compute for the first time.
+    assert trainer.padding_free
+    assert trainer.adapted.config._attn_implementation == "plainlora"
     trainer.save_model()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"losses": losses, "held": held, "engine": type(trainer.engine).__name__}
+
+
+class Dies(TrainerCallback):
+    """Ends a process after its third step, as a kill would."""
+
+    def __init__(self, answer: Path) -> None:
+        self.answer = answer
+
+    def on_step_end(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
+        if state.global_step == 3:
+            self.answer.write_text("null")
+            os._exit(0)
+
+
+def lose_the_other(rank: int, folder: Path, answers: Path) -> str:
+    """What is said by the process that is left."""
+    with pytest.raises(UserError) as caught:
+        train(folder, "one is lost", 2, None, [Dies(answers / "1.json")] if rank == 1 else [])
+    return str(caught.value)
+
+
+def ask_for_what_is_refused(rank: int, folder: Path) -> list[str]:
+    ask_for_fsdp2()
+    with pytest.raises(UserError) as bias:
+        train(folder, "refused", 2, None, kind="qwen2", bias="lora_only")
+    arguments = ClassifyConfig(output_dir=str(folder / "refused"), use_cpu=True, bf16=False, report_to="none")
+    with pytest.raises(UserError) as whole:
+        ClassifierTrainer(make_model("llama"), None, args=arguments)
+    return [str(bias.value), str(whole.value)]
 
 
 def train_together(rank: int, folder: Path, resume: str | None) -> dict[str, Any]:
@@ -100,3 +140,17 @@ def test_two_processes_compute_and_save_what_one_does(alone: tuple[Path, dict[st
     (ours / "adapter_model.safetensors").unlink()
     in_two_processes(tmp_path / "second", train_together, folder, str(theirs / "checkpoint-2"))
     assert differ(ours, theirs) < 1e-4
+
+
+def test_a_process_that_is_left_alone_says_what_is_kept(alone: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, _ = alone
+    said, _ = in_two_processes(tmp_path, lose_the_other, folder, tmp_path)
+    assert said.startswith("process 0 of 2: another process is gone (")
+    assert f"{folder}/one is lost/checkpoint-2 is kept; resume with the same command" in said
+
+
+def test_what_fsdp2_cannot_train_is_refused(alone: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, _ = alone
+    for bias, whole in in_two_processes(tmp_path, ask_for_what_is_refused, folder):
+        assert bias.startswith("FSDP2 cannot train the bias of ")
+        assert whole.startswith("FSDP2 shards the base's weights, which this method trains")

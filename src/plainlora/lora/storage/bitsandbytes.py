@@ -31,6 +31,7 @@ class Bits4(_Bitsandbytes):
     """`Linear4bit`, whose weight is packed: two values a byte."""
 
     class_name = "Linear4bit"
+    packed = True
 
     def dense_weight(self, module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
         """See `Storage`."""

@@ -15,10 +15,12 @@ class Storage(ABC):
     Attributes:
         transposed: Whether the weight is stored as `(d_in, d_out)`: `fan_in_fan_out` of a `LoraConfig`.
         quantized: Whether the weight is quantised, so that no delta can be added to it.
+        packed: Whether the weight's dtype is only that of a container, as of 4 bits (`bnb_4bit_quant_storage`).
     """
 
     transposed = False
     quantized = False
+    packed = False
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:

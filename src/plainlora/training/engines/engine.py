@@ -4,7 +4,7 @@ Whatever the engine, a checkpoint has the same files: the adapter whole, in PEFT
 whole, in PyTorch's format. So a run resumes on another engine or another number of processes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,11 +48,10 @@ class Engine:
         """Makes each process hold its part of the base alone, as between two steps."""
 
     @contextmanager
-    def whole(self, parameters: Sequence[nn.Parameter], changed: bool = False) -> Iterator[None]:
-        """A context in which trained weights are whole in every process. To be entered by all.
+    def whole(self, changed: bool = False) -> Iterator[None]:
+        """A context in which the trained weights are whole in every process. To be entered by all.
 
         Args:
-            parameters: The weights.
             changed: Whether they are changed within the block, in all processes alike.
         """
         yield
@@ -77,8 +76,3 @@ def shard_of(parameter: torch.Tensor) -> torch.Tensor:
         return parameter.to_local()
     partition: torch.Tensor | None = getattr(parameter, "ds_tensor", None)
     return parameter if partition is None else partition
-
-
-def count_of(parameter: torch.Tensor) -> int:
-    """Number of values of a whole weight. A ZeRO-3 parameter is empty between steps; a DTensor says its whole size."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -5,7 +5,6 @@ adapter is a few megabytes. Sharded, each of its matrices would be gathered and 
 block; in every process it costs one reduction a step, and it is saved, checked and resumed like that of one process.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -18,12 +17,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from plainlora.errors import UserError
+from plainlora.settings.launcher import asks_for_fsdp
 from plainlora.training.engines.engine import Engine
-
-
-def is_asked_for(args: Any) -> bool:
-    """Whether the launcher or the arguments ask for FSDP."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or bool(args.fsdp)
 
 
 @contextmanager
@@ -33,7 +28,7 @@ def engaged_on_a_cpu(args: Any) -> Iterator[None]:
     https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/state.py (`AcceleratorState.__init__`)
     """
     state = PartialState._shared_state
-    if not is_asked_for(args) or state.get("distributed_type") != DistributedType.MULTI_CPU:
+    if not (asks_for_fsdp() or args.fsdp) or state.get("distributed_type") != DistributedType.MULTI_CPU:
         yield
         return
     state["distributed_type"] = DistributedType.MULTI_GPU

@@ -1,6 +1,5 @@
 """Trainer overrides that make saving, resuming and reducing the same on every engine."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -10,9 +9,10 @@ from torch import nn
 from transformers import Trainer
 
 from plainlora.errors import UserError
+from plainlora.settings.launcher import asks_for_deepspeed, asks_for_fsdp
 from plainlora.settings.parsing import forget_deepspeed
 from plainlora.training.engines.engine import Engine
-from plainlora.training.engines.fsdp2 import FSDP2, engaged_on_a_cpu, is_asked_for
+from plainlora.training.engines.fsdp2 import FSDP2, engaged_on_a_cpu
 from plainlora.training.engines.zero import ZeRO, adapter_loaded_by
 
 
@@ -34,9 +34,9 @@ class OnEngine(Trainer):
         """
         with engaged_on_a_cpu(self.args):
             super().create_accelerator_and_postprocess()
-        if is_asked_for(self.args) and not self.is_fsdp_enabled:
+        if (asks_for_fsdp() or self.args.fsdp) and not self.is_fsdp_enabled:
             raise UserError("FSDP was asked for, and Accelerate does not use it here: it needs two processes or more")
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true" and not self.is_deepspeed_enabled:
+        if asks_for_deepspeed() and not self.is_deepspeed_enabled:
             raise UserError("DeepSpeed was asked for, and Accelerate does not use it here: set use_cpu to false")
         kind = ZeRO if self.is_deepspeed_enabled else FSDP2 if self.is_fsdp_enabled else Engine
         self.engine = kind(self)
@@ -64,7 +64,7 @@ class OnEngine(Trainer):
 
     def load_whole(self, checkpoint: str) -> None:
         """Loads a checkpoint's adapter into the trained weights, which an engine may have sharded."""
-        with self.engine.whole(self.engine.trained, changed=True):
+        with self.engine.whole(changed=True):
             self.load_adapter(checkpoint)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -8,7 +8,7 @@ https://github.com/deepspeedai/DeepSpeed/blob/v0.19.8/deepspeed/runtime/zero/sta
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -105,12 +105,12 @@ class ZeRO(Engine):
             register_weights(model)
 
     @contextmanager
-    def whole(self, parameters: Sequence[nn.Parameter], changed: bool = False) -> Iterator[None]:
+    def whole(self, changed: bool = False) -> Iterator[None]:
         """Gathers the weights under ZeRO-3. Changed weights are copied to the optimizer's fp32 copies afterwards."""
         import deepspeed  # noqa: PLC0415  an extra
 
-        gathered, rank = list(parameters) if self.shards_base else [], 0 if changed else None
-        with deepspeed.zero.GatheredParameters(gathered, modifier_rank=rank, enabled=self.shards_base):
+        rank = 0 if changed else None
+        with deepspeed.zero.GatheredParameters(self.trained, modifier_rank=rank, enabled=self.shards_base):
             yield
         if changed:
             self._zero.refresh_fp32_params()
@@ -149,7 +149,8 @@ class ZeRO(Engine):
             held = inner.state[part.flat]
             for key, value in saved.items():
                 if torch.is_tensor(value) and value.shape == part.shape:
-                    part.scatter(value, part.flat if key == "master" else held.setdefault(key, _zeros(part.flat)))
+                    into = part.flat if key == "master" else held.setdefault(key, torch.zeros_like(part.flat))
+                    part.scatter(value, into)
                 else:
                     held[key] = value
         for group, saved in zip(inner.param_groups, state["param_groups"], strict=True):
@@ -170,7 +171,3 @@ class ZeRO(Engine):
                     first = mapping.lp_fragment_address.start
             found.append(Part(parameter, flat, start, slice(first, first + size)))
         return found
-
-
-def _zeros(flat: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(flat, requires_grad=False)
