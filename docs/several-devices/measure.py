@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import plainlora.quiet  # noqa: F401
@@ -33,21 +32,7 @@ from plainlora.resources.devices import Devices
 HERE = Path(__file__).parent
 RECIPE = "recipes/quickstart/lora.yaml"
 ROWS, STEPS = 100, 5
-CONFIGS = {
-    "DDP": {"distributed_type": "MULTI_GPU", "use_cpu": True},
-    "ZeRO-2": {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}},
-    "FSDP2": {
-        "distributed_type": "FSDP",
-        "use_cpu": True,
-        "fsdp_config": {
-            "fsdp_version": 2,
-            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "fsdp_reshard_after_forward": True,
-            "fsdp_cpu_ram_efficient_loading": False,
-        },
-    },
-    "ZeRO-3": {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3, "zero3_init_flag": True}},
-}
+CONFIGS = {"DDP": "ddp", "ZeRO-2": "deepspeed_zero2", "FSDP2": "fsdp2", "ZeRO-3": "deepspeed_zero3"}
 WIDE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "vocab_size": 2048}
 BASES = {
     "27 M": WIDE,
@@ -73,37 +58,26 @@ def make_base(folder: Path, sizes: dict[str, int]) -> None:
     AutoTokenizer.from_pretrained(ROOT / "recipes/quickstart/base").save_pretrained(folder)
 
 
-def write_config(file: Path, engine: str, processes: int) -> None:
-    """An Accelerate config for processes on this CPU, with the settings of `accelerate_configs/`."""
-    common = {
-        "compute_environment": "LOCAL_MACHINE",
-        "num_machines": 1,
-        "main_process_port": 0,
-        "rdzv_backend": "static",
-    }
-    common |= {"same_network": True, "mixed_precision": "no", "gpu_ids": "-1,-1"}
-    file.write_text(yaml.safe_dump(common | {"num_processes": processes} | CONFIGS[engine]), encoding="utf-8")
-
-
 def launch(folder: Path, engine: str, processes: int, cases: list[tuple[list[str], str]]) -> None:
     """Runs cases of one engine and number of processes.
 
     Raises:
         RuntimeError: One failed; the error has the end of its output.
     """
-    config, listed = folder / "accelerate.yaml", folder / "cases.json"
-    write_config(config, engine, processes)
+    listed = folder / "cases.json"
     listed.write_text(json.dumps(cases), encoding="utf-8")
-    command = ["-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
-    command += [str(HERE / "probe.py"), str(listed)]
+    command = ["-m", "accelerate.commands.launch", "--quiet"]
+    command += ["--config_file", f"accelerate_configs/{CONFIGS[engine]}.yaml"]
+    command += ["--num_processes", str(processes), "--main_process_port", "0", str(HERE / "probe.py"), str(listed)]
     # glibc raises this limit, its own default, when large blocks are freed; they would then stay in its heap.
     heap = {"MALLOC_MMAP_THRESHOLD_": "131072"}
-    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
+    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    no_gpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
-        env=os.environ | heap | threads | paths,
+        env=os.environ | heap | threads | no_gpu | paths,
         capture_output=True,
         text=True,
         check=False,
