@@ -71,9 +71,8 @@ def lines(base: str) -> list[str]:
         chosen = next((engine for engine in need.engines if engine.config == need.choice), None)
         sizes = ", ".join(f"{engine.engine} {(engine.total or 0) / 1e9:.1f}" for engine in need.engines)
         sent = "" if chosen is None else f"{chosen.sent / 1e9:.2f} GB"
-        found.append(
-            f"| {base} | {text} | {need.choice or 'none fits'} | {sizes} | {need.tokens_per_step:,} | {sent} |"
-        )
+        choice = "none fits" if need.choice is None else f"`{need.choice}`"
+        found.append(f"| {base} | {text} | {choice} | {sizes} | {need.tokens_per_step:,} | {sent} |")
     return found
 
 
