@@ -38,7 +38,7 @@ def main() -> None:
 
     # The order seed, base with its new head, adapter makes the same command give the same weights.
     set_seed(settings.training.seed)
-    model = classify.load_model(settings, adapter, run.log)
+    model = classify.load_model(settings, adapter, texts, tokenizer, run.log)
     trainer = classify.make_trainer(settings, adapter, model, texts, tokenizer)
     run.begin(model.model, texts.by_split, model.quantization, texts.labels)
     metrics = run.train(trainer)

@@ -40,7 +40,7 @@ def main() -> None:
 
     # The order seed, base, adapter makes the same command give the same adapter.
     set_seed(settings.training.seed)
-    model = sft.load_model(settings, adapter, sft.plan_run(settings, adapter, tokenizer, rows), run.log)
+    model = sft.load_model(settings, adapter, rows, tokenizer, run.log)
     trainer = sft.make_trainer(settings, adapter, model, rows, tokenizer)
     run.begin(model.model, rows.by_split, model.quantization)
     metrics = run.train(trainer)

@@ -1,25 +1,28 @@
 """The single switch between the hand-written LoRA and PEFT. No other module distinguishes them."""
 
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from types import MethodType
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from plainlora import peft_model
 from plainlora.errors import UserError
 from plainlora.fast.fuse import fuse
 from plainlora.lora import inject, interchange, load
-from plainlora.lora.config import check_supported, check_types
+from plainlora.lora.config import check_supported, find_unsupported
+from plainlora.lora.errors import LoRAError, UnsupportedError
 from plainlora.lora.layer import LoRALinear
-from plainlora.lora.targets import check_expressions, find_new_weights, find_targets
+from plainlora.lora.merge import merge
+from plainlora.lora.targets import find_targets
+
+BackendName = Literal["fused", "reference", "peft", "peft_fused"]
 
 FIXED_BY_CHECKPOINT = (
     *("r", "lora_alpha", "use_rslora", "lora_dropout", "bias", "rank_pattern", "alpha_pattern", "modules_to_save"),
@@ -31,8 +34,14 @@ CONDENSED_FROM = 20  # names; PEFT replaces so many target_modules by shorter on
 class Attach(Protocol):
     """A function that puts a new adapter into a base model."""
 
-    def __call__(self, model: PreTrainedModel, config: LoraConfig, new_weights: Collection[str] = ()) -> nn.Module:
-        """See `plainlora.inject`."""
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        config: LoraConfig,
+        new_weights: Collection[str] = (),
+        batches: Sequence[dict[str, torch.Tensor]] = (),
+    ) -> nn.Module:
+        """See `plainlora.inject` and `plainlora.peft_model.attach`."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,8 @@ class Backend:
         load: Puts a saved adapter into a base model, for inference.
         reload: Copies a saved adapter into a model that already carries one, to resume training.
         disabled: A context in which the adapter is switched off.
+        merge: Adds the adapter to the base's weights, and takes it out.
+        for_unchanged_base: A context in which an adapter is saved for the base as its checkpoint holds it.
         fast: Whether the trainer uses the loss head and the attention of `plainlora.fast`.
     """
 
@@ -51,68 +62,15 @@ class Backend:
     load: Callable[[PreTrainedModel, str | Path], nn.Module]
     reload: Callable[[nn.Module, str | Path], None]
     disabled: Callable[[nn.Module], AbstractContextManager[object]]
+    merge: Callable[[Any], PreTrainedModel]
+    for_unchanged_base: Callable[[nn.Module], AbstractContextManager[object]]
     fast: bool = False
 
 
-def _reference_attach(model: PreTrainedModel, config: LoraConfig, new_weights: Collection[str] = ()) -> nn.Module:
+def _reference_attach(
+    model: PreTrainedModel, config: LoraConfig, new_weights: Collection[str] = (), batches: Sequence[object] = ()
+) -> nn.Module:
     return inject.inject(model, config, new_weights=new_weights)
-
-
-def _save_pretrained(
-    model: PeftModel,
-    save_directory: str,
-    *,
-    new_weights: list[str],
-    state_dict: dict[str, torch.Tensor] | None = None,
-    is_main_process: bool = True,
-    **options: Any,
-) -> None:
-    """PEFT's `save_pretrained`, which also saves the weights that the base's checkpoint lacks.
-
-    https://github.com/huggingface/peft/issues/876
-    """
-    PeftModel.save_pretrained(model, save_directory, state_dict=state_dict, is_main_process=is_main_process, **options)
-    if is_main_process:
-        state = model.state_dict() if state_dict is None else state_dict
-        interchange.add_tensors(save_directory, {name: state[name] for name in new_weights})
-
-
-def _peft_attach(model: PreTrainedModel, config: LoraConfig, new_weights: Collection[str] = ()) -> nn.Module:
-    check_supported(config)
-    find_targets(model, config)  # raises for a name that matches nothing, which PEFT ignores
-    new = find_new_weights(model, config, new_weights)
-    try:
-        adapted = get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(f"PEFT refuses this adapter: {error}") from error
-    if new:
-        names = [name for name, parameter in adapted.named_parameters() if parameter in new]
-        save = MethodType(partial(_save_pretrained, new_weights=names), adapted)
-        adapted.save_pretrained = save  # type: ignore[method-assign]
-    return adapted
-
-
-def _check_readable(model: nn.Module, directory: str | Path) -> None:
-    """Raises `LoRAError` if PEFT would fail on the files, or would unpickle `adapter_model.bin`.
-
-    PEFT unpickles it if there is no `adapter_model.safetensors`.
-
-    https://github.com/huggingface/peft/blob/v0.21.0/src/peft/utils/save_and_load.py (`load_peft_weights`)
-    """
-    config = interchange.read_config(directory)
-    interchange.saved_shapes(directory)
-    check_types(config)
-    check_expressions(model, config)
-
-
-def _peft_load(model: PreTrainedModel, directory: str | Path) -> nn.Module:
-    _check_readable(model, directory)
-    return PeftModel.from_pretrained(model, str(directory))
-
-
-def _peft_reload(model: nn.Module, directory: str | Path) -> None:
-    _check_readable(model, directory)
-    cast(PeftModel, model).load_adapter(str(directory), "default", is_trainable=True)
 
 
 def _fused(model: nn.Module) -> nn.Module:
@@ -120,34 +78,93 @@ def _fused(model: nn.Module) -> nn.Module:
     return model
 
 
-BACKENDS = {
-    "fused": Backend(
-        attach=lambda *args, **options: _fused(_reference_attach(*args, **options)),
-        load=lambda model, directory: _fused(load.load_adapter(model, directory)),
-        reload=interchange.load_adapter_weights,
-        disabled=inject.disabled,
+_REFERENCE = Backend(
+    attach=_reference_attach,
+    load=load.load_adapter,
+    reload=interchange.load_adapter_weights,
+    disabled=inject.disabled,
+    merge=merge,
+    for_unchanged_base=lambda model: nullcontext(),
+)
+_PEFT = Backend(
+    attach=peft_model.attach,
+    load=peft_model.load,
+    reload=peft_model.reload,
+    disabled=peft_model.disabled,
+    merge=peft_model.merge,
+    for_unchanged_base=peft_model.for_unchanged_base,
+)
+
+
+def _fast(backend: Backend) -> Backend:
+    """The same with the fused forms in it."""
+    return replace(
+        backend,
+        attach=lambda *args, **options: _fused(backend.attach(*args, **options)),
+        load=lambda model, directory: _fused(backend.load(model, directory)),
         fast=True,
-    ),
-    "reference": Backend(
-        attach=_reference_attach,
-        load=load.load_adapter,
-        reload=interchange.load_adapter_weights,
-        disabled=inject.disabled,
-    ),
-    "peft": Backend(
-        attach=_peft_attach,
-        load=_peft_load,
-        reload=_peft_reload,
-        disabled=lambda model: cast(PeftModel, model).disable_adapter(),
-    ),
-    "peft_fused": Backend(
-        attach=lambda *args, **options: _fused(_peft_attach(*args, **options)),
-        load=lambda model, directory: _fused(_peft_load(model, directory)),
-        reload=_peft_reload,
-        disabled=lambda model: cast(PeftModel, model).disable_adapter(),
-        fast=True,
-    ),
-}
+    )
+
+
+BACKENDS = {"fused": _fast(_REFERENCE), "reference": _REFERENCE, "peft": _PEFT, "peft_fused": _fast(_PEFT)}
+
+
+def _check_implemented(config: LoraConfig, model: nn.Module | None, strict: bool = True) -> None:
+    """Raises `UnsupportedError` if PEFT alone implements an adapter. Other faults are left to `attach` and `load`."""
+    try:
+        check_supported(config)
+        if model is not None:
+            find_targets(model, config, strict)
+    except UnsupportedError:
+        raise
+    except LoRAError:
+        return
+
+
+def choose_backend(name: BackendName, config: LoraConfig, model: nn.Module | None) -> tuple[BackendName, str | None]:
+    """The back end that trains an adapter: `peft_fused` in place of `fused` for what PEFT alone implements.
+
+    For aLoRA it is `peft`: it looks for its tokens in each row, and fused batches are one row without padding.
+
+    Args:
+        name: The back end that is asked for.
+        config: The adapter's config.
+        model: The base on the `meta` device; `None` if it cannot be built there.
+
+    Returns:
+        The back end's name, and what PEFT alone implements if it is another than `name`.
+
+    Raises:
+        LoRAError: The back end that is asked for does not implement it.
+    """
+    if name == "peft_fused" and config.alora_invocation_tokens is not None:
+        raise LoRAError("lora_backend peft_fused: it does not implement alora_invocation_tokens, PEFT does; use peft")
+    if name in ("peft", "peft_fused"):
+        return name, None
+    try:
+        _check_implemented(config, model)
+    except UnsupportedError as error:
+        if name == "reference":
+            raise LoRAError(f"lora_backend reference: {error}; use peft_fused, or leave lora_backend out") from error
+        return "peft_fused" if config.alora_invocation_tokens is None else "peft", str(error)
+    return name, None
+
+
+def choose_loader(adapter: str | Path, model: nn.Module | None) -> Backend:
+    """The back end that loads a saved adapter for inference: `peft` for what PEFT alone implements, else `reference`.
+
+    Args:
+        adapter: The adapter's folder.
+        model: Its base on the `meta` device; `None` if it cannot be built there.
+
+    Raises:
+        LoRAError: The folder holds no adapter.
+    """
+    try:
+        _check_implemented(interchange.read_config(adapter), model, strict=False)
+    except UnsupportedError:
+        return _PEFT
+    return _REFERENCE
 
 
 def _comparable(name: str, value: Any) -> Any:
@@ -156,6 +173,8 @@ def _comparable(name: str, value: Any) -> Any:
         return value if isinstance(value, str) else sorted(value or ())
     if name in ("rank_pattern", "alpha_pattern"):
         return value or {}
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
     if name == "base_model_name_or_path" and value and Path(value).expanduser().exists():
         return str(Path(value).expanduser().resolve())
     return value
@@ -171,7 +190,11 @@ def check_same_adapter(checkpoint: str | Path, config: LoraConfig) -> None:
         LoRAError: The checkpoint's config cannot be read.
     """
     saved = interchange.read_config(checkpoint)
-    names = list(FIXED_BY_CHECKPOINT)
+    names = [*FIXED_BY_CHECKPOINT, *sorted({*find_unsupported(saved), *find_unsupported(config)})]
+    if config.target_parameters is None and "target_parameters" in names:
+        names.remove("target_parameters")  # PEFT turned names of experts into them
+    if config.init_lora_weights == "eva":
+        names.remove("rank_pattern")  # the ranks that EVA chose
     targets = (saved.target_modules, config.target_modules)
     if all(isinstance(value, (list, set)) and len(value) < CONDENSED_FROM for value in targets):
         names.append("target_modules")
@@ -208,6 +231,7 @@ def attach_adapter(
     backend: Backend,
     dtype: str = "float32",
     new_weights: Collection[str] = (),
+    batches: Sequence[dict[str, torch.Tensor]] = (),
 ) -> nn.Module:
     """Puts a new adapter into a base model and sets its dtype.
 
@@ -217,18 +241,24 @@ def attach_adapter(
         backend: The implementation of LoRA.
         dtype: The dtype of the trained weights: `float32`, or `bfloat16` for half the optimizer memory.
         new_weights: Names of the parameters that the base's checkpoint lacks; they are saved with the adapter.
+        batches: Batches of training rows, from which PEFT computes some initial values (`peft_model.needs_rows`).
 
     Raises:
         UserError: The adapter does not fit the model.
         LoRAError: The adapter does not fit the model.
     """
-    adapted = backend.attach(model, config, new_weights)
+    adapted = backend.attach(model, config, new_weights, batches)
     refuse_adapted_head(adapted)
     if dtype != "float32":
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(getattr(torch, dtype))
     return adapted
+
+
+def adapted_layers(model: nn.Module) -> list[str]:
+    """Names of the layers that carry an adapter, in the model's own order."""
+    return [name for name, module in model.named_modules() if isinstance(module, (LoRALinear, LoraLayer))]
 
 
 def count_of(parameter: torch.Tensor) -> int:

@@ -50,7 +50,7 @@ class Classifier:
 
 def load_trained_classifier(
     folder: str | Path,
-    backend: Backend,
+    backend: Backend | None = None,
     base_model: str | None = None,
     allow_other_base: bool = False,
     as_trained: bool = False,
@@ -59,7 +59,7 @@ def load_trained_classifier(
 
     Args:
         folder: Folder of an adapter or of a whole model.
-        backend: Loads the adapter, if it is one.
+        backend: Loads the adapter, if it is one; left out for the one that implements it.
         base_model: See `plainlora.run.adapter_base.find_base`.
         allow_other_base: See `plainlora.run.adapter_base.find_base`.
         as_trained: Whether an adapter's base is quantised if it was in training.
@@ -75,7 +75,7 @@ def load_trained_classifier(
             raise UserError(f"{folder} is not a classifier's adapter; use plainlora generate --adapter {folder}")
         base = find_base(folder, base_model, allow_other_base)
         stored = load_quantized_base_of(folder, base) if as_trained else load_base_of(folder, base)
-        model = backend.load(to_accelerator(stored), folder)
+        model = (backend or base.backend).load(to_accelerator(stored), folder)
         tokenizer, config = load_tokenizer_of(folder, base), load_config(base.name, base.revision)
         warnings = (base.warning,) if base.warning else ()
     else:
@@ -111,13 +111,12 @@ def classify(classifier: Classifier, texts: Sequence[str], batch_size: int = 32)
 
 
 def compare_with_training_base(
-    folder: str | Path, backend: Backend, texts: Sequence[str], here: list[list[float]], **options: Any
+    folder: str | Path, texts: Sequence[str], here: list[list[float]], **options: Any
 ) -> str | None:
     """Compares an adapter's predictions on the original checkpoint with those on the quantised base of its training.
 
     Args:
         folder: The adapter's folder.
-        backend: Loads the adapter.
         texts: The texts that were classified.
         here: The probabilities from `classify` on the original checkpoint.
         **options: For `load_trained_classifier`.
@@ -127,7 +126,7 @@ def compare_with_training_base(
     """
     if not holds_adapter(folder) or training_quantization(folder) is None:
         return None
-    there = classify(load_trained_classifier(folder, backend, as_trained=True, **options), texts)
+    there = classify(load_trained_classifier(folder, as_trained=True, **options), texts)
     chosen = [max(range(len(shares)), key=shares.__getitem__) for shares in here]
     equal = sum(shares[best] == max(shares) for shares, best in zip(there, chosen, strict=True))
     losses = [

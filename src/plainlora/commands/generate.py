@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from plainlora.errors import UserError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from plainlora.run.adapter_base import Base
 
 
@@ -56,12 +58,12 @@ def _refuse_whole_model(folder: Path) -> None:
 def _loss_in_training(adapter: str, base: "Base", questions: dict[str, Any]) -> float:
     """The loss of the tuned answers on the quantised base of training."""
     from plainlora.base.loading import to_accelerator
-    from plainlora.lora.load import load_adapter
     from plainlora.merging.certificate import mean_loss
     from plainlora.merging.reload import ask
     from plainlora.run.adapter_base import load_quantized_base_of
 
-    return mean_loss(ask(load_adapter(to_accelerator(load_quantized_base_of(adapter, base)), adapter), questions))
+    model = base.backend.load(to_accelerator(load_quantized_base_of(adapter, base)), adapter)
+    return mean_loss(ask(model, questions))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -101,28 +103,28 @@ def run(arguments: argparse.Namespace) -> None:
         )
     warnings = [base.warning] if base.warning else []
     answers: dict[str, list[str]] = {}
-    for name in ("reference", "peft") if arguments.with_peft else ("reference",):
-        backend = BACKENDS[name]
-        model = backend.load(
-            to_accelerator(load_base_of(adapter, base, arguments.base, dtype_of(arguments.dtype))), adapter
-        )
-        if name == "peft":
-            answers["tuned, by PEFT"] = generate(model, tokenizer, prompts, arguments.max_new_tokens)
-            continue
-        with backend.disabled(model):
-            answers["base"] = generate(model, tokenizer, prompts, arguments.max_new_tokens)
-        answers["tuned"] = generate(model, tokenizer, prompts, arguments.max_new_tokens)
-        questions = answered(tokenizer, prompts, answers["tuned"])
-        tuned = ask(model, questions)
-        with backend.disabled(model):
-            if drift(ask(model, questions), tuned)[0] == 0:
-                warnings.append(f"the adapter in {adapter} changes no logit of these prompts")
+
+    def load_weights() -> "PreTrainedModel":
+        return to_accelerator(load_base_of(adapter, base, arguments.base, dtype_of(arguments.dtype)))
+
+    bare = load_weights()
+    answers["base"] = generate(bare, tokenizer, prompts, arguments.max_new_tokens)
+    model = base.backend.load(bare, adapter)
+    answers["tuned"] = generate(model, tokenizer, prompts, arguments.max_new_tokens)
+    questions = answered(tokenizer, prompts, answers["tuned"])
+    tuned = ask(model, questions)
+    with base.backend.disabled(model):
+        if drift(ask(model, questions), tuned)[0] == 0:
+            warnings.append(f"the adapter in {adapter} changes no logit of these prompts")
+    if arguments.with_peft and base.backend is not BACKENDS["peft"]:
+        by_peft = BACKENDS["peft"].load(load_weights(), adapter)
+        answers["tuned, by PEFT"] = generate(by_peft, tokenizer, prompts, arguments.max_new_tokens)
     for number, prompt in enumerate(arguments.prompt):
         print(f"\n{prompt}")
         for label, texts in answers.items():
             print(f"\n[{label}]\n{texts[number]}")
     if on_original:
-        del model  # before the other base is loaded
+        del model, bare  # before the other base is loaded
         there = _loss_in_training(adapter, base, questions)
         print(
             f"\nloss of the tuned answers, in nats a token: {mean_loss(tuned):.3f} here, {there:.3f} on the quantised "

@@ -35,17 +35,17 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.with_peft and Path(arguments.model).is_dir() and not holds_adapter(arguments.model):
         raise UserError(f"with_peft: {arguments.model} holds no adapter, so there is nothing for PEFT to load")
     choice = {"base_model": arguments.base_model, "allow_other_base": arguments.allow_other_base}
-    for name in ("reference", "peft") if arguments.with_peft else ("reference",):
-        classifier = load_trained_classifier(arguments.model, BACKENDS[name], **choice)
-        if name == "peft":
+    for backend in (None, BACKENDS["peft"]) if arguments.with_peft else (None,):
+        classifier = load_trained_classifier(arguments.model, backend, **choice)
+        if backend is not None:
             print("\nby PEFT:")
         found = classify(classifier, texts)
         width = max(map(len, classifier.labels))
         for text, shares in zip(texts, found, strict=True):
             best = max(range(len(shares)), key=shares.__getitem__)
             print(f"{classifier.labels[best]:<{width}}  {shares[best]:6.1%}  {' '.join(text.split())[:100]}")
-        if name == "reference":
-            beside = compare_with_training_base(arguments.model, BACKENDS[name], texts, found, **choice)
+        if backend is None:
+            beside = compare_with_training_base(arguments.model, texts, found, **choice)
             warnings = [*classifier.warnings, *([beside] if beside else [])]
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft import LoraConfig
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from plainlora.base.tokenizer import check_ending, check_vocabulary
 from plainlora.doctor.base import examine_base
@@ -17,7 +17,7 @@ from plainlora.doctor.texts import examine_texts
 from plainlora.doctor.tokens import examine_template
 from plainlora.settings.programs import ClassifySettings, Settings, SFTSettings
 from plainlora.tasks import sft
-from plainlora.tasks.plan import AdapterPlan
+from plainlora.tasks.plan import AdapterPlan, backend_line
 from plainlora.tasks.rows import PreparedRows, PreparedTexts
 
 
@@ -82,7 +82,7 @@ def examine_sft(settings: SFTSettings, stages: Stages, rows: PreparedRows | None
             examine_steps(steps, settings.training, found)
     examine_learning_rate(settings.training, found)
     if stages.adapter is not None and stages.adapter.lora is not None:
-        examine_layers(stages.adapter.build(), stages.adapter.lora, found)
+        _examine_adapter(stages.adapter, stages.adapter.lora, settings, found)
     return found
 
 
@@ -96,16 +96,20 @@ def examine_classifier(
     if settings.recipe.method == "lora":
         examine_learning_rate(settings.training, found)
     if adapter is not None:
-        _examine_method(adapter.build(), adapter.lora, adapter.modules, found)
+        _examine_method(adapter, settings, found)
     return found
 
 
-def _examine_method(
-    skeleton: PreTrainedModel | None, lora: LoraConfig | None, modules: list[str] | None, found: Examination
-) -> None:
-    if lora is not None:
-        examine_layers(skeleton, lora, found)
-    elif modules is None:
+def _examine_adapter(plan: AdapterPlan, lora: LoraConfig, settings: Settings[Any, Any], found: Examination) -> None:
+    if (line := backend_line(plan)) is not None:
+        found.add("note", "adapter", "back end", line)
+    examine_layers(plan.build(), lora, settings.recipe.lora_backend, found, settings.recipe.merge)
+
+
+def _examine_method(plan: AdapterPlan, settings: Settings[Any, Any], found: Examination) -> None:
+    if plan.lora is not None:
+        _examine_adapter(plan, plan.lora, settings, found)
+    elif plan.modules is None:
         found.add("ok", "method", "layers", "every weight is trained")
     else:
-        found.add("ok", "method", "layers", f"trained are {', '.join(modules)}")
+        found.add("ok", "method", "layers", f"trained are {', '.join(plan.modules)}")

@@ -1,13 +1,13 @@
-"""Which `LoraConfig` fields are implemented. Any other field that is not at its default is an error that names it."""
+"""Which `LoraConfig` fields the hand-written LoRA implements, and which values no LoRA can take."""
 
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 
 from peft import LoraConfig
 
-from plainlora.lora.errors import LoRAError
+from plainlora.lora.errors import LoRAError, UnsupportedError, some
 
 SUPPORTED_FIELDS = {
     *("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "rank_pattern", "alpha_pattern"),
@@ -119,7 +119,7 @@ def find_unsupported(config: LoraConfig) -> dict[str, str]:
         default = field.default_factory() if field.default_factory is not MISSING else field.default
         value = getattr(config, field.name)
         if value != default and value not in (None, False, [], {}, set()):
-            found[field.name] = f"{field.name}={value!r}"
+            found[field.name] = field.name if is_dataclass(value) else f"{field.name}={value!r}"
     if config.runtime_config.ephemeral_gpu_offload:
         found["runtime_config"] = "runtime_config.ephemeral_gpu_offload=True"
     if config.init_lora_weights not in (True, False, "gaussian"):
@@ -128,17 +128,26 @@ def find_unsupported(config: LoraConfig) -> dict[str, str]:
 
 
 def find_faults(config: LoraConfig) -> Iterator[tuple[str, str]]:
-    """Yields each faulty field and what is wrong with it, as far as that does not depend on the model."""
-    unsupported = find_unsupported(config)
-    message = f"this LoRA does not implement {', '.join(unsupported.values())}, with either back end; leave it out"
-    yield from ((name, message) for name in unsupported)
+    """Yields each field with a value that no back end takes, and what is wrong with it, whatever the model is."""
     unreadable = list(_unreadable(config))
     yield from unreadable or _wrong_numbers(config)
     if config.bias not in ("none", "all", "lora_only"):
         yield "bias", f"bias must be none, all or lora_only, not {config.bias!r}"
 
 
-def check_supported(config: LoraConfig) -> None:
-    """Raises `LoRAError` if the config sets a field that is not implemented here, or has a wrong value."""
+def check_config(config: LoraConfig) -> None:
+    """Raises `LoRAError` if a field has a value that no back end takes."""
     for _, fault in find_faults(config):
         raise LoRAError(fault)
+
+
+def check_supported(config: LoraConfig) -> None:
+    """Checks that the hand-written LoRA implements a config.
+
+    Raises:
+        UnsupportedError: A field is set that only PEFT implements.
+        LoRAError: A field has a wrong value.
+    """
+    if unsupported := list(find_unsupported(config).values()):
+        raise UnsupportedError(f"the hand-written LoRA does not implement {some(unsupported)}, PEFT does")
+    check_config(config)

@@ -28,22 +28,6 @@ from plainlora.lora.targets import (
 )
 
 
-def _refuse_tied(parameters: dict[str, nn.Parameter], targets: Iterable[str], strict: bool) -> None:
-    """Raises `LoRAError` if a target shares its weight with another module (peft#2018)."""
-    owners: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in parameters.items():
-        owners.setdefault(parameter, []).append(name.rpartition(".")[0])
-    for target in targets:
-        shared = owners[parameters[f"{target}.weight"]]
-        if len(shared) > 1:
-            other = next(name for name in shared if name != target)
-            advice = f"leave {target!r} out, or train it whole with modules_to_save" if strict else "load it with PEFT"
-            raise LoRAError(
-                f"target_modules: {target!r} shares its weight with {other!r}, so a delta on one would be lost or "
-                f"doubled when merged; {advice}"
-            )
-
-
 def _resolve(model: nn.Module, config: LoraConfig, strict: bool) -> tuple[LoraConfig, dict[str, nn.Module]]:
     """A copy of the config with everything made explicit for this model, and the selected modules by name."""
     check_supported(config)
@@ -139,7 +123,6 @@ def inject(
     to_save = find_modules_to_save(model, resolved, targets)
     new = find_new_weights(model, resolved, new_weights)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    _refuse_tied(parameters, targets, strict)
     trainable = {name for name, parameter in parameters.items() if parameter.requires_grad}
     for parameter in parameters.values():
         parameter.requires_grad_(False)

@@ -3,7 +3,7 @@
 import os
 
 from plainlora.lora.config import find_unsupported
-from plainlora.lora.errors import LoRAError, some
+from plainlora.lora.errors import LoRAError, UnsupportedError, some
 from plainlora.lora.inject import inject, unwrap
 from plainlora.lora.interchange import load_adapter_weights, read_config, saved_head_weights
 from plainlora.lora.layer import LoRALinear
@@ -31,12 +31,13 @@ def load_adapter(
         The same model.
 
     Raises:
-        LoRAError: The config sets a field that is not implemented here; or see `read_config`, `saved_head_weights`,
-            `inject` and `load_adapter_weights`. The model is then unchanged.
+        UnsupportedError: Only PEFT can load the adapter. The model is then unchanged.
+        LoRAError: See `read_config`, `saved_head_weights`, `inject` and `load_adapter_weights`. The model is then
+            unchanged.
     """
     config = read_config(directory)
     if unsupported := find_unsupported(config):
-        raise LoRAError(
+        raise UnsupportedError(
             f"{directory} was trained with {some(list(unsupported.values()))}, which this LoRA does not implement; "
             "load it with PEFT (PeftModel.from_pretrained)"
         )

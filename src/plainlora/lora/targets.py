@@ -19,7 +19,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEF
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from plainlora.lora.errors import LoRAError, some
+from plainlora.lora.errors import LoRAError, UnsupportedError, some
 from plainlora.lora.peft_versions import (
     NoMatchingPeftModuleError,
     convert_peft_adapter_state_dict_for_transformers,
@@ -64,6 +64,7 @@ class Selection(LoraModel):
         self.selected: list[str] = []
         self.selected_parameters: list[str] = []
         resolved = deepcopy(config)  # PEFT writes into it
+        resolved.layer_replication = None  # for which PEFT would replicate the model's layers
         with suppress(_Matched), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's, about what is an error here
             super().__init__(model, resolved, "default")
@@ -186,14 +187,14 @@ def _explain_none(model: nn.Module, config: LoraConfig, linear: list[str]) -> Lo
     )
 
 
-def _explain_parameters(model: nn.Module, found: Selection, strict: bool) -> LoRAError:
+def _explain_parameters(model: nn.Module, found: Selection, strict: bool) -> UnsupportedError:
     """The error for a config with which PEFT adapts parameters outside linear layers: experts and their router."""
     parameters = found.selected_parameters or sorted(found.target_parameters)
     linear = [name for name in found.selected if is_supported(model.get_submodule(name))]
     advice = "name other modules"
     if linear:
         advice = f"to adapt the linear layers alone, set target_modules to [{', '.join(condense(linear, model))}]"
-    return LoRAError(
+    return UnsupportedError(
         f"target_modules: in this {type(model).__name__} PEFT adapts parameters that are no linear layer's "
         f"({some(parameters)}), by target_parameters, which this LoRA does not implement; "
         f"{advice if strict else 'load this adapter with PEFT'}"
@@ -228,8 +229,8 @@ def find_targets(model: nn.Module, config: LoraConfig, strict: bool = True) -> l
     return list(find_target_modules(model, config, strict))
 
 
-def find_target_modules(model: nn.Module, config: LoraConfig, strict: bool = True) -> dict[str, nn.Module]:
-    """The modules that PEFT would adapt, by full name, in the model's own order.
+def select(model: nn.Module, config: LoraConfig, strict: bool = True) -> Selection:
+    """What PEFT would adapt.
 
     Args:
         model: The base model; one on the meta device will do.
@@ -237,13 +238,12 @@ def find_target_modules(model: nn.Module, config: LoraConfig, strict: bool = Tru
         strict: Whether a single name of a list that matches nothing is an error (PEFT ignores it, peft#3693).
 
     Raises:
-        LoRAError: Nothing matches, a name matches nothing, a match is not a linear layer, or PEFT would also adapt
-            parameters outside linear layers.
+        LoRAError: Nothing matches, a name matches nothing, or PEFT would not find a module again on loading.
     """
     check_expressions(model, config)
-    modules = dict(model.named_modules())
-    linear = [name for name, module in modules.items() if is_supported(module)]
-    if config.target_modules is None and _model_type(model) not in DEFAULT_TARGETS:
+    linear = [name for name, module in model.named_modules() if is_supported(module)]
+    named = config.target_modules is not None or config.target_parameters
+    if not named and _model_type(model) not in DEFAULT_TARGETS:
         raise LoRAError(
             f"there are no default target modules for {_model_type(model) or type(model).__name__}; "
             'set target_modules to a list of names, or to "all-linear"'
@@ -258,25 +258,67 @@ def find_target_modules(model: nn.Module, config: LoraConfig, strict: bool = Tru
         if isinstance(error, NoMatchingPeftModuleError):
             raise _explain_none(model, config, linear) from error
         raise LoRAError(f"target_modules: PEFT refuses this adapter: {error}") from error
-    if found.target_parameters:
-        raise _explain_parameters(model, found, strict)
-    if strict:
+    if strict and not found.target_parameters:  # into which PEFT may have turned names of experts
         _check_names(model, config, linear)
-    for name in found.selected:
-        if not is_supported(modules[name]):
-            layers = ", ".join(sorted({_leaf(item) for item in linear}))
-            advice = f"name others, or add {_leaf(name)!r} to exclude_modules" if strict else "load it with PEFT"
-            raise LoRAError(
-                f"target_modules: {name!r} is {_what(modules[name])}; LoRA here adapts linear "
-                f"layers ({layers}); {advice}"
-            )
     if lost := _lost_by_peft(model, config, found.selected):
         ends = ", ".join(map(repr, condense(lost, model)))
         raise LoRAError(
             f"target_modules: PEFT would not find {some(lost)} again in a saved adapter, because it renames weights "
             f"on loading, as Transformers does; name others, or add {ends} to exclude_modules"
         )
+    return found
+
+
+def find_target_modules(model: nn.Module, config: LoraConfig, strict: bool = True) -> dict[str, nn.Module]:
+    """The modules that the hand-written LoRA adapts, by full name, in the model's own order: those of PEFT.
+
+    Args:
+        model: As for `select`.
+        config: As for `select`.
+        strict: As for `select`.
+
+    Raises:
+        UnsupportedError: A match is not a linear layer, PEFT would also adapt parameters outside linear layers, or a
+            target shares its weight with another module.
+        LoRAError: See `select`.
+    """
+    found, modules = select(model, config, strict), dict(model.named_modules())
+    if found.target_parameters:
+        raise _explain_parameters(model, found, strict)
+    for name in found.selected:
+        if not is_supported(modules[name]):
+            layers = ", ".join(sorted({_leaf(item) for item, module in modules.items() if is_supported(module)}))
+            advice = f"name others, or add {_leaf(name)!r} to exclude_modules" if strict else "load it with PEFT"
+            raise UnsupportedError(
+                f"target_modules: {name!r} is {_what(modules[name])}; LoRA here adapts linear "
+                f"layers ({layers}); {advice}"
+            )
+    _refuse_tied(model, found.selected, strict)
     return {name: modules[name] for name in found.selected}
+
+
+def find_tied(model: nn.Module, targets: Iterable[str]) -> tuple[str, str] | None:
+    """The first target that shares its weight with another module, and that module; `None` if there is none."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    owners: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in parameters.items():
+        owners.setdefault(parameter, []).append(name.rpartition(".")[0])
+    for target in targets:
+        shared = owners[parameters[f"{target}.weight"]] if f"{target}.weight" in parameters else []
+        if len(shared) > 1:
+            return target, next(name for name in shared if name != target)
+    return None
+
+
+def _refuse_tied(model: nn.Module, targets: Iterable[str], strict: bool) -> None:
+    """Raises `UnsupportedError` if a target shares its weight with another module (peft#2018)."""
+    if (tied := find_tied(model, targets)) is not None:
+        target, other = tied
+        advice = f"leave {target!r} out, or train it whole with modules_to_save" if strict else "load it with PEFT"
+        raise UnsupportedError(
+            f"target_modules: {target!r} shares its weight with {other!r}, so a delta on one would be lost or "
+            f"doubled when merged; {advice}"
+        )
 
 
 def _what(module: nn.Module) -> str:

@@ -8,13 +8,16 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import release_memory
 from safetensors.torch import load_file
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plainlora.base.config import check_mergeable, context_length, load_config
@@ -22,12 +25,11 @@ from plainlora.errors import UserError
 from plainlora.folders import check_disk, staged
 from plainlora.generation import generate
 from plainlora.lora.errors import LoRAError
-from plainlora.lora.inject import disabled
-from plainlora.lora.load import load_adapter
-from plainlora.lora.merge import merge
+from plainlora.lora.interchange import read_config
 from plainlora.merging.certificate import CERTIFICATE, Answers, agreement, hash_adapter, hash_files, perplexity
 from plainlora.merging.eval_prompts import NEW_TOKENS, PROMPTS, EvalPrompts, classifier_prompts, language_prompts
 from plainlora.merging.reload import ask
+from plainlora.peft_model import changes_base
 from plainlora.report import package_versions, write_json
 from plainlora.resources.memory import free_memory
 from plainlora.run.adapter_base import (
@@ -164,10 +166,15 @@ class _Outputs:
         }
 
 
-def _ask_both_models(model: PreTrainedModel, eval_prompts: EvalPrompts) -> _Outputs:
-    with disabled(model):
-        base = ask(model, eval_prompts.questions)
-    return _Outputs(base, ask(model, eval_prompts.questions))
+def _ask_both_models(
+    model: nn.Module, load_bare: Callable[[], nn.Module], adapter: Path, base: Base, eval_prompts: EvalPrompts
+) -> _Outputs:
+    """The answers with the adapter and without, for which a base that PEFT has changed is loaded again."""
+    answers = ask(model, eval_prompts.questions)
+    if changes_base(read_config(adapter)):
+        return _Outputs(ask(load_bare(), eval_prompts.questions), answers)
+    with base.backend.disabled(model):
+        return _Outputs(ask(model, eval_prompts.questions), answers)
 
 
 def _beside(answers: Answers, asked: dict[BaseKind, _Outputs]) -> dict[str, Any]:
@@ -191,15 +198,16 @@ def _merge_into(
     Returns:
         The model's dtype, the prompts with the adapter model's answers, and the outputs of base and adapter.
     """
-    model = load_adapter(load_base_of(adapter, base, kind, dtype, device), adapter)
+    load_bare = partial(load_base_of, adapter, base, kind, dtype, device)
+    model = base.backend.load(load_bare(), adapter)
     check_disk(output.parent, sum(parameter.nbytes for parameter in model.parameters()), f"the merged model {output}")
     merged_dtype, tokenizer = next(model.parameters()).dtype, load_tokenizer_of(adapter, base)
     if eval_prompts.prompts:
         eval_prompts = eval_prompts.with_answers(
             tokenizer, generate(model, tokenizer, eval_prompts.prompts, NEW_TOKENS)
         )
-    asked = _ask_both_models(model, eval_prompts)
-    _write_merged(merge(model), tokenizer, directory)
+    asked = _ask_both_models(model, load_bare, adapter, base, eval_prompts)
+    _write_merged(base.backend.merge(model), tokenizer, directory)
     del model
     release_memory()  # before the other process loads the merged model
     return merged_dtype, eval_prompts, asked
@@ -236,8 +244,9 @@ def _ask_quantized_run(
         The outputs on the other base (original or dequantised), and the answers of the merged weights quantised as in
         training, which is what merging into quantised weights would give.
     """
-    model = load_adapter(load_base_of(adapter, base, other, dtype, device), adapter)
-    asked = _ask_both_models(model, eval_prompts)
+    load_bare = partial(load_base_of, adapter, base, other, dtype, device)
+    model = base.backend.load(load_bare(), adapter)
+    asked = _ask_both_models(model, load_bare, adapter, base, eval_prompts)
     del model
     release_memory()
     return asked, _ask_reloaded(directory, eval_prompts, device, training_quantization(adapter))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from plainlora.backends import BACKENDS, Backend, choose_loader
 from plainlora.base.classifier import build_skeleton, classifier_config, load_classifier
 from plainlora.base.config import load_config
 from plainlora.base.identity import describe_base, find_difference, is_description, name_base
@@ -17,7 +18,6 @@ from plainlora.base.tokenizer import check_vocabulary, load_tokenizer
 from plainlora.errors import UserError, first_line
 from plainlora.json_files import read_mapping
 from plainlora.lora.interchange import read_config, saved_shapes
-from plainlora.lora.load import load_adapter
 
 BaseKind = Literal["16bit", "dequantized"]
 
@@ -34,12 +34,14 @@ class Base:
         revision: Branch, tag or commit on the Hub.
         trained_on: `describe_base` of the base of training; `None` if no recipe of this project wrote the adapter.
         warning: A difference from the base of training with which it may still be used, if there is one.
+        backend: Loads the adapter: the hand-written form, or PEFT for what it alone implements.
     """
 
     name: str
     revision: str | None
     trained_on: dict[str, Any] | None = None
     warning: str | None = None
+    backend: Backend = BACKENDS["reference"]
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -65,8 +67,10 @@ def find_base(adapter: str | Path, base_model: str | None = None, allow_other_ba
     base = Base(name, revision, trained)
     if trained and (warning := _difference(adapter, base, allow_other_base)):
         base = replace(base, warning=warning)
-    if (skeleton := skeleton_of(adapter, base)) is not None:
-        load_adapter(skeleton, adapter)
+    skeleton = skeleton_of(adapter, base)
+    base = replace(base, backend=choose_loader(adapter, skeleton))
+    if skeleton is not None:
+        base.backend.load(skeleton, adapter)
     return base
 
 

@@ -1,14 +1,17 @@
 """A recipe's settings -> the `peft.LoraConfig` of its adapter, and the faults that do not depend on the model."""
 
+import difflib
+import warnings
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 from peft import LoraConfig
 from trl import ModelConfig
 
-from plainlora.errors import UserError
-from plainlora.lora.config import find_faults
-from plainlora.settings.arguments import RecipeArguments, parse_pattern
+from plainlora.errors import UserError, first_line
+from plainlora.lora.config import BOOKKEEPING_FIELDS, find_faults
+from plainlora.settings.arguments import RecipeArguments, parse_mapping, parse_pattern
 
 
 def keep_names_a_list(targets: list[str] | str | None) -> list[str] | str | None:
@@ -25,32 +28,74 @@ def build_lora_config(model: ModelConfig, recipe: RecipeArguments) -> LoraConfig
     """TRL's and this project's flags as one `peft.LoraConfig`.
 
     Raises:
-        UserError: Layers are numbered for modules that a pattern selects.
+        UserError: Layers are numbered for modules that a pattern selects, or PEFT refuses `lora_config`.
     """
     if recipe.lora_layers_to_transform and isinstance(keep_names_a_list(model.lora_target_modules), str):
         raise UserError(
             f"lora_layers_to_transform needs names of modules, not the pattern {model.lora_target_modules!r}: list "
             "them in lora_target_modules, or put the layers' numbers into the pattern"
         )
-    return LoraConfig(
-        task_type=model.lora_task_type,
-        base_model_name_or_path=model.model_name_or_path,
-        revision=model.model_revision,
-        r=model.lora_r,
-        lora_alpha=model.lora_alpha,
-        lora_dropout=model.lora_dropout,
-        target_modules=keep_names_a_list(model.lora_target_modules),
-        target_parameters=model.lora_target_parameters,
-        modules_to_save=model.lora_modules_to_save,
-        use_rslora=model.use_rslora,
-        use_dora=model.use_dora,
-        bias=recipe.lora_bias,
-        init_lora_weights="gaussian" if recipe.lora_init == "gaussian" else recipe.lora_init == "true",
-        exclude_modules=recipe.lora_exclude_modules,
-        layers_to_transform=recipe.lora_layers_to_transform,
-        rank_pattern=parse_pattern("lora_rank_pattern", recipe.lora_rank_pattern),
-        alpha_pattern=parse_pattern("lora_alpha_pattern", recipe.lora_alpha_pattern),
-    )
+    return _make_config(_flags(model, recipe) | _own_fields(model, recipe))
+
+
+def _flags(model: ModelConfig, recipe: RecipeArguments) -> dict[str, Any]:
+    """The fields of `LoraConfig` that have a flag of their own."""
+    return {
+        "task_type": model.lora_task_type,
+        "base_model_name_or_path": model.model_name_or_path,
+        "revision": model.model_revision,
+        "r": model.lora_r,
+        "lora_alpha": model.lora_alpha,
+        "lora_dropout": model.lora_dropout,
+        "target_modules": keep_names_a_list(model.lora_target_modules),
+        "target_parameters": model.lora_target_parameters,
+        "modules_to_save": model.lora_modules_to_save,
+        "use_rslora": model.use_rslora,
+        "use_dora": model.use_dora,
+        "bias": recipe.lora_bias,
+        "init_lora_weights": "gaussian" if recipe.lora_init == "gaussian" else recipe.lora_init == "true",
+        "exclude_modules": recipe.lora_exclude_modules,
+        "layers_to_transform": recipe.lora_layers_to_transform,
+        "rank_pattern": parse_pattern("lora_rank_pattern", recipe.lora_rank_pattern),
+        "alpha_pattern": parse_pattern("lora_alpha_pattern", recipe.lora_alpha_pattern),
+    }
+
+
+def _own_fields(model: ModelConfig, recipe: RecipeArguments) -> dict[str, Any]:
+    """The fields of `lora_config`.
+
+    Raises:
+        UserError: One is none of `LoraConfig`, is set by the program, or has a flag with another value.
+    """
+    given = parse_mapping("lora_config", recipe.lora_config)
+    names = {field.name for field in fields(LoraConfig)} - BOOKKEEPING_FIELDS - {"task_type"}
+    flags, defaults = _flags(model, recipe), _flags(ModelConfig(), RecipeArguments())
+    for name, value in given.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "see PEFT's documentation for its fields"
+            raise UserError(f"lora_config: {name!r} is no field of peft.LoraConfig that a recipe sets; {hint}")
+        if name in flags and flags[name] not in (defaults[name], value):
+            raise UserError(f"lora_config: {name} is {value!r}, and its own flag says {flags[name]!r}; give one")
+    return given
+
+
+def _make_config(values: dict[str, Any]) -> LoraConfig:
+    """The config.
+
+    Raises:
+        UserError: PEFT refuses it, or would ignore a part of it.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            config = LoraConfig(**values)
+        except (ValueError, TypeError, ImportError) as error:
+            raise UserError(f"lora_config: PEFT refuses it: {first_line(error)}") from error
+    for warning in caught:
+        if "ignored" in str(warning.message) or "won't be able" in str(warning.message):
+            raise UserError(f"lora_config: {' '.join(str(warning.message).split())}")
+    return config
 
 
 def adapter_faults(model: ModelConfig, recipe: RecipeArguments) -> Iterator[tuple[str, str]]:
@@ -58,8 +103,9 @@ def adapter_faults(model: ModelConfig, recipe: RecipeArguments) -> Iterator[tupl
     try:
         config = build_lora_config(model, recipe)
     except UserError as error:
-        yield "lora_layers_to_transform", str(error)
+        yield str(error).partition(":")[0].partition(" ")[0], str(error)
         return
     settings: dict[str, Any] = vars(model) | vars(recipe)
     for field, fault in find_faults(config):
-        yield f"lora_{field}" if f"lora_{field}" in settings else field, fault
+        flag = f"lora_{field}" if f"lora_{field}" in settings else field
+        yield flag if flag in settings else "lora_config", fault

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -43,6 +43,13 @@ class RecipeArguments:
     lora_alpha_pattern: dict[str, int] | str | None = field(
         default=None, metadata={"help": 'Other alphas for some modules, as JSON: {"q_proj": 8}.'}
     )
+    lora_config: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Any other field of peft.LoraConfig, as JSON: {"init_lora_weights": "pissa"}. What the '
+            "hand-written LoRA does not implement is trained by PEFT's own code, lora_backend peft_fused."
+        },
+    )
     adapter_dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "Precision of the trained adapter, whatever the base is stored in."}
     )
@@ -71,6 +78,7 @@ class RecipeArguments:
     def __post_init__(self) -> None:
         for name in ("lora_rank_pattern", "lora_alpha_pattern"):
             parse_pattern(name, getattr(self, name))
+        parse_mapping("lora_config", self.lora_config)
         check_size("test_split_size", self.test_split_size)
 
 
@@ -224,6 +232,21 @@ def check_size(name: str, size: float | None) -> None:
     number = float(size or 0)
     if not (0 <= number < 1 or (number > 0 and number.is_integer())):
         raise UserError(f"{name} is a share below 1 or a whole number of rows, not {number}")
+
+
+def parse_mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """`{"use_rslora": true}` from its JSON.
+
+    Raises:
+        UserError: It is not JSON, or not a mapping.
+    """
+    try:
+        mapping = json.loads(value) if isinstance(value, str) else value or {}
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name} is not JSON ({error}); write it as '{{\"use_rslora\": true}}'") from error
+    if not isinstance(mapping, dict):
+        raise UserError(f"{name} maps names of fields to values, as in '{{\"use_rslora\": true}}', not {value!r}")
+    return mapping
 
 
 def parse_pattern(name: str, value: dict[str, int] | str | None) -> dict[str, int]:

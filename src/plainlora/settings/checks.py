@@ -32,6 +32,7 @@ from plainlora.settings.arguments import (
     RecipeArguments,
     SFTArguments,
     optim_name,
+    parse_mapping,
 )
 from plainlora.settings.device import trains_on_cpu
 from plainlora.settings.launcher import asks_for_fsdp
@@ -91,6 +92,13 @@ def sft_faults(
         )
     if training.packing and training.max_length is None:
         yield "packing needs max_length: give the length of a packed sequence"
+    if (training.packing or training.padding_free) and "alora_invocation_tokens" in parse_mapping(
+        "lora_config", recipe.lora_config
+    ):
+        yield (
+            "lora_config: alora_invocation_tokens are looked for once in each row, and packing puts several documents "
+            "into one; set packing and padding_free to false"
+        )
     yield from _unknown_metric(training, SFT_SCORES)
     if training.greater_is_better and training.metric_for_best_model in ("perplexity", "eval_perplexity"):
         yield "metric_for_best_model perplexity: the lower, the better; set greater_is_better to false"

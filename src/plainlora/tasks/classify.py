@@ -25,6 +25,7 @@ from plainlora.base.config import context_length, load_config
 from plainlora.base.loading import loading_options
 from plainlora.base.tokenizer import load_tokenizer
 from plainlora.hub.model_card import write_classifier_card
+from plainlora.peft_model import needs_rows
 from plainlora.plots import plot_confusion, plot_loss
 from plainlora.report import write_json
 from plainlora.resources.plan import Plan
@@ -33,6 +34,7 @@ from plainlora.run.run import Run
 from plainlora.settings.precision import list_precisions, precision_line
 from plainlora.settings.programs import ClassifySettings
 from plainlora.tasks import rows as data
+from plainlora.tasks.calibration import calibration_batches
 from plainlora.tasks.modes import (
     build_classifier_lora,
     check_same_method,
@@ -40,7 +42,7 @@ from plainlora.tasks.modes import (
     train_adapter,
     train_weights,
 )
-from plainlora.tasks.plan import AdapterPlan, TrainableModel, check_room
+from plainlora.tasks.plan import AdapterPlan, TrainableModel, backend_line, check_room, plan_lora
 from plainlora.tasks.rows import PreparedTexts
 from plainlora.tasks.summary import classifier_summary
 from plainlora.training.metrics import Scores, flatten, judge_rows, score
@@ -110,7 +112,7 @@ def plan_adapter(settings: ClassifySettings, labels: Sequence[str], pad_token_id
     skeleton = build_skeleton(config)
     build = partial(build_skeleton, config)
     if recipe.method == "lora":
-        return AdapterPlan(config, build, build_classifier_lora(settings.model, recipe, skeleton))
+        return plan_lora(settings, config, build, build_classifier_lora(settings.model, recipe, skeleton))
     modules = find_last_layers(skeleton, recipe.last_layers) if recipe.method == "last_layers" else None
     return AdapterPlan(config, build, None, modules)
 
@@ -169,7 +171,13 @@ def load_weights(
     return load_classifier(copy.deepcopy(config), settings.base, device=settings.training.device, **given)
 
 
-def load_model(settings: ClassifySettings, adapter: AdapterPlan, log: Callable[[str], None]) -> TrainableModel:
+def load_model(
+    settings: ClassifySettings,
+    adapter: AdapterPlan,
+    texts: PreparedTexts,
+    tokenizer: PreTrainedTokenizerBase,
+    log: Callable[[str], None],
+) -> TrainableModel:
     """Loads the base with its new head, then attaches the adapter; see `plainlora.tasks.sft.load_model`."""
     adapter_dtype = settings.recipe.adapter_dtype if adapter.lora is not None else None
     log(precision_line(list_precisions(settings.training, settings.model, adapter.config, adapter_dtype)))
@@ -177,8 +185,12 @@ def load_model(settings: ClassifySettings, adapter: AdapterPlan, log: Callable[[
     if adapter.lora is None:
         model = train_weights(base, adapter.modules)
     else:
-        model = train_adapter(base, adapter.lora, settings.recipe, new_weights)
+        rows = texts.train
+        batches = list(calibration_batches(rows, tokenizer, settings.training)) if needs_rows(adapter.lora) else []
+        model = train_adapter(base, adapter.lora, settings.recipe, new_weights, batches)
     trainable, total = count_parameters(model.model)
+    if (line := backend_line(adapter)) is not None:
+        log(line)
     log(f"{settings.recipe.method}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
     return model
 

@@ -16,8 +16,8 @@ from plainlora.backends import BACKENDS, Backend, attach_adapter
 from plainlora.base.config import load_config
 from plainlora.base.loading import describe_quantization
 from plainlora.errors import UserError
-from plainlora.lora.config import check_supported
-from plainlora.lora.targets import check_patterns, find_modules_to_save, find_targets
+from plainlora.lora.config import check_config
+from plainlora.lora.targets import check_patterns, find_modules_to_save, select
 from plainlora.run.folder import holds_adapter
 from plainlora.run.resumption import check_same_labels
 from plainlora.settings.adapter import build_lora_config
@@ -48,8 +48,8 @@ def build_classifier_lora(model: ModelConfig, recipe: ClassifyArguments, skeleto
         config.layers_to_transform = None  # in the names already; PEFT would skip a head, which lies in no layer
     if recipe.train_head:
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *find_head(skeleton)})
-    check_supported(config)
-    targets = find_targets(skeleton, config)
+    check_config(config)
+    targets = select(skeleton, config).selected
     check_patterns(config, targets)
     find_modules_to_save(skeleton, config, targets)
     return config
@@ -98,7 +98,11 @@ def train_weights(model: PreTrainedModel, modules: Collection[str] | None) -> Tr
 
 
 def train_adapter(
-    model: PreTrainedModel, config: LoraConfig, recipe: ClassifyArguments, new_weights: Collection[str]
+    model: PreTrainedModel,
+    config: LoraConfig,
+    recipe: ClassifyArguments,
+    new_weights: Collection[str],
+    batches: Sequence[dict[str, torch.Tensor]] = (),
 ) -> TrainableModel:
     """Puts a new adapter into a classifier.
 
@@ -107,13 +111,14 @@ def train_adapter(
         config: From `build_classifier_lora`.
         recipe: The back end and the adapter's dtype.
         new_weights: Names of the parameters that the base's checkpoint lacks, to be saved with the adapter.
+        batches: Batches of training rows, from which PEFT computes some initial values.
 
     Raises:
         UserError: The adapter does not fit the model.
         LoRAError: The adapter does not fit the model.
     """
     backend, quantization = BACKENDS[recipe.lora_backend], describe_quantization(model)
-    adapted = attach_adapter(model, config, backend, recipe.adapter_dtype, new_weights)
+    adapted = attach_adapter(model, config, backend, recipe.adapter_dtype, new_weights, batches)
     biases = {}
     if config.bias != "none":
         trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}

@@ -23,6 +23,7 @@ from plainlora.base.tokenizer import load_tokenizer
 from plainlora.data import prompts
 from plainlora.generation import ExactMatch
 from plainlora.hub.model_card import write_sft_card
+from plainlora.peft_model import needs_rows
 from plainlora.plots import plot_loss
 from plainlora.report import Sample, write_json, write_samples
 from plainlora.resources.checkpointing import needs_checkpointing
@@ -34,7 +35,8 @@ from plainlora.settings.adapter import build_lora_config
 from plainlora.settings.precision import list_precisions, precision_line
 from plainlora.settings.programs import SFTSettings
 from plainlora.tasks import rows as data
-from plainlora.tasks.plan import AdapterPlan, TrainableModel, check_room
+from plainlora.tasks.calibration import calibration_batches
+from plainlora.tasks.plan import AdapterPlan, TrainableModel, backend_line, check_room, plan_lora
 from plainlora.tasks.rows import PreparedRows
 from plainlora.tasks.summary import summary
 from plainlora.training.evaluation import Evaluator, before_and_after
@@ -95,13 +97,14 @@ def install_template(settings: SFTSettings, tokenizer: PreTrainedTokenizerBase) 
 
 
 def plan_adapter(settings: SFTSettings, config: PretrainedConfig) -> AdapterPlan:
-    """Resolves the adapter.
+    """Resolves the adapter, and which back end trains it.
 
     Raises:
         UserError: The settings describe no adapter.
+        LoRAError: The back end does not implement it.
     """
     build = partial(build_decoder, config, settings.training.trust_remote_code)
-    return AdapterPlan(config, build, build_lora_config(settings.model, settings.recipe))
+    return plan_lora(settings, config, build, build_lora_config(settings.model, settings.recipe))
 
 
 def plan_run(
@@ -156,13 +159,20 @@ def load_weights(settings: SFTSettings, **options: Any) -> PreTrainedModel:
     return load_base(model, training.trust_remote_code, given, recipe.base_dropout, training.device)
 
 
-def load_model(settings: SFTSettings, adapter: AdapterPlan, plan: Plan, log: Callable[[str], None]) -> TrainableModel:
+def load_model(
+    settings: SFTSettings,
+    adapter: AdapterPlan,
+    rows: PreparedRows,
+    tokenizer: PreTrainedTokenizerBase,
+    log: Callable[[str], None],
+) -> TrainableModel:
     """Loads the base and attaches the adapter. Decides on gradient checkpointing first, if the settings do not.
 
     Args:
         settings: The base, how it is stored, and the back end.
         adapter: From `plan_adapter`.
-        plan: From `plan_run`.
+        rows: From `prepare_rows`; EVA, CorDA and LoRA-GA compute the adapter's initial values from them.
+        tokenizer: From `read_tokenizer`.
         log: Called with lines on number formats, trained parameters, and gradient checkpointing.
 
     Raises:
@@ -172,12 +182,16 @@ def load_model(settings: SFTSettings, adapter: AdapterPlan, plan: Plan, log: Cal
     recipe, _, training, model_args = settings.parts
     log(precision_line(list_precisions(training, model_args, adapter.config, recipe.adapter_dtype)))
     if training.gradient_checkpointing is None:
+        plan = plan_run(settings, adapter, tokenizer, rows)
         needed = needs_checkpointing(plan, free_memory(training.device), log)
         training.gradient_checkpointing = training.activation_checkpointing = needed
     base, backend = load_weights(settings), BACKENDS[recipe.lora_backend]
     quantization, lora = describe_quantization(base), cast(LoraConfig, adapter.lora)
-    model = attach_adapter(base, lora, backend, recipe.adapter_dtype)
+    batches = list(calibration_batches(rows.train, tokenizer, training)) if needs_rows(lora) else []
+    model = attach_adapter(base, lora, backend, recipe.adapter_dtype, batches=batches)
     trainable, total = count_parameters(model)
+    if (line := backend_line(adapter)) is not None:
+        log(line)
     log(f"{recipe.lora_backend} LoRA: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
     return TrainableModel(model, backend, partial(backend.disabled, model), quantization)
 

@@ -187,9 +187,12 @@ class _TrainerOverrides(Watched, AtomicSaves, RowsInOrder):
         """Saves, unless a trained weight is not finite or, at the end, an adapter has no effect."""
         with self.engine.whole():
             check_values(self.adapted)
-            if output_dir is None:
-                check_effect(self.adapted, self.state.global_step)
-            super().save_model(output_dir, _internal_call)
+            if output_dir is not None or self.backend is None:
+                super().save_model(output_dir, _internal_call)
+                return
+            check_effect(self.adapted, self.state.global_step)
+            with self.backend.for_unchanged_base(self.adapted):
+                super().save_model(output_dir, _internal_call)
 
 
 class AdapterTrainer(_TrainerOverrides, PredictedTokensCounted, TokenEvaluation, TrainsRowsOnce):

@@ -1,0 +1,313 @@
+"""A `PeftModel` behind the verbs of `plainlora.backends`: PEFT's own code for what a `LoraConfig` asks for.
+
+PEFT implements more of its `LoraConfig` than the hand-written LoRA. Some of it needs what PEFT leaves to a script:
+
+- PiSSA, OLoRA, CorDA and LoRA-GA start from B A that is not 0 and subtract it from the base. Their adapter belongs to
+  that changed base, which for most of them cannot be made again. The final save is converted to one for the unchanged
+  base, of twice the rank: `W0 + s (B A - B0 A0)`.
+- EVA, CorDA and LoRA-GA compute the start from rows. Without them PEFT would start at random, or fail.
+"""
+
+import tempfile
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from types import MethodType
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from plainlora.errors import UserError, first_line
+from plainlora.lora import interchange
+from plainlora.lora.config import check_config, check_types, find_unsupported
+from plainlora.lora.errors import LoRAError, some
+from plainlora.lora.targets import check_expressions, condense, find_new_weights, find_tied, select
+
+CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")  # beginnings of init_lora_weights
+NEEDS_ROWS = ("eva", "corda", "lora_ga")
+MADE_AGAIN = ("pissa", "olora")  # PEFT repeats these on loading, with the same result
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def _init_of(config: LoraConfig) -> str:
+    return str(config.init_lora_weights).lower()
+
+
+def changes_base(config: LoraConfig) -> bool:
+    """Whether PEFT changes the base's weights when it attaches or loads an adapter of this config."""
+    return _init_of(config).startswith(CHANGES_BASE) or config.kasa_config is not None
+
+
+def needs_rows(config: LoraConfig) -> bool:
+    """Whether the adapter's initial values are computed from training rows."""
+    return _init_of(config) in NEEDS_ROWS
+
+
+def _by_peft(what: str, run: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    """Runs PEFT's code; what it raises, of whatever class, becomes one line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return run(*args, **kwargs)
+        except (LoRAError, UserError):
+            raise
+        except Exception as error:
+            kind = "" if isinstance(error, (ValueError, NotImplementedError)) else f"{type(error).__name__}: "
+            raise UserError(f"PEFT {what}: {kind}{first_line(error)}") from error
+
+
+def _on_meta(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def attach(
+    model: PreTrainedModel,
+    config: LoraConfig,
+    new_weights: Collection[str] = (),
+    batches: Sequence[dict[str, torch.Tensor]] = (),
+) -> nn.Module:
+    """`peft.get_peft_model`, with the initial values that need rows, and without what PEFT ignores in a config.
+
+    Args:
+        model: The base; one on the `meta` device gets an adapter of the same shapes.
+        config: The adapter's config.
+        new_weights: Names of the parameters that the base's checkpoint lacks; they are saved with the adapter.
+        batches: Batches of training rows, for `needs_rows`.
+
+    Raises:
+        LoRAError: A name matches nothing, or a new weight cannot be saved with the adapter.
+        UserError: PEFT refuses the config or cannot compute the initial values.
+    """
+    check_config(config)
+    selected = select(model, config).selected
+    new = find_new_weights(model, config, new_weights)
+    if _on_meta(model):
+        config = _for_shapes(config)
+    elif needs_rows(config):
+        if not batches:
+            raise LoRAError(
+                f"init_lora_weights={config.init_lora_weights!r} computes the adapter from training rows: train it "
+                "with recipes/sft.py or recipes/classify.py"
+            )
+        _by_peft("cannot initialise this adapter from rows", _prepare, model, config, selected, batches)
+    adapted = _by_peft("refuses this adapter", get_peft_model, model, config)
+    if _init_of(config) == "eva" and batches:
+        _by_peft("cannot initialise this adapter from rows", _initialize_eva, adapted, batches)
+    if not _on_meta(model) and find_unsupported(config):
+        _by_peft("cannot compute with this adapter", _run_once, adapted)
+    if config.use_qalora and not any(hasattr(module, "qalora_group_size") for module in adapted.modules()):
+        raise LoRAError("use_qalora: PEFT applies it to GPTQ layers alone, and ignores it on this base; leave it out")
+    if changes_base(config) and not _on_meta(model):
+        adapted.initial = {  # type: ignore[assignment]
+            name: value.detach().cpu().clone() for name, value in adapted.named_parameters() if value.requires_grad
+        }
+    if new:
+        names = [name for name, parameter in adapted.named_parameters() if parameter in new]
+        save = MethodType(partial(_save_pretrained, new_weights=names), adapted)
+        adapted.save_pretrained = save  # type: ignore[method-assign]
+    return adapted
+
+
+def _for_shapes(config: LoraConfig) -> LoraConfig:
+    """A config for a base without values: what is computed from values is left out."""
+    config = deepcopy(config)
+    if needs_rows(config):
+        config.init_lora_weights = True
+        config.eva_config = config.corda_config = config.lora_ga_config = None
+    config.kasa_config = None  # a diagonal of r values beside A and B, and a truncated base
+    return config
+
+
+@torch.no_grad()
+def _run_once(adapted: PeftModel) -> None:
+    """One forward pass: some kinds of PEFT's fail on some layers only when they compute."""
+    if any(hasattr(parameter, "ds_id") for parameter in adapted.parameters()):
+        return  # ZeRO-3 has divided the weights, and gathers them only for its engine
+    was_training = adapted.training
+    with torch.random.fork_rng():
+        adapted.eval()(input_ids=torch.zeros(1, 4, dtype=torch.long, device=adapted.device))
+    adapted.train(was_training)
+
+
+def _prepare(
+    model: PreTrainedModel, config: LoraConfig, selected: list[str], batches: Sequence[dict[str, torch.Tensor]]
+) -> None:
+    """Computes what CorDA and LoRA-GA need before they are attached; both look for targets by their names.
+
+    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/corda.py
+    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/loraga.py
+    """
+    config.target_modules = condense(selected, model)
+    if _init_of(config) == "corda":
+        try:
+            from peft.tuners.lora.corda import preprocess_corda  # noqa: PLC0415
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"init_lora_weights='corda': PEFT's CorDA needs the package {error.name}: pip install attrs"
+            ) from error
+        was_training = model.training
+        preprocess_corda(model.eval(), config, run_model=partial(_run_rows, model, batches))
+        model.train(was_training)
+    elif _init_of(config) == "lora_ga":
+        from peft.tuners.lora.loraga import preprocess_loraga  # noqa: PLC0415
+
+        preprocess_loraga(model, config, partial(_accumulate_gradients, model, batches))
+
+
+@torch.no_grad()
+def _run_rows(model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]]) -> None:
+    """One row at a time and unpadded: CorDA's covariances are those of one sequence, padding included."""
+    for batch in batches:
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            model(input_ids=ids[mask.bool()][None].to(model.device))
+
+
+def _accumulate_gradients(model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]]) -> None:
+    for batch in batches:
+        model(**{name: value.to(model.device) for name, value in batch.items()}).loss.backward()
+
+
+def _initialize_eva(adapted: PeftModel, batches: Sequence[dict[str, torch.Tensor]]) -> None:
+    from peft import initialize_lora_eva_weights  # noqa: PLC0415
+
+    on_device = [{name: value.to(adapted.device) for name, value in batch.items()} for batch in batches]
+    initialize_lora_eva_weights(adapted, on_device, show_progress_bar=False)
+
+
+def _save_pretrained(
+    model: PeftModel,
+    save_directory: str,
+    *,
+    new_weights: list[str],
+    state_dict: dict[str, torch.Tensor] | None = None,
+    is_main_process: bool = True,
+    **options: Any,
+) -> None:
+    """PEFT's `save_pretrained`, which also saves the weights that the base's checkpoint lacks.
+
+    https://github.com/huggingface/peft/issues/876
+    """
+    PeftModel.save_pretrained(model, save_directory, state_dict=state_dict, is_main_process=is_main_process, **options)
+    if is_main_process:
+        state = model.state_dict() if state_dict is None else state_dict
+        interchange.add_tensors(save_directory, {name: state[name] for name in new_weights})
+
+
+@contextmanager
+def _with_values(model: nn.Module, values: dict[str, torch.Tensor]) -> Iterator[None]:
+    """The model with other values of its trained parameters."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if name in values}
+    trained = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = values[name].to(parameter.device, parameter.dtype)
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = trained[name]
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within the block the model computes what it computed before training.
+
+    An adapter that was subtracted from the base gets its initial values back; any other is switched off.
+    """
+    initial = getattr(model, "initial", None)
+    with cast(PeftModel, model).disable_adapter() if initial is None else _with_values(model, initial):
+        yield
+
+
+@contextmanager
+def for_unchanged_base(model: nn.Module) -> Iterator[None]:
+    """Within the block, `save_pretrained` writes an adapter for the base as it was before `attach`.
+
+    PEFT's conversion makes a LoRA of twice the rank: `[B, -B0] [A; A0]`. A KaSA adapter stays one for the base that
+    PEFT truncates again on loading.
+    """
+    initial = getattr(model, "initial", None)
+    if initial is None or cast(PeftModel, model).active_peft_config.kasa_config is not None:
+        yield
+        return
+    save = cast(Callable[..., None], model.save_pretrained)
+    with tempfile.TemporaryDirectory() as start:
+        with _with_values(model, initial):
+            PeftModel.save_pretrained(cast(PeftModel, model), start)
+        cast(Any, model).save_pretrained = partial(save, path_initial_model_for_weight_conversion=start)
+        try:
+            yield
+        finally:
+            cast(Any, model).save_pretrained = save
+
+
+def _check_readable(model: nn.Module, directory: str | Path) -> LoraConfig:
+    """Raises `LoRAError` if PEFT would fail on the files, or would unpickle `adapter_model.bin`.
+
+    PEFT unpickles it if there is no `adapter_model.safetensors`.
+
+    https://github.com/huggingface/peft/blob/v0.21.0/src/peft/utils/save_and_load.py (`load_peft_weights`)
+    """
+    config = interchange.read_config(directory)
+    interchange.saved_shapes(directory)
+    check_types(config)
+    check_expressions(model, config)
+    return config
+
+
+def load(model: PreTrainedModel, directory: str | Path) -> nn.Module:
+    """`PeftModel.from_pretrained`, of which every weight must be in the file.
+
+    Raises:
+        LoRAError: The files cannot be read, a weight is missing, or PEFT would load it onto another base than it was
+            trained on.
+        UserError: PEFT refuses the adapter.
+    """
+    config = _check_readable(model, directory)
+    if changes_base(config) and config.kasa_config is None and _init_of(config) not in MADE_AGAIN:
+        raise LoRAError(
+            f"{directory} was saved with init_lora_weights={config.init_lora_weights!r}, for a changed base that PEFT "
+            "cannot make again: use the final adapter of its run, or save it with PEFT's "
+            "path_initial_model_for_weight_conversion"
+        )
+    adapted = _by_peft(f"cannot load {directory}", PeftModel.from_pretrained, model, str(directory))
+    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if missing := sorted(set(wanted) - set(interchange.saved_shapes(directory))):
+        raise LoRAError(f"{directory}/adapter_model.safetensors lacks {some(missing)}; its saving was not finished")
+    return adapted
+
+
+def reload(model: nn.Module, directory: str | Path) -> None:
+    """Copies a checkpoint's adapter into a model that carries it already, to resume training."""
+    _check_readable(model, directory)
+    cast(PeftModel, model).load_adapter(str(directory), "default", is_trainable=True)
+
+
+def merge(model: nn.Module) -> PreTrainedModel:
+    """`PeftModel.merge_and_unload`. The model may be on the `meta` device, to see whether it can be merged.
+
+    Raises:
+        UserError: PEFT cannot merge this kind of adapter, or would lose or double a delta.
+    """
+    config = cast(LoraConfig, cast(PeftModel, model).active_peft_config)
+    if config.layer_replication:
+        raise UserError(
+            "layer_replication: copies of a layer share its weights and have deltas of their own, so this adapter "
+            "cannot be merged; load it with PEFT"
+        )
+    targets = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    tied = None if config.ensure_weight_tying else find_tied(model, [f"{name}.base_layer" for name in targets])
+    if tied is not None:
+        raise UserError(
+            f"{tied[0].removesuffix('.base_layer')} shares its weight with {tied[1]}, which a merge would change too; "
+            "set ensure_weight_tying in lora_config, or do not merge"
+        )
+    return cast(PreTrainedModel, _by_peft("cannot merge this adapter", cast(Any, model).merge_and_unload))
