@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from plainlora.backends import BACKENDS, attach_adapter, choose_loader
+from plainlora.backends import BACKENDS, attach_adapter, choose_backend, choose_loader
 from plainlora.errors import UserError
 from plainlora.fast.loss_head import use_own_loss
 from plainlora.lora.config import BOOKKEEPING_FIELDS, SUPPORTED_FIELDS

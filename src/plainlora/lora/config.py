@@ -12,7 +12,7 @@ from plainlora.lora.errors import LoRAError, UnsupportedError, some
 SUPPORTED_FIELDS = {
     *("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "rank_pattern", "alpha_pattern"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
-    *("bias", "fan_in_fan_out", "task_type"),
+    *("bias", "fan_in_fan_out", "task_type", "use_dora"),
 }
 BOOKKEEPING_FIELDS = {
     *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
@@ -65,7 +65,7 @@ def _wrong_types(config: LoraConfig) -> Iterator[tuple[str, str]]:
         value = getattr(config, name)
         if value is not None and not is_right(value):
             yield name, f"{name} must be {expected}, not {value!r:.100}"
-    for name in ("use_rslora", "fan_in_fan_out"):
+    for name in ("use_rslora", "use_dora", "fan_in_fan_out"):
         if not isinstance(getattr(config, name), bool | None):
             yield name, f"{name} must be true or false, not {getattr(config, name)!r:.100}"
 

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from torch import nn
 
 from plainlora.lora.config import check_supported
+from plainlora.lora.dora import DoRALinear
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.interchange import save_adapter
 from plainlora.lora.layer import LoRALinear
@@ -94,7 +95,7 @@ def inject(
     strict: bool = True,
     new_weights: Collection[str] = (),
     low_cpu_mem_usage: bool = False,
-    layer_class: type[LoRALinear] = LoRALinear,
+    layer_class: type[LoRALinear] | None = None,
 ) -> ModelT:
     """Puts LoRA layers into a model, in place, and freezes everything else.
 
@@ -108,7 +109,8 @@ def inject(
         new_weights: Names of the parameters that the base's checkpoint lacks, Transformers' `missing_keys`. They stay
             frozen and are saved with the adapter.
         low_cpu_mem_usage: As in PEFT: leaves A and B on the meta device, for `load_adapter_weights` to fill.
-        layer_class: The class that wraps each target: `LoRALinear`, or a variant of it.
+        layer_class: The class that wraps each target, a variant of `LoRALinear`; left out for `LoRALinear`, or
+            `DoRALinear` if the config says `use_dora`.
 
     Returns:
         The same model.
@@ -126,6 +128,8 @@ def inject(
     trainable = {name for name, parameter in parameters.items() if parameter.requires_grad}
     for parameter in parameters.values():
         parameter.requires_grad_(False)
+    if layer_class is None:
+        layer_class = DoRALinear if resolved.use_dora else LoRALinear
     for name, base in targets.items():
         layer = layer_class(
             base,

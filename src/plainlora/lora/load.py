@@ -14,7 +14,7 @@ def load_adapter(
     model: ModelT,
     directory: str | os.PathLike[str],
     trainable: bool = False,
-    layer_class: type[LoRALinear] = LoRALinear,
+    layer_class: type[LoRALinear] | None = None,
 ) -> ModelT:
     """Loads an adapter that PEFT or this package saved onto its base model, in place.
 
