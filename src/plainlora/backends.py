@@ -1,6 +1,6 @@
 """The single switch between the hand-written LoRA and PEFT. No other module distinguishes them."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
@@ -259,6 +259,18 @@ def attach_adapter(
 def adapted_layers(model: nn.Module) -> list[str]:
     """Names of the layers that carry an adapter, in the model's own order."""
     return [name for name, module in model.named_modules() if isinstance(module, (LoRALinear, LoraLayer))]
+
+
+def fields_on_whole_weights(model: nn.Module) -> Iterator[str]:
+    """Yields the fields of a model's `LoraConfig` whose layers compute with the base's weights, not through it alone.
+
+    DoRA does; of what PEFT alone implements it is presumed.
+    """
+    state = getattr(model, "plainlora", None)
+    config = state.config if state is not None else getattr(model, "active_peft_config", None)
+    if config is not None:
+        yield from ["use_dora"] if config.use_dora else []
+        yield from find_unsupported(config)
 
 
 def count_of(parameter: torch.Tensor) -> int:

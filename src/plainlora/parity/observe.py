@@ -164,7 +164,8 @@ def _trained(model: nn.Module) -> list[str]:
 def _on_disk(name: str) -> str:
     """A parameter's name without the parts that either side adds in memory."""
     name = name.removeprefix("base_model.model.")
-    return re.sub(r"\.(default|trained_module|modules_to_save)(?=\.|$)", "", name)
+    name = re.sub(r"\.(default|trained_module|modules_to_save)(?=\.|$)", "", name)
+    return name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
 
 
 def observe_dropout(side: Side, case: Case, model: nn.Module) -> Observation:

@@ -118,6 +118,7 @@ def built_in_cases(steps: int) -> Iterator[Case]:
     yield _causal("Llama, head trained whole", llama, steps, modules_to_save=["lm_head"])
     yield _causal("Llama, gaussian start", llama, steps, init_lora_weights="gaussian")
     yield _causal("GPT-2, random start", gpt2, steps, init_lora_weights=False)
+    yield _causal("Llama, DoRA", llama, steps, target_modules="all-linear", use_dora=True)
     yield _causal("GPT-2, fp64", lambda: gpt2(torch.float64), steps)
     yield _causal("Llama, bf16", lambda: random_model(llama_config(), torch.bfloat16), steps)
     yield _causal("Llama, checkpointing", llama, steps, training={"gradient_checkpointing": True})
