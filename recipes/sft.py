@@ -42,7 +42,7 @@ def main() -> None:
     set_seed(settings.training.seed)
     model = sft.load_model(settings, adapter, rows, tokenizer, run.log)
     trainer = sft.make_trainer(settings, adapter, model, rows, tokenizer)
-    run.begin(model.model, rows.by_split, model.quantization)
+    run.begin(model.model, rows.by_split, model.quantization, parent=adapter.parent)
     metrics = run.train(trainer)
     run.save(trainer)
     results = sft.measure(settings, trainer, model, rows, tokenizer, questions)

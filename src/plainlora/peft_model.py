@@ -263,6 +263,16 @@ def _check_readable(model: nn.Module, directory: str | Path) -> LoraConfig:
     return config
 
 
+def check_base_is_known(config: LoraConfig, directory: str | Path) -> None:
+    """Raises `LoRAError` for an adapter of a changed base that PEFT cannot make again."""
+    if _init_of(config).startswith(CHANGES_BASE) and _init_of(config) not in MADE_AGAIN:
+        raise LoRAError(
+            f"{directory} was saved with init_lora_weights={config.init_lora_weights!r}, for a changed base that PEFT "
+            "cannot make again: use the final adapter of its run, or save it with PEFT's "
+            "path_initial_model_for_weight_conversion"
+        )
+
+
 def load(model: PreTrainedModel, directory: str | Path) -> nn.Module:
     """`PeftModel.from_pretrained`, of which every weight must be in the file.
 
@@ -271,13 +281,7 @@ def load(model: PreTrainedModel, directory: str | Path) -> nn.Module:
             trained on.
         UserError: PEFT refuses the adapter.
     """
-    config = _check_readable(model, directory)
-    if changes_base(config) and config.kasa_config is None and _init_of(config) not in MADE_AGAIN:
-        raise LoRAError(
-            f"{directory} was saved with init_lora_weights={config.init_lora_weights!r}, for a changed base that PEFT "
-            "cannot make again: use the final adapter of its run, or save it with PEFT's "
-            "path_initial_model_for_weight_conversion"
-        )
+    check_base_is_known(_check_readable(model, directory), directory)
     adapted = _by_peft(f"cannot load {directory}", PeftModel.from_pretrained, model, str(directory))
     wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     if missing := sorted(set(wanted) - set(interchange.saved_shapes(directory))):

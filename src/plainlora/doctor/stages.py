@@ -17,7 +17,7 @@ from plainlora.doctor.texts import examine_texts
 from plainlora.doctor.tokens import examine_template
 from plainlora.settings.programs import ClassifySettings, Settings, SFTSettings
 from plainlora.tasks import sft
-from plainlora.tasks.plan import AdapterPlan, backend_line
+from plainlora.tasks.plan import AdapterPlan
 from plainlora.tasks.rows import PreparedRows, PreparedTexts
 
 
@@ -101,8 +101,8 @@ def examine_classifier(
 
 
 def _examine_adapter(plan: AdapterPlan, lora: LoraConfig, settings: Settings[Any, Any], found: Examination) -> None:
-    if (line := backend_line(plan)) is not None:
-        found.add("note", "adapter", "back end", line)
+    for note in plan.notes:
+        found.add("note", "adapter", "plan", note)
     examine_layers(plan.build(), lora, settings.recipe.lora_backend, found, settings.recipe.merge)
 
 

@@ -11,6 +11,8 @@ from trl import ModelConfig, SFTConfig
 
 from plainlora.base.classifier import is_classifier
 from plainlora.data.datasets import hub_name, is_local
+from plainlora.lora.config import find_unsupported
+from plainlora.lora.interchange import read_config
 from plainlora.markdown import table
 from plainlora.report import Sample, describe_samples
 from plainlora.run.folder import PICTURES
@@ -67,13 +69,21 @@ def _metadata(library: str, task: str, tags: Sequence[str], base: str, dataset: 
     return "\n".join(lines)
 
 
-def _adapter_settings(backend: str, targets: Any, model: ModelConfig) -> dict[str, Any]:
+def _adapter_settings(backend: str, lora: LoraConfig) -> dict[str, Any]:
+    """Of the adapter as it is saved."""
+    named = lora.target_modules
+    targets = named if isinstance(named, str) else ", ".join(sorted(named or ()))
     return {
         "LoRA back end": backend,
-        "r": model.lora_r,
-        "alpha": model.lora_alpha,
-        "dropout": model.lora_dropout,
-        "target modules": targets or "PEFT's default",
+        "r": lora.r,
+        "alpha": lora.lora_alpha,
+        "dropout": lora.lora_dropout,
+        "target modules": targets
+        if isinstance(targets, str)
+        else ", ".join(sorted(targets or ())) or "PEFT's default",
+        "DoRA": lora.use_dora or None,
+        "rsLoRA": lora.use_rslora or None,
+        "further fields": ", ".join(find_unsupported(lora).values()) or None,
     }
 
 
@@ -183,13 +193,35 @@ def _write(
     (Path(output_dir) / "README.md").write_text(text, encoding="utf-8")
 
 
+def _loading_by_hand(base: str) -> str:
+    return f"""
+With PlainLoRA, from a local folder:
+
+```python
+from plainlora import load_adapter
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = load_adapter(base, "PATH OF THIS ADAPTER")
+```
+"""
+
+
+def _parent_sentence(name: str | None) -> str:
+    """Which adapter was trained on; a folder of this machine is not named."""
+    if name is None:
+        return ""
+    return " It goes on from " + ("an earlier adapter." if Path(name).expanduser().exists() else f"`{name}`.")
+
+
 def write_sft_card(
     output_dir: str | Path, run: SFTSettings, results: dict[str, Any], samples: Sequence[Sample] = ()
 ) -> None:
     """Writes the card of an adapter for a causal language model, with sample answers if there are any."""
     recipe, script, training, model = run.parts
     base, dataset = str(model.model_name_or_path), str(script.dataset_name)
-    settings = _adapter_settings(recipe.lora_backend, model.lora_target_modules, model)
+    lora = read_config(output_dir)
+    settings = _adapter_settings(recipe.lora_backend, lora)
     settings |= {"base weights": _base_weights(model)} | _training_settings(training, results)
     settings |= {"longest row (tokens)": training.max_length, "packing": training.packing}
     load = f"""With PEFT:
@@ -202,21 +234,12 @@ tokenizer = AutoTokenizer.from_pretrained("{HERE}")
 base = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "{HERE}")
 ```
-
-With PlainLoRA, from a local folder:
-
-```python
-from plainlora import load_adapter
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained("{base}")
-model = load_adapter(base, "PATH OF THIS ADAPTER")
-```
-"""
+{"" if find_unsupported(lora) else _loading_by_hand(base)}"""
     _write(
         output_dir,
         _metadata("peft", "text-generation", ("lora", "sft", "trl", "plainlora"), base, dataset),
-        f"A LoRA adapter for `{base}`, trained on `{dataset}` with PlainLoRA.\n"
+        f"A LoRA adapter for `{base}`, trained on `{dataset}` with PlainLoRA."
+        f"{_parent_sentence(recipe.adapter_name_or_path)}\n"
         f"{_template_sentence(output_dir, recipe, training)}",
         results,
         settings,
@@ -259,9 +282,7 @@ def write_classifier_card(
     head = "trained whole" if recipe.train_head else "LoRA" if recipe.lora_head else "frozen as it started"
     settings: dict[str, Any] = {"method": recipe.method.replace("_", " ")}
     if lora is not None:
-        named = lora.target_modules
-        targets = named if isinstance(named, str) else ", ".join(sorted(named or ()))
-        settings |= _adapter_settings(recipe.lora_backend, targets, model) | {"head": head}
+        settings |= _adapter_settings(recipe.lora_backend, lora) | {"head": head}
     settings |= {"base weights": _base_weights(model)} | _training_settings(training, results)
     names = ", ".join(f"`{label}`" for label in (config.id2label or {}).values())
     if lora is not None:

@@ -66,7 +66,9 @@ def tolerance_for(level: str, case: Case, environment: dict[str, str], quantised
         return TOLERANCES["drawn" if level == "init" else "chosen"]
     if level == "merge":
         return TOLERANCES[f"merge {dtype}"]
-    same_order = case.lora_backend == "reference" and not case.config.use_dora  # of which PEFT forms B A by a product with I
+    same_order = (
+        case.lora_backend == "reference" and not case.config.use_dora
+    )  # of which PEFT forms B A by a product with I
     if same_order and environment["device"] == "cpu" and not (quantised and half):
         return TOLERANCES["same order"]
     fused_half = case.lora_backend == "fused" and (half or case.adapter_dtype in HALF)

@@ -103,6 +103,7 @@ def write_run(
     rows: Mapping[str, Dataset | None],
     model: nn.Module,
     labels: Sequence[str] | None = None,
+    parent: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes the record before the first step, and returns it.
 
@@ -114,6 +115,7 @@ def write_run(
         rows: The encoded rows of every split.
         model: The model with its initial adapter.
         labels: A classifier's classes, to load its head later.
+        parent: From `Parent.describe`, of the adapter that is trained on.
     """
     content = {
         "command": _without_secrets(sys.argv),
@@ -127,6 +129,7 @@ def write_run(
         "threads": torch.get_num_threads(),
         "device": str(PartialState().device.type),
         "base": base,
+        "parent": parent,
         "rows": {
             split: {"rows": len(each), "sha256": digest_of_rows(each)}
             for split, each in rows.items()

@@ -15,6 +15,7 @@ from plainlora.base.identity import describe_base
 from plainlora.resources.memory import peak_memory, reset_peak_memory
 from plainlora.run.checkpoints import resume_path
 from plainlora.run.folder import check_inputs_apart, claim_output_dir, clear_output_dir, lies_in
+from plainlora.run.parent import Parent
 from plainlora.run.record import complete_run, write_run
 from plainlora.run.resumption import check_same_rows, check_same_settings
 from plainlora.settings.programs import Settings
@@ -80,6 +81,7 @@ class Run:
         rows: Mapping[str, Dataset | None],
         quantization: dict[str, Any] | None,
         labels: Sequence[str] | None = None,
+        parent: Parent | None = None,
     ) -> None:
         """Clears the folder of an earlier run and writes `run.json`. The last step before training.
 
@@ -88,6 +90,7 @@ class Run:
             rows: The encoded rows of every split.
             quantization: The base's quantisation.
             labels: Names of a classifier's classes, in order.
+            parent: The adapter that is trained on.
         """
         state, settings = PartialState(), self.settings
         if state.is_main_process:
@@ -103,6 +106,7 @@ class Run:
                 rows=rows,
                 model=model,
                 labels=labels,
+                parent=None if parent is None else parent.describe(),
             )
         state.wait_for_everyone()
 

@@ -50,6 +50,17 @@ class RecipeArguments:
             "hand-written LoRA does not implement is trained by PEFT's own code, lora_backend peft_fused."
         },
     )
+    adapter_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on training a saved adapter: a folder or a Hub id, of this project or of another tool that "
+            "writes PEFT's files. Its own config is kept."
+        },
+    )
+    loraplus_lr_ratio: float | None = field(
+        default=None,
+        metadata={"help": "LoRA+: the learning rate of B divided by that of A, which is learning_rate. 16 is usual."},
+    )
     adapter_dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "Precision of the trained adapter, whatever the base is stored in."}
     )

@@ -45,6 +45,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "max_train_rows": (1, math.inf),
     "max_eval_rows": (1, math.inf),
     "measured_train_rows": (1, math.inf),
+    "loraplus_lr_ratio": (1, math.inf),
     "max_truncated": (0, 1),
     "exact_match_rows": (0, math.inf),
     "max_new_tokens": (1, math.inf),

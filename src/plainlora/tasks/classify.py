@@ -42,7 +42,7 @@ from plainlora.tasks.modes import (
     train_adapter,
     train_weights,
 )
-from plainlora.tasks.plan import AdapterPlan, TrainableModel, backend_line, check_room, plan_lora
+from plainlora.tasks.plan import AdapterPlan, TrainableModel, check_room, load_parent, plan_lora
 from plainlora.tasks.rows import PreparedTexts
 from plainlora.tasks.summary import classifier_summary
 from plainlora.training.metrics import Scores, flatten, judge_rows, score
@@ -112,7 +112,7 @@ def plan_adapter(settings: ClassifySettings, labels: Sequence[str], pad_token_id
     skeleton = build_skeleton(config)
     build = partial(build_skeleton, config)
     if recipe.method == "lora":
-        return plan_lora(settings, config, build, build_classifier_lora(settings.model, recipe, skeleton))
+        return plan_lora(settings, config, build, build_classifier_lora(settings.model, recipe, skeleton), labels)
     modules = find_last_layers(skeleton, recipe.last_layers) if recipe.method == "last_layers" else None
     return AdapterPlan(config, build, None, modules)
 
@@ -189,8 +189,10 @@ def load_model(
         batches = list(calibration_batches(rows, tokenizer, settings.training)) if needs_rows(adapter.lora) else []
         model = train_adapter(base, adapter.lora, settings.recipe, new_weights, batches)
     trainable, total = count_parameters(model.model)
-    if (line := backend_line(adapter)) is not None:
-        log(line)
+    if model.backend is not None:
+        load_parent(adapter, model.backend, model.model)
+    for note in adapter.notes:
+        log(note)
     log(f"{settings.recipe.method}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
     return model
 
@@ -218,6 +220,7 @@ def make_trainer(
         data_collator=DataCollatorWithPadding(tokenizer),  # pads to the longest text of the batch
         compute_metrics=partial(score, classes=len(texts.labels)),
         preprocess_logits_for_metrics=judge_rows,
+        loraplus_lr_ratio=settings.recipe.loraplus_lr_ratio,
     )
 
 

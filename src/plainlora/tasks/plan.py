@@ -1,6 +1,6 @@
 """What a run trains: resolved before weights are loaded (`AdapterPlan`), and the loaded model (`TrainableModel`)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,10 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from plainlora.backends import Backend, choose_backend, count_parameters
+from plainlora.errors import UserError
 from plainlora.resources.disk import merged_bytes
+from plainlora.run.adapter_base import class_labels, read_run
+from plainlora.run.parent import Parent, find_parent
 from plainlora.settings.programs import Settings
 from plainlora.training import saving
 
@@ -23,7 +26,8 @@ class AdapterPlan:
         config: The base's config; a classifier's has its classes.
         build: Builds the base on the meta device; returns `None` if its code fails there.
         lora: The adapter's config; `None` if the base's own weights are trained.
-        only_peft: What of `lora` PEFT alone implements, so that its own code trains it; `None` if nothing.
+        parent: The adapter that is trained on; `None` for a new one.
+        notes: Sentences for the log.
         modules: Full names of the base's modules that are trained; `None` for all.
     """
 
@@ -31,7 +35,8 @@ class AdapterPlan:
     build: Callable[[], PreTrainedModel | None]
     lora: LoraConfig | None
     modules: list[str] | None = None
-    only_peft: str | None = None
+    parent: Parent | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,22 +61,58 @@ def plan_lora(
     config: PretrainedConfig,
     build: Callable[[], PreTrainedModel | None],
     lora: LoraConfig,
+    labels: Sequence[str] | None = None,
 ) -> AdapterPlan:
-    """The plan of an adapter. Sets `lora_backend` of the settings to the back end that can train it.
+    """The plan of an adapter, a new one or one that is trained on, whose own config is kept.
+
+    Sets `lora_backend` of the settings to the back end that can train it.
+
+    Args:
+        settings: The back end, and the adapter to train on.
+        config: The base's config.
+        build: Builds the base on the meta device.
+        lora: The adapter that the settings describe.
+        labels: Names of a classifier's classes, in order.
 
     Raises:
+        UserError: The adapter to train on cannot be found, or is another base's or another task's.
         LoRAError: The hand-written form is asked for, and does not implement the config.
     """
-    recipe = settings.recipe
+    recipe, parent, notes = settings.recipe, None, []
+    if recipe.adapter_name_or_path is not None:
+        trust = bool(getattr(settings.training, "trust_remote_code", False))
+        parent = find_parent(recipe.adapter_name_or_path, settings.base, settings.model.model_revision, trust)
+        _check_task(parent, labels)
+        notes.append(parent.line(lora))
+        lora = parent.config
     recipe.lora_backend, only_peft = choose_backend(recipe.lora_backend, lora, build())
-    return AdapterPlan(config, build, lora, only_peft=only_peft)
+    if only_peft is not None:
+        notes.append(f"PEFT's own code trains this adapter: {only_peft}")
+    return AdapterPlan(config, build, lora, parent=parent, notes=tuple(notes))
 
 
-def backend_line(adapter: AdapterPlan) -> str | None:
-    """A sentence for the log if another back end trains the adapter than was asked for."""
-    if adapter.only_peft is None:
-        return None
-    return f"PEFT's own code trains this adapter: {adapter.only_peft}"
+def _check_task(parent: Parent, labels: Sequence[str] | None) -> None:
+    """Raises `UserError` if an adapter is none for a language model, or none for a classifier of these classes."""
+    own = class_labels(parent.folder)
+    if labels is None and own is not None:
+        raise UserError(f"adapter_name_or_path: {parent.name} is a classifier's; train it with recipes/classify.py")
+    if labels is not None and own is None:
+        raise UserError(f"adapter_name_or_path: {parent.name} is a language model's; train it with recipes/sft.py")
+    known = (read_run(parent.folder).get("labels") or own) if own is not None else None
+    if labels is not None and known is not None and len(known) != len(labels):
+        raise UserError(
+            f"adapter_name_or_path: {parent.name} has {len(known)} classes, and the rows have {len(labels)}"
+        )
+    if labels is not None and known is not None and not known[0].startswith("LABEL_") and list(known) != list(labels):
+        raise UserError(
+            f"adapter_name_or_path: {parent.name} has the classes {', '.join(known)}, the rows {', '.join(labels)}"
+        )
+
+
+def load_parent(adapter: AdapterPlan, backend: Backend, model: nn.Module) -> None:
+    """Copies the weights of the adapter that is trained on into a model that carries one of its config."""
+    if adapter.parent is not None:
+        backend.reload(model, adapter.parent.folder)
 
 
 def check_room(

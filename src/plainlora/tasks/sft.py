@@ -36,7 +36,7 @@ from plainlora.settings.precision import list_precisions, precision_line
 from plainlora.settings.programs import SFTSettings
 from plainlora.tasks import rows as data
 from plainlora.tasks.calibration import calibration_batches
-from plainlora.tasks.plan import AdapterPlan, TrainableModel, backend_line, check_room, plan_lora
+from plainlora.tasks.plan import AdapterPlan, TrainableModel, check_room, load_parent, plan_lora
 from plainlora.tasks.rows import PreparedRows
 from plainlora.tasks.summary import summary
 from plainlora.training.evaluation import Evaluator, before_and_after
@@ -190,8 +190,9 @@ def load_model(
     batches = list(calibration_batches(rows.train, tokenizer, training)) if needs_rows(lora) else []
     model = attach_adapter(base, lora, backend, recipe.adapter_dtype, batches=batches)
     trainable, total = count_parameters(model)
-    if (line := backend_line(adapter)) is not None:
-        log(line)
+    load_parent(adapter, backend, model)
+    for note in adapter.notes:
+        log(note)
     log(f"{recipe.lora_backend} LoRA: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
     return TrainableModel(model, backend, partial(backend.disabled, model), quantization)
 
@@ -217,6 +218,7 @@ def make_trainer(
         train_dataset=rows.train,
         eval_dataset=rows.test,
         processing_class=tokenizer,
+        loraplus_lr_ratio=settings.recipe.loraplus_lr_ratio,
     )
 
 

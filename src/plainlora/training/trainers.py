@@ -24,6 +24,7 @@ from plainlora.run.checkpoints import past_the_end
 from plainlora.training.batching import check_isolation
 from plainlora.training.evaluation_loss import TokenEvaluation
 from plainlora.training.last_batch import TrainsRowsOnce
+from plainlora.training.loraplus import WithLoRAPlus
 from plainlora.training.saving import AtomicSaves
 from plainlora.training.watching import Watched, check_effect, check_values
 
@@ -100,17 +101,26 @@ class PredictedTokensCounted(Trainer):
         self._loss_shifts_labels = True
 
 
-class _TrainerOverrides(Watched, AtomicSaves, RowsInOrder):
+class _TrainerOverrides(Watched, AtomicSaves, RowsInOrder, WithLoRAPlus):
     """The overrides of both trainers.
 
     Args:
         model: A model from `attach_adapter`, or a base whose own weights are trained.
         backend: The adapter's back end; `None` without an adapter, when the model is saved and loaded whole.
+        loraplus_lr_ratio: See `WithLoRAPlus`.
         *args: Arguments of the trainer.
         **kwargs: Arguments of the trainer.
     """
 
-    def __init__(self, model: nn.Module, backend: Backend | None, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        backend: Backend | None,
+        *args: Any,
+        loraplus_lr_ratio: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.loraplus_lr_ratio = loraplus_lr_ratio
         self.backend, self.adapted, self.saves_all = backend, model, backend is None
         self._evaluated: tuple[int | None, EvalLoopOutput | None] = None, None  # step and result
         if kwargs["args"].fp16:
