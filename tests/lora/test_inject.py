@@ -73,7 +73,6 @@ REFUSED: dict[str, dict[str, object]] = {
     "eva_config": {"init_lora_weights": "eva", "eva_config": peft.EvaConfig()},
     "corda_config": {"init_lora_weights": "corda", "corda_config": peft.tuners.lora.config.CordaConfig()},
     "lora_ga_config": {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()},
-    "use_dora": {"use_dora": True},
     "velora_config": {"velora_config": VeloraConfig()},
     "alora_invocation_tokens": {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},
     "use_qalora": {"use_qalora": True},
@@ -114,7 +113,7 @@ def test_u15_another_field_away_from_its_default_is_an_error(field: str) -> None
     made = config()
     for name, value in REFUSED[field].items():  # not by the constructor, which may want optional packages
         setattr(made, name, value)
-    with pytest.raises(LoRAError, match=rf"does not implement .*{field}.*=") as caught:
+    with pytest.raises(LoRAError, match=rf"does not implement .*{field}") as caught:
         inject(make("llama"), made)
     assert "\n" not in str(caught.value)
 

@@ -386,7 +386,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         save_by_peft(config(**LM | {"target_modules": ["q_proj", "embed_tokens"]})),
         r"'model.embed_tokens' is a Embedding; LoRA here adapts linear layers \(.*\); load it with PEFT",
     ),
-    "DoRA": (lambda path: edit_config(path, use_dora=True), "trained with use_dora=True, which this LoRA does not"),
+    "DoRA": (lambda path: edit_config(path, use_dora=True), r"lacks .*lora_magnitude_vector"),
     "single tokens": (
         lambda path: edit_config(path, trainable_token_indices=[5]),
         r"trained with trainable_token_indices=\[5\], which this LoRA does not implement; load it with PEFT",
@@ -485,7 +485,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 
 # Said in the words of the config's fields, whether they come from a file or from a program.
 OF_THE_CONFIG = (
-    *("DoRA", "bad rank", "a huge rank", "a true rank", "a huge alpha", "bad dropout", "no targets"),
+    *("bad rank", "a huge rank", "a true rank", "a huge alpha", "bad dropout", "no targets"),
     *("numbered targets", "nested modules", "a text of ranks", "layers by name", "LoRA on embeddings"),
 )
 

@@ -90,7 +90,10 @@ PAIRS = [(row["text"], row["label"]) for row in TEXTS]
         (["--lora_exclude_modules", "v_ln"], r"exclude_modules: 'v_ln' matches no module; did you mean v_lin"),
         (['--lora_rank_pattern={"k_lin": 4}'], r"rank_pattern: 'k_lin' matches no target module"),
         (["--lora_modules_to_save", "clasifier"], r"modules_to_save: 'clasifier' matches no module; did you mean"),
-        (["--use_dora=true"], r"this LoRA does not implement use_dora=True"),
+        (
+            ['--lora_config={"megatron_config": {"a": 1}}'],
+            r"PEFT refuses this adapter: ModuleNotFoundError: .*megatron",
+        ),
         (
             ["--adapter_dtype=bfloat16", "--train_head=true"],
             r"trained whole would not fit a base in float32; .*--bf16",
@@ -122,7 +125,7 @@ def test_u22_what_the_settings_alone_rule_out_is_refused_before_rows_are_read(
 ) -> None:
     (tmp_path / "rows.csv").write_text("no rows")
     unread = ["--dataset_name", str(tmp_path / "rows.csv"), "--lora_backend", backend]
-    assert "does not implement use_dora=True" in refused("distilbert", *unread, "--use_dora=true")
+    assert "'use_dra' is no field of peft.LoraConfig" in refused("distilbert", *unread, '--lora_config={"use_dra": 1}')
     none = ["--lora_query=false", "--lora_value=false"]
     assert "LoRA has no layer to adapt" in refused("distilbert", *unread, *none)
 

@@ -23,14 +23,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:::peft")
 def by_peft(model_dirs: dict[str, Path], tmp_path: Path) -> Path:
     """An adapter that PEFT saved, with values of its own."""
     model = make_model("llama")
-    adapted = get_peft_model(
-        model,
-        LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"], base_model_name_or_path=str(model_dirs["llama"])),
-    )
+    adapted = get_peft_model(model, LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"]))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
     adapted.save_pretrained(str(tmp_path / "adapter"))
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    named = config | {"base_model_name_or_path": str(model_dirs["llama"])}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(named))
     return tmp_path / "adapter"
 
 

@@ -29,8 +29,8 @@ def faults(program: Program, text: str, *flags: str) -> list[str]:
 def test_u22_names_values_and_contradictions_are_told_together() -> None:
     found = faults(
         SFT,
-        "max_seq_length: 64\nlearing_rate: 1.0\nseed: soon\nload_in_4bit: true\nload_in_8bit: true\nuse_dora: true\n"
-        "lora_target_parameters: [mlp.experts.down_proj]\npacking: true\npacking_strategy: wrapped\n",
+        "max_seq_length: 64\nlearing_rate: 1.0\nseed: soon\nload_in_4bit: true\nload_in_8bit: true\n"
+        "lora_config: {use_dra: true}\npacking: true\npacking_strategy: wrapped\n",
         *("--lora_rnk", "4", "--attn_implementation", "quick"),
     )
     expected = (
@@ -39,7 +39,7 @@ def test_u22_names_values_and_contradictions_are_told_together() -> None:
         "recipe.yaml: argument --seed: invalid int value: 'soon'",
         "--lora_rnk is not an option; did you mean lora_r?",
         "You can't use 8 bit and 4 bit precision at the same time",
-        "this LoRA does not implement use_dora=True, target_parameters=['mlp.experts.down_proj'], ",
+        "lora_config: 'use_dra' is no field of peft.LoraConfig that a recipe sets; did you mean use_dora?",
         "attn_implementation 'quick' cannot be used here (",
         "packing_strategy=wrapped is refused",
     )
@@ -48,12 +48,38 @@ def test_u22_names_values_and_contradictions_are_told_together() -> None:
 
 
 @pytest.mark.parametrize("program", [SFT, CLASSIFY], ids=["sft", "classify"])
+@pytest.mark.parametrize("line", ["lora_target_parameters: [a.b]", "lora_config: {init_lora_weights: pissa}"])
+def test_what_peft_alone_implements_is_refused_for_the_hand_written_form_alone(program: Program, line: str) -> None:
+    (fault,) = faults(program, f"lora_backend: reference\n{line}\n")
+    assert fault.startswith("lora_backend reference does not implement ")
+    for backend in ("fused", "peft", "peft_fused"):
+        content = f"model_name_or_path: m\ndataset_name: d\noutput_dir: out\n{BASE[program]}"
+        Path("recipe.yaml").write_text(f"{content}lora_backend: {backend}\n{line}\n", encoding="utf-8")
+        program.parse(["--config", "recipe.yaml"])
+
+
+@pytest.mark.parametrize("program", [SFT, CLASSIFY], ids=["sft", "classify"])
 @pytest.mark.parametrize("backend", ["fused", "reference", "peft"])
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("use_dora: true", "does not implement use_dora=True"),
-        ("lora_target_parameters: [a.b]", "does not implement target_parameters=['a.b']"),
+        (
+            "lora_config: {use_dra: true}",
+            "lora_config: 'use_dra' is no field of peft.LoraConfig that a recipe sets; did",
+        ),
+        (
+            "lora_config: {peft_type: IA3}",
+            "lora_config: 'peft_type' is no field of peft.LoraConfig that a recipe sets",
+        ),
+        ("lora_config: {r: 4}\nlora_r: 8", "lora_config: r is 4, and its own flag says 8; give one"),
+        ("lora_config: {eva_config: {}}", "lora_config: `eva_config` specified but will be ignored"),
+        (
+            "lora_config: {eva_config: {rho: 0}, init_lora_weights: eva}",
+            "lora_config: PEFT refuses it: `rho` must be >=",
+        ),
+        ("lora_config: {lora_dropout: 2}", "lora_dropout must lie in [0, 1), not 2"),
+        ("lora_config: [1]", "lora_config takes one value, not a list"),
+        ("loraplus_lr_ratio: 0.5", "loraplus_lr_ratio must be at least 1, not 0.5"),
         ("lora_r: 0", "r must be a whole number of at least 1, not 0"),
         ("lora_r: 9999999", "r is 9,999,999, more than any layer is wide"),
         ("lora_dropout: 1.0", "lora_dropout must lie in [0, 1), not 1.0"),

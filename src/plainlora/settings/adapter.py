@@ -10,7 +10,8 @@ from peft import LoraConfig
 from trl import ModelConfig
 
 from plainlora.errors import UserError, first_line
-from plainlora.lora.config import BOOKKEEPING_FIELDS, find_faults
+from plainlora.lora.config import BOOKKEEPING_FIELDS, find_faults, find_unsupported
+from plainlora.lora.errors import some
 from plainlora.settings.arguments import RecipeArguments, parse_mapping, parse_pattern
 
 
@@ -105,6 +106,11 @@ def adapter_faults(model: ModelConfig, recipe: RecipeArguments) -> Iterator[tupl
     except UserError as error:
         yield str(error).partition(":")[0].partition(" ")[0], str(error)
         return
+    if recipe.lora_backend == "reference" and (names := list(find_unsupported(config).values())):
+        yield (
+            "lora_backend",
+            f"lora_backend reference does not implement {some(names)}; use peft_fused, or leave it out",
+        )
     settings: dict[str, Any] = vars(model) | vars(recipe)
     for field, fault in find_faults(config):
         flag = f"lora_{field}" if f"lora_{field}" in settings else field
