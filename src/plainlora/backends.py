@@ -1,7 +1,7 @@
 """The single switch between the hand-written LoRA and PEFT. No other module distinguishes them."""
 
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -148,6 +148,30 @@ BACKENDS = {
         fast=True,
     ),
 }
+
+
+@contextmanager
+def loaded(backend: Backend, model: PreTrainedModel, directory: str | Path) -> Iterator[nn.Module]:
+    """A saved adapter on a base within the block. Afterwards the base is as it was, ready for another adapter.
+
+    What the adapter's file holds of the base's own parameters, such as a bias or a head, is restored too.
+
+    Raises:
+        LoRAError: See `load_adapter`.
+    """
+    base = dict(model.named_parameters(remove_duplicate=False))
+    names = [
+        name.removeprefix(interchange.PREFIX).replace(".base_layer.", ".")
+        for name in interchange.saved_shapes(directory)
+    ]
+    own = {name: base[name].detach().clone() for name in names if name in base}
+    adapted = backend.load(model, directory)
+    try:
+        yield adapted
+    finally:
+        adapted.unload() if isinstance(adapted, PeftModel) else inject.unwrap(adapted)
+        for name, value in own.items():
+            base[name].data.copy_(value)
 
 
 def _comparable(name: str, value: Any) -> Any:
