@@ -19,6 +19,7 @@ from plainlora.fast.fuse import fuse
 from plainlora.lora import inject, interchange, load
 from plainlora.lora.config import check_supported, check_types
 from plainlora.lora.layer import LoRALinear
+from plainlora.lora.record import replace_module
 from plainlora.lora.targets import check_expressions, find_new_weights, find_targets
 
 FIXED_BY_CHECKPOINT = (
@@ -159,7 +160,7 @@ def loaded(backend: Backend, model: PreTrainedModel, directory: str | Path) -> I
     Raises:
         LoRAError: See `load_adapter`.
     """
-    base = dict(model.named_parameters(remove_duplicate=False))
+    modules, base = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
     names = [
         name.removeprefix(interchange.PREFIX).replace(".base_layer.", ".")
         for name in interchange.saved_shapes(directory)
@@ -170,6 +171,9 @@ def loaded(backend: Backend, model: PreTrainedModel, directory: str | Path) -> I
         yield adapted
     finally:
         adapted.unload() if isinstance(adapted, PeftModel) else inject.unwrap(adapted)
+        for name, module in modules.items():  # PEFT leaves the trained copies of modules_to_save
+            if model.get_submodule(name) is not module:
+                replace_module(model, name, module)
         for name, value in own.items():
             base[name].data.copy_(value)
 

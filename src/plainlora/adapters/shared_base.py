@@ -6,6 +6,7 @@ from typing import Any
 
 from plainlora.base.identity import describe_base, find_difference, name_base
 from plainlora.errors import UserError
+from plainlora.lora.errors import LoRAError
 from plainlora.lora.interchange import read_config
 from plainlora.run.adapter_base import Base, base_of, find_base, read_run
 
@@ -88,4 +89,12 @@ def find_shared_base(
         LoRAError: See `find_base`.
     """
     check_one_base(adapters, same_weights=base_model is None)
-    return [find_base(adapter, base_model, allow_other_base) for adapter in adapters]
+    bases = []
+    for adapter in adapters:
+        try:
+            bases.append(find_base(adapter, base_model, allow_other_base))
+        except LoRAError as error:
+            if len(adapters) == 1 or adapter in str(error):
+                raise
+            raise LoRAError(f"{adapter}: {error}") from error
+    return bases
