@@ -146,7 +146,7 @@ def plot_diff(adapters: Sequence[str], modules: dict[str, dict[str, Any]], path:
     height, width = 0.36 * len({kind for _, kind in places.values()}) + 1.4, max(2.8, 0.34 * len(layers) + 0.9)
     figure = Figure(figsize=(1.5 + width * (len(adapters) + 1), height), layout="constrained")
     *left, right = figure.subplots(1, len(adapters) + 1, sharey=True)
-    top = max((size[key] for size in sizes), default=0.0) or 1.0
+    top = max((size[key] or 0.0 for size in sizes), default=0.0) or 1.0
     for number, (axes, adapter) in enumerate(zip(left, adapters, strict=True)):
         image = _draw_layers(axes, places, values_of(number, key), SIZES, (0.0, top), style)
         axes.set_title(adapter if len(adapter) < 28 else f"...{adapter[-25:]}", fontsize=10)

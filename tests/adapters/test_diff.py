@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def test_an_adapter_that_adds_nothing(
     zero = save_peft_adapter(tmp_path / "zero", model_dirs["llama"], scale=0)
     main(["diff", one, zero, "--output", str(tmp_path / "out")])
     shown = capfd.readouterr().out.splitlines()
-    assert shown[1].split()[-5:] == ["0", "of", "4", "0", "-"]
+    assert shown[4].split()[-5:] == ["0", "of", "4", "0", "-"]
     assert json.loads((tmp_path / "out" / "diff.json").read_text())["cosine"] is None
 
 
@@ -121,6 +122,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(plainlora: Run, tmp_path: Path
     assert "required: ADAPTER" in plainlora("diff")
     change_config(one, base_model_name_or_path=str(tmp_path / "moved"))
     assert "moved" in plainlora("diff", one, "--relative", *output)
+    cut = shutil.copytree(model_dirs["llama"], tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes(b"cut")
+    said = plainlora("diff", one, "--relative", "--base_model", cut, *output)
+    assert "cut/model.safetensors: its weights have no norm" in said
     change_config(one, use_dora=True)
     assert "use_dora=True" in plainlora("diff", one, *output)
     path = Path(other) / "adapter_model.safetensors"

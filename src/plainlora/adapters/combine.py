@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from peft import LoraConfig
 
+from plainlora.adapters.output import check_output
 from plainlora.adapters.shared_base import find_shared_base
 from plainlora.errors import UserError
 from plainlora.folders import check_disk, sha256_of, staged
@@ -28,8 +29,7 @@ from plainlora.lora.interchange import LORA_WEIGHTS, PREFIX, read_config, write_
 from plainlora.lora.targets import condense
 from plainlora.report import package_versions, write_json
 from plainlora.run.adapter_base import Base, class_labels, load_tokenizer_of, read_run, skeleton_of
-from plainlora.run.folder import ADAPTER, lies_in
-from plainlora.settings.checks import check_writable
+from plainlora.run.folder import ADAPTER
 
 Combination = Literal["cat", "linear"]
 FORMULAS: dict[Combination, Callable[[Sequence[Delta], Sequence[float], torch.dtype], Delta]] = {
@@ -64,19 +64,6 @@ def _check_weights(adapters: Sequence[str], weights: Sequence[float]) -> None:
     for weight in weights:
         if not math.isfinite(weight):
             raise UserError(f"--weights: {weight} is not a finite number")
-
-
-def _check_output(output: Path, adapters: Sequence[str], overwrite: bool) -> None:
-    """Checks that the output replaces nothing but an earlier combination, and that only with `overwrite`."""
-    for adapter in map(Path, adapters):
-        if lies_in(adapter, output) or lies_in(output, adapter):
-            raise UserError(f"--output {output} is, holds or lies in the adapter {adapter}; give a folder of its own")
-    if not output.exists() or not any(output.iterdir()):
-        return
-    if not overwrite:
-        raise UserError(f"{output} already exists; give another --output, or replace it with --overwrite")
-    if "combination" not in read_run(output):
-        raise UserError(f"{output} holds no combination of adapters; give another --output")
 
 
 def _read(adapter: str) -> dict[str, Delta]:
@@ -150,8 +137,8 @@ def _deviation(written: dict[str, Delta], parents: Sequence[dict[str, Delta]], w
         terms = [(deltas[module], weight) for deltas, weight in zip(parents, weights, strict=True) if module in deltas]
         scale = sum(abs(weight) * each.norm for each, weight in terms)
         if scale > 0:
-            all_terms = [(delta, 1.0), *((each, -weight) for each, weight in terms)]
-            difference = concatenate(*zip(*all_terms, strict=True), torch.float64)
+            signed = [1.0, *(-weight for _, weight in terms)]
+            difference = concatenate([delta, *(each for each, _ in terms)], signed, torch.float64)
             worst = max(worst, difference.norm / scale)
     return worst
 
@@ -185,9 +172,10 @@ def combine_adapters(
         LoRAError: An adapter cannot be read, does not fit the base, or is of a variant of LoRA.
     """
     _check_weights(adapters, weights)
-    check_writable(str(output), "--output")
+    earlier = overwrite and "combination" in read_run(output)
+    advice = " (it holds no combination of adapters)" if overwrite else ", or replace it with --overwrite"
+    check_output(output, adapters, replaced=earlier, advice=advice)
     output = Path(output).resolve()
-    _check_output(output, adapters, overwrite)
     bases = find_shared_base(adapters, base_model, allow_other_base)
     tokenizers = [load_tokenizer_of(adapter, base) for adapter, base in zip(adapters, bases, strict=True)]
     parents = [_read(adapter) for adapter in adapters]

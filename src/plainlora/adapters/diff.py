@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from plainlora.adapters.shared_base import check_one_base, find_shared_base
 from plainlora.base.config import load_config
@@ -18,8 +18,7 @@ from plainlora.lora.delta import Delta, read_deltas
 from plainlora.plots import plot_diff
 from plainlora.report import package_versions, write_json
 from plainlora.run.adapter_base import Base
-from plainlora.run.folder import ADAPTER, lies_in
-from plainlora.settings.checks import check_writable
+from plainlora.run.folder import ADAPTER
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,13 @@ class Difference:
 
     def sizes(self, module: str) -> list[dict[str, Any] | None]:
         """`r`, `used_rank`, `norm` and, with the base, `relative_norm` of each delta; `None` where there is none."""
-        found: list[dict[str, Any] | None] = []
-        for delta in (deltas.get(module) for deltas in self.deltas):
-            size = delta and {"r": delta.r, "used_rank": delta.used_rank, "norm": delta.norm}
-            base = self.base_norms.get(module)
-            found.append(size and size | ({"relative_norm": size["norm"] / base} if base else {}))
-        return found
+        return [None if module not in deltas else self._size(module, deltas[module]) for deltas in self.deltas]
+
+    def _size(self, module: str, delta: Delta) -> dict[str, Any]:
+        size: dict[str, Any] = {"r": delta.r, "used_rank": delta.used_rank, "norm": delta.norm}
+        if (base := self.base_norms.get(module)) is not None:
+            size["relative_norm"] = delta.norm / base if base else None
+        return size
 
     def cosine(self, module: str) -> float | None:
         """The cosine between both deltas; `None` if one of the two is missing or 0."""
@@ -106,73 +106,69 @@ def _base_norms(base: Base, modules: set[str]) -> dict[str, float]:
     wanted = {canonical_name(f"{module}.weight", (), config): module for module in modules}
     norms = {}
     for path in find_weight_files(base.name, base.revision):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                if (module := wanted.get(canonical_name(key, (), config))) is not None:
-                    norms[module] = float(torch.linalg.vector_norm(file.get_tensor(key), dtype=torch.float64))
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    if (module := wanted.get(canonical_name(key, (), config))) is not None:
+                        norms[module] = float(torch.linalg.vector_norm(file.get_tensor(key), dtype=torch.float64))
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"no norm can be taken of the weights in {path} ({error}); leave --relative out"
+            ) from error
     if missing := sorted(modules - norms.keys()):
         raise UserError(f"the files of {base.name} hold no weight of {missing[0]}; leave --relative out")
     return norms
 
 
 def table(difference: Difference) -> str:
-    """A line for each module, for the terminal."""
-    two, relative = len(difference.adapters) > 1, bool(difference.base_norms)
-    width = max(map(len, [*difference.modules, "all of them"]))
-    titles = ["rank", "norm"] + (["/ base"] if relative else [])
-    sides = ["".join(f"{title:>10}" for title in titles)] * len(difference.adapters)
-    lines = ["".join([" " * width, *sides, f"{'cosine':>10}" if two else ""])]
-    for module in difference.modules:
-        cells = [_cells(size, relative) for size in difference.sizes(module)]
-        lines.append(
-            "".join([f"{module:<{width}}", *cells, _number(difference.cosine(module)) if two else ""]).rstrip()
-        )
-    totals = [f"{'':>10}{norm:>10.4g}" + " " * 10 * relative for norm in difference.norms()]
-    lines.append(
-        "".join([f"{'all of them':<{width}}", *totals, _number(difference.overall_cosine()) if two else ""]).rstrip()
+    """A line for each module, for the terminal; the columns of two adapters are numbered."""
+    numbers = (
+        [f" {number}" for number, _ in enumerate(difference.adapters, 1)] if len(difference.adapters) > 1 else [""]
     )
+    columns = ["rank", "norm", *(["/ base"] if difference.base_norms else [])]
+    rows = [
+        ["", *(f"{column}{number}" for number in numbers for column in columns), *(["cosine"] * (len(numbers) > 1))]
+    ]
+    for module in difference.modules:
+        cells = [cell for size in difference.sizes(module) for cell in _cells(size)[: len(columns)]]
+        rows.append([module, *cells, _number(difference.cosine(module), ".3f")])
+    totals = [cell for norm in difference.norms() for cell in ["", f"{norm:.4g}", ""][: len(columns)]]
+    rows.append(["all of them", *totals, _number(difference.overall_cosine(), ".3f")])
+    rows = [row[: len(rows[0])] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     return "\n".join(lines)
 
 
-def _cells(size: dict[str, Any] | None, relative: bool) -> str:
+def _cells(size: dict[str, Any] | None) -> list[str]:
     if size is None:
-        return f"{'-':>10}" * (3 if relative else 2)
-    rank = f"{size['used_rank']} of {size['r']}"
-    return f"{rank:>10}{size['norm']:>10.4g}" + (f"{size['relative_norm']:>10.2%}" if relative else "")
+        return ["-", "-", "-"]
+    return [f"{size['used_rank']} of {size['r']}", f"{size['norm']:.4g}", _number(size.get("relative_norm"), ".2%")]
 
 
-def _number(value: float | None) -> str:
-    return f"{'-':>10}" if value is None else f"{value:>10.3f}"
-
-
-def check_output(output: str | Path, adapters: Sequence[str]) -> None:
-    """Raises `UserError` if the output's folder is not empty, or is, holds or lies in an adapter's."""
-    check_writable(str(output), "--output")
-    for adapter in adapters:
-        if lies_in(adapter, output) or lies_in(output, adapter):
-            raise UserError(f"--output {output} is, holds or lies in the adapter {adapter}; give a folder of its own")
-    if Path(output).exists() and any(Path(output).iterdir()):
-        raise UserError(f"{output} already exists; give another --output")
+def _number(value: float | None, style: str) -> str:
+    return "-" if value is None else format(value, style)
 
 
 def write(difference: Difference, output: str | Path) -> None:
     """Writes `diff.json` and `diff.png`."""
+    modules: dict[str, dict[str, Any]] = {
+        module: {
+            "adapters": difference.sizes(module),
+            "base_norm": difference.base_norms.get(module),
+            "cosine": difference.cosine(module),
+        }
+        for module in difference.modules
+    }
     content = {
         "adapters": [
             {"folder": adapter, "sha256": sha256_of(Path(adapter) / ADAPTER[1]), "norm": norm, "not_compared": others}
             for adapter, norm, others in zip(difference.adapters, difference.norms(), difference.others, strict=True)
         ],
         "cosine": difference.overall_cosine(),
-        "modules": {
-            module: {
-                "adapters": difference.sizes(module),
-                "base_norm": difference.base_norms.get(module),
-                "cosine": difference.cosine(module),
-            }
-            for module in difference.modules
-        },
+        "modules": modules,
         "versions": package_versions(),
     }
     with staged(Path(output).resolve()) as scratch:
         write_json(scratch / "diff.json", content)
-        plot_diff(difference.adapters, content["modules"], scratch / "diff.png")
+        plot_diff(difference.adapters, modules, scratch / "diff.png")

@@ -22,16 +22,19 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--base_model is for --relative, and without it the base is not read; leave it out")
 
     import plainlora.quiet  # noqa: F401
-    from plainlora.adapters.diff import check_output, compare_adapters, table, write
+    from plainlora.adapters.diff import compare_adapters, table, write
+    from plainlora.adapters.output import check_output
     from plainlora.lora.errors import some
 
     if arguments.output is not None:
         check_output(arguments.output, adapters)
     difference = compare_adapters(adapters, arguments.relative, arguments.base_model)
+    if len(adapters) > 1:
+        print("".join(f"{number}: {adapter}\n" for number, adapter in enumerate(adapters, 1)))
     print(table(difference))
     print(
         "\nnorm: Frobenius, of (alpha / r) B A; rank: how many singular values hold 99 % of the squared norm, of r"
-        + ("; cosine: between the two updates" if len(adapters) > 1 else "")
+        + ("; cosine: between the two" if len(adapters) > 1 else "")
     )
     for adapter, others in zip(adapters, difference.others, strict=True):
         if others:

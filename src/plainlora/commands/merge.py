@@ -65,9 +65,9 @@ def _combine(arguments: argparse.Namespace) -> None:
         raise UserError(f"--weights is needed with {len(arguments.adapter)} adapters: one number for each")
 
     import plainlora.quiet  # noqa: F401
-    from plainlora.adapters.combine import combine_adapters
+    from plainlora.adapters.combine import Combination, combine_adapters
 
-    combination = arguments.combination or "cat"
+    combination: Combination = arguments.combination or "cat"
     result = combine_adapters(
         arguments.adapter,
         arguments.weights,
