@@ -143,7 +143,10 @@ def plot_diff(adapters: Sequence[str], modules: dict[str, dict[str, Any]], path:
 
     places = {name: _place(name) for name in modules}
     layers = sorted({layer for layer, _ in places.values()})
-    height, width = 0.36 * len({kind for _, kind in places.values()}) + 1.4, max(2.8, 0.34 * len(layers) + 0.9)
+    height, width = (
+        0.36 * len({kind for _, kind in places.values()}) + 1.4,
+        min(max(2.8, 0.34 * len(layers) + 0.9), 5.0),
+    )
     figure = Figure(figsize=(1.5 + width * (len(adapters) + 1), height), layout="constrained")
     *left, right = figure.subplots(1, len(adapters) + 1, sharey=True)
     top = max((size[key] or 0.0 for size in sizes), default=0.0) or 1.0

@@ -112,9 +112,7 @@ def _base_norms(base: Base, modules: set[str]) -> dict[str, float]:
                     if (module := wanted.get(canonical_name(key, (), config))) is not None:
                         norms[module] = float(torch.linalg.vector_norm(file.get_tensor(key), dtype=torch.float64))
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"no norm can be taken of the weights in {path} ({error}); leave --relative out"
-            ) from error
+            raise UserError(f"{path}: its weights have no norm ({error}); leave --relative out") from error
     if missing := sorted(modules - norms.keys()):
         raise UserError(f"the files of {base.name} hold no weight of {missing[0]}; leave --relative out")
     return norms
