@@ -2,16 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
 from plainlora import inject, load_adapter, save_adapter
-from plainlora.backends import BACKENDS, attach_adapter
+from plainlora.backends import BACKENDS, attach_adapter, loaded
 from plainlora.errors import UserError
 from plainlora.lora.errors import LoRAError
 from tests.conftest import make_model, random_ids
@@ -25,6 +26,7 @@ from tests.lora.oracle import (
     move,
     requires_grad,
     save_backbone,
+    save_peft_adapter,
     snapshot,
     train,
 )
@@ -230,3 +232,29 @@ def test_experts_are_refused_by_the_hand_written_form_before_the_model_is_touche
     with pytest.raises(LoRAError, match=r"PEFT adapts parameters that .*\[k_proj, o_proj, q_proj, v_proj\]"):
         attach_adapter(model, config(target_modules="all-linear"), BACKENDS[backend])
     assert_equal_tensors(snapshot(model), before)
+
+
+@pytest.mark.parametrize("name", ["reference", "peft"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head", "ln_f"]}]
+)
+def test_after_an_adapter_the_base_is_as_it_was(
+    name: str, settings: dict[str, Any], tmp_path: Path, model_dirs: dict[str, Path]
+) -> None:
+    adapter = save_peft_adapter(
+        tmp_path / "adapter", model_dirs["gpt2"], "gpt2", target_modules=["c_attn"], **settings
+    )
+    tensors = load_file(f"{adapter}/adapter_model.safetensors")
+    moved = {key: value + 0.1 for key, value in tensors.items() if "lora_" not in key}
+    save_file(tensors | moved, f"{adapter}/adapter_model.safetensors")
+    model = make_model("gpt2")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        alone = model(input_ids=random_ids()).logits
+        with loaded(BACKENDS[name], model, adapter) as adapted:
+            tuned = adapted(input_ids=random_ids()).logits
+        assert torch.equal(model(input_ids=random_ids()).logits, alone)
+    assert not torch.allclose(tuned, alone)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], value) for key, value in before.items())

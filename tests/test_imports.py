@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 HOUSE = [
     {"commands"},
     {"doctor", "parity", "experiments"},
-    {"tasks"},
+    {"tasks", "adapters"},
     {"training", "merging", "hub", "prediction"},
     {"run", "generation"},
     {"resources"},

@@ -1,13 +1,13 @@
 """The single switch between the hand-written LoRA and PEFT. No other module distinguishes them."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,6 +20,7 @@ from plainlora.lora.config import check_supported, find_unsupported
 from plainlora.lora.errors import LoRAError, UnsupportedError
 from plainlora.lora.layer import LoRALinear
 from plainlora.lora.merge import merge
+from plainlora.lora.record import replace_module
 from plainlora.lora.targets import find_targets
 
 BackendName = Literal["fused", "reference", "peft", "peft_fused"]
@@ -165,6 +166,33 @@ def choose_loader(adapter: str | Path, model: nn.Module | None) -> Backend:
     except UnsupportedError:
         return _PEFT
     return _REFERENCE
+
+
+@contextmanager
+def loaded(backend: Backend, model: PreTrainedModel, directory: str | Path) -> Iterator[nn.Module]:
+    """A saved adapter on a base within the block. Afterwards the base is as it was, ready for another adapter.
+
+    What the adapter's file holds of the base's own parameters, such as a bias or a head, is restored too.
+
+    Raises:
+        LoRAError: See `load_adapter`.
+    """
+    modules, base = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
+    names = [
+        name.removeprefix(interchange.PREFIX).replace(".base_layer.", ".")
+        for name in interchange.saved_shapes(directory)
+    ]
+    own = {name: base[name].detach().clone() for name in names if name in base}
+    adapted = backend.load(model, directory)
+    try:
+        yield adapted
+    finally:
+        adapted.unload() if isinstance(adapted, PeftModel) else inject.unwrap(adapted)
+        for name, module in modules.items():  # PEFT leaves the trained copies of modules_to_save
+            if model.get_submodule(name) is not module:
+                replace_module(model, name, module)
+        for name, value in own.items():
+            base[name].data.copy_(value)
 
 
 def _comparable(name: str, value: Any) -> Any:

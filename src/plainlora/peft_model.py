@@ -30,7 +30,7 @@ from plainlora.lora.config import check_config, check_types, find_unsupported
 from plainlora.lora.errors import LoRAError, some
 from plainlora.lora.targets import check_expressions, condense, find_new_weights, find_tied, select
 
-CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")  # beginnings of init_lora_weights
+CONVERTED = ("pissa", "olora", "corda", "lora_ga")  # beginnings of init_lora_weights
 NEEDS_ROWS = ("eva", "corda", "lora_ga")
 MADE_AGAIN = ("pissa", "olora")  # PEFT repeats these on loading, with the same result
 
@@ -43,8 +43,9 @@ def _init_of(config: LoraConfig) -> str:
 
 
 def changes_base(config: LoraConfig) -> bool:
-    """Whether PEFT changes the base's weights when it attaches or loads an adapter of this config."""
-    return _init_of(config).startswith(CHANGES_BASE) or config.kasa_config is not None
+    """Whether PEFT changes the base's weights or layers when it attaches or loads an adapter of this config."""
+    own = config.kasa_config is not None or bool(config.layer_replication)
+    return own or _init_of(config).startswith((*CONVERTED, "loftq"))
 
 
 def needs_rows(config: LoraConfig) -> bool:
@@ -231,11 +232,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def for_unchanged_base(model: nn.Module) -> Iterator[None]:
     """Within the block, `save_pretrained` writes an adapter for the base as it was before `attach`.
 
-    PEFT's conversion makes a LoRA of twice the rank: `[B, -B0] [A; A0]`. A KaSA adapter stays one for the base that
-    PEFT truncates again on loading.
+    PEFT's conversion makes a LoRA of twice the rank: `[B, -B0] [A; A0]`. KaSA and LoftQ stay adapters of a base that
+    PEFT changes again on loading.
     """
-    initial = getattr(model, "initial", None)
-    if initial is None or cast(PeftModel, model).active_peft_config.kasa_config is not None:
+    initial, config = getattr(model, "initial", None), cast(LoraConfig, cast(PeftModel, model).active_peft_config)
+    if initial is None or not _init_of(config).startswith(CONVERTED):
         yield
         return
     save = cast(Callable[..., None], model.save_pretrained)
@@ -265,7 +266,7 @@ def _check_readable(model: nn.Module, directory: str | Path) -> LoraConfig:
 
 def check_base_is_known(config: LoraConfig, directory: str | Path) -> None:
     """Raises `LoRAError` for an adapter of a changed base that PEFT cannot make again."""
-    if _init_of(config).startswith(CHANGES_BASE) and _init_of(config) not in MADE_AGAIN:
+    if _init_of(config).startswith(CONVERTED) and _init_of(config) not in MADE_AGAIN:
         raise LoRAError(
             f"{directory} was saved with init_lora_weights={config.init_lora_weights!r}, for a changed base that PEFT "
             "cannot make again: use the final adapter of its run, or save it with PEFT's "

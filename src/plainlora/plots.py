@@ -1,14 +1,20 @@
 """Plots of a run's figures."""
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 COLOURS = {"fused": "#c2410c", "peft": "#9aa5b1", "reference": "#1f4e79"}  # of the back ends, in every picture
+SIZES = LinearSegmentedColormap.from_list("sizes", ["#fff7ed", "#c2410c"])
+SIGNED = LinearSegmentedColormap.from_list("signed", ["#1f4e79", "#ffffff", "#c2410c"])
 
 
 def plot_loss(
@@ -117,3 +123,82 @@ def plot_trials(values: Sequence[tuple[int, float]], metric: str, maximize: bool
     axes.grid(axis="y", color="#e5e7eb")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def plot_diff(adapters: Sequence[str], modules: dict[str, dict[str, Any]], path: str | Path) -> None:
+    """The norm of each adapter's delta by layer and projection, and the cosine between two, or the rank that one uses.
+
+    Args:
+        adapters: Their folders.
+        modules: For each module `adapters`, with `r`, `norm`, `relative_norm` and `used_rank` or `None` for each, and
+            `cosine`; as in `diff.json`.
+        path: The PNG to write.
+    """
+    sizes = [size for each in modules.values() for size in each["adapters"] if size is not None]
+    relative = all("relative_norm" in size for size in sizes)
+    key, unit, style = ("relative_norm", "norm / base's norm", ".0%") if relative else ("norm", "norm", ".2g")
+
+    def values_of(number: int, key: str) -> dict[str, float | None]:
+        return {name: (each["adapters"][number] or {}).get(key) for name, each in modules.items()}
+
+    places = {name: _place(name) for name in modules}
+    layers = sorted({layer for layer, _ in places.values()})
+    height, width = (
+        0.36 * len({kind for _, kind in places.values()}) + 1.4,
+        min(max(2.8, 0.34 * len(layers) + 0.9), 5.0),
+    )
+    figure = Figure(figsize=(1.5 + width * (len(adapters) + 1), height), layout="constrained")
+    *left, right = figure.subplots(1, len(adapters) + 1, sharey=True)
+    top = max((size[key] or 0.0 for size in sizes), default=0.0) or 1.0
+    for number, (axes, adapter) in enumerate(zip(left, adapters, strict=True)):
+        image = _draw_layers(axes, places, values_of(number, key), SIZES, (0.0, top), style)
+        axes.set_title(adapter if len(adapter) < 28 else f"...{adapter[-25:]}", fontsize=10)
+    figure.colorbar(image, ax=left, label=unit).outline.set_visible(False)
+    if len(adapters) > 1:
+        cosines = {name: each["cosine"] for name, each in modules.items()}
+        image = _draw_layers(right, places, cosines, SIGNED, (-1.0, 1.0), ".2f")
+        figure.colorbar(image, ax=right, label="cosine").outline.set_visible(False)
+        right.set_title("between the two", fontsize=10)
+    else:
+        most = max((size["r"] for size in sizes), default=1)
+        image = _draw_layers(right, places, values_of(0, "used_rank"), SIZES, (0.0, most), ".0f")
+        figure.colorbar(image, ax=right, label="rank", ticks=MaxNLocator(integer=True)).outline.set_visible(False)
+        right.set_title("rank that holds 99 %", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_layers(
+    axes: Axes,
+    places: dict[str, tuple[int, str]],
+    values: dict[str, float | None],
+    colours: Colormap,
+    limits: tuple[float, float],
+    style: str,
+) -> AxesImage:
+    """A cell for each module, layers from left to right; grey where there is no value."""
+    layers = sorted({layer for layer, _ in places.values()})
+    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
+    cells = [[math.nan] * len(layers) for _ in kinds]
+    for name, (layer, kind) in places.items():
+        row, column, value = kinds.index(kind), layers.index(layer), values[name]
+        if value is None:
+            continue
+        cells[row][column] = value
+        if len(layers) <= 12:
+            colour = "white" if abs(value) > 0.7 * limits[1] else "#1f2937"
+            axes.text(column, row, format(value, style), ha="center", va="center", color=colour, fontsize=8)
+    step = math.ceil(len(layers) / 12)
+    axes.set_facecolor("#e5e7eb")
+    axes.set_xticks(range(0, len(layers), step), list(map(str, layers[::step])))
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.tick_params(length=0)
+    axes.set_xlabel("layer")
+    axes.spines[:].set_visible(False)
+    return axes.imshow(cells, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
+
+
+def _place(module: str) -> tuple[int, str]:
+    """The number of a module's layer, 0 if it is in none, and its name inside the layer."""
+    parts = module.split(".")
+    at = next((number for number, part in enumerate(parts) if part.isdecimal()), None)
+    return (0, parts[-1]) if at is None else (int(parts[at]), ".".join(parts[at + 1 :]))

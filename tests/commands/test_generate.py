@@ -19,7 +19,10 @@ from plainlora.data.encoding import encode_rows
 from plainlora.data.prompts import install_template, render_prompt
 from plainlora.generation import ExactMatch, generate
 from tests.conftest import make_model
+from tests.lora.oracle import save_peft_adapter
 from tests.merging.test_merge import quantized_run, trained_adapter
+from tests.refusals import Run
+from tests.test_prediction import make_classifier
 
 
 def with_template(adapter: Path) -> Path:
@@ -75,6 +78,91 @@ def test_merge_says_how_far_the_reloaded_model_is(
     main(["merge", "--adapter", str(adapter), "--output", str(tmp_path / "merged")])
     assert "reloaded: logits differ" in capfd.readouterr().out
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+def test_several_adapters_answer_on_one_base_as_each_does_alone(
+    tmp_path: Path, model_dirs: dict[str, Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of different ranks, targets and templates; one has biases and a module trained whole."""
+    settings: list[dict[str, Any]] = [
+        {},
+        {"r": 2, "target_modules": ["c_attn"], "use_rslora": True, "bias": "all", "modules_to_save": ["lm_head"]},
+        {"target_modules": ["mlp.c_fc"], "rank_pattern": {"0..*": 7}},
+    ]
+    adapters = [
+        save_peft_adapter(tmp_path / f"adapter{number}", model_dirs["gpt2"], "gpt2", **each)
+        for number, each in enumerate(settings)
+    ]
+    with_template(Path(adapters[2]))
+    command = ["generate", "--prompt", "Name it.", "--prompt", "Repeat.", "--max_new_tokens", "9", "--adapter"]
+    alone, heads = {}, []
+    for adapter in adapters:
+        main([*command, adapter])
+        first, second = capfd.readouterr().out.split("\nRepeat.\n")
+        alone[adapter] = [answers_in(part)["tuned"] for part in (first, second)]
+        heads.append(answers_in(first)["base"])
+    read: list[str] = []
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda name, **rest: (read.append(name), load(name, **rest))[1]
+    )
+    main([*command, *adapters])
+    shown = capfd.readouterr()
+    assert read == [str(model_dirs["gpt2"])]
+    together = [answers_in(part) for part in shown.out.split("\nRepeat.\n")]
+    assert list(together[0]) == ["base", *adapters]
+    for adapter in adapters:
+        assert [each[adapter] for each in together] == alone[adapter]
+    assert len({texts[0] for texts in alone.values()}) == 3
+    assert together[0]["base"] == heads[0] != heads[2]
+    said = (
+        f"warning: {adapters[2]} renders prompts otherwise than {adapters[0]}; the base answers those of {adapters[0]}"
+    )
+    assert shown.err.splitlines()[-1] == said
+
+    main([*command, *adapters[::-1], "--with_peft"])
+    other_way = answers_in(capfd.readouterr().out.split("\nRepeat.\n")[0])
+    for adapter in adapters:
+        assert other_way[adapter] == other_way[f"{adapter}, by PEFT"] == alone[adapter][0]
+
+
+def test_several_adapters_of_quantised_runs_answer_on_what_training_saw(
+    tmp_path: Path, model_dirs: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    adapters = [str(with_template(quantized_run(model_dirs, tmp_path / name))) for name in ("one", "two")]
+    command = ["generate", "--prompt", "Name it.", "--max_new_tokens", "4", "--adapter"]
+    alone = {}
+    for adapter in adapters:
+        main([*command, adapter])
+        alone[adapter] = re.findall(r"nats a token: ([\d.]+ here, [\d.]+) on the", capfd.readouterr().out)
+    main([*command, *adapters])
+    shown = capfd.readouterr().out
+    for adapter in adapters:
+        found = re.findall(
+            rf"loss of the {adapter} answers, in nats a token: ([\d.]+ here, [\d.]+) on the quant", shown
+        )
+        assert found == alone[adapter]
+        assert len(found) == 1
+    main([*command, *adapters, "--base", "dequantized"])
+    assert list(answers_in(capfd.readouterr().out)) == ["base", *adapters]
+
+
+def test_adapters_that_share_no_base_are_refused(
+    plainlora: Run, tmp_path: Path, model_dirs: dict[str, Path], backbone_dirs: dict[str, Path], word_tokenizer: Any
+) -> None:
+    one = save_peft_adapter(tmp_path / "one", model_dirs["llama"])
+    other = save_peft_adapter(tmp_path / "other", model_dirs["gpt2"], "gpt2")
+    classifier = make_classifier(tmp_path / "classifier", backbone_dirs["distilbert"], word_tokenizer)
+    for adapters, said in (
+        ((one, other), "other was trained on"),
+        ((one, classifier), "classifier is a classifier's; use plainlora predict"),
+        ((one, model_dirs["llama"]), "is a whole model, not an adapter"),
+        ((one, one), "one is given twice"),
+        ((one, tmp_path / "gone"), "gone does not exist, so it has no adapter_config.json"),
+    ):
+        assert said in plainlora("generate", "--prompt", "hi", "--adapter", *adapters)
+    said = plainlora("generate", "--prompt", "hi", "--adapter", one, other, "--base_model", model_dirs["llama"])
+    assert said.startswith(f"error: {other}: target_modules: none of ")
 
 
 HINT = "for what training saw of it: --base dequantized"

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     DistilBertConfig,
     DistilBertForQuestionAnswering,
@@ -160,3 +162,27 @@ def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
 def requires_grad(model: nn.Module) -> dict[str, bool]:
     """Which parameters require gradients, a tied one's under each of its names."""
     return {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def save_peft_adapter(folder: Path, base: Path, kind: str = "llama", scale: float = 0.3, **settings: Any) -> str:
+    """An adapter that PEFT made and saved, beside its tokenizer, with A and B drawn by the folder's name."""
+    chosen: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear"}
+    model = get_peft_model(make_model(kind), LoraConfig(**chosen | settings))
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    torch.manual_seed(sum(number * ord(letter) for number, letter in enumerate(folder.name, 1)))
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=scale)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return str(folder)
+
+
+def deltas_by_peft(kind: str, adapter: str) -> dict[str, torch.Tensor]:
+    """`s B A` of every module that PEFT adapts, `(d_out, d_in)`, in fp64, with PEFT's own scaling."""
+    found = {}
+    for name, module in PeftModel.from_pretrained(make_model(kind), adapter).base_model.model.named_modules():
+        if isinstance(module, LoraLayer):
+            b, a = module.lora_B["default"].weight.double(), module.lora_A["default"].weight.double()
+            found[name] = (module.scaling["default"] * b @ a).detach()
+    return found

@@ -86,7 +86,7 @@ def _find_file(name: str, file: str, revision: str | None) -> Path | None:
     return None if found is None else Path(found)
 
 
-def _canonical_name(name: str, shape: tuple[int, ...], config: PretrainedConfig) -> str | None:
+def canonical_name(name: str, shape: tuple[int, ...], config: PretrainedConfig) -> str | None:
     """A tensor's name without the prefix that only some classes write; `None` for a tensor that may be missing."""
     model_class = MODEL_MAPPING.get(type(config), None)
     prefix = getattr(model_class, "base_model_prefix", "")
@@ -142,7 +142,7 @@ def describe_base(name: str, revision: str | None = None, trust_remote_code: boo
                 for key in file.keys():  # noqa: SIM118
                     piece = file.get_slice(key)
                     shape = tuple(piece.get_shape())
-                    canonical = _canonical_name(key, shape, config)
+                    canonical = canonical_name(key, shape, config)
                     if canonical is not None:
                         found[canonical] = (file, key, shape, piece.get_dtype())
             whole = sum(path.stat().st_size for path in files) <= WHOLE

@@ -28,7 +28,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {  # by what one wants: each ver
     },
     "use what was trained": {
         "generate": (
-            "answer a prompt with the base and with an adapter, side by side",
+            "answer a prompt with the base and with one adapter or several, side by side",
             'plainlora generate --adapter outputs/quickstart --prompt "Write the opposite of hot."',
         ),
         "predict": (
@@ -36,8 +36,12 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {  # by what one wants: each ver
             'plainlora predict --model outputs/gpt2-sms-spam --text "You have won a prize"',
         ),
         "merge": (
-            "merge an adapter into its base and check the result by reloading it",
+            "merge an adapter into its base and check the result by reloading it, or several into one adapter",
             "plainlora merge --adapter outputs/quickstart --output outputs/quickstart-merged",
+        ),
+        "diff": (
+            "measure what an adapter changes in each layer, and how far it is from another's",
+            "plainlora diff outputs/quickstart outputs/rank4",
         ),
         "push": (
             "publish an adapter or a model on the Hub",

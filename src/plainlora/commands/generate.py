@@ -1,14 +1,15 @@
-"""`plainlora generate`: answers prompts with the base and with the adapter."""
+"""`plainlora generate`: answers prompts with the base and with each adapter, all on one base."""
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plainlora.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from plainlora.run.adapter_base import Base
 
@@ -21,11 +22,17 @@ def _count(text: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    parser.add_argument("--adapter", required=True, help="folder that training wrote")
+    parser.add_argument(
+        "--adapter",
+        required=True,
+        nargs="+",
+        action="extend",
+        help="folder that training wrote; or several of one base",
+    )
     parser.add_argument("--prompt", required=True, action="append", help="rendered as in training; repeatable")
     parser.add_argument("--input", default="", help="Alpaca's optional input, for every prompt")
     parser.add_argument("--max_new_tokens", type=_count, default=128, help="longest answer, in tokens (default: 128)")
-    parser.add_argument("--with_peft", action="store_true", help="also answer with PEFT's implementation")
+    parser.add_argument("--with_peft", action="store_true", help="also answer with PEFT's, on a base of its own")
     parser.add_argument(
         "--base",
         default="16bit",
@@ -55,80 +62,132 @@ def _refuse_whole_model(folder: Path) -> None:
         )
 
 
-def _loss_in_training(adapter: str, base: "Base", questions: dict[str, Any]) -> float:
-    """The loss of the tuned answers on the quantised base of training."""
+@dataclass(frozen=True)
+class _Answers:
+    """What one adapter answers.
+
+    Attributes:
+        texts: An answer for each prompt.
+        questions: The prompts with these answers, as `plainlora.merging.reload.ask` takes them.
+        loss: The mean loss of the answers, in nats a token.
+        changes: Whether the adapter changes any logit of them.
+    """
+
+    texts: list[str]
+    questions: dict[str, Any]
+    loss: float
+    changes: bool
+
+
+def _answer(
+    model: "PreTrainedModel",
+    adapter: str,
+    base: "Base",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[str],
+    longest: int,
+) -> _Answers:
+    """Loads an adapter onto a base, lets it answer, and takes it out again."""
+    from plainlora.backends import loaded
+    from plainlora.generation import generate
+    from plainlora.merging.certificate import drift, mean_loss
+    from plainlora.merging.eval_prompts import answered
+    from plainlora.merging.reload import ask
+
+    with loaded(base.backend, model, adapter) as adapted:
+        texts = generate(adapted, tokenizer, prompts, longest)
+        questions = answered(tokenizer, prompts, texts)
+        tuned = ask(adapted, questions)
+        with base.backend.disabled(adapted):
+            changes = drift(ask(adapted, questions), tuned)[0] != 0
+    return _Answers(texts, questions, mean_loss(tuned), changes)
+
+
+def _losses_in_training(bases: "list[Base]", answers: "dict[str, _Answers]") -> list[float]:
+    """The loss of each adapter's answers on the quantised base of training."""
+    from plainlora.backends import loaded
     from plainlora.base.loading import to_accelerator
     from plainlora.merging.certificate import mean_loss
     from plainlora.merging.reload import ask
     from plainlora.run.adapter_base import load_quantized_base_of
 
-    model = base.backend.load(to_accelerator(load_quantized_base_of(adapter, base)), adapter)
-    return mean_loss(ask(model, questions))
+    model, losses = to_accelerator(load_quantized_base_of(next(iter(answers)), bases[0])), []
+    for base, (adapter, each) in zip(bases, answers.items(), strict=True):
+        with loaded(base.backend, model, adapter) as adapted:
+            losses.append(mean_loss(ask(adapted, each.questions)))
+    return losses
+
+
+def _print_side_by_side(prompts: list[str], answers: dict[str, list[str]]) -> None:
+    for number, prompt in enumerate(prompts):
+        print(f"\n{prompt}")
+        for label, texts in answers.items():
+            print(f"\n[{label}]\n{texts[number]}")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints every prompt with its answers, and how the base differs from that of training."""
-    _refuse_whole_model(Path(arguments.adapter))
+    adapters, longest = arguments.adapter, arguments.max_new_tokens
+    for adapter in adapters:
+        _refuse_whole_model(Path(adapter))
 
     import plainlora.quiet  # noqa: F401
+    from plainlora.adapters.shared_base import find_shared_base
     from plainlora.backends import BACKENDS
     from plainlora.base.loading import to_accelerator
     from plainlora.data.prompts import render_prompt
     from plainlora.generation import generate
-    from plainlora.merging.certificate import drift, mean_loss
-    from plainlora.merging.eval_prompts import answered
-    from plainlora.merging.reload import ask
-    from plainlora.run.adapter_base import (
-        class_labels,
-        find_base,
-        load_base_of,
-        load_tokenizer_of,
-        training_quantization,
-    )
+    from plainlora.run.adapter_base import class_labels, load_base_of, load_tokenizer_of, training_quantization
     from plainlora.settings.arguments import dtype_of
 
-    adapter = arguments.adapter
-    if class_labels(adapter) is not None:
-        raise UserError(f"{adapter} is a classifier's; use plainlora predict --model {adapter}")
-    base = find_base(adapter, arguments.base_model, arguments.allow_other_base)
-    tokenizer = load_tokenizer_of(adapter, base)
-    prompts = [render_prompt(prompt, tokenizer, arguments.input) for prompt in arguments.prompt]
-    if not all(prompts):
+    for adapter in adapters:
+        if class_labels(adapter) is not None:
+            raise UserError(f"{adapter} is a classifier's; use plainlora predict --model {adapter}")
+    bases = find_shared_base(adapters, arguments.base_model, arguments.allow_other_base)
+    tokenizers = [load_tokenizer_of(adapter, base) for adapter, base in zip(adapters, bases, strict=True)]
+    prompts = [
+        [render_prompt(prompt, tokenizer, arguments.input) for prompt in arguments.prompt] for tokenizer in tokenizers
+    ]
+    if not all(map(all, prompts)):
         raise UserError("--prompt is empty, and there is no chat template; give some text")
-    on_original = arguments.base == "16bit" and training_quantization(adapter) is not None
+    on_original = arguments.base == "16bit" and training_quantization(adapters[0]) is not None
     if on_original:
         print(
             "trained on quantised weights; here the base is the original checkpoint; "
             "for what training saw of it: --base dequantized"
         )
-    warnings = [base.warning] if base.warning else []
-    answers: dict[str, list[str]] = {}
+    warnings = [base.warning for base in bases if base.warning]
+    warnings += [
+        f"{adapter} renders prompts otherwise than {adapters[0]}; the base answers those of {adapters[0]}"
+        for adapter, rendered in zip(adapters, prompts, strict=True)
+        if rendered != prompts[0]
+    ]
 
-    def load_weights() -> "PreTrainedModel":
-        return to_accelerator(load_base_of(adapter, base, arguments.base, dtype_of(arguments.dtype)))
+    def load_base() -> "PreTrainedModel":
+        base, dtype = bases[0], dtype_of(arguments.dtype)
+        return to_accelerator(load_base_of(adapters[0], base, arguments.base, dtype))
 
-    bare = load_weights()
-    answers["base"] = generate(bare, tokenizer, prompts, arguments.max_new_tokens)
-    model = base.backend.load(bare, adapter)
-    answers["tuned"] = generate(model, tokenizer, prompts, arguments.max_new_tokens)
-    questions = answered(tokenizer, prompts, answers["tuned"])
-    tuned = ask(model, questions)
-    with base.backend.disabled(model):
-        if drift(ask(model, questions), tuned)[0] == 0:
+    model = load_base()
+    shown = {"base": generate(model, tokenizers[0], prompts[0], longest)}
+    names = {adapter: "tuned" if len(adapters) == 1 else adapter for adapter in adapters}
+    answers = {}
+    for adapter, base, tokenizer, rendered in zip(adapters, bases, tokenizers, prompts, strict=True):
+        answers[adapter] = _answer(model, adapter, base, tokenizer, rendered, longest)
+        shown[names[adapter]] = answers[adapter].texts
+        if not answers[adapter].changes:
             warnings.append(f"the adapter in {adapter} changes no logit of these prompts")
-    if arguments.with_peft and base.backend is not BACKENDS["peft"]:
-        by_peft = BACKENDS["peft"].load(load_weights(), adapter)
-        answers["tuned, by PEFT"] = generate(by_peft, tokenizer, prompts, arguments.max_new_tokens)
-    for number, prompt in enumerate(arguments.prompt):
-        print(f"\n{prompt}")
-        for label, texts in answers.items():
-            print(f"\n[{label}]\n{texts[number]}")
+    del model  # before another base is loaded
+    for adapter, tokenizer, rendered in zip(adapters, tokenizers, prompts, strict=True):
+        if arguments.with_peft:
+            by_peft = BACKENDS["peft"].load(load_base(), adapter)
+            shown[f"{names[adapter]}, by PEFT"] = generate(by_peft, tokenizer, rendered, longest)
+            del by_peft
+    _print_side_by_side(arguments.prompt, shown)
     if on_original:
-        del model, bare  # before the other base is loaded
-        there = _loss_in_training(adapter, base, questions)
-        print(
-            f"\nloss of the tuned answers, in nats a token: {mean_loss(tuned):.3f} here, {there:.3f} on the quantised "
-            "weights that training saw"
-        )
+        for (adapter, each), there in zip(answers.items(), _losses_in_training(bases, answers), strict=True):
+            print(
+                f"\nloss of the {names[adapter]} answers, in nats a token: {each.loss:.3f} here, {there:.3f} on the "
+                "quantised weights that training saw"
+            )
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`plainlora merge`: merges an adapter's folder into a model's folder."""
+"""`plainlora merge`: merges an adapter's folder into a model's folder, or several adapters into one adapter."""
 
 import argparse
 import sys
@@ -8,8 +8,24 @@ from plainlora.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    parser.add_argument("--adapter", required=True, help="folder that training wrote")
-    parser.add_argument("--output", required=True, help="folder for the merged model")
+    parser.add_argument(
+        "--adapter",
+        required=True,
+        nargs="+",
+        action="extend",
+        help="folder that training wrote; of several with --weights one adapter is made, which merges as any other",
+    )
+    parser.add_argument(
+        "--output", required=True, help="folder for the merged model, or for the one adapter of several"
+    )
+    parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="one for each of several adapters")
+    parser.add_argument(
+        "--combination",
+        choices=["cat", "linear"],
+        help="of several adapters: cat (the default) adds W times each delta exactly, and the ranks add up; linear is "
+        "PEFT's, of the same rank, which adds A and B apart, so that products of one's B and another's A come in: not "
+        "the weighted sum",
+    )
     parser.add_argument(
         "--base",
         default="16bit",
@@ -33,8 +49,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
 
 
+def _combine(arguments: argparse.Namespace) -> None:
+    """Writes one adapter for several."""
+    for flag, given in (
+        ("--base", arguments.base != "16bit"),
+        ("--dtype", arguments.dtype != "auto"),
+        ("--text", arguments.text),
+    ):
+        if given:
+            raise UserError(
+                f"{flag} is for merging into the base; several adapters become one first, which is merged with "
+                f"plainlora merge --adapter {arguments.output}"
+            )
+    if arguments.weights is None:
+        raise UserError(f"--weights is needed with {len(arguments.adapter)} adapters: one number for each")
+
+    import plainlora.quiet  # noqa: F401
+    from plainlora.adapters.combine import Combination, combine_adapters
+
+    combination: Combination = arguments.combination or "cat"
+    result = combine_adapters(
+        arguments.adapter,
+        arguments.weights,
+        arguments.output,
+        combination,
+        arguments.overwrite,
+        base_model=arguments.base_model,
+        allow_other_base=arguments.allow_other_base,
+    )
+    print(
+        f"{len(arguments.adapter)} adapters combined by {combination}: rank {result.r} in {result.modules} modules, "
+        f"read again; from the weighted sum of the deltas it differs by at most {result.deviation:.1e} of their norms"
+    )
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(
+        f"{arguments.output} loads with PeftModel.from_pretrained, and merges into its base with plainlora merge "
+        f"--adapter {arguments.output}"
+    )
+
+
 def run(arguments: argparse.Namespace) -> None:
-    """Merges, and prints how much the reloaded model differs from the adapter model."""
+    """Merges, and prints how much the reloaded model differs from the adapter model; or combines several adapters."""
     if arguments.base in ("4bit", "8bit", "nf4"):
         raise UserError(
             f"--base {arguments.base}: merging into quantised weights is refused, because rounding the sum back to a "
@@ -42,6 +98,12 @@ def run(arguments: argparse.Namespace) -> None:
         )
     if arguments.base not in ("16bit", "dequantized"):
         raise UserError(f"--base is 16bit or dequantized, not {arguments.base}")
+    if len(arguments.adapter) > 1:
+        _combine(arguments)
+        return
+    for flag in ("weights", "combination"):
+        if getattr(arguments, flag) is not None:
+            raise UserError(f"--{flag} is for several adapters, and there is one: {arguments.adapter[0]}")
 
     import plainlora.quiet  # noqa: F401
     from plainlora.merging.certificate import CERTIFICATE, table
@@ -49,7 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
     from plainlora.settings.arguments import dtype_of
 
     result = merge_adapter(
-        arguments.adapter,
+        arguments.adapter[0],
         arguments.output,
         arguments.base,
         dtype_of(arguments.dtype),

@@ -97,15 +97,28 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Raises:
         LoRAError: There is no adapter, or one of its values is not finite. Nothing is then written.
     """
-    record = adapter_state(model)
-    state = {name: tensor.contiguous().cpu() for name, tensor in adapter_state_dict(model).items()}
+    config = copy.copy(adapter_state(model).config)
+    if config.task_type is None:  # AutoPeftModel then reads the base's class from `auto_mapping`
+        config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    write_adapter(adapter_state_dict(model), config, directory)
+
+
+def write_adapter(tensors: dict[str, torch.Tensor], config: LoraConfig, directory: str | os.PathLike[str]) -> None:
+    """Writes an adapter's two files.
+
+    Args:
+        tensors: By their names in PEFT's file.
+        config: Its `inference_mode` is set, as PEFT does.
+        directory: Created if it is missing; other files in it are left alone.
+
+    Raises:
+        LoRAError: A value is not finite. Nothing is then written.
+    """
+    state = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     for name, tensor in state.items():
         if not is_finite(tensor):
             raise LoRAError(f"{name} holds values that are not finite; nothing was saved")
-    config = copy.copy(record.config)
-    config.inference_mode = True  # as PEFT writes it
-    if config.task_type is None:  # AutoPeftModel then reads the base's class from `auto_mapping`
-        config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    config.inference_mode = True
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
@@ -182,7 +195,12 @@ def _opened(directory: str | os.PathLike[str]) -> Iterator[safe_open]:
         raise LoRAError(f"{path} is corrupt or cut short ({error}); copy or save the adapter again") from error
 
 
-def _read_tensors(directory: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+def read_tensors(directory: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """The saved tensors by their names in the file.
+
+    Raises:
+        LoRAError: `adapter_model.safetensors` is missing or unreadable.
+    """
     with _opened(directory) as file:
         return file.get_tensors()
 
@@ -194,7 +212,7 @@ def add_tensors(directory: str | os.PathLike[str], tensors: dict[str, torch.Tens
         LoRAError: The directory has no `adapter_model.safetensors`, or an unreadable one.
     """
     added = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    _write_tensors(Path(directory), _read_tensors(directory) | added)
+    _write_tensors(Path(directory), read_tensors(directory) | added)
 
 
 def saved_head_weights(model: nn.Module, directory: str | os.PathLike[str]) -> list[str]:
@@ -277,7 +295,7 @@ def load_adapter_weights(model: nn.Module, directory: str | os.PathLike[str]) ->
         LoRAError: A file is missing or unreadable, or a key is missing, unexpected, wrongly shaped or not finite. The
             model is then unchanged.
     """
-    own, read = adapter_state_dict(model), _drop_repeats(model, _read_tensors(directory))
+    own, read = adapter_state_dict(model), _drop_repeats(model, read_tensors(directory))
     path = Path(directory) / SAFETENSORS_WEIGHTS_NAME
     read = _drop_copies(model, read, own, path)
     if missing := own.keys() - read.keys():

@@ -20,6 +20,11 @@ from plainlora.lora import numerics
 from plainlora.lora.storage import storage_of
 
 
+def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
+    """`alpha / r`, or `alpha / sqrt(r)` (Kalajdzievski 2023, arXiv:2312.03732); dimensionless."""
+    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+
+
 class LoRALinear(nn.Module):
     """A frozen linear map plus a trained low-rank one.
 
@@ -33,7 +38,7 @@ class LoRALinear(nn.Module):
         r: Rank, at least 1.
         lora_alpha: Numerator of the scaling (dimensionless).
         lora_dropout: Probability of dropping an element of the adapter's input, in [0, 1).
-        use_rslora: Scale by `alpha / sqrt(r)` (Kalajdzievski 2023, arXiv:2312.03732) instead of `alpha / r`.
+        use_rslora: Scale by `alpha / sqrt(r)` instead of `alpha / r`.
         init_lora_weights: How A and B are initialised, see `reset_lora_parameters`.
         device: Where A and B are created; `"meta"` if their values are loaded from a file.
     """
@@ -53,7 +58,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features, self.r = d_in, d_out, r
-        self.scaling = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+        self.scaling = scaling_of(lora_alpha, r, use_rslora)
         self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
         self.lora_A = nn.Linear(d_in, r, bias=False, device=device)
         self.lora_B = nn.Linear(r, d_out, bias=False, device=device)

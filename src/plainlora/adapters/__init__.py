@@ -1,0 +1,1 @@
+"""Several saved adapters: on one base, combined into one, and compared."""
