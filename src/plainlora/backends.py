@@ -16,7 +16,7 @@ from plainlora import peft_model
 from plainlora.errors import UserError
 from plainlora.fast.fuse import fuse
 from plainlora.lora import inject, interchange, load
-from plainlora.lora.config import check_supported, find_unsupported
+from plainlora.lora.config import as_loaded, check_supported, find_unsupported
 from plainlora.lora.errors import LoRAError, UnsupportedError
 from plainlora.lora.layer import LoRALinear
 from plainlora.lora.merge import merge
@@ -162,7 +162,7 @@ def choose_loader(adapter: str | Path, model: nn.Module | None) -> Backend:
         LoRAError: The folder holds no adapter.
     """
     try:
-        _check_implemented(interchange.read_config(adapter), model, strict=False)
+        _check_implemented(as_loaded(interchange.read_config(adapter)), model, strict=False)
     except UnsupportedError:
         return _PEFT
     return _REFERENCE

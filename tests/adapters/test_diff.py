@@ -126,8 +126,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(plainlora: Run, tmp_path: Path
     (cut / "model.safetensors").write_bytes(b"cut")
     said = plainlora("diff", one, "--relative", "--base_model", cut, *output)
     assert "cut/model.safetensors: its weights have no norm" in said
-    change_config(one, use_dora=True)
-    assert "use_dora=True" in plainlora("diff", one, *output)
+    change_config(one, lora_bias=True)
+    assert "lora_bias=True" in plainlora("diff", one, *output)
     path = Path(other) / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:500])
     assert "is corrupt or cut short" in plainlora("diff", other, *output)

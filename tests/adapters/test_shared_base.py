@@ -88,9 +88,7 @@ def test_an_adapter_given_twice_or_one_that_changes_its_base_is_refused(pair: li
         check_one_base([pair[0], f"{pair[0]}/../adapter0"])
     for start in ("pissa_niter_4", "olora"):
         change_config(pair[1], init_lora_weights=start)
-        with pytest.raises(
-            UserError, match=f"adapter1 has init_lora_weights='{start}', for which PEFT changes the base"
-        ):
+        with pytest.raises(UserError, match=f"adapter1 has .*'{start}', for which PEFT changes"):
             check_one_base(pair)
 
 

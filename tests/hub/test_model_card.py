@@ -58,7 +58,8 @@ def write_card(folder: Path, base: str, results: dict[str, Any] = RESULTS) -> st
     training = SFTConfig(use_cpu=True, bf16=False, report_to="none", output_dir=str(folder))
     model = ModelConfig(model_name_or_path=base)
     settings = Settings(SFTArguments(), ScriptArguments(dataset_name="ann/rows"), training, model)
-    LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj"]).save_pretrained(folder)
+    if not (folder / "adapter_config.json").exists():
+        LoraConfig(target_modules=["q_proj"]).save_pretrained(folder)
     write_sft_card(folder, settings, results)
     return (folder / "README.md").read_text()
 

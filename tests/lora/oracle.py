@@ -113,7 +113,8 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name.removeprefix("base_model.model.")
         .replace(".modules_to_save.default.", ".trained_module.")
-        .replace(".default.", "."): parameter
+        .replace(".default.", ".")
+        .replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }

@@ -59,6 +59,8 @@ FIELDS = {
     "init gaussian": ("gpt2", {"init_lora_weights": "gaussian"}),
     "fan_in_fan_out": ("gpt2", {"fan_in_fan_out": True}),
     "fan_in_fan_out found": ("gpt2", {"fan_in_fan_out": False}),
+    "DoRA": ("llama", {"use_dora": True}),
+    "DoRA Conv1D": ("gpt2", {"use_dora": True}),
     "CAUSAL_LM": ("llama", {"task_type": "CAUSAL_LM"}),
     "SEQ_CLS": ("distilbert", {"task_type": "SEQ_CLS", "target_modules": Q_LIN}),
     "SEQ_CLS Conv1D": ("gpt2-score", {"task_type": "SEQ_CLS", "target_modules": "all-linear"}),

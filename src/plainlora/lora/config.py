@@ -1,5 +1,6 @@
 """Which `LoraConfig` fields the hand-written LoRA implements, and which values no LoRA can take."""
 
+import copy
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ BOOKKEEPING_FIELDS = {
     *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("runtime_config", "megatron_core"),
 }
+
+PLAIN_STARTS = ("eva", "orthogonal")  # of PEFT's, these change nothing but the initial A and B
 
 MOST_RANK = 2**20
 LARGEST = 10**38  # of fp32; a whole number may be larger than any float
@@ -125,6 +128,15 @@ def find_unsupported(config: LoraConfig) -> dict[str, str]:
     if config.init_lora_weights not in (True, False, "gaussian"):
         found["init_lora_weights"] = f"init_lora_weights={config.init_lora_weights!r}"
     return found
+
+
+def as_loaded(config: LoraConfig) -> LoraConfig:
+    """The config for an adapter whose values are loaded: a start that leaves the base alone no longer matters."""
+    if config.init_lora_weights not in PLAIN_STARTS:
+        return config
+    config = copy.copy(config)
+    config.init_lora_weights, config.eva_config = True, None
+    return config
 
 
 def find_faults(config: LoraConfig) -> Iterator[tuple[str, str]]:

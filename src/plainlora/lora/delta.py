@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from plainlora.lora.config import find_faults, find_unsupported
+from plainlora.lora.config import as_loaded, find_faults, find_unsupported
 from plainlora.lora.errors import LoRAError, some
 from plainlora.lora.interchange import FLOATS, LORA_WEIGHTS, PREFIX, read_config, read_tensors
 from plainlora.lora.layer import scaling_of
@@ -118,7 +118,7 @@ def read_deltas(directory: str | os.PathLike[str]) -> tuple[dict[str, Delta], li
         LoRAError: A file is missing or unreadable, A and B do not fit the config or are not finite, or the adapter is
             of a variant whose delta is no `s B A` of the base's weight.
     """
-    config, tensors = read_config(directory), read_tensors(directory)
+    config, tensors = as_loaded(read_config(directory)), read_tensors(directory)
     variants = [*find_unsupported(config).values(), *(["use_dora=True"] if config.use_dora else [])]
     if variants:
         raise LoRAError(

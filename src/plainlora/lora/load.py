@@ -2,7 +2,7 @@
 
 import os
 
-from plainlora.lora.config import find_unsupported
+from plainlora.lora.config import as_loaded, find_unsupported
 from plainlora.lora.errors import LoRAError, UnsupportedError, some
 from plainlora.lora.inject import inject, unwrap
 from plainlora.lora.interchange import load_adapter_weights, read_config, saved_head_weights
@@ -35,7 +35,7 @@ def load_adapter(
         LoRAError: See `read_config`, `saved_head_weights`, `inject` and `load_adapter_weights`. The model is then
             unchanged.
     """
-    config = read_config(directory)
+    config = as_loaded(read_config(directory))
     if unsupported := find_unsupported(config):
         raise UnsupportedError(
             f"{directory} was trained with {some(list(unsupported.values()))}, which this LoRA does not implement; "

@@ -12,8 +12,9 @@ from peft import LoraConfig
 from plainlora.base.identity import describe_base, find_difference, name_base
 from plainlora.errors import UserError, first_line
 from plainlora.folders import sha256_of
+from plainlora.lora.config import as_loaded
 from plainlora.lora.interchange import read_config, saved_shapes
-from plainlora.peft_model import check_base_is_known, needs_rows
+from plainlora.peft_model import check_base_is_known
 from plainlora.run.adapter_base import read_run
 
 WEIGHTS = "adapter_model.safetensors"
@@ -78,14 +79,12 @@ def find_parent(name: str, base: str, revision: str | None, trust_remote_code: b
         LoRAError: Its files cannot be read.
     """
     folder = _locate(name)
-    config = deepcopy(read_config(folder))
+    config = deepcopy(as_loaded(read_config(folder)))
     saved_shapes(folder)
     check_base_is_known(config, folder)
     _check_base(name, folder, config, base, revision, trust_remote_code)
     config.inference_mode = False
     config.base_model_name_or_path, config.revision = base, revision
-    if needs_rows(config):  # its values are loaded
-        config.init_lora_weights, config.eva_config = True, None
     return Parent(name, folder, config)
 
 
