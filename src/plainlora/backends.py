@@ -222,7 +222,7 @@ def check_same_adapter(checkpoint: str | Path, config: LoraConfig) -> None:
     if config.target_parameters is None and "target_parameters" in names:
         names.remove("target_parameters")  # PEFT turned names of experts into them
     if config.init_lora_weights == "eva":
-        names.remove("rank_pattern")  # the ranks that EVA chose
+        names = [name for name in names if name not in ("rank_pattern", "alpha_pattern")]  # EVA chose them
     targets = (saved.target_modules, config.target_modules)
     if all(isinstance(value, (list, set)) and len(value) < CONDENSED_FROM for value in targets):
         names.append("target_modules")

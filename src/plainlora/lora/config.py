@@ -20,6 +20,7 @@ BOOKKEEPING_FIELDS = {
     *("runtime_config", "megatron_core"),
 }
 
+OF_A_START = {"eva_config", "corda_config", "lora_ga_config", "loftq_config"}  # each goes with an init_lora_weights
 PLAIN_STARTS = ("eva", "orthogonal")  # of PEFT's, these change nothing but the initial A and B
 
 MOST_RANK = 2**20
@@ -117,7 +118,7 @@ def find_unsupported(config: LoraConfig) -> dict[str, str]:
     """The fields that are set and not implemented here: name -> `name=value`."""
     found = {}
     for field in fields(config):
-        if field.name in SUPPORTED_FIELDS | BOOKKEEPING_FIELDS:
+        if field.name in SUPPORTED_FIELDS | BOOKKEEPING_FIELDS | OF_A_START:
             continue
         default = field.default_factory() if field.default_factory is not MISSING else field.default
         value = getattr(config, field.name)

@@ -15,7 +15,7 @@ from plainlora.folders import sha256_of
 from plainlora.lora.config import as_loaded
 from plainlora.lora.interchange import read_config, saved_shapes
 from plainlora.peft_model import check_base_is_known
-from plainlora.run.adapter_base import read_run
+from plainlora.run.adapter_base import class_labels, read_run
 
 WEIGHTS = "adapter_model.safetensors"
 FILES = ("adapter_config.json", WEIGHTS, "run.json")
@@ -65,7 +65,9 @@ def _shown(value: object) -> str:
     return "none" if value in (None, {}, "") else str(value)
 
 
-def find_parent(name: str, base: str, revision: str | None, trust_remote_code: bool = False) -> Parent:
+def find_parent(
+    name: str, base: str, revision: str | None, trust_remote_code: bool = False, classifies: bool = False
+) -> Parent:
     """Finds a saved adapter in a folder or on the Hub, and checks that it was trained on this base.
 
     Args:
@@ -73,15 +75,19 @@ def find_parent(name: str, base: str, revision: str | None, trust_remote_code: b
         base: The run's base.
         revision: Of the base.
         trust_remote_code: As for the base.
+        classifies: Whether the run trains a classifier.
 
     Raises:
-        UserError: There is no such adapter, or it was trained on another base.
+        UserError: There is no such adapter, or it was trained for another task or on another base.
         LoRAError: Its files cannot be read.
     """
     folder = _locate(name)
     config = deepcopy(as_loaded(read_config(folder)))
     saved_shapes(folder)
     check_base_is_known(config, folder)
+    if classifies != (class_labels(folder) is not None):
+        own = ("language model", "sft") if classifies else ("classifier", "classify")
+        raise UserError(f"adapter_name_or_path: {name} is a {own[0]}'s; train it with recipes/{own[1]}.py")
     _check_base(name, folder, config, base, revision, trust_remote_code)
     config.inference_mode = False
     config.base_model_name_or_path, config.revision = base, revision

@@ -81,8 +81,10 @@ def plan_lora(
     recipe, parent, notes = settings.recipe, None, []
     if recipe.adapter_name_or_path is not None:
         trust = bool(getattr(settings.training, "trust_remote_code", False))
-        parent = find_parent(recipe.adapter_name_or_path, settings.base, settings.model.model_revision, trust)
-        _check_task(parent, labels)
+        where = recipe.adapter_name_or_path, settings.base, settings.model.model_revision
+        parent = find_parent(*where, trust, classifies=labels is not None)
+        if labels is not None:
+            _check_classes(parent, labels)
         notes.append(parent.line(lora))
         lora = parent.config
     recipe.lora_backend, only_peft = choose_backend(recipe.lora_backend, lora, build())
@@ -91,22 +93,13 @@ def plan_lora(
     return AdapterPlan(config, build, lora, parent=parent, notes=tuple(notes))
 
 
-def _check_task(parent: Parent, labels: Sequence[str] | None) -> None:
-    """Raises `UserError` if an adapter is none for a language model, or none for a classifier of these classes."""
-    own = class_labels(parent.folder)
-    if labels is None and own is not None:
-        raise UserError(f"adapter_name_or_path: {parent.name} is a classifier's; train it with recipes/classify.py")
-    if labels is not None and own is None:
-        raise UserError(f"adapter_name_or_path: {parent.name} is a language model's; train it with recipes/sft.py")
-    known = (read_run(parent.folder).get("labels") or own) if own is not None else None
-    if labels is not None and known is not None and len(known) != len(labels):
-        raise UserError(
-            f"adapter_name_or_path: {parent.name} has {len(known)} classes, and the rows have {len(labels)}"
-        )
-    if labels is not None and known is not None and not known[0].startswith("LABEL_") and list(known) != list(labels):
-        raise UserError(
-            f"adapter_name_or_path: {parent.name} has the classes {', '.join(known)}, the rows {', '.join(labels)}"
-        )
+def _check_classes(parent: Parent, labels: Sequence[str]) -> None:
+    """Raises `UserError` if the adapter to train on has other classes; PEFT's files tell their number alone."""
+    known = read_run(parent.folder).get("labels") or class_labels(parent.folder) or []
+    named = bool(read_run(parent.folder).get("labels"))
+    if len(known) != len(labels) or (named and list(known) != list(labels)):
+        there = ", ".join(known) if named else f"{len(known)} classes"
+        raise UserError(f"adapter_name_or_path: {parent.name} has {there}, and the rows have {', '.join(labels)}")
 
 
 def load_parent(adapter: AdapterPlan, backend: Backend, model: nn.Module) -> None:

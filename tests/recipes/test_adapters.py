@@ -1,0 +1,120 @@
+"""What PEFT alone implements, DoRA, and adapters that are trained on: whole runs, resumed, merged and asked."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from plainlora import load_adapter
+from plainlora.backends import choose_loader
+from plainlora.commands import main
+from tests.conftest import make_model, random_ids
+from tests.recipes.conftest import RunClassify, RunSFT
+from tests.refusals import without_progress
+
+pytestmark = pytest.mark.filterwarnings("ignore:::peft")
+WEIGHTS = "adapter_model.safetensors"
+FIELDS: dict[str, dict[str, Any]] = {
+    "pissa": {"init_lora_weights": "pissa"},
+    "lora_ga": {"init_lora_weights": "lora_ga", "lora_ga_config": {}},
+    "corda": {"init_lora_weights": "corda"},
+    "eva": {"init_lora_weights": "eva"},
+    "dora": {"use_dora": True},
+    "kasa": {"kasa_config": {}},
+}
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=random_ids()).logits
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_run_is_resumed_merged_and_asked(name: str, run_sft: RunSFT, capfd: pytest.CaptureFixture[str]) -> None:
+    flags = ("--lora_config", json.dumps(FIELDS[name]), "--lora_target_modules", "q_proj", "down_proj")
+    whole = run_sft("llama", "whole", *flags, "--merge", "true", "--save_steps", "2", "--save_total_limit", "9")
+    said = capfd.readouterr().out
+    assert ("PEFT's own code trains this adapter: " in said) == (name != "dora")
+    config = json.loads((whole / "adapter_config.json").read_text())
+    converted = name in ("pissa", "lora_ga", "corda")
+    assert config["r"] == (4 if converted else 2)
+    assert config["init_lora_weights"] is (True if name != "eva" else config["init_lora_weights"])
+
+    checkpoint = str(whole / "checkpoint-2")
+    resumed = run_sft("llama", "resumed", *flags, "--save_steps", "2", "--resume_from_checkpoint", checkpoint)
+    assert (resumed / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+
+    adapted = logits(choose_loader(whole, make_model("llama")).load(make_model("llama"), whole))
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(make_model("llama"), whole)), adapted)
+    merged = AutoModelForCausalLM.from_pretrained(whole / "merged")
+    torch.testing.assert_close(logits(merged), adapted, rtol=0, atol=1e-4 * float(adapted.abs().max()))
+    if converted:  # any program adds it to the base as its checkpoint holds it
+        torch.testing.assert_close(logits(load_adapter(make_model("llama"), whole)), adapted)
+    results = json.loads((whole / "all_results.json").read_text())
+    if name != "kasa":  # which starts from a truncated base
+        own = run_sft("llama", "plain", "--lora_target_modules", "q_proj", "down_proj")
+        plain = json.loads((own / "all_results.json").read_text())
+        assert results["eval_loss_base"] == pytest.approx(plain["eval_loss_base"], rel=1e-5)
+    capfd.readouterr()
+    main(["generate", "--adapter", str(whole), "--prompt", "Say", "--max_new_tokens", "3"])
+    assert "[tuned]" in capfd.readouterr().out
+
+
+def test_an_adapter_is_trained_on_and_resumed(run_sft: RunSFT, capfd: pytest.CaptureFixture[str]) -> None:
+    first = run_sft("llama", "first", "--max_steps", "6")
+    flags = ("--adapter_name_or_path", str(first), "--max_steps", "6")
+    second = run_sft("llama", "second", *flags, "--lora_r", "8", "--save_steps", "3")
+    assert f"goes on from the adapter {first}; it keeps its own r 2 (the recipe: 8)" in capfd.readouterr().out
+    record = json.loads((second / "run.json").read_text())
+    assert record["parent"]["name"] == str(first)
+    assert record["parent"]["sha256"] == json.loads((first / "run.json").read_text())["weights"]["sha256"]
+    assert json.loads((second / "adapter_config.json").read_text())["r"] == 2
+    before = load_file(first / WEIGHTS)
+    after = load_file(second / WEIGHTS)
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    losses = [
+        json.loads((run / "trainer_state.json").read_text())["log_history"][0]["loss"] for run in (first, second)
+    ]
+    assert losses[1] < losses[0]
+    assert "It goes on from an earlier adapter." in (second / "README.md").read_text()
+
+    again = run_sft("llama", "again", *flags, "--resume_from_checkpoint", str(second / "checkpoint-3"))
+    assert (again / WEIGHTS).read_bytes() == (second / WEIGHTS).read_bytes()
+
+
+def test_another_base_or_task_is_one_line(
+    run_sft: RunSFT, run_classify: RunClassify, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    adapter, texts = run_sft("llama", "adapter"), run_classify("distilbert", "texts")
+
+    def refused(run: Any, kind: str, *flags: str) -> str:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as raised:
+            run(kind, "refused", *flags)
+        (line,) = without_progress(capfd.readouterr().err)
+        assert raised.value.code == 2
+        assert not (tmp_path / "refused").exists()
+        return line
+
+    assert "was trained on" in refused(run_sft, "qwen2", "--adapter_name_or_path", str(adapter))
+    assert "is a classifier's; train it with recipes/classify.py" in refused(
+        run_sft, "llama", "--adapter_name_or_path", str(texts)
+    )
+    assert "is a language model's; train it with recipes/sft.py" in refused(
+        run_classify, "distilbert", "--adapter_name_or_path", str(adapter)
+    )
+
+
+def test_a_classifiers_adapter_is_trained_on(run_classify: RunClassify) -> None:
+    first = run_classify("distilbert", "first")
+    second = run_classify("distilbert", "second", "--adapter_name_or_path", str(first))
+    before, after = load_file(first / WEIGHTS), load_file(second / WEIGHTS)
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((second / "run.json").read_text())["parent"]["name"] == str(first)
