@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a causal language model with LoRA.
+"""Supervised fine-tuning of a causal language model: LoRA, the last layers only, or every weight.
 
 accelerate launch --config_file accelerate_configs/single_gpu.yaml \
     recipes/sft.py --config recipes/gpt2-alpaca-gpt4/lora.yaml
@@ -34,7 +34,7 @@ def main() -> None:
     rows = sft.prepare_rows(settings, tokenizer, run.log)
     adapter = sft.plan_adapter(settings, config)
     examine_sft(settings, Stages(config, tokenizer, adapter, own_template), rows, found).stop_or_log(run.log)
-    run.check_resumable(rows.train, adapter.lora)
+    sft.check_resumable(run, adapter, rows)
     questions = sft.choose_questions(settings, rows, tokenizer)
     repository = open_run_repository(settings.training, run.log)
 

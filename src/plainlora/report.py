@@ -26,13 +26,18 @@ def package_versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
-def describe_samples(samples: Sequence[Sample]) -> str:
-    """Prompts with both answers side by side, unchanged, as Markdown."""
+def describe_samples(samples: Sequence[Sample], trained: str = "adapter") -> str:
+    """Prompts with both answers side by side, unchanged, as Markdown.
+
+    Args:
+        samples: Prompts with the answers before and after training.
+        trained: What was trained.
+    """
     return "\n".join(
         f"""{_fenced(prompt)}
 
 <table>
-<tr><th>base</th><th>adapter</th>
+<tr><th>base</th><th>{trained}</th>
 </tr>
 <tr><td>
 

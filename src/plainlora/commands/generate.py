@@ -1,4 +1,4 @@
-"""`plainlora generate`: answers prompts with the base and with the adapter."""
+"""`plainlora generate`: answers prompts with the base and with the adapter, or with a whole model."""
 
 import argparse
 import sys
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from plainlora.errors import UserError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from plainlora.run.adapter_base import Base
 
 
@@ -19,7 +21,9 @@ def _count(text: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    parser.add_argument("--adapter", required=True, help="folder that training wrote")
+    trained = parser.add_mutually_exclusive_group(required=True)
+    trained.add_argument("--adapter", help="folder of an adapter that training wrote")
+    trained.add_argument("--model", help="folder of a whole model, such as `--method full` or a merge writes")
     parser.add_argument("--prompt", required=True, action="append", help="rendered as in training; repeatable")
     parser.add_argument("--input", default="", help="Alpaca's optional input, for every prompt")
     parser.add_argument("--max_new_tokens", type=_count, default=128, help="longest answer, in tokens (default: 128)")
@@ -41,16 +45,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _refuse_whole_model(folder: Path) -> None:
-    """Refuses a whole model's folder, such as the merged model beside the adapter."""
+    """Refuses a whole model's folder as an adapter's, such as the merged model beside the adapter."""
     config = folder / "config.json"
     whole = config.is_file() or (folder / "certificate.json").is_file()
     if whole and not (folder / "adapter_config.json").is_file():
         if config.is_file() and "ForSequenceClassification" in config.read_text(encoding="utf-8", errors="replace"):
             raise UserError(f"{folder} is a classifier; use plainlora predict --model {folder}")
-        raise UserError(
-            f"{folder} is a whole model, not an adapter; give --adapter the folder that training wrote, or load the "
-            "model with AutoModelForCausalLM.from_pretrained"
-        )
+        raise UserError(f"{folder} is a whole model, not an adapter; give it as --model {folder}")
+
+
+OF_AN_ADAPTER = {"with_peft": False, "base": "16bit", "base_model": None, "allow_other_base": False}
+
+
+def _answer_by_model(arguments: argparse.Namespace) -> None:
+    """Prints every prompt with the answer of a whole model."""
+    import plainlora.quiet  # noqa: F401
+    from plainlora.base.classifier import is_classifier
+    from plainlora.base.config import load_config
+    from plainlora.base.loading import load_causal_lm, to_accelerator
+    from plainlora.base.tokenizer import check_vocabulary, load_tokenizer
+    from plainlora.generation import generate
+    from plainlora.run.folder import holds_adapter
+    from plainlora.settings.arguments import dtype_of
+
+    name = arguments.model
+    for flag, default in OF_AN_ADAPTER.items():
+        if getattr(arguments, flag) != default:
+            raise UserError(f"--{flag} is for an adapter, and --model {name} is a whole model; leave it out")
+    if holds_adapter(name):
+        raise UserError(f"{name} is an adapter; give it as --adapter {name}")
+    config = load_config(name)
+    if is_classifier(config):
+        raise UserError(f"{name} is a classifier; use plainlora predict --model {name}")
+    tokenizer = load_tokenizer(name)
+    check_vocabulary(tokenizer, config)
+    prompts = _rendered(arguments, tokenizer)
+    model = to_accelerator(load_causal_lm(name, dtype=dtype_of(arguments.dtype)))
+    answers = generate(model, tokenizer, prompts, arguments.max_new_tokens)
+    for prompt, answer in zip(arguments.prompt, answers, strict=True):
+        print(f"\n{prompt}\n\n[model]\n{answer}")
+
+
+def _rendered(arguments: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """The prompts as the model is asked them."""
+    from plainlora.data.prompts import render_prompt
+
+    prompts = [render_prompt(prompt, tokenizer, arguments.input) for prompt in arguments.prompt]
+    if not all(prompts):
+        raise UserError("--prompt is empty, and there is no chat template; give some text")
+    return prompts
 
 
 def _loss_in_training(adapter: str, base: "Base", questions: dict[str, Any]) -> float:
@@ -66,12 +109,14 @@ def _loss_in_training(adapter: str, base: "Base", questions: dict[str, Any]) -> 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints every prompt with its answers, and how the base differs from that of training."""
+    if arguments.model is not None:
+        _answer_by_model(arguments)
+        return
     _refuse_whole_model(Path(arguments.adapter))
 
     import plainlora.quiet  # noqa: F401
     from plainlora.backends import BACKENDS
     from plainlora.base.loading import to_accelerator
-    from plainlora.data.prompts import render_prompt
     from plainlora.generation import generate
     from plainlora.merging.certificate import drift, mean_loss
     from plainlora.merging.eval_prompts import answered
@@ -90,9 +135,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"{adapter} is a classifier's; use plainlora predict --model {adapter}")
     base = find_base(adapter, arguments.base_model, arguments.allow_other_base)
     tokenizer = load_tokenizer_of(adapter, base)
-    prompts = [render_prompt(prompt, tokenizer, arguments.input) for prompt in arguments.prompt]
-    if not all(prompts):
-        raise UserError("--prompt is empty, and there is no chat template; give some text")
+    prompts = _rendered(arguments, tokenizer)
     on_original = arguments.base == "16bit" and training_quantization(adapter) is not None
     if on_original:
         print(

@@ -147,6 +147,7 @@ def _write(
     settings: dict[str, Any],
     load: str,
     samples: Sequence[Sample] = (),
+    trained: str = "adapter",
 ) -> None:
     pictures = "\n".join(
         f"![{name.partition('.')[0]}]({name})" for name in PICTURES if (Path(output_dir) / name).is_file()
@@ -154,7 +155,7 @@ def _write(
     quality = {
         name: value for name, value in results.items() if QUALITY.search(name) and not isinstance(value, (list, dict))
     }
-    answers = f"## Sample answers\n\n{describe_samples(samples)}\n" if samples else ""
+    answers = f"## Sample answers\n\n{describe_samples(samples, trained)}\n" if samples else ""
     text = f"""---
 {metadata}
 ---
@@ -186,13 +187,23 @@ def _write(
 def write_sft_card(
     output_dir: str | Path, run: SFTSettings, results: dict[str, Any], samples: Sequence[Sample] = ()
 ) -> None:
-    """Writes the card of an adapter for a causal language model, with sample answers if there are any."""
+    """Writes the card of a language model: an adapter or a whole model, with sample answers if there are any."""
     recipe, script, training, model = run.parts
     base, dataset = str(model.model_name_or_path), str(script.dataset_name)
-    settings = _adapter_settings(recipe.lora_backend, model.lora_target_modules, model)
+    whole = recipe.method != "lora"
+    settings: dict[str, Any] = {"method": recipe.method.replace("_", " ")}
+    settings |= {} if whole else _adapter_settings(recipe.lora_backend, model.lora_target_modules, model)
     settings |= {"base weights": _base_weights(model)} | _training_settings(training, results)
     settings |= {"longest row (tokens)": training.max_length, "packing": training.packing}
-    load = f"""With PEFT:
+    load = f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{HERE}")
+model = AutoModelForCausalLM.from_pretrained("{HERE}")
+```
+"""
+    if not whole:
+        load = f"""With PEFT:
 
 ```python
 from peft import PeftModel
@@ -215,13 +226,20 @@ model = load_adapter(base, "PATH OF THIS ADAPTER")
 """
     _write(
         output_dir,
-        _metadata("peft", "text-generation", ("lora", "sft", "trl", "plainlora"), base, dataset),
-        f"A LoRA adapter for `{base}`, trained on `{dataset}` with PlainLoRA.\n"
+        _metadata(
+            "transformers" if whole else "peft",
+            "text-generation",
+            ("sft", "trl", "plainlora") if whole else ("lora", "sft", "trl", "plainlora"),
+            base,
+            dataset,
+        ),
+        f"{'This model is' if whole else 'A LoRA adapter for'} `{base}`, trained on `{dataset}` with PlainLoRA.\n"
         f"{_template_sentence(output_dir, recipe, training)}",
         results,
         settings,
         load,
         samples,
+        "tuned" if whole else "adapter",
     )
 
 

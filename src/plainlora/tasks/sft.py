@@ -21,6 +21,7 @@ from plainlora.base.loading import build_decoder, describe_quantization, load_ba
 from plainlora.base.remote_code import describe_remote_code
 from plainlora.base.tokenizer import load_tokenizer
 from plainlora.data import prompts
+from plainlora.errors import UserError
 from plainlora.generation import ExactMatch
 from plainlora.hub.model_card import write_sft_card
 from plainlora.plots import plot_loss
@@ -29,14 +30,18 @@ from plainlora.resources.checkpointing import needs_checkpointing
 from plainlora.resources.memory import free_memory
 from plainlora.resources.plan import Plan
 from plainlora.run.folder import SAMPLES
+from plainlora.run.resumption import check_same_settings
 from plainlora.run.run import Run
 from plainlora.settings.adapter import build_lora_config
 from plainlora.settings.precision import list_precisions, precision_line
 from plainlora.settings.programs import SFTSettings
 from plainlora.tasks import rows as data
+from plainlora.tasks.last_layers import find_last_layers, language_head
+from plainlora.tasks.modes import check_dense, check_same_method, train_weights
 from plainlora.tasks.plan import AdapterPlan, TrainableModel, check_room
 from plainlora.tasks.rows import PreparedRows
 from plainlora.tasks.summary import summary
+from plainlora.training.early_stopping import early_stopping
 from plainlora.training.evaluation import Evaluator, before_and_after
 from plainlora.training.trainers import AdapterTrainer, args_for_sft
 
@@ -95,13 +100,38 @@ def install_template(settings: SFTSettings, tokenizer: PreTrainedTokenizerBase) 
 
 
 def plan_adapter(settings: SFTSettings, config: PretrainedConfig) -> AdapterPlan:
-    """Resolves the adapter.
+    """Resolves what is trained, by the finetuning mode: an adapter, some modules, or every weight.
 
     Raises:
-        UserError: The settings describe no adapter.
+        UserError: The settings describe no adapter, or the base has no such layers.
     """
+    recipe = settings.recipe
+    check_dense(settings.base, config, recipe.method)
     build = partial(build_decoder, config, settings.training.trust_remote_code)
-    return AdapterPlan(config, build, build_lora_config(settings.model, settings.recipe))
+    if recipe.method == "lora":
+        return AdapterPlan(config, build, build_lora_config(settings.model, recipe))
+    return AdapterPlan(
+        config, build, None, _last_layers(settings, build()) if recipe.method == "last_layers" else None
+    )
+
+
+def _last_layers(settings: SFTSettings, skeleton: PreTrainedModel | None) -> list[str]:
+    if skeleton is None:
+        raise UserError(f"last_layers: {settings.base} cannot be built without its weights; use method lora or full")
+    return find_last_layers(skeleton, settings.recipe.last_layers or ["1"], language_head)
+
+
+def check_resumable(run: Run, adapter: AdapterPlan, rows: PreparedRows) -> None:
+    """Checks that the run continues the one of its checkpoint, if it has one.
+
+    Raises:
+        UserError: The finetuning mode, the adapter, the settings or the rows differ.
+    """
+    if run.checkpoint is not None:
+        check_same_method(run.checkpoint, run.settings.recipe.method)
+        if adapter.lora is None:
+            check_same_settings(run.checkpoint, run.settings.parts)
+    run.check_resumable(rows.train, adapter.lora)
 
 
 def plan_run(
@@ -120,9 +150,10 @@ def plan_run(
         rows=report.kept,
         tokens=report.tokens,
         trained_tokens=report.trained_tokens,
-        backend=BACKENDS[recipe.lora_backend],
+        backend=None if adapter.lora is None else BACKENDS[recipe.lora_backend],
         adapter_dtype=recipe.adapter_dtype,
         base_dropout=recipe.base_dropout,
+        trained_modules=adapter.modules,
         merge=recipe.merge,
         tokenizer=tokenizer,
         evaluated=None if rows.test is None else len(rows.test),
@@ -157,7 +188,9 @@ def load_weights(settings: SFTSettings, **options: Any) -> PreTrainedModel:
 
 
 def load_model(settings: SFTSettings, adapter: AdapterPlan, plan: Plan, log: Callable[[str], None]) -> TrainableModel:
-    """Loads the base and attaches the adapter. Decides on gradient checkpointing first, if the settings do not.
+    """Loads the base and attaches the adapter, or makes its own weights trainable.
+
+    Decides on gradient checkpointing first, if the settings do not.
 
     Args:
         settings: The base, how it is stored, and the back end.
@@ -170,15 +203,23 @@ def load_model(settings: SFTSettings, adapter: AdapterPlan, plan: Plan, log: Cal
         LoRAError: The adapter does not fit the base.
     """
     recipe, _, training, model_args = settings.parts
-    log(precision_line(list_precisions(training, model_args, adapter.config, recipe.adapter_dtype)))
+    adapter_dtype = recipe.adapter_dtype if adapter.lora is not None else None
+    log(precision_line(list_precisions(training, model_args, adapter.config, adapter_dtype)))
     if training.gradient_checkpointing is None:
         needed = needs_checkpointing(plan, free_memory(training.device), log)
         training.gradient_checkpointing = training.activation_checkpointing = needed
-    base, backend = load_weights(settings), BACKENDS[recipe.lora_backend]
-    quantization, lora = describe_quantization(base), cast(LoraConfig, adapter.lora)
-    model = attach_adapter(base, lora, backend, recipe.adapter_dtype)
-    trainable, total = count_parameters(model)
-    log(f"{recipe.lora_backend} LoRA: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
+    base = load_weights(settings)
+    trained = train_weights(base, adapter.modules) if adapter.lora is None else _adapt(settings, base, adapter.lora)
+    what = recipe.method if adapter.lora is None else f"{recipe.lora_backend} LoRA"
+    trainable, total = count_parameters(trained.model)
+    log(f"{what}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
+    return trained
+
+
+def _adapt(settings: SFTSettings, base: PreTrainedModel, lora: LoraConfig) -> TrainableModel:
+    """Attaches the adapter to the base."""
+    backend, quantization = BACKENDS[settings.recipe.lora_backend], describe_quantization(base)
+    model = attach_adapter(base, lora, backend, settings.recipe.adapter_dtype)
     return TrainableModel(model, backend, partial(backend.disabled, model), quantization)
 
 
@@ -194,7 +235,6 @@ def make_trainer(
     Raises:
         UserError: The model cannot be trained on rows batched in this way, or the output does not fit on the disk.
     """
-    assert model.backend is not None
     check_room(settings, adapter, model, tokenizer)
     return AdapterTrainer(
         model.model,
@@ -203,6 +243,7 @@ def make_trainer(
         train_dataset=rows.train,
         eval_dataset=rows.test,
         processing_class=tokenizer,
+        callbacks=early_stopping(settings.recipe.early_stopping_patience),
     )
 
 
@@ -231,7 +272,7 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     questions: ExactMatch | None,
 ) -> Results:
-    """Measures test loss, exact matches and answers of the base and of the adapter. To be called in every process.
+    """Measures test loss, exact matches and answers before and after training. To be called in every process.
 
     The base is measured after training, because an earlier Trainer.evaluate would prepare the model for evaluation
     only, and training would then run without DistributedDataParallel (transformers#24014).
@@ -243,7 +284,8 @@ def measure(
     after = evaluate(model.model, "adapter")
     trainable, total = count_parameters(model.model)
     report = rows.reports["train"]
-    figures = before_and_after(before, after) | {"trainable_params": trainable, "total_params": total}
+    figures = before_and_after(before, after, suffix="" if model.backend is None else "_adapter")
+    figures |= {"method": recipe.method, "trainable_params": trainable, "total_params": total}
     figures |= {"rows_trained": report.kept, "rows_read": report.rows}
     figures |= {"exact_match_rows": len(questions.questions)} if questions else {}
     samples = list(zip(evaluate.prompts, before.answers, after.answers, strict=True))

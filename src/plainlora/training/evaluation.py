@@ -91,13 +91,19 @@ class Evaluator:
             return list(gather_object(generate(model, self.tokenizer, mine, self.max_new_tokens, description=shown)))
 
 
-def before_and_after(before: Measurement, after: Measurement) -> dict[str, Any]:
-    """Both measurements as flat results: `eval_loss_base`, `eval_loss_adapter`, ...; unmeasured ones are left out."""
+def before_and_after(before: Measurement, after: Measurement, suffix: str = "_adapter") -> dict[str, Any]:
+    """Both measurements as flat results: `eval_loss_base`, `eval_loss_adapter`, ...; unmeasured ones are left out.
+
+    Args:
+        before: The base's figures.
+        after: The figures after training.
+        suffix: The end of their names; empty where there is no adapter.
+    """
     results: dict[str, Any] = {}
-    for side, found in (("base", before), ("adapter", after)):
+    for end, found in (("_base", before), (suffix, after)):
         if found.loss is not None:
-            results[f"eval_loss_{side}"] = found.loss
-            results[f"eval_perplexity_{side}"] = math.exp(min(found.loss, 700.0))
+            results[f"eval_loss{end}"] = found.loss
+            results[f"eval_perplexity{end}"] = math.exp(min(found.loss, 700.0))
         if found.exact_match is not None:
-            results[f"exact_match_{side}"] = found.exact_match
+            results[f"exact_match{end}"] = found.exact_match
     return results
