@@ -42,10 +42,11 @@ def main() -> None:
     set_seed(settings.training.seed)
     model = sft.load_model(settings, adapter, sft.plan_run(settings, adapter, tokenizer, rows), run.log)
     trainer = sft.make_trainer(settings, adapter, model, rows, tokenizer)
+    samples = sft.sample_by_step(settings, trainer, model, tokenizer, questions, run.folder)
     run.begin(model.model, rows.by_split, model.quantization)
     metrics = run.train(trainer)
     run.save(trainer)
-    results = sft.measure(settings, trainer, model, rows, tokenizer, questions)
+    results = sft.measure(settings, trainer, model, rows, tokenizer, questions, samples)
     results.figures |= metrics
 
     is_main = trainer.accelerator.is_main_process

@@ -93,6 +93,8 @@ def sft_faults(
         )
     if training.packing and training.max_length is None:
         yield "packing needs max_length: give the length of a packed sequence"
+    if recipe.sample_steps is not None and not recipe.sample_prompts and not recipe.exact_match_rows:
+        yield "sample_steps answers the sample prompts, and there are none: give sample_prompts, or exact_match_rows"
     yield from _unknown_metric(training, SFT_SCORES)
     if training.greater_is_better and training.metric_for_best_model in ("perplexity", "eval_perplexity"):
         yield "metric_for_best_model perplexity: the lower, the better; set greater_is_better to false"

@@ -10,6 +10,7 @@ by `plainlora.doctor`.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 from peft import LoraConfig
@@ -43,6 +44,7 @@ from plainlora.tasks.rows import PreparedRows
 from plainlora.tasks.summary import summary
 from plainlora.training.early_stopping import early_stopping
 from plainlora.training.evaluation import Evaluator, before_and_after
+from plainlora.training.samples import SamplesByStep
 from plainlora.training.trainers import AdapterTrainer, args_for_sft
 
 read_rows = data.read_rows
@@ -247,6 +249,24 @@ def make_trainer(
     )
 
 
+def sample_by_step(
+    settings: SFTSettings,
+    trainer: AdapterTrainer,
+    model: TrainableModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: ExactMatch | None,
+    folder: Path,
+) -> SamplesByStep | None:
+    """Makes the trainer answer the sample prompts every `sample_steps`, into the run's folder, if that is set."""
+    recipe = settings.recipe
+    if recipe.sample_steps is None:
+        return None
+    evaluate = Evaluator(trainer, tokenizer, questions, recipe.sample_prompts, recipe.max_new_tokens)
+    samples = SamplesByStep(evaluate, model.model, model.disabled, recipe.sample_steps, folder / SAMPLES)
+    trainer.add_callback(samples)
+    return samples
+
+
 @dataclass
 class Results:
     """The results of a run.
@@ -256,12 +276,14 @@ class Results:
         samples: Prompts with the answers before and after training.
         history: The trainer's log.
         base_loss: Test loss of the base, in nats per token.
+        steps: The answers during training, see `SamplesByStep.answers`.
     """
 
     figures: dict[str, Any]
     samples: list[Sample]
     history: list[dict[str, float]]
     base_loss: float | None
+    steps: dict[str, list[str]]
 
 
 def measure(
@@ -271,6 +293,7 @@ def measure(
     rows: PreparedRows,
     tokenizer: PreTrainedTokenizerBase,
     questions: ExactMatch | None,
+    samples: SamplesByStep | None = None,
 ) -> Results:
     """Measures test loss, exact matches and answers before and after training. To be called in every process.
 
@@ -288,14 +311,15 @@ def measure(
     figures |= {"method": recipe.method, "trainable_params": trainable, "total_params": total}
     figures |= {"rows_trained": report.kept, "rows_read": report.rows}
     figures |= {"exact_match_rows": len(questions.questions)} if questions else {}
-    samples = list(zip(evaluate.prompts, before.answers, after.answers, strict=True))
-    return Results(figures, samples, trainer.state.log_history, before.loss)
+    answers = list(zip(evaluate.prompts, before.answers, after.answers, strict=True))
+    return Results(figures, answers, trainer.state.log_history, before.loss, samples.answers if samples else {})
 
 
 def report(run: Run, results: Results) -> None:
     """Writes figures, loss plot, answers and model card to the run's folder."""
     plot_loss(results.history, results.base_loss, run.folder / "loss.png")
-    write_samples(run.folder / SAMPLES, results.samples)
+    trained = "adapter" if results.figures["method"] == "lora" else "tuned"
+    write_samples(run.folder / SAMPLES, results.samples, trained, results.steps)
     write_json(run.folder / "all_results.json", results.figures)
     write_sft_card(run.folder, run.settings, results.figures, results.samples)
 

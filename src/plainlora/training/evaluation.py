@@ -78,8 +78,14 @@ class Evaluator:
             found.exact_match = self.exact_match.score(answers)
             found.answers = [answers[row] for row in self.sampled_rows]
         if self.sample_prompts:
-            found.answers = self._answer(model, [render_prompt(each, self.tokenizer) for each in self.sample_prompts])
+            found.answers = self.answer_samples(model)
         return found
+
+    def answer_samples(self, model: nn.Module) -> list[str]:
+        """The model's answers to `prompts`. To be called in every process."""
+        if self.exact_match and self.sampled_rows:
+            return self._answer(model, [self.exact_match.prompts[row] for row in self.sampled_rows])
+        return self._answer(model, [render_prompt(each, self.tokenizer) for each in self.sample_prompts])
 
     def _answer(self, model: nn.Module, prompts: list[str], description: str | None = None) -> list[str]:
         """The answers, of which each process generates its share; with a sharded base, all of them together."""
