@@ -240,3 +240,45 @@ def test_commands_for_adapters_refuse_a_whole_model_in_one_line(
         lines = capfd.readouterr().err.strip().splitlines()
         assert len(lines) == 1
         assert said in lines[0], lines
+
+
+def launch(processes: int, output: Path, model: Path, rows: Path, *flags: str) -> None:
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
+        *("--config_file", "accelerate_configs/cpu.yaml", "--num_processes", str(processes)),
+        *(
+            "--main_process_port",
+            "0",
+            "recipes/sft.py",
+            "--config",
+            "recipes/quickstart/lora.yaml",
+            "--merge",
+            "false",
+        ),
+        *("--model_name_or_path", str(model), "--dataset_name", str(rows), "--output_dir", str(output)),
+        *("--test_split_size", "7", "--max_length", "256", "--max_steps", "20", "--learning_rate", "2e-2"),
+        *("--per_device_train_batch_size", str(4 // processes), "--logging_steps", "1", "--exact_match_rows", "0"),
+        *("--eval_steps", "3", "--save_strategy", "steps", "--save_steps", "3", "--early_stopping_patience", "2"),
+        *("--metric_for_best_model", "mean_token_accuracy", "--greater_is_better", "false", "--max_new_tokens", "4"),
+        *("--save_total_limit", "9", "--sample_prompts", "Say 1.", "Say 2.", "Say 3.", "--sample_steps", "3", *flags),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_two_processes_train_sample_and_stop_as_one_does(
+    tmp_path: Path, model_dirs: dict[str, Path], rows_file: Path, method: str
+) -> None:
+    outputs = [tmp_path / name for name in ("one", "two")]
+    for processes, output in enumerate(outputs, 1):
+        launch(processes, output, model_dirs["llama"], rows_file, "--method", method)
+    one, two = (json.loads((output / "trainer_state.json").read_text()) for output in outputs)
+    assert two["global_step"] == one["global_step"] == one["best_global_step"] + 6 < 20
+    assert losses(outputs[1]) == pytest.approx(losses(outputs[0]), rel=1e-3)
+    # Every process has the best weights at the end, not the last ones.
+    (best,) = [e["eval_loss"] for e in two["log_history"] if e["step"] == two["best_global_step"] and "eval_loss" in e]
+    found = results(outputs[1])
+    assert found.get("eval_loss_adapter", found.get("eval_loss")) == pytest.approx(best, rel=1e-6)
+    assert best != pytest.approx(two["log_history"][-1].get("eval_loss", 0.0), rel=1e-3)
+    assert (outputs[1] / "samples.md").read_text().count("\nstep 3\n") == 3

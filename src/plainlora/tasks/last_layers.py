@@ -69,7 +69,7 @@ def _name_of(skeleton: PreTrainedModel, module: nn.Module | None) -> str:
 
 def _last_blocks(skeleton: PreTrainedModel, count: int) -> list[str]:
     """The last blocks, and the norm after them, if there is one."""
-    layers = getattr(skeleton.config.get_text_config(), "num_hidden_layers", None)
+    layers = int(getattr(skeleton.config.get_text_config(), "num_hidden_layers", 0))
     lists = [
         name for name, each in skeleton.named_modules() if isinstance(each, nn.ModuleList) and len(each) == layers
     ]

@@ -92,8 +92,8 @@ def prepare_rows(
     missing = None
     if test is None and (recipe.exact_match_rows or training.eval_strategy != "no"):
         early = recipe.early_stopping_patience is not None
-        names = "early_stopping_patience needs" if early else "eval_strategy and exact_match_rows need"
-        missing = f"{names} test rows: set test_split_size or eval_dataset_name"
+        what = "early_stopping_patience needs" if early else "eval_strategy and exact_match_rows need"
+        missing = f"{what} test rows: set test_split_size or eval_dataset_name"
     column, reports = training.dataset_text_field, {}
     names = {
         "train": f"{script.dataset_name} (train)",

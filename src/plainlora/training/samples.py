@@ -60,7 +60,7 @@ class SamplesByStep(TrainerCallback, ExportableState):
         answers = found["answers"] if found.get("prompts") == self.evaluate.prompts else {}
         steps = sorted((name for name in answers if name != BASE), key=int)  # Trainer's file sorts them as text
         self.answers = {name: answers[name] for name in [BASE, *steps] if name in answers}
-        trackers = [name for name in args.report_to if name != "tensorboard"]
+        trackers = [name for name in args.report_to or [] if name != "tensorboard"]
         if trackers and state.is_world_process_zero:
             print(f"samples: in {self.path}, and not sent to {', '.join(trackers)}")
         if BASE not in self.answers:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from safetensors.torch import load_model
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -144,16 +144,14 @@ class _TrainerOverrides(Watched, AtomicSaves, RowsInOrder):
     def load_adapter(self, checkpoint: str) -> None:
         """Loads a checkpoint's adapter, or its whole model, into the model, whose trained weights are whole."""
         if self.backend is None:
-            load_model(self.adapted, Path(checkpoint) / SAFE_WEIGHTS_NAME, strict=False)  # a tied weight is saved once
+            saved = load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME)
+            self.adapted.load_state_dict(saved, strict=False)  # a tied weight is saved once
         else:
             self.backend.reload(self.adapted, checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Loads the adapter. Trainer itself would look for a whole model, because this is not a PeftModel."""
-        if self.backend is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self.load_whole(resume_from_checkpoint)
+        """As `load_adapter`. Trainer would look for a whole model, because this is not a PeftModel."""
+        self.load_whole(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As Trainer's; an optimizer state of other weights is reported in one line."""
@@ -183,13 +181,10 @@ class _TrainerOverrides(Watched, AtomicSaves, RowsInOrder):
         return outcome if step == self.state.global_step and not cast_now else None
 
     def _load_best_model(self) -> None:
-        """Loads the adapter for `load_best_model_at_end`; see `_load_from_checkpoint`."""
+        """As `load_adapter`, for `load_best_model_at_end`."""
         if self.state.best_global_step != self.state.global_step:
             self._evaluated = None, None
-        if self.backend is None:
-            super()._load_best_model()
-        else:
-            self.load_whole(str(self.state.best_model_checkpoint))
+        self.load_whole(str(self.state.best_model_checkpoint))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves, unless a trained weight is not finite or, at the end, an adapter has no effect."""
