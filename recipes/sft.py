@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a causal language model with LoRA.
+"""Supervised fine-tuning of a causal language model: LoRA, the last layers only, or every weight.
 
 accelerate launch --config_file accelerate_configs/single_gpu.yaml \
     recipes/sft.py --config recipes/gpt2-alpaca-gpt4/lora.yaml
@@ -34,7 +34,7 @@ def main() -> None:
     rows = sft.prepare_rows(settings, tokenizer, run.log)
     adapter = sft.plan_adapter(settings, config)
     examine_sft(settings, Stages(config, tokenizer, adapter, own_template), rows, found).stop_or_log(run.log)
-    run.check_resumable(rows.train, adapter.lora)
+    sft.check_resumable(run, adapter, rows)
     questions = sft.choose_questions(settings, rows, tokenizer)
     repository = open_run_repository(settings.training, run.log)
 
@@ -42,10 +42,11 @@ def main() -> None:
     set_seed(settings.training.seed)
     model = sft.load_model(settings, adapter, rows, tokenizer, run.log)
     trainer = sft.make_trainer(settings, adapter, model, rows, tokenizer)
+    samples = sft.sample_by_step(settings, trainer, model, tokenizer, questions, run.folder)
     run.begin(model.model, rows.by_split, model.quantization, parent=adapter.parent)
     metrics = run.train(trainer)
     run.save(trainer)
-    results = sft.measure(settings, trainer, model, rows, tokenizer, questions)
+    results = sft.measure(settings, trainer, model, rows, tokenizer, questions, samples)
     results.figures |= metrics
 
     is_main = trainer.accelerator.is_main_process

@@ -17,7 +17,7 @@ from plainlora.tasks.summary import classifier_summary, summary
 
 TRAIN = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
 EVAL = [{"step": 2, "eval_loss": 2.5}]
-RESULTS = {"trainable_params": 1200, "total_params": 120000}
+RESULTS = {"method": "lora", "trainable_params": 1200, "total_params": 120000}
 
 
 def arguments(folder: Path, **options: Any) -> tuple[SFTArguments, ScriptArguments, SFTConfig, ModelConfig]:

@@ -80,22 +80,28 @@ def plot_confusion(labels: Sequence[str], tables: dict[str, list[list[int]]], pa
     figure.savefig(path, dpi=150)
 
 
-def plot_accuracy(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Test accuracy against trained parameters, with a labelled point and a confidence interval for each variant.
+def plot_against_size(
+    rows: Sequence[dict[str, Any]], name: str, title: str, path: str | Path, factor: int = 1
+) -> None:
+    """A score against trained parameters, with a labelled point and a confidence interval for each variant.
 
     Args:
-        rows: `arm`, `trainable_params`, `test_accuracy` and `test_accuracy_half_width` (shares; `None` for one seed).
+        rows: `arm`, `method`, `trainable_params`, the score by its name, and `NAME_half_width` (`None` for one seed).
+        name: The score's name.
+        title: The score in words, with its unit.
         path: The PNG to write.
+        factor: What it is multiplied by: 100 for per cent.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for row in rows:
-        at = (row["trainable_params"], 100 * row["test_accuracy"])
-        error = 100 * (row["test_accuracy_half_width"] or 0.0)
+        at = (row["trainable_params"], factor * row[name])
+        error = factor * (row[f"{name}_half_width"] or 0.0)
         colour = "#c2410c" if row["method"] == "lora" else "#1f4e79"
         axes.errorbar(*at, yerr=error or None, color=colour, marker="o", capsize=4)
         axes.annotate(row["arm"], at, xytext=(7, 5), textcoords="offset points")
-    axes.set(xscale="log", xlabel="trained parameters", ylabel="test accuracy, %", title="Accuracy against size")
+    heading = title.partition(",")[0].capitalize()
+    axes.set(xscale="log", xlabel="trained parameters", ylabel=title, title=f"{heading} against size")
     axes.margins(x=0.2, y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e5e7eb")

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,18 @@ def package_versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
-def describe_samples(samples: Sequence[Sample]) -> str:
-    """Prompts with both answers side by side, unchanged, as Markdown."""
+def describe_samples(samples: Sequence[Sample], trained: str = "adapter") -> str:
+    """Prompts with both answers side by side, unchanged, as Markdown.
+
+    Args:
+        samples: Prompts with the answers before and after training.
+        trained: What was trained.
+    """
     return "\n".join(
         f"""{_fenced(prompt)}
 
 <table>
-<tr><th>base</th><th>adapter</th>
+<tr><th>base</th><th>{trained}</th>
 </tr>
 <tr><td>
 
@@ -51,10 +56,28 @@ def describe_samples(samples: Sequence[Sample]) -> str:
     )
 
 
-def write_samples(path: Path, samples: Sequence[Sample]) -> None:
-    """Writes `describe_samples` to a file, if there are any."""
+def describe_steps(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -> str:
+    """Each prompt with its answers by step, unchanged, as Markdown.
+
+    Args:
+        prompts: The prompts.
+        answers: `base`, or the number of an optimizer step, to an answer for each prompt.
+    """
+    parts = []
+    for number, prompt in enumerate(prompts):
+        parts.append(f"{_fenced(prompt)}\n")
+        for name, texts in answers.items():
+            parts.append(f"{f'step {name}' if name.isdecimal() else name}\n\n{_fenced(texts[number])}\n")
+    return "\n".join(["## By step\n", *parts])
+
+
+def write_samples(
+    path: Path, samples: Sequence[Sample], trained: str = "adapter", steps: Mapping[str, Sequence[str]] | None = None
+) -> None:
+    """Writes `describe_samples`, and `describe_steps` if there are any, to a file, if there are samples."""
     if samples:
-        path.write_text(describe_samples(samples), encoding="utf-8")
+        by_step = [describe_steps([prompt for prompt, _, _ in samples], steps)] if steps else []
+        write_durably(path, "\n".join([describe_samples(samples, trained), *by_step]))
 
 
 def _fenced(text: str) -> str:

@@ -211,7 +211,7 @@ def test_a_whole_model_is_not_taken_for_an_adapter(
     with pytest.raises(SystemExit) as raised:
         main(["generate", "--adapter", str(tmp_path), "--prompt", "a"])
     assert raised.value.code == 2
-    assert f"{tmp_path} is a whole model, not an adapter; give --adapter" in capfd.readouterr().err
+    assert f"{tmp_path} is a whole model, not an adapter; give it as --model {tmp_path}" in capfd.readouterr().err
 
 
 def by_peft(model: PreTrainedModel, adapter: Path) -> nn.Module:

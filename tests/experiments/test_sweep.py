@@ -20,6 +20,7 @@ from plainlora.errors import UserError
 from plainlora.experiments.runs import resolve
 from plainlora.experiments.search import default_search, no_projection, own_values, parse_search, parse_spec, to_flags
 from plainlora.experiments.sweep import Plan, best_command, finished, open_study
+from plainlora.settings.programs import CLASSIFY, SFT
 from tests.conftest import ROOT
 from tests.experiments.test_table import fail, write_recipe
 
@@ -67,21 +68,21 @@ def test_specs(spec: str, distribution: optuna.distributions.BaseDistribution) -
 )
 def test_bad_searches(word: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        parse_search([word], {"lora_alpha"})
+        parse_search(CLASSIFY, [word], {"lora_alpha"})
 
 
 def test_a_name_stands_once_whatever_it_is_joined_to() -> None:
     with pytest.raises(UserError, match="lora_r is given twice"):
-        parse_search(["lora_r=2|4", "lora_alpha+lora_r=2|4"], set())
-    assert parse_search(["lora_alpha+lora_r=2|4"], set()) == {"lora_alpha+lora_r": "2|4"}
-    assert to_flags({"lora_alpha+lora_r": "4", "learning_rate": 0.5}) == [
+        parse_search(CLASSIFY, ["lora_r=2|4", "lora_alpha+lora_r=2|4"], set())
+    assert parse_search(CLASSIFY, ["lora_alpha+lora_r=2|4"], set()) == {"lora_alpha+lora_r": "2|4"}
+    assert to_flags(CLASSIFY, {"lora_alpha+lora_r": "4", "learning_rate": 0.5}) == [
         "--lora_alpha=4", "--lora_r=4", "--learning_rate=0.5",
     ]  # fmt: skip
 
 
 def defaults(backbone: Path, *flags: str) -> dict[str, str]:
     given = [*flags, f"--model_name_or_path={backbone}"]
-    return default_search(resolve(CONFIG, given, {}), {flag[2:].partition("=")[0] for flag in flags})
+    return default_search(CLASSIFY, resolve(CONFIG, given, {}), {flag[2:].partition("=")[0] for flag in flags})
 
 
 def test_what_is_searched_by_default(backbone_dirs: dict[str, Path]) -> None:
@@ -103,7 +104,7 @@ def test_what_is_searched_by_default(backbone_dirs: dict[str, Path]) -> None:
 def test_every_default_is_a_spec_that_the_recipe_understands(backbone_dirs: dict[str, Path]) -> None:
     for method in ("lora", "last_layers", "full"):
         search = defaults(backbone_dirs["gpt2"], f"--method={method}")
-        assert parse_search([f"{name}={spec}" for name, spec in search.items()], set()) == search
+        assert parse_search(CLASSIFY, [f"{name}={spec}" for name, spec in search.items()], set()) == search
 
 
 def test_the_first_trial_is_the_config_itself_as_far_as_the_space_allows() -> None:
@@ -112,7 +113,7 @@ def test_the_first_trial_is_the_config_itself_as_far_as_the_space_allows() -> No
         "lora_key": "true|false", "num_train_epochs": "4..9", "weight_decay": "0..0.1",
     }  # fmt: skip
     space = {name: parse_spec(name, spec) for name, spec in search.items()}
-    assert own_values(space, resolve(CONFIG, [], {})) == {
+    assert own_values(CLASSIFY, space, resolve(CONFIG, [], {})) == {
         "learning_rate": 5e-4, "lora_r": "8", "lora_query": "true", "lora_key": "false", "weight_decay": 0.0,
     }  # fmt: skip
 
@@ -129,7 +130,8 @@ def test_no_kind_at_all() -> None:
 
 def plan(**changes: object) -> Plan:
     search = {"learning_rate": "1e-5..1e-3", "lora_r": "2|4|8"}
-    given = {"config": CONFIG, "settings": resolve(CONFIG, [], {}), "search": search, "metric": "validation_accuracy",
+    given = {"program": CLASSIFY, "config": CONFIG,
+             "settings": resolve(CONFIG, [], {}), "search": search, "metric": "validation_accuracy",
              "flags": ["--seed", "1"]} | changes  # fmt: skip
     return Plan(**given)  # type: ignore[arg-type]
 
@@ -223,7 +225,10 @@ def test_the_best_command_line_can_be_pasted() -> None:
         (["--trials", "0"], r"--trials must be at least 1, not 0"),
         (["--output_dir", ""], r"--output_dir is empty; give a folder"),
         (["--seed", "-1"], r"--seed must be at least 0, not -1"),
-        (["--metric", "test_accuracy"], r"--metric test_accuracy: a sweep goes by validation rows"),
+        (
+            ["--metric", "test_accuracy"],
+            r"a sweep of recipes/classify.py goes by validation_accuracy, ",
+        ),
         (["--search", "lora_r=4"], r"--search lora_r=4 is not a choice"),
         (["--search", "lora_r=4|8", "--search", "lora_r=2|4"], r"lora_r is given twice"),
         (["--search", "lora_r=4|8", "--", "--lora_r", "2"], r"lora_r is the same in every trial"),
@@ -320,3 +325,54 @@ def test_without_validation_rows_the_first_run_says_so(
     assert "the first run failed: " in line
     assert "has no validation_accuracy; give the recipe validation rows with -- --validation_split_size 0.1" in line
     assert not (tmp_path / "out" / "sweep.json").exists()
+
+
+def language_defaults(base: Path, *flags: str) -> dict[str, str]:
+    given = [*flags, f"--model_name_or_path={base}"]
+    fixed = {flag[2:].partition("=")[0] for flag in flags}
+    return default_search(SFT, resolve("recipes/quickstart/lora.yaml", given, {}), fixed)
+
+
+def test_of_a_language_model_the_rate_the_rank_and_the_targets_are_searched(model_dirs: dict[str, Path]) -> None:
+    found = language_defaults(model_dirs["llama"])
+    assert list(found) == ["learning_rate", "lora_r", "lora_target_modules"]
+    assert parse_spec("learning_rate", found["learning_rate"]) == FloatDistribution(1e-5, 5e-3, log=True)
+    assert found["lora_target_modules"] == "all-linear|q_proj,v_proj"
+    assert language_defaults(model_dirs["gpt2"])["lora_target_modules"] == "all-linear|c_attn"
+    assert list(language_defaults(model_dirs["llama"], "--method=full")) == ["learning_rate"]
+    assert list(language_defaults(model_dirs["llama"], "--lora_r=4")) == ["learning_rate", "lora_target_modules"]
+    assert parse_search(SFT, [f"{name}={spec}" for name, spec in found.items()], set()) == found
+    space = {name: parse_spec(name, spec) for name, spec in found.items()}
+    assert own_values(SFT, space, resolve("recipes/quickstart/lora.yaml", [], {})) == {
+        "learning_rate": 2e-3, "lora_r": "16", "lora_target_modules": "all-linear",
+    }  # fmt: skip
+    assert to_flags(SFT, {"lora_target_modules": "q_proj,v_proj", "optim_args": "a=1,b=2"}) == [
+        "--lora_target_modules", "q_proj", "v_proj", "--optim_args=a=1,b=2",
+    ]  # fmt: skip
+
+
+def test_a_sweep_of_a_language_model_goes_by_test_loss(
+    model_dirs: dict[str, Path], rows_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"--model_name_or_path={model_dirs['llama']}", f"--dataset_name={rows_file}", "--test_split_size=8"]
+    given += ["--max_steps=2", "--use_cpu=true", "--eval_strategy=no", "--exact_match_rows=2", "--max_new_tokens=2"]
+    command = ["sweep", "--config", "recipes/quickstart/lora.yaml", "--output_dir", str(tmp_path / "out")]
+    search = ["--search", "learning_rate=1e-3..1e-2", "lora_target_modules=all-linear|q_proj,v_proj"]
+    main([*command, "--trials", "2", *search, "--", *given])
+    printed = capfd.readouterr().out
+    found = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    values = [trial["value"] for trial in found["trials"]]
+    assert values == sorted(values)
+    for trial in found["trials"]:
+        folder = tmp_path / "out" / trial["output_dir"]
+        assert trial["value"] == json.loads((folder / "all_results.json").read_text())["eval_loss_adapter"]
+        targets = json.loads((folder / "run.json").read_text())["arguments"]["lora_target_modules"]
+        asked = trial["parameters"]["lora_target_modules"]
+        assert targets in (asked, asked.split(","))
+    assert found["best_command"].startswith(
+        "accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/sft.py"
+    )
+    assert f"eval_loss {values[0]:.4f}, exact_match 0.0000" in printed
+    assert "The test rows chose these settings" in printed
+    _, line = fail(capfd, *command, "--metric", "validation_accuracy")
+    assert "a sweep of recipes/sft.py goes by eval_loss, eval_perplexity, exact_match" in line

@@ -11,7 +11,8 @@ import yaml
 from plainlora.commands import main
 from plainlora.errors import UserError
 from plainlora.experiments.runs import run_recipe
-from plainlora.experiments.table import Variant, find_variants, mean_and_half_width, percent
+from plainlora.experiments.scores import Score
+from plainlora.experiments.table import Variant, find_variants, mean_and_half_width
 from tests.conftest import ROOT
 
 
@@ -31,7 +32,7 @@ def write_recipe(path: Path, backbone: Path, texts: Path, **changes: object) -> 
 def folder_of(folder: Path, **methods: str) -> str:
     """YAML files with these methods; the path of the first."""
     for name, method in methods.items():
-        (folder / f"{name}.yaml").write_text(f"method: {method}\n" if method else "seed: 1\n")
+        (folder / f"{name}.yaml").write_text(f"text_column: text\nmethod: {method or 'lora'}\n")
     return str(folder / f"{next(iter(methods))}.yaml")
 
 
@@ -71,9 +72,12 @@ def test_several_configs_are_compared_as_they_are(tmp_path: Path) -> None:
         find_variants([one, one])
 
 
-def test_a_recipe_of_the_other_program_is_refused_before_a_run() -> None:
-    with pytest.raises(UserError, match=r"recipes/instruct/lora\.yaml is a recipe of recipes/sft\.py; give one of"):
-        find_variants(["recipes/instruct/lora.yaml"])
+def test_recipes_of_both_programs_are_refused_before_a_run() -> None:
+    imdb, instruct = "recipes/distilbert-imdb/lora.yaml", "recipes/instruct/lora.yaml"
+    with pytest.raises(
+        UserError, match=rf"{imdb} is a recipe of recipes/classify\.py and {instruct} of recipes/sft\.py"
+    ):
+        find_variants([imdb, instruct])
 
 
 def test_the_recipes_of_this_repository() -> None:
@@ -112,7 +116,7 @@ def test_the_interval_is_students() -> None:
     ],
 )
 def test_no_more_digits_than_the_interval_leaves(share: float, half_width: float | None, shown: str) -> None:
-    assert percent(share, half_width) == shown
+    assert Score("test_accuracy", "test accuracy").show(share, half_width) == shown
 
 
 def fail(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, str]:
@@ -194,3 +198,34 @@ def test_a_failing_run_loses_no_other_and_a_finished_one_is_not_run_again(
     with pytest.raises(UserError, match=r"max_length 9999 is longer than the model's context .*lora-seed0.log\)"):
         run_recipe(str(recipe), ["--weight_decay=0.01", "--seed=0", "--max_length=9999"], output / "lora-seed0")
     assert not (output / "lora-seed0" / "command.json").exists()
+
+
+def test_language_models_are_compared_by_test_loss_and_exact_matches(
+    model_dirs: dict[str, Path], rows_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    content = {
+        "model_name_or_path": str(model_dirs["qwen2"]), "dataset_name": str(rows_file), "test_split_size": 8,
+        "prompt_template": "alpaca", "lora_target_modules": "all-linear", "learning_rate": 5e-3, "max_steps": 3,
+        "exact_match_rows": 2, "max_new_tokens": 2, "max_length": 256, "merge": True, "use_cpu": True,
+        "precision": "fp32", "output_dir": "never-used",
+    }  # fmt: skip
+    for method in ("lora", "full"):
+        (tmp_path / f"{method}.yaml").write_text(yaml.safe_dump(content | {"method": method}))
+    output, recipes = tmp_path / "out", [str(tmp_path / f"{method}.yaml") for method in ("lora", "full")]
+    main(["table", "--config", *recipes, "--seeds", "0", "1", "--output_dir", str(output)])
+    assert re.search(r"(?m)^1/4  lora  seed 0  test loss \d\.\d{3}  \d+ s of training", capfd.readouterr().out)
+    table = json.loads((output / "table.json").read_text())
+    assert [row["arm"] for row in table["arms"]] == ["lora", "full"]
+    for row in table["arms"]:
+        runs = [json.loads((output / f"{row['arm']}-seed{seed}" / "all_results.json").read_text()) for seed in (0, 1)]
+        losses = [run["eval_loss_adapter" if row["arm"] == "lora" else "eval_loss"] for run in runs]
+        mean, half_width = mean_and_half_width(losses)
+        assert (row["eval_loss"], row["eval_loss_half_width"]) == (mean, half_width)
+        assert row["exact_match"] == 0
+        assert row["trainable_params"] == runs[0]["trainable_params"]
+        assert not (output / f"{row['arm']}-seed0" / "merged").exists()
+    header, *lines = (output / "table.md").read_text().splitlines()
+    columns = [cell.strip() for cell in header.strip("|").split("|")]
+    assert columns[:4] == ["variant", "test loss", "exact match, %", "trained parameters"]
+    assert " ± " in lines[1]
+    assert (output / "table.png").read_bytes().startswith(b"\x89PNG")

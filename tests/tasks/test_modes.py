@@ -13,7 +13,8 @@ from plainlora.errors import UserError
 from plainlora.lora.errors import LoRAError
 from plainlora.settings.arguments import PROJECTIONS, ClassifyArguments
 from plainlora.settings.programs import CLASSIFY
-from plainlora.tasks.modes import build_classifier_lora, find_last_layers, train_adapter, train_weights
+from plainlora.tasks.last_layers import find_last_layers
+from plainlora.tasks.modes import build_classifier_lora, train_adapter, train_weights
 from plainlora.tasks.projections import find_head, find_projections
 from tests.conftest import BACKBONES, ROOT
 
@@ -33,7 +34,7 @@ def trained(recipe: str, config: PretrainedConfig, *flags: str) -> int:
         lora = build_classifier_lora(model_args, arguments, model)
         with torch.device("meta"):
             return count_parameters(train_adapter(model, lora, arguments, ()).model)[0]
-    layers = find_last_layers(model, arguments.last_layers) if arguments.method == "last_layers" else None
+    layers = find_last_layers(model, arguments.last_layers, find_head) if arguments.method == "last_layers" else None
     for name, parameter in model.named_parameters():
         chosen = layers is None or any(name.startswith(f"{layer}.") for layer in layers)
         parameter.requires_grad_(chosen)

@@ -35,7 +35,7 @@ from plainlora.run.checkpoints import newest_checkpoint
 from plainlora.run.folder import list_checkpoints
 from plainlora.settings.arguments import ClassifyConfig
 from plainlora.training.trainers import AdapterTrainer, ClassifierTrainer, args_for_sft
-from plainlora.training.watching import AdapterGradients, RowsSeen, check_effect, documents, lora_matrices
+from plainlora.training.watching import FirstGradients, RowsSeen, check_effect, documents, lora_matrices
 from tests.conftest import BACKBONES, make_model
 from tests.two_processes import in_two_processes
 
@@ -217,7 +217,7 @@ def test_u12_an_overflow_under_fp16_is_no_fault_and_says_nothing_about_the_layer
     for layer in lora_matrices(trainer.adapted).values():
         for side in (layer.lora_A, layer.lora_B):
             side.register_hook(torch.zeros_like)
-    trainer._gradients = AdapterGradients(trainer.adapted)
+    trainer._gradients = FirstGradients(trainer.adapted)
     for norm, stops in ((math.inf, False), (1.0, True)):
         trainer.training_step(trainer.adapted, next(iter(trainer.get_train_dataloader())), torch.tensor(4))
         with pytest.raises(UserError, match="14 of 14 adapters got no gradient") if stops else nullcontext():

@@ -18,17 +18,17 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {  # by what one wants: each ver
             "plainlora doctor --config recipes/instruct/lora.yaml -- --dataset_name rows.jsonl",
         ),
         "table": (
-            "train a classifier by every method under several seeds, and compare them",
+            "train by every method under several seeds, and compare the results",
             "plainlora table --config recipes/gpt2-sms-spam/lora.yaml --seeds 0 1 2",
         ),
         "sweep": (
-            "search for better hyperparameters of a classifier on validation rows",
+            "search for better hyperparameters, judged by a classifier's validation rows or by test loss",
             "plainlora sweep --config recipes/distilbert-imdb/lora.yaml --trials 20",
         ),
     },
     "use what was trained": {
         "generate": (
-            "answer a prompt with the base and with one adapter or several, side by side",
+            "answer a prompt with the base and one adapter or several side by side, or with a whole model",
             'plainlora generate --adapter outputs/quickstart --prompt "Write the opposite of hot."',
         ),
         "predict": (

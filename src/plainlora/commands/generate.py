@@ -1,4 +1,4 @@
-"""`plainlora generate`: answers prompts with the base and with each adapter, all on one base."""
+"""`plainlora generate`: answers prompts with a base and with each adapter on it, or with a whole model."""
 
 import argparse
 import sys
@@ -22,13 +22,14 @@ def _count(text: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    parser.add_argument(
+    trained = parser.add_mutually_exclusive_group(required=True)
+    trained.add_argument(
         "--adapter",
-        required=True,
         nargs="+",
         action="extend",
-        help="folder that training wrote; or several of one base",
+        help="folder of an adapter that training wrote, or several",
     )
+    trained.add_argument("--model", help="folder of a whole model, such as `--method full` or a merge writes")
     parser.add_argument("--prompt", required=True, action="append", help="rendered as in training; repeatable")
     parser.add_argument("--input", default="", help="Alpaca's optional input, for every prompt")
     parser.add_argument("--max_new_tokens", type=_count, default=128, help="longest answer, in tokens (default: 128)")
@@ -50,16 +51,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _refuse_whole_model(folder: Path) -> None:
-    """Refuses a whole model's folder, such as the merged model beside the adapter."""
+    """Refuses a whole model's folder as an adapter's, such as the merged model beside the adapter."""
     config = folder / "config.json"
     whole = config.is_file() or (folder / "certificate.json").is_file()
     if whole and not (folder / "adapter_config.json").is_file():
         if config.is_file() and "ForSequenceClassification" in config.read_text(encoding="utf-8", errors="replace"):
             raise UserError(f"{folder} is a classifier; use plainlora predict --model {folder}")
-        raise UserError(
-            f"{folder} is a whole model, not an adapter; give --adapter the folder that training wrote, or load the "
-            "model with AutoModelForCausalLM.from_pretrained"
-        )
+        raise UserError(f"{folder} is a whole model, not an adapter; give it as --model {folder}")
+
+
+OF_AN_ADAPTER = {"with_peft": False, "base": "16bit", "base_model": None, "allow_other_base": False}
+
+
+def _answer_by_model(arguments: argparse.Namespace) -> None:
+    """Prints every prompt with the answer of a whole model."""
+    import plainlora.quiet  # noqa: F401
+    from plainlora.base.classifier import is_classifier
+    from plainlora.base.config import load_config
+    from plainlora.base.loading import load_causal_lm, to_accelerator
+    from plainlora.base.tokenizer import check_vocabulary, load_tokenizer
+    from plainlora.generation import generate
+    from plainlora.run.folder import holds_adapter
+    from plainlora.settings.arguments import dtype_of
+
+    name = arguments.model
+    for flag, default in OF_AN_ADAPTER.items():
+        if getattr(arguments, flag) != default:
+            raise UserError(f"--{flag} is for an adapter, and --model {name} is a whole model; leave it out")
+    if holds_adapter(name):
+        raise UserError(f"{name} is an adapter; give it as --adapter {name}")
+    config = load_config(name)
+    if is_classifier(config):
+        raise UserError(f"{name} is a classifier; use plainlora predict --model {name}")
+    tokenizer = load_tokenizer(name)
+    check_vocabulary(tokenizer, config)
+    prompts = _rendered(arguments, tokenizer)
+    model = to_accelerator(load_causal_lm(name, dtype=dtype_of(arguments.dtype)))
+    answers = generate(model, tokenizer, prompts, arguments.max_new_tokens)
+    for prompt, answer in zip(arguments.prompt, answers, strict=True):
+        print(f"\n{prompt}\n\n[model]\n{answer}")
+
+
+def _rendered(arguments: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """The prompts as the model is asked them."""
+    from plainlora.data.prompts import render_prompt
+
+    prompts = [render_prompt(prompt, tokenizer, arguments.input) for prompt in arguments.prompt]
+    if not all(prompts):
+        raise UserError("--prompt is empty, and there is no chat template; give some text")
+    return prompts
 
 
 @dataclass(frozen=True)
@@ -127,6 +167,9 @@ def _print_side_by_side(prompts: list[str], answers: dict[str, list[str]]) -> No
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints every prompt with its answers, and how the base differs from that of training."""
+    if arguments.model is not None:
+        _answer_by_model(arguments)
+        return
     adapters, longest = arguments.adapter, arguments.max_new_tokens
     for adapter in adapters:
         _refuse_whole_model(Path(adapter))
@@ -135,7 +178,6 @@ def run(arguments: argparse.Namespace) -> None:
     from plainlora.adapters.shared_base import find_shared_base
     from plainlora.backends import BACKENDS
     from plainlora.base.loading import to_accelerator
-    from plainlora.data.prompts import render_prompt
     from plainlora.generation import generate
     from plainlora.run.adapter_base import class_labels, load_base_of, load_tokenizer_of, training_quantization
     from plainlora.settings.arguments import dtype_of
@@ -145,11 +187,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise UserError(f"{adapter} is a classifier's; use plainlora predict --model {adapter}")
     bases = find_shared_base(adapters, arguments.base_model, arguments.allow_other_base)
     tokenizers = [load_tokenizer_of(adapter, base) for adapter, base in zip(adapters, bases, strict=True)]
-    prompts = [
-        [render_prompt(prompt, tokenizer, arguments.input) for prompt in arguments.prompt] for tokenizer in tokenizers
-    ]
-    if not all(map(all, prompts)):
-        raise UserError("--prompt is empty, and there is no chat template; give some text")
+    prompts = [_rendered(arguments, tokenizer) for tokenizer in tokenizers]
     on_original = arguments.base == "16bit" and training_quantization(adapters[0]) is not None
     if on_original:
         print(

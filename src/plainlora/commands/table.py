@@ -10,12 +10,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="YAML",
-        help="one recipe of recipes/classify.py: all YAMLs of its folder and every method are compared; or several: "
-        "only these are",
+        help="one recipe: all YAMLs of its folder and every method are compared; or several: only these are",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--output_dir", help="default: outputs/<folder of the YAML>-table")
-    parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="as for recipes/classify.py, for every run")
+    parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="as for the recipe's program, for every run")
 
 
 def run(arguments: argparse.Namespace) -> None:

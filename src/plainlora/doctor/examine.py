@@ -112,10 +112,12 @@ def _examine_sft(found: Diagnosis, settings: SFTSettings, log: Callable[[str], N
             rows = ask("rows", "there", sft.prepare_rows, settings, stages.tokenizer, _silent)
     log("looking at rows")
     if stages.config is not None:
-        stages.adapter = ask("adapter", "config", sft.plan_adapter, settings, stages.config)
+        subject, check = ("adapter", "config") if recipe.method == "lora" else ("method", "layers")
+        stages.adapter = ask(subject, check, sft.plan_adapter, settings, stages.config)
     examine_start(settings, stages.config, stages.tokenizer, found.examination)
     examine_sft(settings, stages, rows, found.examination)
-    found.precisions = list_precisions(training, model, stages.config, recipe.adapter_dtype)
+    adapter_dtype = recipe.adapter_dtype if recipe.method == "lora" else None
+    found.precisions = list_precisions(training, model, stages.config, adapter_dtype)
     if rows is not None and stages.tokenizer is not None:
         found.reports = rows.reports
         if len(rows.train):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -15,8 +16,11 @@ from plainlora.doctor.rows import examine_rows
 from plainlora.doctor.steps import examine_steps
 from plainlora.doctor.texts import examine_texts
 from plainlora.doctor.tokens import examine_template
+from plainlora.resources.weights import stored_dtype
+from plainlora.settings.arguments import dtype_of
 from plainlora.settings.programs import ClassifySettings, Settings, SFTSettings
 from plainlora.tasks import sft
+from plainlora.tasks.last_layers import tied_head
 from plainlora.tasks.plan import AdapterPlan
 from plainlora.tasks.rows import PreparedRows, PreparedTexts
 
@@ -80,9 +84,9 @@ def examine_sft(settings: SFTSettings, stages: Stages, rows: PreparedRows | None
         if rows is not None and len(rows.train) and stages.adapter is not None:
             steps = sft.plan_run(settings, stages.adapter, tokenizer, rows).steps
             examine_steps(steps, settings.training, found)
-    examine_learning_rate(settings.training, found)
-    if stages.adapter is not None and stages.adapter.lora is not None:
-        _examine_adapter(stages.adapter, stages.adapter.lora, settings, found)
+    examine_learning_rate(settings.training, found, settings.recipe.method)
+    if stages.adapter is not None:
+        _examine_method(settings, stages.adapter, found)
     return found
 
 
@@ -93,10 +97,9 @@ def examine_classifier(
     tokenizer, adapter = stages.tokenizer, stages.adapter
     if tokenizer is not None and texts is not None:
         found.findings += examine_texts(texts, tokenizer, stages.config).findings
-    if settings.recipe.method == "lora":
-        examine_learning_rate(settings.training, found)
+    examine_learning_rate(settings.training, found, settings.recipe.method)
     if adapter is not None:
-        _examine_method(adapter, settings, found)
+        _examine_method(settings, adapter, found)
     return found
 
 
@@ -106,10 +109,20 @@ def _examine_adapter(plan: AdapterPlan, lora: LoraConfig, settings: Settings[Any
     examine_layers(plan.build(), lora, settings.recipe.lora_backend, found, settings.recipe.merge)
 
 
-def _examine_method(plan: AdapterPlan, settings: Settings[Any, Any], found: Examination) -> None:
-    if plan.lora is not None:
-        _examine_adapter(plan, plan.lora, settings, found)
-    elif plan.modules is None:
+def _examine_method(settings: Settings[Any, Any], adapter: AdapterPlan, found: Examination) -> None:
+    if adapter.lora is not None:
+        _examine_adapter(adapter, adapter.lora, settings, found)
+        return
+    asked = dtype_of(settings.model.dtype)
+    dtype = stored_dtype(adapter.config) if isinstance(asked, str) else asked
+    if dtype in (torch.bfloat16, torch.float16) and not settings.training.fp16:  # which trains float32 copies
+        message = f"the weights are trained in {settings.model.dtype}: small steps are rounded away; set dtype float32"
+        found.add("warning", "method", "dtype", message)
+    if adapter.modules is None:
         found.add("ok", "method", "layers", "every weight is trained")
     else:
-        found.add("ok", "method", "layers", f"trained are {', '.join(plan.modules)}")
+        found.add("ok", "method", "layers", f"trained are {', '.join(adapter.modules)}")
+        skeleton = adapter.build()
+        if skeleton is not None and (head := tied_head(skeleton)):
+            message = f"{head} has the weight of the input embedding, so it is trained only if that is named"
+            found.add("note", "method", "head", message)

@@ -22,11 +22,11 @@ from plainlora.report import write_json
 from plainlora.run.folder import list_checkpoints
 from plainlora.settings.checks import check_writable
 from plainlora.settings.parsing import read_yaml
-from plainlora.settings.programs import CLASSIFY, SFT, find_program
+from plainlora.settings.programs import find_program
 
 FINETUNING_MODES = ("last_layers", "lora", "full")
 RESULTS, RECORD = "all_results.json", "command.json"
-QUIET = ("--disable_tqdm=true", "--report_to=none")  # overridden by later flags
+QUIET = ("--disable_tqdm=true", "--report_to=none", "--merge=false")  # overridden by later flags
 OWN_FLAGS = {
     "config": "give it before the --",
     "output_dir": "give it before the --; every run has a folder of its own in it",
@@ -64,18 +64,15 @@ def resolve(config: str, flags: Sequence[str], refused: Mapping[str, str]) -> di
     Raises:
         UserError: A flag is refused or unknown; the config cannot be read, or has an unknown method.
     """
-    parser, names, reasons = CLASSIFY.parser(), flag_names(flags), OWN_FLAGS | dict(refused)
+    names, reasons = flag_names(flags), OWN_FLAGS | dict(refused)
     for name in sorted(names & reasons.keys()):
         raise UserError(f"--{name} cannot stand after the --: {reasons[name]}")
+    given, program = read_yaml(config), find_program(config, flags)
+    parser = program.parser()
     typed, unknown = parser.parse_known_args(list(flags))
     if unknown:
         raise UserError(
-            f"{unknown[0]!r} is not a flag of {CLASSIFY.path}; its flags stand after a --, as in -- --bf16 true"
-        )
-    given = read_yaml(config)
-    if find_program(config) is SFT and not given.keys() <= set(parser.names):
-        raise UserError(
-            f"{config} is a recipe of {SFT.path}; give one of {CLASSIFY.path}: only classifiers are compared"
+            f"{unknown[0]!r} is not a flag of {program.path}; its flags stand after a --, as in -- --bf16 true"
         )
     settings = vars(parser.parse_known_args([])[0]) | given
     settings |= {name: value for name, value in vars(typed).items() if name in names}
@@ -86,7 +83,7 @@ def resolve(config: str, flags: Sequence[str], refused: Mapping[str, str]) -> di
 
 
 def run_recipe(config: str, flags: Sequence[str], output_dir: Path) -> Outcome:
-    """Runs `recipes/classify.py` in another process, unless the same run is finished.
+    """Runs the program of a recipe in another process, unless the same run is finished.
 
     A run is finished if its results exist, and a record, written after it succeeded, has the same flags and the same
     config.
@@ -99,7 +96,7 @@ def run_recipe(config: str, flags: Sequence[str], output_dir: Path) -> Outcome:
     Raises:
         UserError: The program is missing or failed, or the config cannot be read.
     """
-    program = CLASSIFY.find()
+    program = find_program(config, flags).find()
     try:
         digest = hashlib.sha256(Path(config).read_bytes()).hexdigest()
     except OSError as error:

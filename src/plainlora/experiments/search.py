@@ -4,6 +4,7 @@ import difflib
 import math
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -12,21 +13,27 @@ from plainlora.base.config import load_config
 from plainlora.errors import UserError
 from plainlora.experiments.runs import OWN_FLAGS
 from plainlora.settings.arguments import PROJECTIONS
-from plainlora.settings.programs import CLASSIFY
+from plainlora.settings.programs import CLASSIFY, Program
 from plainlora.tasks.projections import ARCHITECTURES
 
-# The default search. A name with + in it is several flags that get the same value.
+# The default search of a classifier. A name with + in it is several flags that get the same value.
 LORA = {"learning_rate": "1e-5..5e-3", "lora_r": "2|4|8|16|32", "lora_alpha": "8|16|32|64|128"}
 WEIGHTS = {
     "last_layers": {"learning_rate": "1e-5..1e-2", "weight_decay": "0..0.1"},
     "full": {"learning_rate": "5e-6..2e-4", "weight_decay": "0..0.1"},
+}
+# Of a language model: the learning rate, which matters most, then the rank and, by architecture, the targets.
+LANGUAGE = {
+    "lora": {"learning_rate": "1e-5..5e-3", "lora_r": "4|8|16|32|64"},
+    "last_layers": {"learning_rate": "1e-5..5e-3"},
+    "full": {"learning_rate": "1e-6..1e-3"},
 }
 
 
 def parse_spec(name: str, spec: str) -> BaseDistribution:
     """Parses `1e-5..1e-3` (a range, logarithmic from a ratio of 10), `2..5` (whole numbers) or `4|8|16` (a choice).
 
-    Choices are kept as text, so that the recipe's own parser reads them.
+    Choices are kept as text, so that the recipe's own parser reads them. A comma in one separates the words of a list.
 
     Raises:
         UserError: It is none of these, or the range or choice is empty.
@@ -49,27 +56,45 @@ def parse_spec(name: str, spec: str) -> BaseDistribution:
     return FloatDistribution(low, high, log=low > 0 and high / low >= 10)
 
 
-def default_search(settings: dict[str, Any], fixed: set[str]) -> dict[str, str]:
+def default_search(program: Program[Any], settings: dict[str, Any], fixed: set[str]) -> dict[str, str]:
     """The default search of a finetuning mode.
 
     Args:
+        program: The recipe's program.
         settings: From `resolve`.
         fixed: Names that flags set, which are not searched.
 
     Raises:
         UserError: The base model's config cannot be loaded.
     """
-    if settings["method"] != "lora":
+    if program is not CLASSIFY:
+        search = LANGUAGE[settings["method"]] | (_targets(settings) if settings["method"] == "lora" else {})
+    elif settings["method"] != "lora":
         search = dict(WEIGHTS[settings["method"]])
     else:
         search = LORA | ({} if settings["lora_target_modules"] else _projections(settings))
     return {name: spec for name, spec in search.items() if not fixed & set(name.split("+"))}
 
 
+def _table_of(settings: dict[str, Any]) -> dict[str, str]:
+    """The names of the base's projections; empty if they are not known."""
+    name = settings["model_name_or_path"]
+    if not name:
+        return {}
+    trust = bool(settings.get("trust_remote_code"))
+    return ARCHITECTURES.get(load_config(str(name), settings["model_revision"], trust).model_type, {})
+
+
+def _targets(settings: dict[str, Any]) -> dict[str, str]:
+    """Every linear layer, or the projections of query and value."""
+    table = _table_of(settings)
+    names = dict.fromkeys(table[part].rpartition(".")[2] for part in ("query", "value") if part in table)
+    return {"lora_target_modules": f"all-linear|{','.join(names)}"} if names else {}
+
+
 def _projections(settings: dict[str, Any]) -> dict[str, str]:
     """Every projection on or off; projections that share a weight (GPT-2's query, key, value) together."""
-    name = settings["model_name_or_path"]
-    table = ARCHITECTURES.get(load_config(str(name), settings["model_revision"]).model_type, {}) if name else {}
+    table = _table_of(settings)
     groups: dict[str, list[str]] = {}
     for projection in PROJECTIONS:
         if not (projection == "head" and settings["train_head"]):
@@ -77,14 +102,26 @@ def _projections(settings: dict[str, Any]) -> dict[str, str]:
     return {"+".join(flags): "true|false" for flags in groups.values()}
 
 
-def parse_search(words: Sequence[str], fixed: set[str]) -> dict[str, str]:
+@cache
+def _lists(program: Program[Any]) -> frozenset[str]:
+    """The flags of a program that take several words."""
+    return frozenset(action.dest for action in program.parser()._actions if action.nargs in ("+", "*"))
+
+
+def words_of(program: Program[Any], flag: str, value: object) -> list[str]:
+    """A flag with its value as words of a command line; for a list, a word for each value."""
+    values = value if isinstance(value, list) else str(value).split(",")
+    return [f"--{flag}", *map(str, values)] if flag in _lists(program) else [f"--{flag}={value}"]
+
+
+def parse_search(program: Program[Any], words: Sequence[str], fixed: set[str]) -> dict[str, str]:
     """`["lora_r=4|8"]` -> `{"lora_r": "4|8"}`, with names and values checked by the recipe's own parser.
 
     Raises:
         UserError: A word is not `NAME=SPEC`; a name is unknown, or set by a flag; a value is refused.
     """
     search: dict[str, str] = {}
-    parser = CLASSIFY.parser()
+    parser = program.parser()
     known = vars(parser.parse_known_args([])[0])
     seen: set[str] = set()
     for word in words:
@@ -94,7 +131,7 @@ def parse_search(words: Sequence[str], fixed: set[str]) -> dict[str, str]:
         for flag in name.split("+"):
             if flag not in known:
                 near = difflib.get_close_matches(flag, known, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"see {CLASSIFY.path} --help"
+                hint = f"did you mean {near[0]}?" if near else f"see {program.path} --help"
                 raise UserError(f"--search {word}: {flag} is not an option; {hint}")
             if flag in seen:
                 raise UserError(f"--search: {flag} is given twice; keep one of them")
@@ -102,7 +139,7 @@ def parse_search(words: Sequence[str], fixed: set[str]) -> dict[str, str]:
                 raise UserError(f"--search {word}: {flag} is the same in every trial")
             seen.add(flag)
             for value in _examples(parse_spec(name, spec)):
-                parser.parse_known_args([f"--{flag}={value}"])
+                parser.parse_known_args(words_of(program, flag, value))
         search[name] = spec
     return search
 
@@ -115,15 +152,15 @@ def _examples(distribution: BaseDistribution) -> Sequence[Any]:
     return distribution.low, distribution.high
 
 
-def own_values(space: dict[str, BaseDistribution], settings: dict[str, Any]) -> dict[str, Any]:
+def own_values(program: Program[Any], space: dict[str, BaseDistribution], settings: dict[str, Any]) -> dict[str, Any]:
     """The config's own values, as far as they are in the search space; the sweep tries them first."""
-    parser = CLASSIFY.parser()
+    parser = program.parser()
     values: dict[str, Any] = {}
     for name, distribution in space.items():
         flag = name.split("+")[0]
 
         def read(value: object, flag: str = flag) -> Any:
-            return vars(parser.parse_known_args([f"--{flag}={value}"])[0])[flag]
+            return vars(parser.parse_known_args(words_of(program, flag, value))[0])[flag]
 
         if settings[flag] is None:
             continue
@@ -138,9 +175,10 @@ def own_values(space: dict[str, BaseDistribution], settings: dict[str, Any]) -> 
     return values
 
 
-def to_flags(parameters: dict[str, Any]) -> list[str]:
+def to_flags(program: Program[Any], parameters: dict[str, Any]) -> list[str]:
     """A trial's parameters as the recipe's flags."""
-    return [f"--{flag}={value}" for name, value in parameters.items() for flag in name.split("+")]
+    pairs = [(flag, value) for name, value in parameters.items() for flag in name.split("+")]
+    return [word for flag, value in pairs for word in words_of(program, flag, value)]
 
 
 def no_projection(parameters: dict[str, Any], settings: dict[str, Any]) -> bool:

@@ -21,12 +21,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from plainlora.errors import UserError
 from plainlora.experiments.runs import Outcome, duration, flag_names, held, resolve, run_recipe
+from plainlora.experiments.scores import judging_of, read_figure
 from plainlora.experiments.search import default_search, no_projection, own_values, parse_search, parse_spec, to_flags
 from plainlora.markdown import table
 from plainlora.plots import plot_trials
 from plainlora.report import package_versions, write_json
 from plainlora.settings.parsing import read_yaml
-from plainlora.settings.programs import CLASSIFY
+from plainlora.settings.programs import Program, find_program
 
 FAILURES_IN_A_ROW = 3  # then the config or the machine is at fault, not the trial's values
 
@@ -36,6 +37,7 @@ class Plan:
     """The inputs of a study. A study can only be continued with the same plan.
 
     Attributes:
+        program: The recipe's program.
         config: The recipe's YAML.
         settings: Every setting of a run, before the search.
         search: Names and specs.
@@ -43,6 +45,7 @@ class Plan:
         flags: The flags of every trial.
     """
 
+    program: Program[Any]
     config: str
     settings: dict[str, Any]
     search: dict[str, str]
@@ -90,7 +93,8 @@ def open_study(plan: Plan, output: Path, seed: int) -> optuna.Study:
         UserError: The study has results of another plan, or cannot be read.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    direction = StudyDirection.MINIMIZE if "loss" in plan.metric else StudyDirection.MAXIMIZE
+    minimize = plan.metric.endswith(("loss", "perplexity"))
+    direction = StudyDirection.MINIMIZE if minimize else StudyDirection.MAXIMIZE
     try:
         storage = optuna.storages.RDBStorage(f"sqlite:///{output / 'study.db'}")
         study = optuna.create_study(storage=storage, study_name="sweep", direction=direction, load_if_exists=True)
@@ -106,7 +110,7 @@ def open_study(plan: Plan, output: Path, seed: int) -> optuna.Study:
         raise UserError(f"{output / 'study.db'} cannot be read ({reason}); give another --output_dir") from error
     if not study.trials:
         study.set_user_attr("plan", plan.record())
-        study.enqueue_trial(own_values(plan.space, plan.settings))
+        study.enqueue_trial(own_values(plan.program, plan.space, plan.settings))
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         study.enqueue_trial(trial.params)
         study.tell(trial.number, state=TrialState.FAIL)
@@ -130,7 +134,7 @@ def sweep(
     search: Sequence[str] | None,
     output_dir: str | None,
     seed: int,
-    metric: str,
+    metric: str | None,
     flags: Sequence[str],
 ) -> None:
     """Runs trials until there are enough, and writes `sweep.md`, `sweep.json` and `sweep.png`.
@@ -141,7 +145,7 @@ def sweep(
         search: `NAME=SPEC` words; the finetuning mode's defaults if left out.
         output_dir: The study's folder; `outputs/<folder>-<name>-sweep` if left out.
         seed: Seed of the sampler.
-        metric: Name of the figure in a run's `all_results.json`.
+        metric: Name of the figure in a run's `all_results.json`, without `_adapter`; the program's if left out.
         flags: More of the recipe's flags, for every trial.
 
     Raises:
@@ -152,19 +156,18 @@ def sweep(
         raise UserError(f"--trials must be at least 1, not {trials}")
     if seed < 0:
         raise UserError(f"--seed must be at least 0, not {seed}")
-    if not metric.startswith("validation_"):
-        raise UserError(
-            f"--metric {metric}: a sweep goes by validation rows, such as validation_accuracy, validation_f1 or "
-            "validation_loss; test rows must not choose the settings"
-        )
-    settings, fixed = resolve(config, flags, {}), flag_names(flags)
-    specs = default_search(settings, fixed) if search is None else parse_search(search, fixed)
+    settings, fixed, program = resolve(config, flags, {}), flag_names(flags), find_program(config, flags)
+    judging = judging_of(program)
+    metric = judging.metric if metric is None else metric
+    if metric not in judging.metrics:
+        raise UserError(f"--metric {metric}: a sweep of {program.path} goes by {', '.join(judging.metrics)}")
+    specs = default_search(program, settings, fixed) if search is None else parse_search(program, search, fixed)
     if not specs:
         raise UserError("nothing is left to search: every default is given by a flag; name others with --search")
-    plan = Plan(config, settings, specs, metric, list(flags))
+    plan = Plan(program, config, settings, specs, metric, list(flags))
     if output_dir is None:
         output_dir = f"outputs/{Path(config).absolute().parent.name}-{Path(config).stem}-sweep"
-    CLASSIFY.find()
+    program.find()
     with held(output_dir) as output:
         study = open_study(plan, output, seed)
         try:
@@ -194,8 +197,8 @@ def _run_all(study: optuna.Study, plan: Plan, output: Path, trials: int) -> None
         folder = output / _folder(trial.number)
         trial.set_user_attr("output_dir", folder.name)
         try:
-            outcome = run_recipe(plan.config, [*plan.flags, *to_flags(trial.params)], folder)
-            value = _value(outcome, plan.metric, folder)
+            outcome = run_recipe(plan.config, [*plan.flags, *to_flags(plan.program, trial.params)], folder)
+            value = _value(outcome, plan, folder)
         except UserError as error:
             failures += 1
             trial.set_user_attr("reason", str(error))
@@ -208,8 +211,9 @@ def _run_all(study: optuna.Study, plan: Plan, output: Path, trials: int) -> None
         failures = 0
         if outcome.seconds is not None:
             clock.append(outcome.seconds)
-        for name in ("test_accuracy", "trainable_params", "train_runtime"):
-            trial.set_user_attr(name, outcome.results.get(name))
+        scores = [score.name for score in judging_of(plan.program).scores]
+        for name in (*scores, "trainable_params", "train_runtime"):
+            trial.set_user_attr(name, read_figure(outcome.results, name))
         study.tell(trial, value)
         line += f"{plan.metric} {value:.4f}  best {study.best_value:.4f}  {_shown(trial.params)}"
         if clock and done + 1 < trials:
@@ -217,13 +221,11 @@ def _run_all(study: optuna.Study, plan: Plan, output: Path, trials: int) -> None
         print(line, flush=True)
 
 
-def _value(outcome: Outcome, metric: str, folder: Path) -> float:
-    value = outcome.results.get(metric)
+def _value(outcome: Outcome, plan: Plan, folder: Path) -> float:
+    value = read_figure(outcome.results, plan.metric)
     if value is None:
-        raise UserError(
-            f"{folder}/all_results.json has no {metric}; give the recipe validation rows with "
-            "-- --validation_split_size 0.1 or --validation_dataset_name"
-        )
+        advice = judging_of(plan.program).advice
+        raise UserError(f"{folder}/all_results.json has no {plan.metric}; {advice}")
     return float(value)
 
 
@@ -240,7 +242,8 @@ def _short(value: object) -> str:
 def best_command(plan: Plan, parameters: dict[str, Any]) -> str:
     """The command line of one trial."""
     launch = ["accelerate", "launch", "--config_file", "accelerate_configs/single_gpu.yaml"]
-    return shlex.join([*launch, str(CLASSIFY.path), "--config", plan.config, *plan.flags, *to_flags(parameters)])
+    words = [str(plan.program.path), "--config", plan.config, *plan.flags, *to_flags(plan.program, parameters)]
+    return shlex.join([*launch, *words])
 
 
 def _state(trial: FrozenTrial) -> str:
@@ -284,9 +287,12 @@ def _write(study: optuna.Study, plan: Plan, output: Path) -> None:
         {"trials": records, "plan": plan.record(), "best_command": command, "versions": versions},
     )
     summary = f"best of {len(finished(study))}: trial {best['trial']}, {plan.metric} {best['value']:.4f}"
-    if best["test_accuracy"] is not None:
-        summary += f", test_accuracy {best['test_accuracy']:.4f}"
+    judging = judging_of(plan.program)
+    for score in judging.scores:
+        if score.name != plan.metric and best.get(score.name) is not None:
+            summary += f", {score.name} {best[score.name]:.4f}"
     advice = "The best of many trials is partly luck: run it under another seed, with --seed N, before you believe it."
+    advice += judging.caution
     signature = ", ".join(f"{name} {number}" for name, number in versions.items())
     text = f"{summary}\n\n    {command}\n\n{advice}"
     table = markdown(records, plan.metric)

@@ -12,22 +12,15 @@ from scipy.stats import t  # type: ignore[import-untyped]
 
 from plainlora.errors import UserError
 from plainlora.experiments.runs import FINETUNING_MODES, duration, held, resolve, run_recipe
+from plainlora.experiments.scores import Score, judging_of, read_figure
 from plainlora.markdown import table
-from plainlora.plots import plot_accuracy
+from plainlora.plots import plot_against_size
 from plainlora.report import package_versions, write_json
-from plainlora.settings.programs import CLASSIFY
+from plainlora.settings.programs import find_program
 
 CONFIDENCE = 0.95
 OTHERWISE = {"seed": "use --seeds", "method": "every method is compared already; for some, give several --config"}
-FIGURES = (
-    "method",
-    "test_accuracy",
-    "test_f1",
-    "trainable_params",
-    "total_params",
-    "train_runtime",
-    "peak_memory_bytes",
-)
+FIGURES = ("method", "trainable_params", "total_params", "train_runtime", "peak_memory_bytes")
 
 
 @dataclass(frozen=True)
@@ -54,6 +47,10 @@ def find_variants(configs: Sequence[str], flags: Sequence[str] = ()) -> list[Var
         beside = [str(path) for path in given.parent.glob("*.yaml") if path.name != given.name]
     variants = [Variant(name, config) for name, config in _named([*configs, *beside])]
     present = {resolve(variant.config, flags, OTHERWISE)["method"] for variant in variants}
+    programs = {find_program(variant.config, flags).path: variant.config for variant in variants}
+    if len(programs) > 1:
+        (one, its), (other, others) = programs.items()
+        raise UserError(f"--config: {its} is a recipe of {one} and {others} of {other}; compare those of one program")
     if len(configs) > 1:
         return variants
     taken = {variant.name for variant in variants}
@@ -89,15 +86,16 @@ def mean_and_half_width(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def summarise(variant: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarise(variant: str, runs: Sequence[dict[str, Any]], scores: Sequence[Score]) -> dict[str, Any]:
     """One row of the table.
 
     Args:
         variant: The variant's name.
         runs: Its finished runs, one for each seed.
+        scores: The figures to compare.
     """
     row: dict[str, Any] = {"arm": variant, "seeds": [run["seed"] for run in runs]}
-    for name in ("test_accuracy", "test_f1"):
+    for name in (score.name for score in scores):
         mean, half_width = mean_and_half_width([run[name] for run in runs])
         row |= {name: mean, f"{name}_half_width": half_width}
     for name in ("train_runtime", "peak_memory_bytes"):
@@ -105,26 +103,13 @@ def summarise(variant: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return row | {name: runs[0][name] for name in ("method", "trainable_params", "total_params")}
 
 
-def percent(share: float, half_width: float | None) -> str:
-    """`93.1 ± 0.4`, with one significant digit of the interval, or two if the first is a 1."""
-    if half_width is None:
-        return f"{100 * share:.1f}"
-    if half_width == 0:
-        return f"{100 * share:.1f} ± 0"
-    exponent = math.floor(math.log10(100 * half_width))
-    leads_with_one = 100 * half_width < 2 * 10**exponent
-    decimals = min(max(-exponent + leads_with_one, 0), 2)
-    return f"{100 * share:.{decimals}f} ± {100 * half_width:.{decimals}f}"
-
-
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
+def markdown(rows: Sequence[dict[str, Any]], scores: Sequence[Score]) -> str:
     """The table in Markdown."""
     unit, size = ("GB", 1e9) if max(row["peak_memory_bytes"] for row in rows) >= 1e9 else ("MB", 1e6)
     lora = next((row for row in rows if row["method"] == "lora"), None)
     header = [
         "variant",
-        "test accuracy, %",
-        "test F1, %",
+        *(score.heading for score in scores),
         "trained parameters",
         "of all",
         "time, s",
@@ -137,8 +122,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             trained += f" ({row['trainable_params'] / lora['trainable_params']:.3g} times {lora['arm']})"
         cells = [
             row["arm"],
-            percent(row["test_accuracy"], row["test_accuracy_half_width"]),
-            percent(row["test_f1"], row["test_f1_half_width"]),
+            *(score.show(row[score.name], row[f"{score.name}_half_width"]) for score in scores),
             trained,
             f"{row['trainable_params'] / row['total_params']:.2%}",
             f"{row['train_runtime']:.{0 if row['train_runtime'] >= 10 else 1}f}",
@@ -173,11 +157,14 @@ def make_table(configs: Sequence[str], seeds: Sequence[int], output_dir: str | N
     variants = find_variants(configs, flags)
     if output_dir is None:
         output_dir = f"outputs/{Path(configs[0]).absolute().parent.name}-table"
-    CLASSIFY.find()
+    program = find_program(configs[0], flags)
+    program.find()
+    scores = judging_of(program).scores
     with held(output_dir) as output:
-        runs, failures = _run_all(variants, seeds, output, flags)
+        runs, failures = _run_all(variants, seeds, output, flags, scores)
         if runs:
-            _write(variants, runs, failures, output, flags)
+            measured = [score for score in scores if all(run[score.name] is not None for run in runs)]
+            _write(variants, runs, failures, output, flags, measured)
     if failures:
         first = failures[0]
         raise UserError(
@@ -187,7 +174,7 @@ def make_table(configs: Sequence[str], seeds: Sequence[int], output_dir: str | N
 
 
 def _run_all(
-    variants: Sequence[Variant], seeds: Sequence[int], output: Path, flags: Sequence[str]
+    variants: Sequence[Variant], seeds: Sequence[int], output: Path, flags: Sequence[str], scores: Sequence[Score]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Runs all variants seed by seed; returns the figures of finished runs and the reasons of failed ones."""
     jobs = [(variant, seed) for seed in seeds for variant in variants]
@@ -199,7 +186,9 @@ def _run_all(
         line = f"{number}/{len(jobs)}  {variant.name}  seed {seed}  "
         try:
             outcome = run_recipe(variant.config, [*flags, *variant.flags, f"--seed={seed}"], folder)
-            if missing := [name for name in FIGURES if outcome.results.get(name) is None]:
+            names = [*FIGURES, *(score.name for score in scores)]
+            figures = {name: read_figure(outcome.results, name) for name in names}
+            if missing := [name for name in (*FIGURES, scores[0].name) if figures[name] is None]:
                 raise UserError(f"{folder}/all_results.json has no {', '.join(missing)}; give the recipe test rows")
         except UserError as error:
             failures.append({"arm": variant.name, "seed": seed, "reason": str(error)})
@@ -207,9 +196,10 @@ def _run_all(
             if not runs and len(failures) == len(variants):  # every variant failed
                 break
             continue
-        figures = {name: outcome.results[name] for name in FIGURES}
         runs.append({"arm": variant.name, "seed": seed, "output_dir": str(folder)} | figures)
-        line += f"test accuracy {figures['test_accuracy']:.1%}  {duration(figures['train_runtime'])} of training"
+        first = scores[0]
+        line += f"{first.title} {first.show(figures[first.name])}{'%' if first.is_share else ''}  "
+        line += f"{duration(figures['train_runtime'])} of training"
         if outcome.seconds is None:
             line += "  (finished before)"
         else:
@@ -232,9 +222,10 @@ def _write(
     failures: Sequence[dict[str, Any]],
     output: Path,
     flags: Sequence[str],
+    scores: Sequence[Score],
 ) -> None:
     by_variant = {variant.name: [run for run in runs if run["arm"] == variant.name] for variant in variants}
-    rows = [summarise(name, own) for name, own in by_variant.items() if own]
+    rows = [summarise(name, own, scores) for name, own in by_variant.items() if own]
     commands = {variant.name: {"config": variant.config, "flags": [*flags, *variant.flags]} for variant in variants}
     versions = package_versions() | {"python": platform.python_version()}
     write_json(
@@ -242,11 +233,12 @@ def _write(
         {"arms": rows, "runs": runs, "failures": failures, "commands": commands, "versions": versions}
         | {"confidence": CONFIDENCE},
     )
-    text = markdown(rows)
+    text = markdown(rows, scores)
     for failure in failures:
         text += f"\nFailed: {failure['arm']} with seed {failure['seed']}: {failure['reason']}\n"
     settings = f"Flags of every run: `{' '.join(flags)}`\n\n" if flags else ""
     signature = ", ".join(f"{name} {version}" for name, version in versions.items())
     (output / "table.md").write_text(f"{text}\n{settings}{signature}\n", encoding="utf-8")
-    plot_accuracy(rows, output / "table.png")
+    first = scores[0]
+    plot_against_size(rows, first.name, first.heading, output / "table.png", 100 if first.is_share else 1)
     print(f"\n{text}\ntable.md, table.json, table.png: {output}")

@@ -157,6 +157,7 @@ def _write(
     settings: dict[str, Any],
     load: str,
     samples: Sequence[Sample] = (),
+    trained: str = "adapter",
 ) -> None:
     pictures = "\n".join(
         f"![{name.partition('.')[0]}]({name})" for name in PICTURES if (Path(output_dir) / name).is_file()
@@ -164,7 +165,7 @@ def _write(
     quality = {
         name: value for name, value in results.items() if QUALITY.search(name) and not isinstance(value, (list, dict))
     }
-    answers = f"## Sample answers\n\n{describe_samples(samples)}\n" if samples else ""
+    answers = f"## Sample answers\n\n{describe_samples(samples, trained)}\n" if samples else ""
     text = f"""---
 {metadata}
 ---
@@ -217,14 +218,23 @@ def _parent_sentence(name: str | None) -> str:
 def write_sft_card(
     output_dir: str | Path, run: SFTSettings, results: dict[str, Any], samples: Sequence[Sample] = ()
 ) -> None:
-    """Writes the card of an adapter for a causal language model, with sample answers if there are any."""
+    """Writes the card of a language model: an adapter or a whole model, with sample answers if there are any."""
     recipe, script, training, model = run.parts
     base, dataset = str(model.model_name_or_path), str(script.dataset_name)
-    lora = read_config(output_dir)
-    settings = _adapter_settings(recipe.lora_backend, lora)
+    lora = None if recipe.method != "lora" else read_config(output_dir)
+    settings: dict[str, Any] = {"method": recipe.method.replace("_", " ")}
+    settings |= {} if lora is None else _adapter_settings(recipe.lora_backend, lora)
     settings |= {"base weights": _base_weights(model)} | _training_settings(training, results)
     settings |= {"longest row (tokens)": training.max_length, "packing": training.packing}
-    load = f"""With PEFT:
+    load = f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{HERE}")
+model = AutoModelForCausalLM.from_pretrained("{HERE}")
+```
+"""
+    if lora is not None:
+        load = f"""With PEFT:
 
 ```python
 from peft import PeftModel
@@ -237,14 +247,21 @@ model = PeftModel.from_pretrained(base, "{HERE}")
 {"" if find_unsupported(lora) else _loading_by_hand(base)}"""
     _write(
         output_dir,
-        _metadata("peft", "text-generation", ("lora", "sft", "trl", "plainlora"), base, dataset),
-        f"A LoRA adapter for `{base}`, trained on `{dataset}` with PlainLoRA."
+        _metadata(
+            "transformers" if lora is None else "peft",
+            "text-generation",
+            ("sft", "trl", "plainlora") if lora is None else ("lora", "sft", "trl", "plainlora"),
+            base,
+            dataset,
+        ),
+        f"{'This model is' if lora is None else 'A LoRA adapter for'} `{base}`, trained on `{dataset}` with PlainLoRA."
         f"{_parent_sentence(recipe.adapter_name_or_path)}\n"
         f"{_template_sentence(output_dir, recipe, training)}",
         results,
         settings,
         load,
         samples,
+        "tuned" if lora is None else "adapter",
     )
 
 

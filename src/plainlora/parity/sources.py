@@ -87,6 +87,8 @@ def _parse(program: Program[SettingsT], config: str, flags: list[str], lora_back
             f"--lora_backend {lora_backend} contradicts the recipe's lora_backend {given}; leave the first out, or "
             f"end the command with -- --lora_backend {lora_backend}"
         )
+    if (method := settings.recipe.method) != "lora":
+        raise UserError(f"method {method} trains no LoRA, so there is nothing to compare; give a LoRA recipe")
     settings.recipe.lora_backend = given or lora_backend or FORMS[0]
     return settings
 
@@ -154,8 +156,6 @@ def classifier_case(config: str, flags: list[str], steps: int, lora_backend: str
     """
     settings = _parse(CLASSIFY, config, flags, lora_backend)
     recipe, training = settings.recipe, settings.training
-    if recipe.method != "lora":
-        raise UserError(f"method {recipe.method} trains no LoRA, so there is nothing to compare; give a LoRA recipe")
     base_config, tokenizer = classify.read_config(settings), classify.read_tokenizer(settings)
     check_dropout(recipe.base_dropout, base_config)
     enough = max(2, min(steps * training.train_batch_size, MOST_TEXTS))

@@ -17,6 +17,20 @@ PROJECTIONS = ("query", "key", "value", "projection", "mlp", "head")  # each a f
 class RecipeArguments:
     """The flags of both programs beyond TRL's `ScriptArguments` and `ModelConfig`."""
 
+    method: Literal["lora", "last_layers", "full"] = field(
+        default="lora",
+        metadata={
+            "help": "What to train: LoRA, the last layers only, or every weight. The last two do not use lora_*, "
+            "train_head and adapter_dtype."
+        },
+    )
+    last_layers: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What `--method last_layers` trains: names of modules, or a number: so many of the last blocks "
+            "with the final norm and the head. If left out, a classifier's head, or 1 block of a language model."
+        },
+    )
     lora_backend: Literal["fused", "reference", "peft", "peft_fused"] = field(
         default="fused",
         metadata={
@@ -78,6 +92,14 @@ class RecipeArguments:
         default=None,
         metadata={"help": "Share (below 1) or number of rows to hold out for testing, if there is no test split."},
     )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after so many evaluations in a row without a better metric_for_best_model, and keep the "
+            "best checkpoint's weights. It sets load_best_model_at_end, and evaluates and saves at every tenth of the "
+            "run if eval_steps and save_steps are left out."
+        },
+    )
     merge: bool = field(
         default=False, metadata={"help": "Also write the merged model to output_dir/merged, and check it."}
     )
@@ -123,6 +145,10 @@ class SFTArguments(RecipeArguments):
     sample_prompts: list[str] = field(
         default_factory=list, metadata={"help": "Prompts that base and tuned model answer at the end."}
     )
+    sample_steps: int | None = field(
+        default=None,
+        metadata={"help": "Also answer the sample prompts every so many optimizer steps, into samples.md."},
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer, in tokens."})
 
 
@@ -161,13 +187,6 @@ class SFTRecipeConfig(SFTConfig):
 class ClassifyArguments(RecipeArguments):
     """The flags of `recipes/classify.py` beyond `ScriptArguments`, `ClassifyConfig` and `ModelConfig`."""
 
-    method: Literal["lora", "last_layers", "full"] = field(
-        default="lora",
-        metadata={
-            "help": "What to train: LoRA, the last layers only, or every weight. The last two do not use lora_*, "
-            "train_head and adapter_dtype."
-        },
-    )
     lora_query: bool = field(default=False, metadata={"help": "LoRA on the query projections."})
     lora_key: bool = field(default=False, metadata={"help": "LoRA on the key projections."})
     lora_value: bool = field(default=False, metadata={"help": "LoRA on the value projections."})
@@ -177,9 +196,6 @@ class ClassifyArguments(RecipeArguments):
     train_head: bool = field(
         default=False,
         metadata={"help": "Train the head whole beside the adapters (modules_to_save, the usual choice with PEFT)."},
-    )
-    last_layers: list[str] | None = field(
-        default=None, metadata={"help": "Modules that `--method last_layers` trains; the head's, if left out."}
     )
     text_column: str = field(default="text", metadata={"help": "Column of the texts."})
     label_column: str = field(default="label", metadata={"help": "Column of the classes, as names or numbers."})

@@ -49,6 +49,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "max_truncated": (0, 1),
     "exact_match_rows": (0, math.inf),
     "max_new_tokens": (1, math.inf),
+    "sample_steps": (1, math.inf),
+    "early_stopping_patience": (1, math.inf),
     "dataset_num_proc": (1, math.inf),
     "per_device_train_batch_size": (1, math.inf),
     "per_device_eval_batch_size": (1, math.inf),
@@ -100,6 +102,8 @@ def sft_faults(
             "lora_config: alora_invocation_tokens are looked for once in each row, and packing puts several documents "
             "into one; set packing and padding_free to false"
         )
+    if recipe.sample_steps is not None and not recipe.sample_prompts and not recipe.exact_match_rows:
+        yield "sample_steps answers the sample prompts, and there are none: give sample_prompts, or exact_match_rows"
     yield from _unknown_metric(training, SFT_SCORES)
     if training.greater_is_better and training.metric_for_best_model in ("perplexity", "eval_perplexity"):
         yield "metric_for_best_model perplexity: the lower, the better; set greater_is_better to false"
@@ -127,12 +131,6 @@ def classify_faults(
         yield "lora_head and train_head: the head carries LoRA or is trained whole, not both; give one"
     if recipe.method == "lora":
         yield from _unclear_layers(recipe, model)
-    if recipe.method != "lora" and (model.load_in_4bit or model.load_in_8bit):
-        yield f"method {recipe.method} trains the base's own weights, which 4 or 8 bits cannot be; use lora"
-    if recipe.method != "lora" and recipe.merge:
-        yield f"merge: method {recipe.method} leaves a whole model, there is nothing to merge"
-    if recipe.last_layers and recipe.method != "last_layers":
-        yield f"last_layers belongs to --method last_layers, not {recipe.method}"
 
 
 def _unclear_layers(recipe: ClassifyArguments, model: ModelConfig) -> Iterator[str]:
@@ -183,6 +181,7 @@ def common_faults(
         }
     )
     yield from _misplaced(recipe, script, model)
+    yield from _method_faults(recipe, model)
     yield from _fsdp_faults(training)
     if training.save_strategy == "best" and not training.metric_for_best_model:
         yield "save_strategy best needs metric_for_best_model: give one, such as loss"
@@ -190,6 +189,16 @@ def common_faults(
     yield from _fault_of(check_writable, training.output_dir)
     for tracker in [training.report_to] if isinstance(training.report_to, str) else training.report_to or []:
         yield from _fault_of(check_tracker, tracker)
+
+
+def _method_faults(recipe: RecipeArguments, model: ModelConfig) -> Iterator[str]:
+    """What does not go with the method."""
+    if recipe.method != "lora" and (model.load_in_4bit or model.load_in_8bit):
+        yield f"method {recipe.method} trains the base's own weights, which 4 or 8 bits cannot be; use lora"
+    if recipe.method != "lora" and recipe.merge:
+        yield f"merge: method {recipe.method} leaves a whole model, there is nothing to merge"
+    if recipe.last_layers and recipe.method != "last_layers":
+        yield f"last_layers belongs to --method last_layers, not {recipe.method}"
 
 
 def _fsdp_faults(training: TrainingArguments) -> Iterator[str]:
@@ -228,7 +237,7 @@ def refused_values(
     found = list(_out_of_range(vars(recipe) | vars(script) | vars(training) | vars(model)))
     if not found:  # else a wrong value, such as a learning rate below 0, would be blamed on the optimizer
         found += [("optim", message) for message in _fault_of(check_optimizer, training)]
-    if getattr(recipe, "method", "lora") == "lora":
+    if recipe.method == "lora":
         found += adapter_faults(model, recipe)
     found += [("attn_implementation", message) for message in _fault_of(check_attention, model.attn_implementation)]
     options = getattr(training, "model_init_kwargs", None)

@@ -103,8 +103,11 @@ def _dtype_of_base(parsed: Namespace, compute: str) -> tuple[str, str]:
 
     Autocast caches the casts of trained weights only, so a frozen base in float32 would be cast in every forward pass
     and again in every backward pass. Kept as it is stored, which is mostly half precision, the base loses nothing.
-    TRL's 4-bit layers compute in `dtype`, so it must be the format of mixed precision.
+    TRL's 4-bit layers compute in `dtype`, so it must be the format of mixed precision. Weights that are trained are in
+    float32, in which a small step is not rounded away.
     """
+    if getattr(parsed, "method", "lora") != "lora":
+        return "float32", "its own weights are trained"
     return (compute, "mixed precision") if parsed.load_in_4bit else ("auto", "as it is stored")
 
 

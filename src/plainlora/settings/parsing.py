@@ -24,6 +24,7 @@ from trl import SFTConfig, TrlParser
 from plainlora.errors import EXTRAS, UserError
 from plainlora.settings.arguments import ClassifyArguments, SFTArguments
 from plainlora.settings.device import fit_formats, this_device
+from plainlora.settings.early_stopping import fit_early_stopping
 from plainlora.settings.renames import RENAMES
 
 # Settings that only one of the programs has.
@@ -315,6 +316,10 @@ class StrictParser(TrlParser):
         explicit = {word[2:].partition("=")[0].replace("-", "_") for word in typed if word.startswith("--")}
         parsed = self.parse_known_args([*from_yaml, *typed])[0]
         fitted = fit_formats(parsed, {*kept, *explicit}, explicit, this_device(parsed.use_cpu))
+        try:
+            fitted |= fit_early_stopping(parsed, {*kept, *explicit})
+        except UserError as error:
+            self.faults.append(Fault("contradiction", error))
         words = [f"--{name}={str(value).lower()}" for name, (value, _) in fitted.items()]
         self.origins = dict.fromkeys(kept, str(path)) | {name: why for name, (_, why) in fitted.items()}
         self.origins |= dict.fromkeys(explicit, "command line")

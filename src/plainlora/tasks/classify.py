@@ -35,16 +35,19 @@ from plainlora.settings.precision import list_precisions, precision_line
 from plainlora.settings.programs import ClassifySettings
 from plainlora.tasks import rows as data
 from plainlora.tasks.calibration import calibration_batches
+from plainlora.tasks.last_layers import find_last_layers
 from plainlora.tasks.modes import (
     build_classifier_lora,
+    check_dense,
     check_same_method,
-    find_last_layers,
     train_adapter,
     train_weights,
 )
 from plainlora.tasks.plan import AdapterPlan, TrainableModel, check_room, load_parent, plan_lora
+from plainlora.tasks.projections import find_head
 from plainlora.tasks.rows import PreparedTexts
 from plainlora.tasks.summary import classifier_summary
+from plainlora.training.early_stopping import early_stopping
 from plainlora.training.metrics import Scores, flatten, judge_rows, score
 from plainlora.training.metrics import measure as measure_rows
 from plainlora.training.trainers import ClassifierTrainer, args_for_trainer
@@ -109,11 +112,14 @@ def plan_adapter(settings: ClassifySettings, labels: Sequence[str], pad_token_id
     """
     recipe, name = settings.recipe, settings.base
     config = classifier_config(name, labels, pad_token_id, settings.model.model_revision)
+    check_dense(name, config, recipe.method)
     skeleton = build_skeleton(config)
     build = partial(build_skeleton, config)
     if recipe.method == "lora":
         return plan_lora(settings, config, build, build_classifier_lora(settings.model, recipe, skeleton), labels)
-    modules = find_last_layers(skeleton, recipe.last_layers) if recipe.method == "last_layers" else None
+    modules = None
+    if recipe.method == "last_layers":
+        modules = find_last_layers(skeleton, recipe.last_layers, find_head)
     return AdapterPlan(config, build, None, modules)
 
 
@@ -221,6 +227,7 @@ def make_trainer(
         compute_metrics=partial(score, classes=len(texts.labels)),
         preprocess_logits_for_metrics=judge_rows,
         loraplus_lr_ratio=settings.recipe.loraplus_lr_ratio,
+        callbacks=early_stopping(settings.recipe.early_stopping_patience),
     )
 
 

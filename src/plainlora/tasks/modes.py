@@ -1,4 +1,4 @@
-"""The finetuning modes of a classifier: LoRA, its last layers, or every weight."""
+"""The finetuning modes: a classifier's LoRA; the last layers, or every weight, of either kind of model."""
 
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from trl import ModelConfig
 
 from plainlora.backends import BACKENDS, Backend, attach_adapter
-from plainlora.base.config import load_config
+from plainlora.base.config import load_config, quantization_method
 from plainlora.base.loading import describe_quantization
 from plainlora.errors import UserError
 from plainlora.lora.config import check_config
@@ -55,19 +55,13 @@ def build_classifier_lora(model: ModelConfig, recipe: ClassifyArguments, skeleto
     return config
 
 
-def find_last_layers(skeleton: PreTrainedModel, names: Collection[str] | None) -> list[str]:
-    """Full names of the modules that the mode `last_layers` trains: those named, or the head's.
-
-    Raises:
-        UserError: There is no module of a name, or the architecture's head is not known.
-    """
-    modules = [name for name, _ in skeleton.named_modules() if name]
-    for name in names or ():
-        if name not in modules:
-            ends = sorted(module for module in modules if module.endswith(f".{name}"))
-            hint = f"did you mean {ends[-1]}?" if ends else f"the last are {', '.join(modules[-3:])}"
-            raise UserError(f"last_layers: there is no module {name!r}; {hint}")
-    return list(names) if names else find_head(skeleton)
+def check_dense(name: str, config: PretrainedConfig, method: str) -> None:
+    """Raises `UserError` if a method that trains the base's own weights is to train a quantised checkpoint."""
+    if method != "lora" and quantization_method(config):
+        raise UserError(
+            f"method {method} trains the base's own weights, and {name} is stored in 4 or 8 bits; give the base in 16 "
+            "or 32 bits, or use lora"
+        )
 
 
 @contextmanager
@@ -86,7 +80,7 @@ def train_weights(model: PreTrainedModel, modules: Collection[str] | None) -> Tr
     """Makes some modules of a model trainable, or all of it, and freezes the rest.
 
     Args:
-        model: A classifier.
+        model: A base whose weights are not quantised.
         modules: Full names of the modules; `None` for all.
     """
     model.requires_grad_(modules is None)
@@ -135,13 +129,13 @@ def _before_training(backend: Backend, model: nn.Module, biases: dict[nn.Paramet
             yield
 
 
-def check_same_method(checkpoint: str | Path, method: str, labels: Sequence[str]) -> None:
+def check_same_method(checkpoint: str | Path, method: str, labels: Sequence[str] | None = None) -> None:
     """Checks that a checkpoint holds an adapter or a whole model as the run needs, and has the same classes.
 
     Args:
         checkpoint: The checkpoint to resume.
         method: The run's finetuning mode.
-        labels: Names of the classes now, in order.
+        labels: Names of a classifier's classes now, in order.
 
     Raises:
         UserError: They differ.
@@ -149,7 +143,8 @@ def check_same_method(checkpoint: str | Path, method: str, labels: Sequence[str]
     if holds_adapter(checkpoint) != (method == "lora"):
         held = "an adapter" if holds_adapter(checkpoint) else "a whole model"
         raise UserError(f"resume_from_checkpoint: {checkpoint} holds {held}, which method {method} cannot resume")
-    check_same_labels(checkpoint, _labels_of(checkpoint), labels)
+    if labels is not None:
+        check_same_labels(checkpoint, _labels_of(checkpoint), labels)
 
 
 def _labels_of(checkpoint: str | Path) -> list[str] | None:

@@ -91,7 +91,9 @@ def prepare_rows(
     train, test = read_rows(settings)
     missing = None
     if test is None and (recipe.exact_match_rows or training.eval_strategy != "no"):
-        missing = "eval_strategy and exact_match_rows need test rows: set test_split_size or eval_dataset_name"
+        early = recipe.early_stopping_patience is not None
+        what = "early_stopping_patience needs" if early else "eval_strategy and exact_match_rows need"
+        missing = f"{what} test rows: set test_split_size or eval_dataset_name"
     column, reports = training.dataset_text_field, {}
     names = {
         "train": f"{script.dataset_name} (train)",
@@ -235,7 +237,8 @@ def prepare_texts(
     read = read_texts(settings)
     missing = None
     if read.validation is None and settings.training.eval_strategy != "no":
-        missing = "eval_strategy needs validation rows: set validation_split_size or validation_dataset_name"
+        name = "eval_strategy" if settings.recipe.early_stopping_patience is None else "early_stopping_patience"
+        missing = f"{name} needs validation rows: set validation_split_size or validation_dataset_name"
     reports = {}
     log(read.line())
 

@@ -10,8 +10,10 @@ by `plainlora.doctor`.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import LoraConfig
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,6 +23,7 @@ from plainlora.base.loading import build_decoder, describe_quantization, load_ba
 from plainlora.base.remote_code import describe_remote_code
 from plainlora.base.tokenizer import load_tokenizer
 from plainlora.data import prompts
+from plainlora.errors import UserError
 from plainlora.generation import ExactMatch
 from plainlora.hub.model_card import write_sft_card
 from plainlora.peft_model import needs_rows
@@ -30,16 +33,21 @@ from plainlora.resources.checkpointing import needs_checkpointing
 from plainlora.resources.memory import free_memory
 from plainlora.resources.plan import Plan
 from plainlora.run.folder import SAMPLES
+from plainlora.run.resumption import check_same_settings
 from plainlora.run.run import Run
 from plainlora.settings.adapter import build_lora_config
 from plainlora.settings.precision import list_precisions, precision_line
 from plainlora.settings.programs import SFTSettings
 from plainlora.tasks import rows as data
 from plainlora.tasks.calibration import calibration_batches
+from plainlora.tasks.last_layers import find_last_layers, language_head
+from plainlora.tasks.modes import check_dense, check_same_method, train_weights
 from plainlora.tasks.plan import AdapterPlan, TrainableModel, check_room, load_parent, plan_lora
 from plainlora.tasks.rows import PreparedRows
 from plainlora.tasks.summary import summary
+from plainlora.training.early_stopping import early_stopping
 from plainlora.training.evaluation import Evaluator, before_and_after
+from plainlora.training.samples import SamplesByStep
 from plainlora.training.trainers import AdapterTrainer, args_for_sft
 
 read_rows = data.read_rows
@@ -97,14 +105,39 @@ def install_template(settings: SFTSettings, tokenizer: PreTrainedTokenizerBase) 
 
 
 def plan_adapter(settings: SFTSettings, config: PretrainedConfig) -> AdapterPlan:
-    """Resolves the adapter, and which back end trains it.
+    """Resolves what is trained, by the finetuning mode: an adapter, some modules, or every weight.
 
     Raises:
-        UserError: The settings describe no adapter.
-        LoRAError: The back end does not implement it.
+        UserError: The settings describe no adapter, or the base has no such layers.
+        LoRAError: The back end does not implement the adapter.
     """
+    recipe = settings.recipe
+    check_dense(settings.base, config, recipe.method)
     build = partial(build_decoder, config, settings.training.trust_remote_code)
-    return plan_lora(settings, config, build, build_lora_config(settings.model, settings.recipe))
+    if recipe.method == "lora":
+        return plan_lora(settings, config, build, build_lora_config(settings.model, recipe))
+    return AdapterPlan(
+        config, build, None, _last_layers(settings, build()) if recipe.method == "last_layers" else None
+    )
+
+
+def _last_layers(settings: SFTSettings, skeleton: PreTrainedModel | None) -> list[str]:
+    if skeleton is None:
+        raise UserError(f"last_layers: {settings.base} cannot be built without its weights; use method lora or full")
+    return find_last_layers(skeleton, settings.recipe.last_layers or ["1"], language_head)
+
+
+def check_resumable(run: Run, adapter: AdapterPlan, rows: PreparedRows) -> None:
+    """Checks that the run continues the one of its checkpoint, if it has one.
+
+    Raises:
+        UserError: The finetuning mode, the adapter, the settings or the rows differ.
+    """
+    if run.checkpoint is not None:
+        check_same_method(run.checkpoint, run.settings.recipe.method)
+        if adapter.lora is None:
+            check_same_settings(run.checkpoint, run.settings.parts)
+    run.check_resumable(rows.train, adapter.lora)
 
 
 def plan_run(
@@ -123,9 +156,10 @@ def plan_run(
         rows=report.kept,
         tokens=report.tokens,
         trained_tokens=report.trained_tokens,
-        backend=BACKENDS[recipe.lora_backend],
+        backend=None if adapter.lora is None else BACKENDS[recipe.lora_backend],
         adapter_dtype=recipe.adapter_dtype,
         base_dropout=recipe.base_dropout,
+        trained_modules=adapter.modules,
         merge=recipe.merge,
         tokenizer=tokenizer,
         evaluated=None if rows.test is None else len(rows.test),
@@ -166,7 +200,9 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase,
     log: Callable[[str], None],
 ) -> TrainableModel:
-    """Loads the base and attaches the adapter. Decides on gradient checkpointing first, if the settings do not.
+    """Loads the base and attaches the adapter, or makes its own weights trainable.
+
+    Decides on gradient checkpointing first, if the settings do not.
 
     Args:
         settings: The base, how it is stored, and the back end.
@@ -180,20 +216,37 @@ def load_model(
         LoRAError: The adapter does not fit the base.
     """
     recipe, _, training, model_args = settings.parts
-    log(precision_line(list_precisions(training, model_args, adapter.config, recipe.adapter_dtype)))
+    adapter_dtype = recipe.adapter_dtype if adapter.lora is not None else None
+    log(precision_line(list_precisions(training, model_args, adapter.config, adapter_dtype)))
     if training.gradient_checkpointing is None:
         plan = plan_run(settings, adapter, tokenizer, rows)
         needed = needs_checkpointing(plan, free_memory(training.device), log)
         training.gradient_checkpointing = training.activation_checkpointing = needed
-    base, backend = load_weights(settings), BACKENDS[recipe.lora_backend]
-    quantization, lora = describe_quantization(base), cast(LoraConfig, adapter.lora)
-    batches = list(calibration_batches(rows.train, tokenizer, training)) if needs_rows(lora) else []
-    model = attach_adapter(base, lora, backend, recipe.adapter_dtype, batches=batches)
-    trainable, total = count_parameters(model)
-    load_parent(adapter, backend, model)
+    base = load_weights(settings)
+    if adapter.lora is None:
+        trained = train_weights(base, adapter.modules)
+    else:
+        batches = list(calibration_batches(rows.train, tokenizer, training)) if needs_rows(adapter.lora) else []
+        trained = _adapt(settings, base, adapter, adapter.lora, batches)
     for note in adapter.notes:
         log(note)
-    log(f"{recipe.lora_backend} LoRA: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
+    what = recipe.method if adapter.lora is None else f"{recipe.lora_backend} LoRA"
+    trainable, total = count_parameters(trained.model)
+    log(f"{what}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
+    return trained
+
+
+def _adapt(
+    settings: SFTSettings,
+    base: PreTrainedModel,
+    adapter: AdapterPlan,
+    lora: LoraConfig,
+    batches: list[dict[str, torch.Tensor]],
+) -> TrainableModel:
+    """Attaches the adapter to the base."""
+    backend, quantization = BACKENDS[settings.recipe.lora_backend], describe_quantization(base)
+    model = attach_adapter(base, lora, backend, settings.recipe.adapter_dtype, batches=batches)
+    load_parent(adapter, backend, model)
     return TrainableModel(model, backend, partial(backend.disabled, model), quantization)
 
 
@@ -209,7 +262,6 @@ def make_trainer(
     Raises:
         UserError: The model cannot be trained on rows batched in this way, or the output does not fit on the disk.
     """
-    assert model.backend is not None
     check_room(settings, adapter, model, tokenizer)
     return AdapterTrainer(
         model.model,
@@ -219,7 +271,26 @@ def make_trainer(
         eval_dataset=rows.test,
         processing_class=tokenizer,
         loraplus_lr_ratio=settings.recipe.loraplus_lr_ratio,
+        callbacks=early_stopping(settings.recipe.early_stopping_patience),
     )
+
+
+def sample_by_step(
+    settings: SFTSettings,
+    trainer: AdapterTrainer,
+    model: TrainableModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: ExactMatch | None,
+    folder: Path,
+) -> SamplesByStep | None:
+    """Makes the trainer answer the sample prompts every `sample_steps`, into the run's folder, if that is set."""
+    recipe = settings.recipe
+    if recipe.sample_steps is None:
+        return None
+    evaluate = Evaluator(trainer, tokenizer, questions, recipe.sample_prompts, recipe.max_new_tokens)
+    samples = SamplesByStep(evaluate, model.model, model.disabled, recipe.sample_steps, folder / SAMPLES)
+    trainer.add_callback(samples)
+    return samples
 
 
 @dataclass
@@ -231,12 +302,14 @@ class Results:
         samples: Prompts with the answers before and after training.
         history: The trainer's log.
         base_loss: Test loss of the base, in nats per token.
+        steps: The answers during training, see `SamplesByStep.answers`.
     """
 
     figures: dict[str, Any]
     samples: list[Sample]
     history: list[dict[str, float]]
     base_loss: float | None
+    steps: dict[str, list[str]]
 
 
 def measure(
@@ -246,8 +319,9 @@ def measure(
     rows: PreparedRows,
     tokenizer: PreTrainedTokenizerBase,
     questions: ExactMatch | None,
+    samples: SamplesByStep | None = None,
 ) -> Results:
-    """Measures test loss, exact matches and answers of the base and of the adapter. To be called in every process.
+    """Measures test loss, exact matches and answers before and after training. To be called in every process.
 
     The base is measured after training, because an earlier Trainer.evaluate would prepare the model for evaluation
     only, and training would then run without DistributedDataParallel (transformers#24014).
@@ -259,17 +333,19 @@ def measure(
     after = evaluate(model.model, "adapter")
     trainable, total = count_parameters(model.model)
     report = rows.reports["train"]
-    figures = before_and_after(before, after) | {"trainable_params": trainable, "total_params": total}
+    figures = before_and_after(before, after, suffix="" if model.backend is None else "_adapter")
+    figures |= {"method": recipe.method, "trainable_params": trainable, "total_params": total}
     figures |= {"rows_trained": report.kept, "rows_read": report.rows}
     figures |= {"exact_match_rows": len(questions.questions)} if questions else {}
-    samples = list(zip(evaluate.prompts, before.answers, after.answers, strict=True))
-    return Results(figures, samples, trainer.state.log_history, before.loss)
+    answers = list(zip(evaluate.prompts, before.answers, after.answers, strict=True))
+    return Results(figures, answers, trainer.state.log_history, before.loss, samples.answers if samples else {})
 
 
 def report(run: Run, results: Results) -> None:
     """Writes figures, loss plot, answers and model card to the run's folder."""
     plot_loss(results.history, results.base_loss, run.folder / "loss.png")
-    write_samples(run.folder / SAMPLES, results.samples)
+    trained = "adapter" if results.figures["method"] == "lora" else "tuned"
+    write_samples(run.folder / SAMPLES, results.samples, trained, results.steps)
     write_json(run.folder / "all_results.json", results.figures)
     write_sft_card(run.folder, run.settings, results.figures, results.samples)
 

@@ -17,8 +17,8 @@ def summary(results: dict[str, Any], output_dir: str, samples: Sequence[Sample])
         ("exact match", "exact_match", "{:.1%}"),
     ):
         if f"{key}_base" in results:
-            before, after = (form.format(results[f"{key}_{name}"]) for name in ("base", "adapter"))
-            lines.append(f"{title:<22}{before} -> {after}")
+            before, after = results[f"{key}_base"], results.get(f"{key}_adapter", results.get(key))
+            lines.append(f"{title:<22}{form.format(before)} -> {form.format(after)}")
     lines += _merged(results)
     for prompt, before, after in samples:
         lines += [
@@ -28,9 +28,11 @@ def summary(results: dict[str, Any], output_dir: str, samples: Sequence[Sample])
             f"    tuned  {_one_line(after)}",
         ]
     answers = " samples.md," if samples else ""
-    lines += ["", f"adapter, model card,{answers} loss.png, all_results.json: {output_dir}", *_curves(output_dir)]
-    lines.append(f'next: plainlora generate --adapter {output_dir} --prompt "..."')
-    return "\n".join(lines + _merge_hint(results, output_dir))
+    whole = results["method"] != "lora"
+    kept = "model" if whole else "adapter"
+    lines += ["", f"{kept}, model card,{answers} loss.png, all_results.json: {output_dir}", *_curves(output_dir)]
+    lines.append(f'next: plainlora generate --{kept} {output_dir} --prompt "..."')
+    return "\n".join(lines + ([] if whole else _merge_hint(results, output_dir)))
 
 
 def classifier_summary(results: dict[str, Any], output_dir: str) -> str:

@@ -78,8 +78,14 @@ class Evaluator:
             found.exact_match = self.exact_match.score(answers)
             found.answers = [answers[row] for row in self.sampled_rows]
         if self.sample_prompts:
-            found.answers = self._answer(model, [render_prompt(each, self.tokenizer) for each in self.sample_prompts])
+            found.answers = self.answer_samples(model)
         return found
+
+    def answer_samples(self, model: nn.Module) -> list[str]:
+        """The model's answers to `prompts`. To be called in every process."""
+        if self.exact_match and self.sampled_rows:
+            return self._answer(model, [self.exact_match.prompts[row] for row in self.sampled_rows])
+        return self._answer(model, [render_prompt(each, self.tokenizer) for each in self.sample_prompts])
 
     def _answer(self, model: nn.Module, prompts: list[str], description: str | None = None) -> list[str]:
         """The answers, of which each process generates its share; with a sharded base, all of them together."""
@@ -91,13 +97,19 @@ class Evaluator:
             return list(gather_object(generate(model, self.tokenizer, mine, self.max_new_tokens, description=shown)))
 
 
-def before_and_after(before: Measurement, after: Measurement) -> dict[str, Any]:
-    """Both measurements as flat results: `eval_loss_base`, `eval_loss_adapter`, ...; unmeasured ones are left out."""
+def before_and_after(before: Measurement, after: Measurement, suffix: str = "_adapter") -> dict[str, Any]:
+    """Both measurements as flat results: `eval_loss_base`, `eval_loss_adapter`, ...; unmeasured ones are left out.
+
+    Args:
+        before: The base's figures.
+        after: The figures after training.
+        suffix: The end of their names; empty where there is no adapter.
+    """
     results: dict[str, Any] = {}
-    for side, found in (("base", before), ("adapter", after)):
+    for end, found in (("_base", before), (suffix, after)):
         if found.loss is not None:
-            results[f"eval_loss_{side}"] = found.loss
-            results[f"eval_perplexity_{side}"] = math.exp(min(found.loss, 700.0))
+            results[f"eval_loss{end}"] = found.loss
+            results[f"eval_perplexity{end}"] = math.exp(min(found.loss, 700.0))
         if found.exact_match is not None:
-            results[f"exact_match_{side}"] = found.exact_match
+            results[f"exact_match{end}"] = found.exact_match
     return results

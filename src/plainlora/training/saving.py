@@ -127,8 +127,8 @@ class AtomicSaves(Trainer):
         try:
             self._write_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
+            self._name_best_checkpoint(scratch / name)
             if self.args.should_save:
-                self._name_best_checkpoint(scratch / name)
                 put_in_place(scratch / name, run / name)
                 scratch.rmdir()
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -150,12 +150,13 @@ class AtomicSaves(Trainer):
                 remove_checkpoint(path)
 
     def _name_best_checkpoint(self, checkpoint: Path) -> None:
-        """Corrects the path of the best checkpoint in the state: Trainer looks for it in `.saving`."""
+        """Corrects the path of the best checkpoint in every process's state: Trainer looks for it in `.saving`."""
         if self.state.best_global_step:
             best = self._run_dir() / f"checkpoint-{self.state.best_global_step}"
             if best.name == checkpoint.name or best.exists():
                 self.state.best_model_checkpoint = str(best)
-                self.state.save_to_json(str(checkpoint / "trainer_state.json"))
+                if self.args.should_save:
+                    self.state.save_to_json(str(checkpoint / "trainer_state.json"))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer's; the final save, without an `output_dir`, goes beside the run's other files.

@@ -4,14 +4,17 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import SAFE_WEIGHTS_NAME
 from trl import SFTConfig, SFTTrainer
 
 from plainlora.backends import Backend, fields_on_whole_weights
@@ -139,7 +142,9 @@ class _TrainerOverrides(Watched, AtomicSaves, RowsInOrder, WithLoRAPlus):
             )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Takes no step if none is left. Trainer takes one more when it resumes a run's last checkpoint.
+        """Takes no step if none is left, or if the run had stopped early.
+
+        Trainer takes one more when it resumes a run's last checkpoint.
 
         https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer.py (`_inner_training_loop`
         compares with `max_steps` only after a step)
@@ -147,21 +152,22 @@ class _TrainerOverrides(Watched, AtomicSaves, RowsInOrder, WithLoRAPlus):
         step, end = self.state.global_step, self.state.max_steps
         if step > end:
             raise past_the_end("the checkpoint", step, end)
-        if step < end:
+        if step < end and not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
         else:
             self.control.should_training_stop = True
 
     def load_adapter(self, checkpoint: str) -> None:
-        """Loads a checkpoint's adapter into the model, whose trained weights are whole."""
-        cast(Backend, self.backend).reload(self.adapted, checkpoint)
+        """Loads a checkpoint's adapter, or its whole model, into the model, whose trained weights are whole."""
+        if self.backend is None:
+            saved = load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME)
+            self.adapted.load_state_dict(saved, strict=False)  # a tied weight is saved once
+        else:
+            self.backend.reload(self.adapted, checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Loads the adapter. Trainer itself would look for a whole model, because this is not a PeftModel."""
-        if self.backend is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self.load_whole(resume_from_checkpoint)
+        """As `load_adapter`. Trainer would look for a whole model, because this is not a PeftModel."""
+        self.load_whole(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As Trainer's; an optimizer state of other weights is reported in one line."""
@@ -191,13 +197,10 @@ class _TrainerOverrides(Watched, AtomicSaves, RowsInOrder, WithLoRAPlus):
         return outcome if step == self.state.global_step and not cast_now else None
 
     def _load_best_model(self) -> None:
-        """Loads the adapter for `load_best_model_at_end`; see `_load_from_checkpoint`."""
+        """As `load_adapter`, for `load_best_model_at_end`."""
         if self.state.best_global_step != self.state.global_step:
             self._evaluated = None, None
-        if self.backend is None:
-            super()._load_best_model()
-        else:
-            self.load_whole(str(self.state.best_model_checkpoint))
+        self.load_whole(str(self.state.best_model_checkpoint))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves, unless a trained weight is not finite or, at the end, an adapter has no effect."""
@@ -212,12 +215,12 @@ class _TrainerOverrides(Watched, AtomicSaves, RowsInOrder, WithLoRAPlus):
 
 
 class AdapterTrainer(_TrainerOverrides, PredictedTokensCounted, TokenEvaluation, TrainsRowsOnce):
-    """SFTTrainer for a model with an adapter of any back end."""
+    """SFTTrainer for a model with an adapter of any back end, or for its own weights."""
 
-    def __init__(self, model: nn.Module, backend: Backend, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, backend: Backend | None, *args: Any, **kwargs: Any) -> None:
         self._rows, self._examined = kwargs["train_dataset"], False
         super().__init__(model, backend, *args, **kwargs)
-        self._choice = use_own_loss(self, one_pass=backend.fast)
+        self._choice = use_own_loss(self, one_pass=backend is not None and backend.fast)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # these compute only after Trainer has wrapped it
             self._examine_base(model)
 
@@ -241,7 +244,7 @@ class AdapterTrainer(_TrainerOverrides, PredictedTokensCounted, TokenEvaluation,
         packed = "packing" if cast(SFTConfig, self.args).packing else "padding_free"
         with evaluating(model), self.compute_loss_context_manager():
             isolation = isolation_of(self, model)
-            if cast(Backend, self.backend).fast:
+            if self.backend is not None and self.backend.fast:
                 use_documents(self, isolation)
             check_isolation(isolation, type(base).__name__, packed if self.padding_free else None, batches)
 

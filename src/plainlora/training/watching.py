@@ -1,4 +1,4 @@
-"""Checks during training: every adapter learns, frozen weights do not change, losses and gradients stay finite.
+"""Checks during training: all that is trained learns, frozen weights do not change, losses and gradients stay finite.
 
 Each of these has failed silently in other projects: layers without gradients under gradient checkpointing
 (open-unlearning#178), an adapter without effect (peft#2566), a loss that became NaN and was logged as 0.
@@ -66,10 +66,11 @@ def _are_zero(tensors: Sequence[torch.Tensor]) -> list[bool]:
     return [norm == 0 for norm in torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()]
 
 
-class AdapterGradients:
-    """Whether every adapter gets a gradient in the first step, seen where autograd computes it.
+class FirstGradients:
+    """Whether all that is trained gets a gradient in the first step, seen where autograd computes it.
 
-    B is 0 then, so the gradient of A is 0 and that of B must not be. An engine that shards gradients leaves none to
+    B is 0 then, so the gradient of A is 0 and that of B must not be. A weight of the base's own, where there is no
+    adapter, may have a gradient of 0, but the loss must depend on it. An engine that shards gradients leaves none to
     look at after the backward pass.
 
     Args:
@@ -79,7 +80,10 @@ class AdapterGradients:
     def __init__(self, model: nn.Module) -> None:
         self._layers = lora_matrices(model)
         self._largest: dict[int, torch.Tensor] = {}  # absolute value of each weight's gradient
+        trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        self._own = {} if self._layers else trained
         sides = [side for layer in self._layers.values() for side in (layer.lora_A, layer.lora_B)]
+        sides += self._own.values()
         self._hooks = [side.register_hook(partial(self._note, id(side))) for side in sides if side.requires_grad]
 
     def _note(self, side: int, gradient: torch.Tensor) -> None:
@@ -87,13 +91,15 @@ class AdapterGradients:
         self._largest[side] = torch.maximum(largest, self._largest.get(side, largest))
 
     def check(self, of_all_processes: Callable[..., list[list[float]]]) -> None:
-        """Raises `UserError` if an adapter would not be trained; the error names its layer.
+        """Raises `UserError` if an adapter or a weight would not be trained; the error names the first ones.
 
         Args:
             of_all_processes: Given numbers, returns those of every process.
         """
         for hook in self._hooks:
             hook.remove()
+        if self._own:
+            self._check_own(of_all_processes)
         if not self._layers:
             return
         sides = [side for layer in self._layers.values() for side in (layer.lora_A, layer.lora_B)]
@@ -105,6 +111,16 @@ class AdapterGradients:
                 f"{len(without)} of {len(self._layers)} adapters got no gradient in the first step ({some(without)}), "
                 "so they would not be trained: the loss does not depend on them; leave them out with "
                 "lora_exclude_modules"
+            )
+
+    def _check_own(self, of_all_processes: Callable[..., list[list[float]]]) -> None:
+        here = [float(id(each) in self._largest) for each in self._own.values()]
+        found = [max(column) for column in zip(*of_all_processes(*here), strict=True)]
+        if without := [name for name, reached in zip(self._own, found, strict=True) if not reached]:
+            raise UserError(
+                f"{len(without)} of {len(found)} weights got no gradient in the first step ({some(without)}), so they "
+                "would not be trained: the loss does not depend on them; name the modules that are to be trained with "
+                "--method last_layers --last_layers"
             )
 
 
@@ -314,7 +330,7 @@ class Watched(OnEngine):
         self._batches: list[dict[str, np.ndarray]] = []  # since the last optimizer step
         self._batch_losses: list[torch.Tensor] = []  # of these batches
         self._frozen: FrozenWeights | None = None
-        self._gradients: AdapterGradients | None = None  # of the first step
+        self._gradients: FirstGradients | None = None  # of the first step
         self._steps = 0  # of this process
         self.add_callback(self.seen)
         self.add_callback(_AfterStep(self))
@@ -326,7 +342,7 @@ class Watched(OnEngine):
             UserError: A check failed, or another process is gone.
             Stopped: SIGTERM or Ctrl-C was received; a checkpoint of the current step was saved.
         """
-        self._frozen, self._gradients, self._steps = None, AdapterGradients(self.adapted), 0
+        self._frozen, self._gradients, self._steps = None, FirstGradients(self.adapted), 0
         self._batches, self._batch_losses = [], []
         try:
             with self._request.listening():

@@ -1,0 +1,106 @@
+"""Samples during training: what is kept, that it goes on when resumed, and that it changes nothing of training."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from plainlora.training.samples import undisturbed
+from tests.conftest import make_model, random_ids
+from tests.recipes.conftest import RunSFT, run_sft  # noqa: F401  # fixtures
+
+PROMPTS = ["--sample_prompts", "Say 1.", "Say 2.", "--max_new_tokens", "6"]
+STEPS = ["--sample_steps", "2"]
+
+
+def saved(folder: Path) -> dict[str, bytes]:
+    return {
+        name: (folder / name).read_bytes()
+        for name in ("adapter_model.safetensors", "model.safetensors")
+        if (folder / name).exists()
+    }
+
+
+def history(folder: Path) -> list[dict[str, float]]:
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [
+        {name: value for name, value in entry.items() if not re.search("runtime|per_second", name)} for entry in log
+    ]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_training_is_the_same_to_the_last_bit_with_and_without(
+    run_sft: RunSFT,  # noqa: F811
+    method: str,
+) -> None:
+    # Dropout draws from the random stream in every step, GPT-2's own and the adapter's.
+    flags = ["--method", method, *PROMPTS, "--base_dropout", "0.1"]
+    without, with_ = run_sft("gpt2", "without", *flags), run_sft("gpt2", "with", *flags, *STEPS)
+    assert len(saved(with_)) == 1
+    assert saved(with_) == saved(without)
+    assert history(with_) == history(without)
+    for name in ("optimizer.pt", "rng_state.pth"):
+        both = [torch.load(each / "checkpoint-6" / name, weights_only=False) for each in (without, with_)]
+        assert str(both[0]) == str(both[1])
+
+
+def test_answers_are_kept_by_step_beside_the_bases(run_sft: RunSFT) -> None:  # noqa: F811
+    output = run_sft("llama", "run", *PROMPTS, *STEPS, "--learning_rate", "5e-2")
+    text = (output / "samples.md").read_text()
+    before, by_step = text.split("## By step\n")
+    assert re.findall(r"^(base|step \d+)$", by_step, re.MULTILINE) == ["base", "step 2", "step 4", "step 6"] * 2
+    blocks = re.findall(r"```text\n(.*?)\n```", by_step, re.DOTALL)
+    assert [blocks[0], blocks[5]] == ["Say 1.", "Say 2."]
+    # The base's and the last ones are those that the run measures at its end.
+    final = re.findall(r"```text\n(.*?)\n```", before, re.DOTALL)
+    assert final == ["Say 1.", blocks[1], blocks[4], "Say 2.", blocks[6], blocks[9]]
+    assert blocks[1] != blocks[4]
+
+
+def test_a_resumed_run_keeps_the_earlier_answers(run_sft: RunSFT) -> None:  # noqa: F811
+    flags = [*PROMPTS, *STEPS, "--learning_rate", "5e-2"]
+    whole = run_sft("llama", "whole", *flags)
+    shutil.copytree(whole / "checkpoint-3", whole.parent / "resumed" / "checkpoint-3")
+    resumed = run_sft("llama", "resumed", *flags, "--resume_from_checkpoint", "true")
+    assert (resumed / "samples.md").read_text() == (whole / "samples.md").read_text()
+    shutil.copytree(whole / "checkpoint-3", whole.parent / "others" / "checkpoint-3")
+    others = run_sft("llama", "others", *flags, "--resume_from_checkpoint", "true", "--sample_prompts", "Say 3.")
+    headings = re.findall(r"^(base|step \d+)$", (others / "samples.md").read_text(), re.MULTILINE)
+    assert headings == ["base", "step 4", "step 6"]
+
+
+def test_tensorboard_gets_them_as_text(run_sft: RunSFT) -> None:  # noqa: F811
+    output = run_sft("llama", "run", *PROMPTS, *STEPS, "--report_to", "tensorboard")
+    (folder,) = (output / "runs").iterdir()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    for number in (1, 2):
+        found = events.Tensors(f"samples/{number}/text_summary")
+        assert [event.step for event in found] == [0, 2, 4, 6]
+        assert found[0].tensor_proto.string_val[0].decode().startswith(f"Say {number}.\n\n---\n\n")
+
+
+def test_without_a_prompt_it_is_refused(run_sft: RunSFT, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    with pytest.raises(SystemExit) as stopped:
+        run_sft("llama", "run", *STEPS, "--exact_match_rows", "0", config="recipes/quickstart/lora.yaml")
+    assert stopped.value.code == 2
+    assert "sample_steps answers the sample prompts, and there are none" in capfd.readouterr().err
+
+
+def test_modes_and_random_streams_are_restored() -> None:
+    model = make_model("gpt2").train()
+    model.transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    with undisturbed(model, torch.device("cpu")):
+        torch.rand(7)
+        assert not model(random_ids()).logits.requires_grad
+        assert not any(module.training for module in model.modules())
+    assert torch.equal(torch.rand(4), expected)
+    assert [module.training for module in model.modules()] == modes
