@@ -29,6 +29,7 @@ FIXED_BY_CHECKPOINT = (
     *("r", "lora_alpha", "use_rslora", "lora_dropout", "bias", "rank_pattern", "alpha_pattern", "modules_to_save"),
     *("exclude_modules", "layers_to_transform", "base_model_name_or_path"),
 )
+CHOSEN_BY_EVA = ("rank_pattern", "alpha_pattern", "target_modules")
 CONDENSED_FROM = 20  # names; PEFT replaces so many target_modules by shorter ones that match the same modules
 
 
@@ -221,11 +222,10 @@ def check_same_adapter(checkpoint: str | Path, config: LoraConfig) -> None:
     names = [*FIXED_BY_CHECKPOINT, *sorted({*find_unsupported(saved), *find_unsupported(config)})]
     if config.target_parameters is None and "target_parameters" in names:
         names.remove("target_parameters")  # PEFT turned names of experts into them
-    if config.init_lora_weights == "eva":
-        names = [name for name in names if name not in ("rank_pattern", "alpha_pattern")]  # EVA chose them
     targets = (saved.target_modules, config.target_modules)
     if all(isinstance(value, (list, set)) and len(value) < CONDENSED_FROM for value in targets):
         names.append("target_modules")
+    names = [name for name in names if config.init_lora_weights != "eva" or name not in CHOSEN_BY_EVA]
     for name in names:
         before, now = (_comparable(name, getattr(one, name)) for one in (saved, config))
         if isinstance(before, (list, set)) and isinstance(now, (list, set)):
