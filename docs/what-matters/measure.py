@@ -1,9 +1,9 @@
 """Learning rate, rank and variant against the final test loss, for `results.json`, `results.md` and a picture.
 
-    python -m docs.what-matters.measure [--seeds 0 1 2] [--base PATH --rows FOLDER --name NAME --steps N]
+    python -m docs.what-matters.measure [--seeds 0 1 2] [--name NAME] [-- FLAG ...]
 
-Every run is the quickstart's recipe for one epoch of its rows, or of a base and rows given, with alpha 32. A run that is
-in the results already is not made again.
+Every run is the quickstart's recipe for one epoch, or that recipe with other flags, with alpha 32. A run that is in the
+results already is not made again.
 """
 
 import argparse
@@ -53,8 +53,8 @@ def train(method: str, rate: float, seed: int, folder: Path, more: tuple[str, ..
         *("--learning_rate", str(rate), "--seed", str(seed), *METHODS[method], *alpha, *more),
     )
     results = json.loads((folder / "all_results.json").read_text())
-    kept = ("eval_loss_base", "eval_loss", "trainable_params", "train_runtime")
-    return {name: results[name] for name in kept}
+    found = {name: results[name] for name in ("eval_loss_base", "trainable_params", "train_runtime")}
+    return found | {"eval_loss": results["eval_loss" if method == "full" else "eval_loss_adapter"]}
 
 
 def losses(results: dict[str, Any], method: str, rate: float) -> list[float]:
@@ -67,9 +67,8 @@ def write_table(name: str, results: dict[str, Any]) -> str:
     columns = sorted({*RATES, *RATES_OF_FULL})
     rows = []
     for method in METHODS:
-        medians = {
-            rate: statistics.median(found) for rate in rates(method) if (found := losses(results, method, rate))
-        }
+        there = {rate: losses(results, method, rate) for rate in rates(method)}
+        medians = {rate: statistics.median(found) for rate, found in there.items() if found}
         if not medians:
             continue
         best = min(medians, key=medians.__getitem__)
@@ -89,11 +88,9 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
             there = [(rate, losses(found, method, rate)) for rate in rates(method)]
             there = [(rate, each) for rate, each in there if each]
             if there:
-                x, all_losses = zip(*there, strict=True)
-                axes.plot(
-                    x, [statistics.median(each) for each in all_losses], color=colour, marker="o", ms=4, label=method
-                )
-                axes.fill_between(x, list(map(min, all_losses)), list(map(max, all_losses)), color=colour, alpha=0.12)
+                x, seeds = zip(*there, strict=True)
+                axes.plot(x, list(map(statistics.median, seeds)), color=colour, marker="o", ms=4, label=method)
+                axes.fill_between(x, list(map(min, seeds)), list(map(max, seeds)), color=colour, alpha=0.12)
         base = next(iter(found.values()))["eval_loss_base"]
         axes.axhline(base, color="#9aa5b1", linestyle=":", label=f"base ({base:.2f})")
         axes.set(xscale="log", xlabel="learning rate", ylabel="test loss (nats per token)", title=name)
@@ -111,9 +108,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     parser.add_argument("--name", default="quickstart's base", help="of the base, in the results")
     parser.add_argument("--work", default="outputs/what-matters")
-    parser.add_argument(
-        "flags", nargs="*", metavar="-- FLAG", help="more of the recipe's flags: another base and rows"
-    )
+    parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="more of the recipe's flags")
     args = parser.parse_args()
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
     file = HERE / "results.json"
