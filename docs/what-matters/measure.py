@@ -2,8 +2,8 @@
 
     python -m docs.what-matters.measure [--seeds 0 1 2] [--name NAME] [-- FLAG ...]
 
-Every run is the quickstart's recipe for one epoch, or that recipe with other flags, with alpha 32. A run that is in the
-results already is not made again.
+Every run is the quickstart's recipe for one epoch, or that recipe with other flags, with alpha 32. A run that is in
+the results already is not made again.
 """
 
 import argparse
