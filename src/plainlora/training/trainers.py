@@ -226,11 +226,12 @@ class AdapterTrainer(_TrainerOverrides, PredictedTokensCounted, TokenEvaluation,
                 use_documents(self, isolation)
             check_isolation(isolation, type(base).__name__, packed if self.padding_free else None, batches)
 
-    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As `Watched`'s; examines the base before the first step."""
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As `OnEngine`'s; examines a sharded base, which computes only now, before a batch is collated."""
+        prepared = super()._prepare_for_training(*args, **kwargs)
         if not self._examined:
-            self._examine_base(model)
-        return super().training_step(model, *args, **kwargs)
+            self._examine_base(cast(nn.Module, self.model_wrapped))
+        return prepared
 
     def training_rows(self) -> list[list[int]]:
         """The rows before SFTTrainer packed them."""
