@@ -21,6 +21,7 @@ from plainlora.fast.isolation import isolation_of
 from plainlora.fast.loss_head import base_of, evaluating, use_own_loss
 from plainlora.run.checkpoints import past_the_end
 from plainlora.training.batching import check_isolation
+from plainlora.training.classifier_loss import RowEvaluation
 from plainlora.training.evaluation_loss import TokenEvaluation
 from plainlora.training.last_batch import TrainsRowsOnce
 from plainlora.training.saving import AtomicSaves
@@ -249,7 +250,7 @@ class AdapterTrainer(_TrainerOverrides, PredictedTokensCounted, TokenEvaluation,
         super().log(logs, start_time)
 
 
-class ClassifierTrainer(_TrainerOverrides):
+class ClassifierTrainer(_TrainerOverrides, RowEvaluation, TrainsRowsOnce):
     """Trainer for a sequence classifier with an adapter of any back end, or for its own weights."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
