@@ -30,9 +30,9 @@ from plainlora.interruption import Stopped, StopRequest, stop_at_once
 from plainlora.lora.errors import some
 from plainlora.lora.numerics import is_finite
 from plainlora.lora.storage.tensors import inner_tensors
+from plainlora.lost import describe_lost, is_of_another_process
 from plainlora.run.checkpoints import newest_checkpoint
 from plainlora.training.engines.engine import shard_of
-from plainlora.training.engines.lost import is_of_another_process, lost_process
 from plainlora.training.engines.trainer import OnEngine
 
 OF_ALL_STEPS = ("train_loss", "train_samples_per_second", "train_steps_per_second")  # Trainer's names
@@ -328,14 +328,13 @@ class Watched(OnEngine):
         """
         self._frozen, self._gradients, self._steps = None, AdapterGradients(self.adapted), 0
         self._batches, self._batch_losses = [], []
-        try:
-            with self._request.listening():
+        with self._request.listening():  # still, when the launcher ends this process because another one is gone
+            try:
                 outcome = super().train(*args, **kwargs)
-        except RuntimeError as error:
-            if self.accelerator.num_processes == 1 or not is_of_another_process(error):
-                raise
-            folder = str(self.args.output_dir)
-            raise lost_process(error, newest_checkpoint(folder), folder) from error
+            except RuntimeError as error:
+                if self.accelerator.num_processes == 1 or not is_of_another_process(error):
+                    raise
+                raise UserError(f"{describe_lost(error)}, so training stopped; {self._way_on()}") from error
         if self._steps < self.state.global_step:  # resumed: Trainer would divide by the steps of all parts
             for name in OF_ALL_STEPS:
                 outcome.metrics.pop(name, None)
@@ -349,6 +348,13 @@ class Watched(OnEngine):
             )
             raise Stopped(self.stopping, message if self.is_world_process_zero() else "")
         return outcome
+
+    def _way_on(self) -> str:
+        """How to go on from what is saved, in one clause."""
+        folder = str(self.args.output_dir)
+        if kept := newest_checkpoint(folder):
+            return f"{kept} is kept; resume with the same command and --resume_from_checkpoint true"
+        return f"{folder} holds no checkpoint yet; give the same command again"
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As Trainer's, with `KeepsRowsOnHost`.
