@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -84,13 +85,19 @@ def log_of(launch: Launch, folder: Path) -> Path:
 
 
 @contextmanager
-def launched(launch: Launch, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A running launch, whose output goes to a log; what is left of it at the end is killed."""
+def launched(launch: Launch, folder: Path, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A running launch, whose output goes to a log; what is left of it at the end is killed.
+
+    Args:
+        launch: The launch.
+        folder: Of its folder and log.
+        **options: Of `subprocess.Popen`.
+    """
     write_rows(folder, launch.rows)
     with log_of(launch, folder).open("w") as log:
         process = subprocess.Popen(
             command_of(launch, folder), cwd=ROOT, env=environment() | {"PYTHONUNBUFFERED": "1"}, stdout=log,
-            stderr=log, start_new_session=True,
+            stderr=log, start_new_session=True, **options,
         )  # fmt: skip
     try:
         yield process

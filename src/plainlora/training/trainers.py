@@ -231,7 +231,7 @@ class AdapterTrainer(_TrainerOverrides, PredictedTokensCounted, TokenEvaluation,
         """As `OnEngine`'s; examines a sharded base, which computes only now, before a batch is collated."""
         prepared = super()._prepare_for_training(*args, **kwargs)
         if not self._examined:
-            self._examine_base(cast(nn.Module, self.model_wrapped))
+            self._examine_base(self.model_wrapped)
         return prepared
 
     def training_rows(self) -> list[list[int]]:
