@@ -26,12 +26,21 @@ class Stopped(BaseException):
 
     Args:
         number: The signal's number.
-        message: What was saved and how to resume, in one line; empty if another process prints it.
+        what: What happened, in one clause; empty if another process says it.
+
+    Attributes:
+        way: How to go on, in one clause.
+        exit_code: A shell's for a program that a signal ended.
     """
 
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + number  # a shell's exit code for a program that a signal ended
+    way = AGAIN_OR_ON
+
+    def __init__(self, number: int, what: str) -> None:
+        super().__init__(what)
+        self.exit_code = 128 + number
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}; {self.way}" if self.args[0] else ""
 
 
 class _Reminder:
@@ -92,7 +101,7 @@ def what_is_lost() -> str:
 def stop_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
     """Raises `Stopped`, and again until it reaches the end of `ended_by_signals`."""
     _reminder.start(number)
-    raise Stopped(number, f"{signal.Signals(number).name}: {what_is_lost() or 'stopped'}; {AGAIN_OR_ON}")
+    raise Stopped(number, f"{signal.Signals(number).name}: {what_is_lost() or 'stopped'}")
 
 
 @contextmanager
@@ -132,6 +141,8 @@ class StopRequest:
     def note(self, number: int, frame: FrameType | None = None) -> None:
         """Records a signal. Another one after more than `ECHO` seconds stops at once.
 
+        So does the first one if another process is gone, for then this step cannot end.
+
         One Ctrl-C can arrive three times: directly, passed on by the launcher, and, when the launcher dies of it, by
         `stop_with_launcher`.
         """
@@ -139,10 +150,11 @@ class StopRequest:
             stop_at_once(number)
         if not self.number:
             self.number, self._since = number, time.monotonic()
-            name, lost = signal.Signals(number).name, what_is_lost()
-            follows = lost or f"ending this step, then saving; again after {ECHO:.0f} s: at once"
+            if what_is_lost():
+                stop_at_once(number)
+            name = signal.Signals(number).name
             # Not print, which raises if the handler interrupts another print to the same stream.
-            os.write(2, f"\n{name}: {follows}\n".encode())
+            os.write(2, f"\n{name}: ending this step, then saving; again after {ECHO:.0f} s: at once\n".encode())
 
     @contextmanager
     def listening(self) -> Iterator[None]:

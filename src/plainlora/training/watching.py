@@ -330,11 +330,10 @@ class Watched(OnEngine):
         self._batches, self._batch_losses = [], []
         with self._request.listening():  # still, when the launcher ends this process because another one is gone
             try:
-                outcome = super().train(*args, **kwargs)
-            except RuntimeError as error:
-                if self.accelerator.num_processes == 1 or not is_of_another_process(error):
-                    raise
-                raise UserError(f"{describe_lost(error)}, so training stopped; {self._way_on()}") from error
+                outcome = self._train(*args, **kwargs)
+            except Stopped as stopped:
+                stopped.way = self._way_on()
+                raise
         if self._steps < self.state.global_step:  # resumed: Trainer would divide by the steps of all parts
             for name in OF_ALL_STEPS:
                 outcome.metrics.pop(name, None)
@@ -342,12 +341,20 @@ class Watched(OnEngine):
             stop_at_once(self._request.number)
         if self.stopping:
             step, output = self.state.global_step, self.args.output_dir
-            message = (
-                f"stopped after step {step} of {self.state.max_steps}; {output}/checkpoint-{step} is saved; resume "
-                "with the same command and --resume_from_checkpoint true"
-            )
-            raise Stopped(self.stopping, message if self.is_world_process_zero() else "")
+            what = f"stopped after step {step} of {self.state.max_steps}; {output}/checkpoint-{step} is saved"
+            stopped = Stopped(self.stopping, what if self.is_world_process_zero() else "")
+            stopped.way = "resume with the same command and --resume_from_checkpoint true"
+            raise stopped
         return outcome
+
+    def _train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's `train`; the loss of another process is reported in one line."""
+        try:
+            return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if self.accelerator.num_processes == 1 or not is_of_another_process(error):
+                raise
+            raise UserError(f"{describe_lost(error)}, so training stopped; {self._way_on()}") from error
 
     def _way_on(self) -> str:
         """How to go on from what is saved, in one clause."""
