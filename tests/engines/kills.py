@@ -167,7 +167,7 @@ def moments(draw: random.Random, whole: float, save: float) -> Iterator[Moment]:
         save: Seconds of a save.
     """
     while True:
-        yield Moment(draw.randint(1, STEPS), draw.uniform(0, save))
+        yield Moment(draw.randint(1, STEPS), draw.uniform(0, save / 2))  # until it is seen, some of it is over
         yield Moment(0, draw.uniform(0, whole))
 
 
