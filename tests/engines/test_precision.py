@@ -11,7 +11,7 @@ from tests.engines.matrix import Launch, carry_out
 
 @pytest.mark.integration
 def test_zero_2_in_bf16_has_a_bf16_adapter_and_a_float32_copy_of_it(tmp_path: Path) -> None:
-    flags = ("--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1", "--precision", "bf16")
+    flags = ("--max_steps", "2", "--save_strategy", "steps", "--save_steps", "2", "--precision", "bf16")
     launch = Launch("run", "deepspeed_zero2", 2, 400, (*flags, "--exact_match_rows", "1", "--max_new_tokens", "1"))
     assert carry_out(launch, tmp_path) == ""
     (line,) = [line for line in (tmp_path / "run.log").read_text().splitlines() if line.startswith("number formats")]
@@ -19,7 +19,7 @@ def test_zero_2_in_bf16_has_a_bf16_adapter_and_a_float32_copy_of_it(tmp_path: Pa
         "number formats: base bfloat16, compute bfloat16, by DeepSpeed, adapter bfloat16, with a float32 copy in the "
         "optimizer, optimizer state float32 (adamw_torch_fused)"
     )
-    checkpoint = tmp_path / "run" / "checkpoint-1"
+    checkpoint = tmp_path / "run" / "checkpoint-2"
     adapter = load_file(checkpoint / "adapter_model.safetensors").values()
     assert {tensor.dtype for tensor in adapter} == {torch.bfloat16}
     state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"].values()

@@ -342,9 +342,9 @@ class Watched(OnEngine):
         if self.stopping:
             step, output = self.state.global_step, self.args.output_dir
             what = f"stopped after step {step} of {self.state.max_steps}; {output}/checkpoint-{step} is saved"
-            stopped = Stopped(self.stopping, what if self.is_world_process_zero() else "")
-            stopped.way = "resume with the same command and --resume_from_checkpoint true"
-            raise stopped
+            ended = Stopped(self.stopping, what if self.is_world_process_zero() else "")
+            ended.way = "resume with the same command and --resume_from_checkpoint true"
+            raise ended
         return outcome
 
     def _train(self, *args: Any, **kwargs: Any) -> Any:
