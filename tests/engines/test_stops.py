@@ -16,7 +16,7 @@ import pytest
 from plainlora.run.checkpoints import find_problem
 from plainlora.run.folder import UNFINISHED, list_checkpoints
 from tests.engines import kills, matrix
-from tests.engines.kills import CONFIGS, launched, log_of
+from tests.engines.kills import CONFIGS, Moment, launched, log_of
 from tests.engines.matrix import Launch, carry_out
 
 STEPS = 40
@@ -125,11 +125,18 @@ def test_u10_a_disk_that_is_full_for_the_process_that_writes_ends_both_and_loses
 
 @pytest.mark.slow
 def test_u10_processes_that_are_killed_end_their_job_and_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    found = list(kills.run(6, ["ddp", "deepspeed_zero3", "fsdp2"], 6, tmp_path))
-    assert [each for each in found if not each.holds] == []
-    assert {each.rank for each in found} == {0, 1}
-    assert sum(each.inside_a_save for each in found) >= 2
-    assert all("is gone" in each.said for each in found)
+    engines, found = ("ddp", "deepspeed_zero3", "fsdp2"), []
+    whole = {engine: kills.measure(engine, tmp_path)[0] for engine in engines}
+    moments = [*(Moment(saves, 0.0) for saves in (2, 5, 9, 14)), Moment(0, 0.5), Moment(0, whole["fsdp2"] / 2)]
+    for number, moment in enumerate(moments):
+        engine = engines[number % 3]
+        found.append(kills.kill(engine, (number // 3 + number) % 2, moment, f"{engine}, {number}", tmp_path))
+    ended = [each for each in found if each is not None]
+    assert len(ended) == 6
+    assert [each for each in ended if not each.holds] == []
+    assert {each.rank for each in ended} == {0, 1}
+    assert sum(each.inside_a_save for each in ended) >= 2
+    assert sum(bool(each.said) for each in ended) >= 4  # not of one that had done all its work
 
 
 def test_the_table_of_the_docs_is_that_of_the_kills() -> None:
