@@ -5,8 +5,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from plainlora.interruption import Stopped, ended_by_signals, stop_with_launcher
+from plainlora.interruption import AGAIN_OR_ON, Stopped, ended_by_signals, stop_with_launcher
 from plainlora.lora.errors import LoRAError
+from plainlora.lost import describe_lost, is_of_another_process
 
 EXIT_CODE = 2
 LONGEST = 1500  # characters of a line
@@ -75,11 +76,19 @@ def one_line_errors() -> Iterator[None]:
 
 
 def run_program(main: Callable[[], None]) -> None:
-    """Runs a training program's `main` under `one_line_errors`. Ctrl-C and SIGTERM print how to resume."""
+    """Runs a training program's `main` under `one_line_errors`.
+
+    Ctrl-C, SIGTERM and the loss of another process print how to resume.
+    """
     stop_with_launcher()
     try:
         with ended_by_signals(), one_line_errors():
-            main()
+            try:
+                main()
+            except RuntimeError as error:
+                if not is_of_another_process(error):
+                    raise
+                raise UserError(f"{describe_lost(error)}; {AGAIN_OR_ON}") from error
     except Stopped as stopped:
         sys.stdout.flush()
         if str(stopped):

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end training after the current step, with a checkpoint."""
+"""SIGTERM and Ctrl-C end training after the current step, with a checkpoint, if every process is still there."""
 
 import ctypes
 import os
@@ -7,13 +7,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
+
+import psutil
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO = 5.0  # seconds in which a signal sent once may arrive several times
 AGAIN = 0.5  # seconds after which a signal is sent again if its `Stopped` was caught
+AGAIN_OR_ON = "give the same command again, with --resume_from_checkpoint true if output_dir holds a checkpoint"
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 Handler = Callable[[int, FrameType | None], object]
 
@@ -23,12 +26,21 @@ class Stopped(BaseException):
 
     Args:
         number: The signal's number.
-        message: What was saved and how to resume, in one line; empty if another process prints it.
+        what: What happened, in one clause; empty if another process says it.
+
+    Attributes:
+        way: How to go on, in one clause.
+        exit_code: A shell's for a program that a signal ended.
     """
 
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + number  # a shell's exit code for a program that a signal ended
+    way = AGAIN_OR_ON
+
+    def __init__(self, number: int, what: str) -> None:
+        super().__init__(what)
+        self.exit_code = 128 + number
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}; {self.way}" if self.args[0] else ""
 
 
 class _Reminder:
@@ -60,14 +72,36 @@ class _Reminder:
 _reminder = _Reminder()
 
 
+def lost_ranks() -> list[int]:
+    """Ranks of this run's processes on this machine that are gone, by what their launcher still has.
+
+    `accelerate launch` ends the others by SIGTERM then. So this tells that signal from one that a person sent.
+
+    Returns:
+        None if it cannot be known, as without a launcher.
+    """
+    alive = set()
+    with suppress(psutil.Error):
+        for process in psutil.Process(os.getppid()).children():
+            with suppress(psutil.Error):  # of one that has just ended
+                alive.add(process.environ().get("RANK"))
+    if (own := os.environ.get("RANK")) is None or own not in alive:
+        return []
+    first = int(own) - int(os.environ["LOCAL_RANK"])
+    return [rank for rank in range(first, first + int(os.environ["LOCAL_WORLD_SIZE"])) if str(rank) not in alive]
+
+
+def what_is_lost() -> str:
+    """`process 1 is gone`; empty if none is, as far as can be known."""
+    lost = lost_ranks()
+    many = len(lost) > 1
+    return f"process{'es' * many} {', '.join(map(str, lost))} {'are' if many else 'is'} gone" if lost else ""
+
+
 def stop_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
     """Raises `Stopped`, and again until it reaches the end of `ended_by_signals`."""
     _reminder.start(number)
-    raise Stopped(
-        number,
-        f"{signal.Signals(number).name}: stopped; give the same command again, with --resume_from_checkpoint true if "
-        "output_dir holds a checkpoint",
-    )
+    raise Stopped(number, f"{signal.Signals(number).name}: {what_is_lost() or 'stopped'}")
 
 
 @contextmanager
@@ -107,6 +141,8 @@ class StopRequest:
     def note(self, number: int, frame: FrameType | None = None) -> None:
         """Records a signal. Another one after more than `ECHO` seconds stops at once.
 
+        So does the first one if another process is gone, for then this step cannot end.
+
         One Ctrl-C can arrive three times: directly, passed on by the launcher, and, when the launcher dies of it, by
         `stop_with_launcher`.
         """
@@ -114,6 +150,8 @@ class StopRequest:
             stop_at_once(number)
         if not self.number:
             self.number, self._since = number, time.monotonic()
+            if what_is_lost():
+                stop_at_once(number)
             name = signal.Signals(number).name
             # Not print, which raises if the handler interrupts another print to the same stream.
             os.write(2, f"\n{name}: ending this step, then saving; again after {ECHO:.0f} s: at once\n".encode())

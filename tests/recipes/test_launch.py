@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from plainlora.run.checkpoints import find_problem
 from plainlora.run.folder import UNFINISHED, list_checkpoints
 from tests.conftest import ROOT
+from tests.engines.matrix import logged, relative
 
 
 def launch(processes: int, batch_size: int, output: Path, model: Path, rows: Path) -> None:
@@ -142,3 +143,54 @@ def test_two_processes_train_what_one_process_trains_with_twice_the_batch(
     # Of 7 test rows, two processes with batches of 2 would measure one twice.
     for name, rel in (("eval_loss_base", 1e-6), ("eval_loss_adapter", 1e-4)):
         assert results[1][name] == pytest.approx(results[0][name], rel=rel)
+
+
+def launch_classifier(processes: int, output: Path, model: Path, rows: Path) -> None:
+    """Two epochs of 41 rows, eight a step, with 13 rows to evaluate: both uneven on two processes."""
+    size = str(8 // processes)
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
+        *("--config_file", "accelerate_configs/cpu.yaml", "--num_processes", str(processes)),
+        *("--main_process_port", "0", "recipes/classify.py", "--config", "recipes/distilbert-imdb/lora.yaml"),
+        *("--model_name_or_path", str(model), "--dataset_name", str(rows), "--output_dir", str(output)),
+        *("--labels", "ham", "spam", "--text_column", "text", "--validation_split_size", "13"),
+        *("--test_split_size", "13", "--max_train_rows", "41", "--num_train_epochs", "2"),
+        *("--per_device_train_batch_size", size, "--per_device_eval_batch_size", size),
+        *(
+            "--bf16",
+            "false",
+            "--dtype",
+            "float32",
+            "--base_dropout",
+            "0",
+            "--lora_dropout",
+            "0",
+            "--adam_epsilon",
+            "1e-5",
+        ),
+        *("--learning_rate", "5e-3", "--report_to", "none", "--logging_steps", "1", "--save_strategy", "no"),
+        *("--eval_strategy", "steps", "--eval_steps", "4", "--label_smoothing_factor", "0.1"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[:6000]
+
+
+def test_a_classifier_trains_and_counts_every_row_once_on_two_processes(
+    tmp_path: Path, backbone_dirs: dict[str, Path], texts_file: Path
+) -> None:
+    """Of the last step of an epoch, one row, the second process has none."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    launch_classifier(1, one, backbone_dirs["distilbert"], texts_file)
+    launch_classifier(2, two, backbone_dirs["distilbert"], texts_file)
+    for name in ("loss", "eval_loss", "eval_accuracy", "eval_f1"):
+        expected, found = (logged(folder, name) for folder in (one, two))
+        assert expected
+        assert found == pytest.approx(expected, rel=1e-5)
+    alone, together = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
+    assert max(relative(together[name], alone[name]) for name in alone) < 1e-4
+    results = [json.loads((folder / "all_results.json").read_text()) for folder in (one, two)]
+    for split in ("validation", "test"):
+        for name in (f"{split}_confusion", f"{split}_confusion_base", f"{split}_accuracy", f"{split}_f1"):
+            assert results[1][name] == results[0][name]
+        assert sum(map(sum, results[1][f"{split}_confusion"])) == 13
+        assert results[1][f"{split}_loss"] == pytest.approx(results[0][f"{split}_loss"], rel=1e-5)

@@ -47,6 +47,7 @@ from plainlora.tasks.plan import AdapterPlan, TrainableModel, check_room, load_p
 from plainlora.tasks.projections import find_head
 from plainlora.tasks.rows import PreparedTexts
 from plainlora.tasks.summary import classifier_summary
+from plainlora.training.classifier_loss import mean_over_rows
 from plainlora.training.early_stopping import early_stopping
 from plainlora.training.metrics import Scores, flatten, judge_rows, score
 from plainlora.training.metrics import measure as measure_rows
@@ -224,6 +225,7 @@ def make_trainer(
         eval_dataset=texts.validation,
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),  # pads to the longest text of the batch
+        compute_loss_func=partial(mean_over_rows, smoothing=settings.training.label_smoothing_factor),
         compute_metrics=partial(score, classes=len(texts.labels)),
         preprocess_logits_for_metrics=judge_rows,
         loraplus_lr_ratio=settings.recipe.loraplus_lr_ratio,

@@ -10,15 +10,21 @@ from typing import Any, cast
 
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import DataLoader, Sampler
-from trl import SFTTrainer
+from transformers import Trainer
 
 
 def with_unlabelled(rows: Dataset, count: int) -> Dataset:
-    """Appends `count` copies of a short row without labels, which do not change a sum of losses."""
+    """Appends `count` copies of a short row without labels, which do not change a sum of losses.
+
+    Args:
+        rows: Rows whose `labels` are one for each token, or one for the row.
+        count: How many.
+    """
     if not count:
         return rows
     row = min(rows.select(range(min(64, len(rows)))), key=lambda row: len(row["input_ids"]))
-    more = [row | {"labels": [-100] * len(row["labels"])}] * count
+    labels = [-100] * len(row["labels"]) if isinstance(row["labels"], list) else -100
+    more = [row | {"labels": labels}] * count
     return concatenate_datasets([rows, Dataset.from_list(more, features=rows.features)])
 
 
@@ -41,8 +47,8 @@ class Then(Sampler[int]):
             self.sampler.set_epoch(epoch)
 
 
-class TrainsRowsOnce(SFTTrainer):
-    """SFTTrainer that trains every row once an epoch, in the same order on any number of processes."""
+class TrainsRowsOnce(Trainer):
+    """Trainer that trains every row once an epoch, in the same order on any number of processes."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As Trainer's, with rows without labels at the end of an epoch."""
@@ -58,7 +64,10 @@ class TrainsRowsOnce(SFTTrainer):
         finally:
             self.train_dataset, self._own_rows = rows, None
         # Only now: Accelerate replaces a random sampler, which it recognises, by one that depends on the epoch.
-        loader.set_sampler(Then(loader.get_sampler(), len(rows), len(rows) + missing))
+        # Another one, as for `group_by_length`, it leaves in the batches that it shards.
+        sampler = loader.get_sampler()
+        sampler = loader.batch_sampler.batch_sampler.sampler if sampler is None else sampler
+        loader.set_sampler(Then(sampler, len(rows), len(rows) + missing))
         return cast(DataLoader[Any], loader)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:

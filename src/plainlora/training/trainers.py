@@ -25,6 +25,7 @@ from plainlora.fast.loss_head import base_of, evaluating, use_own_loss
 from plainlora.lora.errors import some
 from plainlora.run.checkpoints import past_the_end
 from plainlora.training.batching import check_isolation
+from plainlora.training.classifier_loss import RowEvaluation
 from plainlora.training.evaluation_loss import TokenEvaluation
 from plainlora.training.last_batch import TrainsRowsOnce
 from plainlora.training.loraplus import WithLoRAPlus
@@ -248,11 +249,12 @@ class AdapterTrainer(_TrainerOverrides, PredictedTokensCounted, TokenEvaluation,
                 use_documents(self, isolation)
             check_isolation(isolation, type(base).__name__, packed if self.padding_free else None, batches)
 
-    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As `Watched`'s; examines the base before the first step."""
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As `OnEngine`'s; examines a sharded base, which computes only now, before a batch is collated."""
+        prepared = super()._prepare_for_training(*args, **kwargs)
         if not self._examined:
-            self._examine_base(model)
-        return super().training_step(model, *args, **kwargs)
+            self._examine_base(self.model_wrapped)
+        return prepared
 
     def training_rows(self) -> list[list[int]]:
         """The rows before SFTTrainer packed them."""
@@ -270,7 +272,7 @@ class AdapterTrainer(_TrainerOverrides, PredictedTokensCounted, TokenEvaluation,
         super().log(logs, start_time)
 
 
-class ClassifierTrainer(_TrainerOverrides):
+class ClassifierTrainer(_TrainerOverrides, RowEvaluation, TrainsRowsOnce):
     """Trainer for a sequence classifier with an adapter of any back end, or for its own weights."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -30,9 +30,9 @@ from plainlora.interruption import Stopped, StopRequest, stop_at_once
 from plainlora.lora.errors import some
 from plainlora.lora.numerics import is_finite
 from plainlora.lora.storage.tensors import inner_tensors
+from plainlora.lost import describe_lost, is_of_another_process
 from plainlora.run.checkpoints import newest_checkpoint
 from plainlora.training.engines.engine import shard_of
-from plainlora.training.engines.lost import is_of_another_process, lost_process
 from plainlora.training.engines.trainer import OnEngine
 
 OF_ALL_STEPS = ("train_loss", "train_samples_per_second", "train_steps_per_second")  # Trainer's names
@@ -344,14 +344,12 @@ class Watched(OnEngine):
         """
         self._frozen, self._gradients, self._steps = None, FirstGradients(self.adapted), 0
         self._batches, self._batch_losses = [], []
-        try:
-            with self._request.listening():
-                outcome = super().train(*args, **kwargs)
-        except RuntimeError as error:
-            if self.accelerator.num_processes == 1 or not is_of_another_process(error):
+        with self._request.listening():  # still, when the launcher ends this process because another one is gone
+            try:
+                outcome = self._train(*args, **kwargs)
+            except Stopped as stopped:
+                stopped.way = self._way_on()
                 raise
-            folder = str(self.args.output_dir)
-            raise lost_process(error, newest_checkpoint(folder), folder) from error
         if self._steps < self.state.global_step:  # resumed: Trainer would divide by the steps of all parts
             for name in OF_ALL_STEPS:
                 outcome.metrics.pop(name, None)
@@ -359,12 +357,27 @@ class Watched(OnEngine):
             stop_at_once(self._request.number)
         if self.stopping:
             step, output = self.state.global_step, self.args.output_dir
-            message = (
-                f"stopped after step {step} of {self.state.max_steps}; {output}/checkpoint-{step} is saved; resume "
-                "with the same command and --resume_from_checkpoint true"
-            )
-            raise Stopped(self.stopping, message if self.is_world_process_zero() else "")
+            what = f"stopped after step {step} of {self.state.max_steps}; {output}/checkpoint-{step} is saved"
+            ended = Stopped(self.stopping, what if self.is_world_process_zero() else "")
+            ended.way = "resume with the same command and --resume_from_checkpoint true"
+            raise ended
         return outcome
+
+    def _train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's `train`; the loss of another process is reported in one line."""
+        try:
+            return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if self.accelerator.num_processes == 1 or not is_of_another_process(error):
+                raise
+            raise UserError(f"{describe_lost(error)}, so training stopped; {self._way_on()}") from error
+
+    def _way_on(self) -> str:
+        """How to go on from what is saved, in one clause."""
+        folder = str(self.args.output_dir)
+        if kept := newest_checkpoint(folder):
+            return f"{kept} is kept; resume with the same command and --resume_from_checkpoint true"
+        return f"{folder} holds no checkpoint yet; give the same command again"
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As Trainer's, with `KeepsRowsOnHost`.

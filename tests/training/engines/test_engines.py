@@ -59,7 +59,7 @@ def train(
     trainer.engine.reshard(trainer.adapted)
     frozen = [parameter for parameter in trainer.adapted.parameters() if not parameter.requires_grad]
     held = sum(shard_of(parameter).numel() for parameter in frozen)
-    # Chosen in the first step, where a sharded model can compute for the first time.
+    # Chosen when the model has been sharded, and before the first batch.
     assert trainer.padding_free
     assert trainer.adapted.config._attn_implementation == "plainlora"
     trainer.save_model()
@@ -101,6 +101,11 @@ def train_together(rank: int, folder: Path, resume: str | None) -> dict[str, Any
     return train(folder, "FSDP2", 2, resume)
 
 
+def train_with_dropout(rank: int, folder: Path, resume: str | None) -> dict[str, Any]:
+    ask_for_fsdp2()
+    return train(folder, "dropout", 2, resume, lora_dropout=0.5)
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> tuple[Path, dict[str, Any]]:
     """One process, in this one."""
@@ -140,6 +145,20 @@ def test_two_processes_compute_and_save_what_one_does(alone: tuple[Path, dict[st
     (ours / "adapter_model.safetensors").unlink()
     in_two_processes(tmp_path / "second", train_together, folder, str(theirs / "checkpoint-2"))
     assert differ(ours, theirs) < 1e-4
+
+
+def test_a_sharded_run_that_is_resumed_draws_the_same_dropout(
+    alone: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Its first batch is laid out as the others: what is drawn depends on the shape."""
+    folder, _ = alone
+    weights, found = folder / "dropout" / "adapter_model.safetensors", []
+    for name, resume in (("whole", None), ("resumed", str(folder / "dropout" / "checkpoint-2"))):
+        (tmp_path / name).mkdir()
+        in_two_processes(tmp_path / name, train_with_dropout, folder, resume)
+        found.append(weights.read_bytes())
+        weights.unlink()
+    assert found[0] == found[1]
 
 
 def test_a_process_that_is_left_alone_says_what_is_kept(alone: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
