@@ -24,6 +24,8 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)  # PEFT, on Conv1D
 warnings.filterwarnings("ignore", message="Unexpected keyword arguments", category=UserWarning)  # see `read_config`
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# DeepSpeed, where it is installed, says on every CPU that it found no accelerator, whether it is used or not.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 def show_uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
