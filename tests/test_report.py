@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from peft import LoraConfig
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from plainlora.hub.model_card import write_sft_card
@@ -37,6 +38,7 @@ def arguments(folder: Path, **options: Any) -> tuple[SFTArguments, ScriptArgumen
 def card(folder: Path, template: bool = True, **options: Any) -> ModelCard:
     if template:
         (folder / "chat_template.jinja").write_text("{{ messages }}")
+    LoraConfig(r=16, target_modules=["c_attn"]).save_pretrained(folder)
     write_sft_card(folder, Settings(*arguments(folder, **options)), {"eval_loss_adapter": 1.5, **RESULTS})
     return ModelCard.load(folder / "README.md")
 
@@ -114,6 +116,7 @@ def test_sample_answers_stand_whole_in_the_card_whatever_is_in_them(tmp_path: Pa
         ("Write code.", "```python\nprint('cut off", "</td></tr> & ---\n````\nfour\n````"),
         ("Say nothing.", "", "<|im_end|>"),
     ]
+    LoraConfig(target_modules=["c_attn"]).save_pretrained(tmp_path)
     expected = [(base, adapter) for _, base, adapter in samples]
     assert answers_of(describe_samples(samples)) == expected
     write_sft_card(tmp_path, Settings(*arguments(tmp_path)), RESULTS, samples)

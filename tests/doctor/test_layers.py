@@ -13,7 +13,9 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 
 def examine(config: PretrainedConfig, targets: str | list[str]) -> Examination:
     examination = Examination()
-    examine_layers(build_decoder(config), LoraConfig(target_modules=targets, task_type="CAUSAL_LM"), examination)
+    examine_layers(
+        build_decoder(config), LoraConfig(target_modules=targets, task_type="CAUSAL_LM"), "fused", examination
+    )
     return examination
 
 
@@ -30,7 +32,7 @@ def test_a_convolution_is_no_expert() -> None:
     assert skeleton is not None
     skeleton.tower = nn.Conv1d(4, 4, 3, device="meta")
     examination = Examination()
-    examine_layers(skeleton, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"), examination)
+    examine_layers(skeleton, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"), "fused", examination)
     assert [finding.level for finding in examination.findings] == ["ok"]
 
 

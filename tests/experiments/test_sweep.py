@@ -355,7 +355,14 @@ def test_a_sweep_of_a_language_model_goes_by_test_loss(
     model_dirs: dict[str, Path], rows_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     given = [f"--model_name_or_path={model_dirs['llama']}", f"--dataset_name={rows_file}", "--test_split_size=8"]
-    given += ["--max_steps=2", "--use_cpu=true", "--eval_strategy=no", "--exact_match_rows=2", "--max_new_tokens=2"]
+    given += [
+        "--max_steps=2",
+        "--use_cpu=true",
+        "--eval_strategy=no",
+        "--exact_match_rows=2",
+        "--max_new_tokens=2",
+        "--max_length=256",
+    ]
     command = ["sweep", "--config", "recipes/quickstart/lora.yaml", "--output_dir", str(tmp_path / "out")]
     search = ["--search", "learning_rate=1e-3..1e-2", "lora_target_modules=all-linear|q_proj,v_proj"]
     main([*command, "--trials", "2", *search, "--", *given])

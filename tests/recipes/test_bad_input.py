@@ -131,7 +131,7 @@ def test_u22_faults_of_the_settings_are_told_together_before_rows_are_read(
     base: dict[str, str], backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture
 ) -> None:
     rows = write(tmp_path / "rows.jsonl", "{")  # which no reader takes
-    wrong = {"use_dora": "true", "learning_rate": "-1", "packing_strategy": "wrapped", "packing": "true", "rnk": "4"}
+    wrong = {"lora_r": "0", "learning_rate": "-1", "packing_strategy": "wrapped", "packing": "true", "rnk": "4"}
     changes = wrong | {"dataset_name": rows, "lora_backend": backend}
     monkeypatch.setattr(sys, "argv", ["recipes/sft.py", *command(base, changes)])
     with pytest.raises(SystemExit) as raised:
@@ -139,10 +139,10 @@ def test_u22_faults_of_the_settings_are_told_together_before_rows_are_read(
     lines = capfd.readouterr().err.splitlines()
     assert raised.value.code == 2
     assert [line.split()[:2] for line in lines] == [
-        ["error:", "--rnk"], ["error:", "learning_rate"], ["error:", "this"], ["error:", "packing_strategy=wrapped"],
+        ["error:", "--rnk"], ["error:", "learning_rate"], ["error:", "r"], ["error:", "packing_strategy=wrapped"],
     ]  # fmt: skip
     assert not (tmp_path / "out").exists()
-    assert "use_dora=True" in lines[2]
+    assert "r must be a whole number of at least 1, not 0" in lines[2]
 
 
 def test_conversations_without_generation_markers_on_answers_only(recipe: Run, tmp_path: Path) -> None:
