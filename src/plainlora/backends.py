@@ -148,7 +148,8 @@ def choose_backend(name: BackendName, config: LoraConfig, model: nn.Module | Non
     except UnsupportedError as error:
         if name == "reference":
             raise LoRAError(f"lora_backend reference: {error}; use peft_fused, or leave lora_backend out") from error
-        return "peft_fused" if config.alora_invocation_tokens is None else "peft", str(error)
+        why = str(error).partition(";")[0]  # without the advice to leave it out
+        return "peft_fused" if config.alora_invocation_tokens is None else "peft", why
     return name, None
 
 
