@@ -74,14 +74,15 @@ def write_table(name: str, results: dict[str, Any]) -> str:
         best = min(medians, key=medians.__getitem__)
         spread = losses(results, method, best)
         cells = [f"{medians[rate]:.3f}" if rate in medians else "" for rate in columns]
-        rows.append([method, *cells, f"{best:g}", f"{medians[best]:.3f} ({min(spread):.3f} to {max(spread):.3f})"])
+        seeds = f" ({min(spread):.3f} to {max(spread):.3f})" if len(spread) > 1 else ""
+        rows.append([method, *cells, f"{best:g}", f"{medians[best]:.3f}{seeds}"])
     header = [name, *(f"{rate:g}" for rate in columns), "best rate", "there"]
     return table(header, rows, right=range(1, len(header)))
 
 
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     """The median of the seeds against the rate, a line a method, with the lowest and the highest."""
-    figure = Figure(figsize=(5.2 * len(results), 4.2), layout="constrained")
+    figure = Figure(figsize=(5.2 * len(results) + 1.4, 4.2), layout="constrained")
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     for axes, (name, found) in zip(panels, results.items(), strict=True):
         for method, colour in zip(METHODS, COLOURS, strict=True):
@@ -93,11 +94,10 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
                 axes.fill_between(x, list(map(min, seeds)), list(map(max, seeds)), color=colour, alpha=0.12)
         base = next(iter(found.values()))["eval_loss_base"]
         axes.axhline(base, color="#9aa5b1", linestyle=":", label=f"base ({base:.2f})")
-        axes.set(xscale="log", xlabel="learning rate", ylabel="test loss (nats per token)", title=name)
-        axes.set_ylim(top=base * 1.1)
+        axes.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="test loss (nats per token)", title=name)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e5e7eb")
-    panels[0].legend(frameon=False, fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right center")
     figure.savefig(path, dpi=150)
 
 
