@@ -174,6 +174,10 @@ def common_faults(
     yield from dict.fromkeys(fault for _, fault in refused)  # several settings may have the same fault
     if not refused:
         yield from _fault_of(check_schedule, training)
+    if recipe.method != "lora":
+        for name in ("adapter_name_or_path", "lora_config", "loraplus_lr_ratio"):  # which no recipe has by default
+            if getattr(recipe, name) is not None:
+                yield f"{name} is for an adapter, and method {recipe.method} trains none; leave it out"
     yield from _unsupported(
         {
             "dataset_streaming": (script.dataset_streaming, "rows are checked before training, so all are read first"),

@@ -95,10 +95,10 @@ def plan_lora(
 
 def _check_classes(parent: Parent, labels: Sequence[str]) -> None:
     """Raises `UserError` if the adapter to train on has other classes; PEFT's files tell their number alone."""
-    known = read_run(parent.folder).get("labels") or class_labels(parent.folder) or []
-    named = bool(read_run(parent.folder).get("labels"))
-    if len(known) != len(labels) or (named and list(known) != list(labels)):
-        there = ", ".join(known) if named else f"{len(known)} classes"
+    names = read_run(parent.folder).get("labels")
+    count = len(names or class_labels(parent.folder) or ())
+    if count != len(labels) or (names and list(names) != list(labels)):
+        there = ", ".join(names) if names else f"{count} classes"
         raise UserError(f"adapter_name_or_path: {parent.name} has {there}, and the rows have {', '.join(labels)}")
 
 
