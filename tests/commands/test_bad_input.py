@@ -17,6 +17,7 @@ from peft import LoraConfig
 from plainlora import inject, save_adapter
 from plainlora.backends import BACKENDS
 from plainlora.commands import GROUPS, VERBS, build_parser, main
+from plainlora.errors import UserError
 from plainlora.lora.errors import LoRAError
 from tests.conftest import ROOT, make_model, run_program
 from tests.refusals import Run, the_one_line
@@ -70,6 +71,15 @@ def both(plainlora: Run, tmp_path: Path) -> Run:
 )
 def test_bad_arguments(plainlora: Run, arguments: list[str], said: str) -> None:
     assert re.search(said, plainlora(*arguments))
+
+
+@pytest.mark.parametrize("weight", ["-1", "-.5", "-1.", "-1e-3", "-1E+3", "-2.5e10", "-1_000", "-inf", "-nan"])
+def test_a_negative_weight_is_no_flag(weight: str) -> None:
+    words = ["merge", "--adapter", "a", "b", "--output", "c", "--weights", weight, "0.5"]
+    given = build_parser().parse_args(words).weights
+    assert [str(each) for each in given] == [str(float(weight)), "0.5"]
+    with pytest.raises(UserError, match="-1e-3x"):
+        build_parser().parse_args([*words, "-1e-3x"])
 
 
 def test_a_folder_without_a_config(both: Run, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import itertools
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -61,6 +62,9 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {  # by what one wants: each ver
 }
 VERBS = [verb for group in GROUPS.values() for verb in group]
 
+# Before Python 3.14 argparse takes -1e-3 for a flag: https://github.com/python/cpython/issues/105712
+NEGATIVE_NUMBER = re.compile(r"-(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|infinity|nan)$", re.IGNORECASE)
+
 
 class Parser(argparse.ArgumentParser):
     """Reports a bad flag as a `UserError`: one line, exit code 2."""
@@ -72,6 +76,10 @@ class Parser(argparse.ArgumentParser):
 
 class VerbParser(Parser):
     """The parser of one verb. It names an unknown flag, where argparse would name what else is missing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = NEGATIVE_NUMBER
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does, after a look at the flags before a `--`."""
