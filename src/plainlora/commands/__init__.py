@@ -3,9 +3,12 @@
 import argparse
 import difflib
 import itertools
+import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -140,10 +143,27 @@ def _check_texts(parsed: argparse.Namespace) -> None:
                 raise UserError(f"--{name} {text!r:.60} is not UTF-8 text")
 
 
+@contextmanager
+def ended_with_its_reader() -> Iterator[None]:
+    """Ends the command without a word if the program that it is piped to has ended, as `head` does.
+
+    Python would report it where a line is written, and once more when it flushes standard output at its own end:
+    https://docs.python.org/3/library/signal.html#note-on-sigpipe
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from error  # a shell's exit code for it
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `plainlora` command. Without a verb it prints the help."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    with one_line_errors():
+    with ended_with_its_reader(), one_line_errors():
         if not arguments:
             build_parser().print_help(sys.stderr)
             raise SystemExit(2)
