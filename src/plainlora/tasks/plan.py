@@ -9,11 +9,13 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from plainlora.backends import Backend, choose_backend, count_parameters
+from plainlora.backends import Backend, choose_backend, count_parameters, fields_on_whole_weights
 from plainlora.errors import UserError
+from plainlora.lora.errors import some
 from plainlora.resources.disk import merged_bytes
 from plainlora.run.adapter_base import class_labels, read_run
 from plainlora.run.parent import Parent, find_parent
+from plainlora.settings.launcher import sharding_engine
 from plainlora.settings.programs import Settings
 from plainlora.training import saving
 
@@ -87,10 +89,20 @@ def plan_lora(
             _check_classes(parent, labels)
         notes.append(parent.line(lora))
         lora = parent.config
+    _check_engine("FSDP2" if settings.training.fsdp else sharding_engine(), lora)
     recipe.lora_backend, only_peft = choose_backend(recipe.lora_backend, lora, build())
     if only_peft is not None:
         notes.append(f"PEFT's own code trains this adapter: {only_peft}")
     return AdapterPlan(config, build, lora, parent=parent, notes=tuple(notes))
+
+
+def _check_engine(engine: str | None, lora: LoraConfig) -> None:
+    """Raises `UserError` if the adapter computes with the base's weights, and the engine shards these."""
+    if engine is not None and (fields := fields_on_whole_weights(lora)):
+        raise UserError(
+            f"{some(fields)}: {engine} shards the base's weights, which this adapter computes with; use "
+            "accelerate_configs/ddp.yaml"
+        )
 
 
 def _check_classes(parent: Parent, labels: Sequence[str]) -> None:

@@ -17,12 +17,11 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import SAFE_WEIGHTS_NAME
 from trl import SFTConfig, SFTTrainer
 
-from plainlora.backends import Backend, fields_on_whole_weights
+from plainlora.backends import Backend
 from plainlora.errors import UserError
 from plainlora.fast.documents import use_documents
 from plainlora.fast.isolation import isolation_of
 from plainlora.fast.loss_head import base_of, evaluating, use_own_loss
-from plainlora.lora.errors import some
 from plainlora.run.checkpoints import past_the_end
 from plainlora.training.batching import check_isolation
 from plainlora.training.classifier_loss import RowEvaluation
@@ -135,11 +134,6 @@ class _TrainerOverrides(Watched, AtomicSaves, RowsInOrder, WithLoRAPlus):
             raise UserError(
                 f"{self.engine.name} shards the base's weights, which this method trains: use accelerate_configs/"
                 "ddp.yaml, or train an adapter"
-            )
-        if self.engine.shards_base and (fields := list(fields_on_whole_weights(model))):
-            raise UserError(
-                f"{self.engine.name} shards the base's weights, which {some(fields)} computes with: use "
-                "accelerate_configs/ddp.yaml"
             )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
