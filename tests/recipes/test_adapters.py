@@ -46,6 +46,9 @@ def test_a_run_is_resumed_merged_and_asked(name: str, run_sft: RunSFT, capfd: py
     assert config["r"] == (4 if converted else 2)
     assert config["init_lora_weights"] is (True if name != "eva" else config["init_lora_weights"])
 
+    backend = "fused" if name == "dora" else "peft_fused"
+    assert json.loads((whole / "run.json").read_text())["lora_backend"] == backend
+    assert f"| LoRA back end | {backend} |" in (whole / "README.md").read_text()
     checkpoint = str(whole / "checkpoint-2")
     resumed = run_sft("llama", "resumed", *flags, "--save_steps", "2", "--resume_from_checkpoint", checkpoint)
     assert (resumed / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()

@@ -104,6 +104,7 @@ def write_run(
     model: nn.Module,
     labels: Sequence[str] | None = None,
     parent: dict[str, Any] | None = None,
+    backend: str | None = None,
 ) -> dict[str, Any]:
     """Writes the record before the first step, and returns it.
 
@@ -116,6 +117,7 @@ def write_run(
         model: The model with its initial adapter.
         labels: A classifier's classes, to load its head later.
         parent: From `Parent.describe`, of the adapter that is trained on.
+        backend: The name of the back end that trains the adapter.
     """
     content = {
         "command": _without_secrets(sys.argv),
@@ -130,6 +132,7 @@ def write_run(
         "device": str(PartialState().device.type),
         "base": base,
         "parent": parent,
+        "lora_backend": backend,
         "rows": {
             split: {"rows": len(each), "sha256": digest_of_rows(each)}
             for split, each in rows.items()

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from plainlora.backends import Backend, choose_backend, count_parameters, fields_on_whole_weights
+from plainlora.backends import Backend, BackendName, choose_backend, count_parameters, fields_on_whole_weights
 from plainlora.errors import UserError
 from plainlora.lora.errors import some
 from plainlora.resources.disk import merged_bytes
@@ -28,6 +28,7 @@ class AdapterPlan:
         config: The base's config; a classifier's has its classes.
         build: Builds the base on the meta device; returns `None` if its code fails there.
         lora: The adapter's config; `None` if the base's own weights are trained.
+        backend: The name of the back end that trains the adapter; `None` without one.
         parent: The adapter that is trained on; `None` for a new one.
         notes: Sentences for the log.
         modules: Full names of the base's modules that are trained; `None` for all.
@@ -36,6 +37,7 @@ class AdapterPlan:
     config: PretrainedConfig
     build: Callable[[], PreTrainedModel | None]
     lora: LoraConfig | None
+    backend: BackendName | None = None
     modules: list[str] | None = None
     parent: Parent | None = None
     notes: tuple[str, ...] = ()
@@ -67,10 +69,8 @@ def plan_lora(
 ) -> AdapterPlan:
     """The plan of an adapter, a new one or one that is trained on, whose own config is kept.
 
-    Sets `lora_backend` of the settings to the back end that can train it.
-
     Args:
-        settings: The back end, and the adapter to train on.
+        settings: The back end that is asked for, and the adapter to train on.
         config: The base's config.
         build: Builds the base on the meta device.
         lora: The adapter that the settings describe.
@@ -90,10 +90,10 @@ def plan_lora(
         notes.append(parent.line(lora))
         lora = parent.config
     _check_engine("FSDP2" if settings.training.fsdp else sharding_engine(), lora)
-    recipe.lora_backend, only_peft = choose_backend(recipe.lora_backend, lora, build())
+    backend, only_peft = choose_backend(recipe.lora_backend, lora, build())
     if only_peft is not None:
         notes.append(f"PEFT's own code trains this adapter: {only_peft}")
-    return AdapterPlan(config, build, lora, parent=parent, notes=tuple(notes))
+    return AdapterPlan(config, build, lora, backend, parent=parent, notes=tuple(notes))
 
 
 def _check_engine(engine: str | None, lora: LoraConfig) -> None:
