@@ -40,7 +40,7 @@ def main() -> None:
     set_seed(settings.training.seed)
     model = classify.load_model(settings, adapter, texts, tokenizer, run.log)
     trainer = classify.make_trainer(settings, adapter, model, texts, tokenizer)
-    run.begin(model.model, texts.by_split, model.quantization, texts.labels, adapter.parent)
+    run.begin(model.model, texts.by_split, model.quantization, texts.labels, adapter.parent, adapter.backend)
     metrics = run.train(trainer)
     run.save(trainer)
     results = classify.measure(settings, trainer, model, texts)

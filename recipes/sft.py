@@ -43,7 +43,7 @@ def main() -> None:
     model = sft.load_model(settings, adapter, rows, tokenizer, run.log)
     trainer = sft.make_trainer(settings, adapter, model, rows, tokenizer)
     samples = sft.sample_by_step(settings, trainer, model, tokenizer, questions, run.folder)
-    run.begin(model.model, rows.by_split, model.quantization, parent=adapter.parent)
+    run.begin(model.model, rows.by_split, model.quantization, parent=adapter.parent, backend=adapter.backend)
     metrics = run.train(trainer)
     run.save(trainer)
     results = sft.measure(settings, trainer, model, rows, tokenizer, questions, samples)
@@ -52,12 +52,12 @@ def main() -> None:
     is_main = trainer.accelerator.is_main_process
     trainer.end()  # other processes would time out during a long merge
     if is_main:
-        sft.report(run, results)
+        sft.report(run, results, adapter)
         if settings.recipe.merge:
             del model, trainer
             release_memory()
             results.figures["merge_max_abs_diff"] = merge_adapter(run.folder, run.merged, overwrite=True).max_abs_diff
-            sft.report(run, results)  # again, with the merge's figure
+            sft.report(run, results, adapter)  # again, with the merge's figure
         print(sft.summarize(run, results))
     if repository is not None:
         print(push_run(run.folder, repository, settings.recipe.hub_base_model))

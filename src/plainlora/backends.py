@@ -290,16 +290,12 @@ def adapted_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, (LoRALinear, LoraLayer))]
 
 
-def fields_on_whole_weights(model: nn.Module) -> Iterator[str]:
-    """Yields the fields of a model's `LoraConfig` whose layers compute with the base's weights, not through it alone.
+def fields_on_whole_weights(config: LoraConfig) -> list[str]:
+    """The fields of a config whose layers compute with the base's weights, not through its layers alone.
 
     DoRA does; of what PEFT alone implements it is presumed.
     """
-    state = getattr(model, "plainlora", None)
-    config = state.config if state is not None else getattr(model, "active_peft_config", None)
-    if config is not None:
-        yield from ["use_dora"] if config.use_dora else []
-        yield from find_unsupported(config)
+    return [*(["use_dora"] if config.use_dora else []), *find_unsupported(config)]
 
 
 def count_of(parameter: torch.Tensor) -> int:

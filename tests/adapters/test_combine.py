@@ -172,7 +172,7 @@ def test_the_folder_names_its_parents_and_serves_as_any_other_adapter(
     for adapter in adapters:
         record(adapter, model_dirs["llama"])
     command = ["merge", "--adapter", *adapters, "--output", str(tmp_path / "out"), "--weights"]
-    main([*command, "0.5", "-0.25"])
+    main([*command, "0.5", "-2.5e-1"])
     said = capfd.readouterr().out
     assert said.startswith("2 adapters combined by cat: rank 7 in 14 modules, read again; from the weighted sum")
     run = json.loads((tmp_path / "out" / "run.json").read_text())
@@ -223,6 +223,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(plainlora: Run, tmp_path: Path
     assert "2 adapters need 2 weights, and there are 3" in refused("--weights", "1", "1", "1")
     assert "nan is not a finite number" in refused("--weights", "1", "nan")
     assert "inf is not a finite number" in refused("--weights", "inf", "1")
+    assert "-inf is not a finite number" in refused("--weights", "-inf", "1")
     assert "invalid float value: 'half'" in refused("--weights", "half", "1")
     assert "invalid choice: 'svd'" in refused(*weights, "--combination", "svd")
     assert "gone does not exist" in refused(*weights, adapters=(one, tmp_path / "gone"))

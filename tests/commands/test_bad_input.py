@@ -1,6 +1,7 @@
 """Bad input to `plainlora`: one line that says what to do, exit code 2, and nothing written."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -17,6 +18,7 @@ from peft import LoraConfig
 from plainlora import inject, save_adapter
 from plainlora.backends import BACKENDS
 from plainlora.commands import GROUPS, VERBS, build_parser, main
+from plainlora.errors import UserError
 from plainlora.lora.errors import LoRAError
 from tests.conftest import ROOT, make_model, run_program
 from tests.refusals import Run, the_one_line
@@ -70,6 +72,30 @@ def both(plainlora: Run, tmp_path: Path) -> Run:
 )
 def test_bad_arguments(plainlora: Run, arguments: list[str], said: str) -> None:
     assert re.search(said, plainlora(*arguments))
+
+
+@pytest.mark.parametrize("weight", ["-1", "-.5", "-1.", "-1e-3", "-1E+3", "-2.5e10", "-1_000", "-inf", "-nan"])
+def test_a_negative_weight_is_no_flag(weight: str) -> None:
+    words = ["merge", "--adapter", "a", "b", "--output", "c", "--weights", weight, "0.5"]
+    given = build_parser().parse_args(words).weights
+    assert [str(each) for each in given] == [str(float(weight)), "0.5"]
+    with pytest.raises(UserError, match="-1e-3x"):
+        build_parser().parse_args([*words, "-1e-3x"])
+
+
+@pytest.mark.parametrize(("command", "unbuffered"), [(["--help"], ""), (["diff", "{adapter}"], "1")])
+def test_a_reader_that_has_left_is_no_error(adapter: Path, command: list[str], unbuffered: str) -> None:
+    """Unbuffered, a line fails where it is printed; else all lines where they are flushed at the end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = [sys.executable, "-c", "from plainlora.commands import main; main()"]
+    done = subprocess.run(
+        [*program, *(word.format(adapter=adapter) for word in command)],
+        stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        check=False,
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.stderr, done.returncode) == ("", 128 + signal.SIGPIPE)
 
 
 def test_a_folder_without_a_config(both: Run, tmp_path: Path) -> None:

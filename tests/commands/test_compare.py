@@ -34,6 +34,20 @@ def recipe(tmp_path: Path, model: Path, rows: Path, *form: str) -> list[str]:
 
 
 @pytest.mark.parametrize("form", ["fused", "reference"])
+def test_an_adapter_that_peft_alone_implements_is_one_line_with_its_fields(
+    form: str, tmp_path: Path, model_dirs: dict[str, Path], rows_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = recipe(tmp_path, model_dirs["gpt2"], rows_file, "--lora_backend", form)
+    with pytest.raises(SystemExit):
+        main([*command, "--lora_config", '{"init_lora_weights": "pissa", "kasa_config": {}}'])
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        "error: recipes/gpt2-alpaca-gpt4/lora.yaml: there is nothing hand-written to compare with PEFT: the "
+        "hand-written LoRA does not implement kasa_config, init_lora_weights='pissa', PEFT does"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["fused", "reference"])
 def test_a_recipes_own_model_adapter_and_rows_are_compared(
     form: str, tmp_path: Path, model_dirs: dict[str, Path], rows_file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -200,6 +200,48 @@ def test_a_failing_run_loses_no_other_and_a_finished_one_is_not_run_again(
     assert not (output / "lora-seed0" / "command.json").exists()
 
 
+def test_the_settings_of_an_adapter_are_left_out_of_methods_that_train_none(
+    model_dirs: dict[str, Path], rows_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    content = {
+        "model_name_or_path": str(model_dirs["qwen2"]), "dataset_name": str(rows_file), "test_split_size": 8,
+        "prompt_template": "alpaca", "lora_target_modules": "all-linear", "max_steps": 1, "max_length": 256,
+        "lora_config": {"init_lora_weights": "orthogonal"}, "loraplus_lr_ratio": 4.0, "save_strategy": "no",
+        "use_cpu": True, "precision": "fp32", "output_dir": "never-used",
+    }  # fmt: skip
+    recipe, output = tmp_path / "tiny" / "lora.yaml", tmp_path / "out"
+    recipe.parent.mkdir()
+    recipe.write_text(yaml.safe_dump(content))
+    main(["table", "--config", str(recipe), "--seeds", "0", "--output_dir", str(output)])
+    first, *_ = capfd.readouterr().out.splitlines()
+    assert first == (
+        f"last_layers, full: train no adapter, so lora_config, loraplus_lr_ratio of {recipe} are left out of them"
+    )
+    trained = json.loads((output / "table.json").read_text())
+    assert [row["arm"] for row in trained["arms"]] == ["last_layers", "lora", "full"]
+    assert trained["failures"] == []
+    left = {
+        row["arm"]: json.loads((output / f"{row['arm']}-seed0" / "run.json").read_text()) for row in trained["arms"]
+    }
+    assert [left[name]["arguments"]["loraplus_lr_ratio"] for name in ("last_layers", "lora", "full")] == [
+        None,
+        4.0,
+        None,
+    ]
+    assert yaml.safe_load(recipe.read_text()) == content
+
+
+def test_a_setting_of_adapters_for_every_run_is_refused_where_a_method_trains_none(tmp_path: Path) -> None:
+    given = folder_of(tmp_path, lora="")
+    flags = ["--loraplus_lr_ratio", "16"]
+    with pytest.raises(
+        UserError, match=r"--loraplus_lr_ratio cannot stand after the --: last_layers, full train no adapter"
+    ):
+        find_variants([given], flags)
+    other = folder_of(tmp_path, lora_b="lora")
+    assert [variant.name for variant in find_variants([given, other], flags)] == ["lora", "lora_b"]
+
+
 def test_language_models_are_compared_by_test_loss_and_exact_matches(
     model_dirs: dict[str, Path], rows_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

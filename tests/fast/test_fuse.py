@@ -189,3 +189,17 @@ def test_the_packages_names_are_functions_however_they_are_imported() -> None:
     )
     program += "assert all(callable(getattr(plainlora, name)) for name in plainlora.__all__); assert callable(fuse)"
     assert run_program("-c", program).returncode == 0
+
+
+def test_a_model_without_values_is_fused_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    """A run builds several on the way to the one that it trains, which alone is worth a line."""
+    said = []
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            model = inject(make_model("llama"), LoraConfig(use_dora=True))
+        caplog.clear()
+        assert fuse(model).unchanged
+        said.append([record.getMessage() for record in caplog.records])
+    assert said[0] == []
+    (line,) = said[1]
+    assert line.startswith("4 layers are not fused: ")

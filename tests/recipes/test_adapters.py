@@ -14,6 +14,7 @@ from plainlora import load_adapter
 from plainlora.backends import choose_loader
 from plainlora.commands import main
 from tests.conftest import make_model, random_ids
+from tests.hub_server import HubUser, serve_hub
 from tests.recipes.conftest import RunClassify, RunSFT
 from tests.refusals import without_progress
 
@@ -45,6 +46,9 @@ def test_a_run_is_resumed_merged_and_asked(name: str, run_sft: RunSFT, capfd: py
     assert config["r"] == (4 if converted else 2)
     assert config["init_lora_weights"] is (True if name != "eva" else config["init_lora_weights"])
 
+    backend = "fused" if name == "dora" else "peft_fused"
+    assert json.loads((whole / "run.json").read_text())["lora_backend"] == backend
+    assert f"| LoRA back end | {backend} |" in (whole / "README.md").read_text()
     checkpoint = str(whole / "checkpoint-2")
     resumed = run_sft("llama", "resumed", *flags, "--save_steps", "2", "--resume_from_checkpoint", checkpoint)
     assert (resumed / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
@@ -86,6 +90,38 @@ def test_an_adapter_is_trained_on_and_resumed(run_sft: RunSFT, capfd: pytest.Cap
 
     again = run_sft("llama", "again", *flags, "--resume_from_checkpoint", str(second / "checkpoint-3"))
     assert (again / WEIGHTS).read_bytes() == (second / WEIGHTS).read_bytes()
+
+
+def test_an_adapter_of_the_hub_is_trained_on(
+    model_dirs: dict[str, Path], rows_file: Path, tmp_path: Path, run_sft: RunSFT
+) -> None:
+    first = run_sft("llama", "first")
+    with serve_hub() as (address, hub):
+        hub.make_repo("ann/first")
+        files = {path.name: path.read_bytes() for path in first.iterdir() if path.is_file()}
+        commit = hub.commit("ann/first", "main", files, "an adapter")
+        user = HubUser(address, tmp_path / "home")
+        flags = {
+            "model_name_or_path": model_dirs["llama"], "dataset_name": rows_file, "output_dir": tmp_path / "second",
+            "prompt_template": "alpaca", "adapter_name_or_path": "ann/first", "max_steps": 1, "report_to": "none",
+            "max_length": 256, "use_cpu": "true", "precision": "fp32", "save_strategy": "no",
+        }  # fmt: skip
+        done = user.run("recipes/sft.py", *(f"--{name}={value}" for name, value in flags.items()))
+        gone = user.run("recipes/sft.py", *(f"--{name}={value}" for name, value in (flags | {
+            "adapter_name_or_path": "ann/gone", "output_dir": tmp_path / "third",
+        }).items()))  # fmt: skip
+        user.close()
+    assert done.code == 0, done.err
+    assert "goes on from the adapter ann/first" in done.out
+    assert json.loads((tmp_path / "second" / "run.json").read_text())["parent"] == {
+        "name": "ann/first",
+        "commit": commit,
+        "sha256": json.loads((first / "run.json").read_text())["weights"]["sha256"],
+    }
+    fetched = {path.rpartition("/")[2] for path in hub.requests if "/resolve/" in path}
+    assert fetched == {"adapter_config.json", WEIGHTS, "run.json"}
+    assert "error: adapter_name_or_path: ann/gone is neither a folder here nor an adapter that" in gone.err
+    assert not (tmp_path / "third").exists()
 
 
 def test_another_base_or_task_is_one_line(

@@ -13,10 +13,11 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from plainlora.commands import main
 from plainlora.generation import generate
+from plainlora.run.reproduction import compare_runs
 from tests.conftest import CONFIGS, ROOT, load_quantized
 from tests.recipes.conftest import RunSFT
 from tests.recipes.test_sft import losses
@@ -130,6 +131,36 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(run_sft:
     assert losses(resumed) == losses(whole)
     assert weights(resumed) == weights(whole)
     assert results(resumed)["eval_loss_base"] == results(whole)["eval_loss_base"]
+
+
+def test_a_model_in_shards_is_resumed_to_the_same_bytes(
+    run_sft: RunSFT, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """No flag sets the size from which Transformers divides a file, 50 GB, so the test lowers its default."""
+    save = PreTrainedModel.save_pretrained
+    monkeypatch.setattr(save, "__defaults__", tuple("100KB" if each == "50GB" else each for each in save.__defaults__))
+    flags = ["--method", "full", "--packing", "false"]
+    whole = run_sft("llama", "whole", *flags)
+    shards = {path.name: path.read_bytes() for path in whole.glob("model*.safetensors")}
+    assert len(shards) > 3
+    assert "model.safetensors" not in shards
+    resumed = whole.parent / "resumed"
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    shutil.copytree(whole / "checkpoint-6", resumed / "checkpoint-6")
+    missing = min((resumed / "checkpoint-6").glob("model-*"))
+    missing.unlink()
+    capfd.readouterr()
+    run_sft("llama", "resumed", *flags, "--resume_from_checkpoint", "true")
+    passed_over = (
+        f"checkpoint-6 is passed over: {missing.parent / 'model.safetensors.index.json'} names {missing.name}"
+    )
+    assert passed_over in capfd.readouterr().out
+    assert {path.name: path.read_bytes() for path in resumed.glob("model*.safetensors")} == shards
+    assert all(stage.equal for stage in compare_runs(whole, resumed) if "order" not in stage.name)
+
+    monkeypatch.undo()
+    run_sft("llama", "whole", *flags, "--overwrite", "true")
+    assert [path.name for path in whole.glob("model*")] == ["model.safetensors"]
 
 
 def test_a_killed_run_is_resumed_to_the_same_bytes(

@@ -67,6 +67,7 @@ def test_it_says_what_the_run_was_made_of(
     assert written["config"] is None
     assert written["processes"] == 1
     assert {"torch", "peft", "trl", "transformers"} <= written["versions"].keys()
+    (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"abc")
     (tmp_path / "run.json").unlink()
     complete_run(tmp_path / "run.json", written, "f00", 3)

@@ -7,7 +7,7 @@ import torch
 from transformers import BertConfig, DistilBertConfig, GPT2Config, LlamaConfig, PretrainedConfig, ViTConfig
 from trl import ModelConfig
 
-from plainlora.backends import count_parameters
+from plainlora.backends import BACKENDS, count_parameters
 from plainlora.base.classifier import build_skeleton
 from plainlora.errors import UserError
 from plainlora.lora.errors import LoRAError
@@ -33,7 +33,7 @@ def trained(recipe: str, config: PretrainedConfig, *flags: str) -> int:
     if arguments.method == "lora":
         lora = build_classifier_lora(model_args, arguments, model)
         with torch.device("meta"):
-            return count_parameters(train_adapter(model, lora, arguments, ()).model)[0]
+            return count_parameters(train_adapter(model, lora, BACKENDS["fused"], "float32", ()).model)[0]
     layers = find_last_layers(model, arguments.last_layers, find_head) if arguments.method == "last_layers" else None
     for name, parameter in model.named_parameters():
         chosen = layers is None or any(name.startswith(f"{layer}.") for layer in layers)

@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from trl import ModelConfig, get_quantization_config
 
@@ -25,7 +24,7 @@ from plainlora.base.remote_code import code_options
 from plainlora.errors import UserError
 from plainlora.settings.arguments import dtype_of
 from plainlora.settings.checks import unusable_attention
-from plainlora.settings.launcher import asks_for_fsdp
+from plainlora.settings.launcher import sharding_engine
 
 
 def keep_4bit_weights_unpacked(model: nn.Module) -> None:
@@ -60,7 +59,7 @@ def placement(device: torch.device | None, quantized: bool) -> dict[str, Any]:
         device: Where training runs; `None` to leave it to the libraries.
         quantized: Whether the base is quantised while it is loaded.
     """
-    if device is None or asks_for_fsdp() or is_deepspeed_zero3_enabled():
+    if device is None or sharding_engine() is not None:
         return {}
     return {"device_map": {"": str(device)}} if quantized or device.type != "cpu" else {}
 

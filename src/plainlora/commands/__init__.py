@@ -3,8 +3,12 @@
 import argparse
 import difflib
 import itertools
+import os
+import re
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -61,6 +65,9 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {  # by what one wants: each ver
 }
 VERBS = [verb for group in GROUPS.values() for verb in group]
 
+# Before Python 3.14 argparse takes -1e-3 for a flag: https://github.com/python/cpython/issues/105712
+NEGATIVE_NUMBER = re.compile(r"-(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|infinity|nan)$", re.IGNORECASE)
+
 
 class Parser(argparse.ArgumentParser):
     """Reports a bad flag as a `UserError`: one line, exit code 2."""
@@ -72,6 +79,10 @@ class Parser(argparse.ArgumentParser):
 
 class VerbParser(Parser):
     """The parser of one verb. It names an unknown flag, where argparse would name what else is missing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = NEGATIVE_NUMBER
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does, after a look at the flags before a `--`."""
@@ -132,10 +143,27 @@ def _check_texts(parsed: argparse.Namespace) -> None:
                 raise UserError(f"--{name} {text!r:.60} is not UTF-8 text")
 
 
+@contextmanager
+def ended_with_its_reader() -> Iterator[None]:
+    """Ends the command without a word if the program that it is piped to has ended, as `head` does.
+
+    Python would report it where a line is written, and once more when it flushes standard output at its own end:
+    https://docs.python.org/3/library/signal.html#note-on-sigpipe
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from error  # a shell's exit code for it
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `plainlora` command. Without a verb it prints the help."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    with one_line_errors():
+    with ended_with_its_reader(), one_line_errors():
         if not arguments:
             build_parser().print_help(sys.stderr)
             raise SystemExit(2)

@@ -29,6 +29,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output is not None:
         check_output(arguments.output, adapters)
     difference = compare_adapters(adapters, arguments.relative, arguments.base_model)
+    if arguments.output is not None:  # before anything is printed, to a program that may end early
+        write(difference, arguments.output)
     if len(adapters) > 1:
         print("".join(f"{number}: {adapter}\n" for number, adapter in enumerate(adapters, 1)))
     print(table(difference))
@@ -40,5 +42,4 @@ def run(arguments: argparse.Namespace) -> None:
         if others:
             print(f"{adapter} also holds {some(others)}, which is not compared")
     if arguments.output is not None:
-        write(difference, arguments.output)
         print(f"diff.json, diff.png: {arguments.output}")

@@ -28,6 +28,7 @@ from plainlora.run.folder import check_inputs_apart, claim_output_dir, is_run
 from plainlora.settings.precision import list_precisions
 from plainlora.settings.programs import SFT, ClassifySettings, Settings, SFTSettings, find_program
 from plainlora.tasks import classify, sft
+from plainlora.tasks.plan import AdapterPlan
 from plainlora.tasks.rows import PreparedRows
 
 STAGES = (
@@ -129,7 +130,7 @@ def _examine_sft(found: Diagnosis, settings: SFTSettings, log: Callable[[str], N
         log("counting memory")
         _count(found, partial(sft.plan_run, settings, stages.adapter, stages.tokenizer, rows))
     found.examination.add("ok", "evaluation", "memory", "an evaluation keeps the loss alone, no logits are gathered")
-    return _decided(settings, found, rows)
+    return _decided(settings, found, rows) | _chosen(settings, stages.adapter)
 
 
 def _examine_classifier(found: Diagnosis, settings: ClassifySettings, log: Callable[[str], None]) -> Decided:
@@ -175,7 +176,8 @@ def _examine_classifier(found: Diagnosis, settings: ClassifySettings, log: Calla
     message = "of each row the predicted class and the loss are kept, no logits are gathered"
     found.examination.add("ok", "evaluation", "memory", message)
     longest = classify.longest_text(settings, stages.config)
-    return {"max_length": (longest, "the base's positions")} if recipe.max_length is None else {}
+    decided: Decided = {"max_length": (longest, "the base's positions")} if recipe.max_length is None else {}
+    return decided | _chosen(settings, stages.adapter)
 
 
 def _read_tokenizer(
@@ -224,6 +226,13 @@ def _note_untokenised(read: tuple[Dataset, Dataset | None] | None, found: Examin
         train, test = read
         message = f"{len(train):,} to train on and {len(test) if test is not None else 0:,} to test on were read"
         found.add("note", "rows", "there", f"{message}, but not tokenised: there is no tokenizer, or no template")
+
+
+def _chosen(settings: Settings[Any, Any], adapter: AdapterPlan | None) -> Decided:
+    """The adapter's back end, if it is another than the settings ask for."""
+    if adapter is None or adapter.backend in (None, settings.recipe.lora_backend):
+        return {}
+    return {"lora_backend": (adapter.backend, "PEFT alone implements this adapter")}
 
 
 def _decided(settings: SFTSettings, found: Diagnosis, rows: PreparedRows | None) -> Decided:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from plainlora.base.tokenizer import check_ending, check_vocabulary
@@ -103,15 +102,11 @@ def examine_classifier(
     return found
 
 
-def _examine_adapter(plan: AdapterPlan, lora: LoraConfig, settings: Settings[Any, Any], found: Examination) -> None:
-    for note in plan.notes:
-        found.add("note", "adapter", "plan", note)
-    examine_layers(plan.build(), lora, settings.recipe.lora_backend, found, settings.recipe.merge)
-
-
 def _examine_method(settings: Settings[Any, Any], adapter: AdapterPlan, found: Examination) -> None:
-    if adapter.lora is not None:
-        _examine_adapter(adapter, adapter.lora, settings, found)
+    if adapter.lora is not None and adapter.backend is not None:
+        for note in adapter.notes:
+            found.add("note", "adapter", "plan", note)
+        examine_layers(adapter.build(), adapter.lora, adapter.backend, found, settings.recipe.merge)
         return
     asked = dtype_of(settings.model.dtype)
     dtype = stored_dtype(adapter.config) if isinstance(asked, str) else asked

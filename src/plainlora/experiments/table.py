@@ -3,19 +3,22 @@
 import math
 import platform
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from scipy.stats import t  # type: ignore[import-untyped]
 
 from plainlora.errors import UserError
-from plainlora.experiments.runs import FINETUNING_MODES, duration, held, resolve, run_recipe
+from plainlora.experiments.runs import FINETUNING_MODES, duration, flag_names, held, resolve, run_recipe
 from plainlora.experiments.scores import Score, judging_of, read_figure
 from plainlora.markdown import table
 from plainlora.plots import plot_against_size
 from plainlora.report import package_versions, write_json
+from plainlora.settings.checks import OF_AN_ADAPTER
+from plainlora.settings.parsing import read_yaml
 from plainlora.settings.programs import find_program
 
 CONFIDENCE = 0.95
@@ -46,19 +49,47 @@ def find_variants(configs: Sequence[str], flags: Sequence[str] = ()) -> list[Var
     if len(configs) == 1:
         beside = [str(path) for path in given.parent.glob("*.yaml") if path.name != given.name]
     variants = [Variant(name, config) for name, config in _named([*configs, *beside])]
-    present = {resolve(variant.config, flags, OTHERWISE)["method"] for variant in variants}
+    methods = {variant.name: resolve(variant.config, flags, OTHERWISE)["method"] for variant in variants}
     programs = {find_program(variant.config, flags).path: variant.config for variant in variants}
     if len(programs) > 1:
         (one, its), (other, others) = programs.items()
         raise UserError(f"--config: {its} is a recipe of {one} and {others} of {other}; compare those of one program")
-    if len(configs) > 1:
-        return variants
-    taken = {variant.name for variant in variants}
-    for method in FINETUNING_MODES:
-        if method not in present:
-            name = method if method not in taken else f"{given.stem}-{method}"
+    for method in FINETUNING_MODES if len(configs) == 1 else ():
+        if method not in methods.values():
+            name = method if method not in methods else f"{given.stem}-{method}"
             variants.append(Variant(name, configs[0], (f"--method={method}",)))
-    return sorted(variants, key=lambda variant: (_place(variant.name), variant.name))
+            methods[name] = method
+    _check_adapters(methods, flags)
+    return variants if len(configs) > 1 else sorted(variants, key=lambda each: (_place(each.name), each.name))
+
+
+def _check_adapters(methods: Mapping[str, str], flags: Sequence[str]) -> None:
+    """Raises `UserError` if a flag of every run is for an adapter, and some variant trains none."""
+    others = [name for name, method in methods.items() if method != "lora"]
+    for name in OF_AN_ADAPTER:
+        if others and name in flag_names(flags):
+            raise UserError(
+                f"--{name} cannot stand after the --: {', '.join(others)} train no adapter; set it in a recipe with "
+                "method lora, or compare such recipes alone: give several --config"
+            )
+
+
+def _without_adapter(variants: Sequence[Variant], output: Path) -> list[Variant]:
+    """The variants, where an added method has a copy of the recipe without the settings of an adapter, in `output`."""
+    added = [variant for variant in variants if variant.flags and "--method=lora" not in variant.flags]
+    content = read_yaml(added[0].config) if added else {}
+    names = [name for name in OF_AN_ADAPTER if name in content]
+    if not names:
+        return list(variants)
+    print(
+        f"{', '.join(variant.name for variant in added)}: train no adapter, so {', '.join(names)} of "
+        f"{added[0].config} are left out of them",
+        flush=True,
+    )
+    copy = output / "no_adapter.yaml"
+    kept = {name: value for name, value in content.items() if name not in names}
+    copy.write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
+    return [replace(variant, config=str(copy)) if variant in added else variant for variant in variants]
 
 
 def _place(name: str) -> int:
@@ -161,6 +192,7 @@ def make_table(configs: Sequence[str], seeds: Sequence[int], output_dir: str | N
     program.find()
     scores = judging_of(program).scores
     with held(output_dir) as output:
+        variants = _without_adapter(variants, output)
         runs, failures = _run_all(variants, seeds, output, flags, scores)
         if runs:
             measured = [score for score in scores if all(run[score.name] is not None for run in runs)]

@@ -157,7 +157,7 @@ def fuse(target: nn.Module | Trainer) -> FuseReport:
     if base is not None and attention.is_covered(base) and attention.drops(base):
         base.set_attn_implementation(attention.NAME)
         fused["attention with dropout"] = 1
-    if unchanged:
+    if unchanged and not any(parameter.is_meta for parameter in target.parameters()):  # which is only looked at
         logger.warning("%d layers are not fused: %s", len(unchanged), some(unchanged))
     return FuseReport(dict(fused), unchanged)
 

@@ -216,14 +216,26 @@ def _parent_sentence(name: str | None) -> str:
 
 
 def write_sft_card(
-    output_dir: str | Path, run: SFTSettings, results: dict[str, Any], samples: Sequence[Sample] = ()
+    output_dir: str | Path,
+    run: SFTSettings,
+    results: dict[str, Any],
+    samples: Sequence[Sample] = (),
+    backend: str | None = None,
 ) -> None:
-    """Writes the card of a language model: an adapter or a whole model, with sample answers if there are any."""
+    """Writes the card of a language model: an adapter or a whole model, with sample answers if there are any.
+
+    Args:
+        output_dir: The run's folder.
+        run: The run's settings.
+        results: Flat results; figures of cost are left out.
+        samples: Prompts with the answers before and after training.
+        backend: The name of the back end that trained the adapter; the one that the settings ask for if left out.
+    """
     recipe, script, training, model = run.parts
     base, dataset = str(model.model_name_or_path), str(script.dataset_name)
     lora = None if recipe.method != "lora" else read_config(output_dir)
     settings: dict[str, Any] = {"method": recipe.method.replace("_", " ")}
-    settings |= {} if lora is None else _adapter_settings(recipe.lora_backend, lora)
+    settings |= {} if lora is None else _adapter_settings(backend or recipe.lora_backend, lora)
     settings |= {"base weights": _base_weights(model)} | _training_settings(training, results)
     settings |= {"longest row (tokens)": training.max_length, "packing": training.packing}
     load = f"""```python
@@ -284,6 +296,7 @@ def write_classifier_card(
     config: PretrainedConfig,
     lora: LoraConfig | None,
     results: dict[str, Any],
+    backend: str | None = None,
 ) -> None:
     """Writes the card of a classifier: an adapter with its head, or a whole model.
 
@@ -293,13 +306,14 @@ def write_classifier_card(
         config: The classifier's config, with its classes.
         lora: The adapter's config; `None` for a whole model.
         results: Flat results; confusion matrices and figures of cost are left out.
+        backend: See `write_sft_card`.
     """
     recipe, script, training, model = run.parts
     base, dataset = str(model.model_name_or_path), str(script.dataset_name)
     head = "trained whole" if recipe.train_head else "LoRA" if recipe.lora_head else "frozen as it started"
     settings: dict[str, Any] = {"method": recipe.method.replace("_", " ")}
     if lora is not None:
-        settings |= _adapter_settings(recipe.lora_backend, lora) | {"head": head}
+        settings |= _adapter_settings(backend or recipe.lora_backend, lora) | {"head": head}
     settings |= {"base weights": _base_weights(model)} | _training_settings(training, results)
     names = ", ".join(f"`{label}`" for label in (config.id2label or {}).values())
     if lora is not None:

@@ -25,10 +25,9 @@ from plainlora.json_files import read_mapping
 from plainlora.lora.interchange import LORA_WEIGHTS, PREFIX, read_config, saved_shapes
 from plainlora.lora.numerics import is_finite
 from plainlora.run.adapter_base import class_labels
-from plainlora.run.folder import ADAPTER, PICTURES, WHOLE_MODEL, holds_adapter
+from plainlora.run.folder import ADAPTER, INDEX, PICTURES, WHOLE_MODEL, holds_adapter
 from plainlora.settings.parsing import StrictLoader
 
-INDEX = "model.safetensors.index.json"
 CARD = "README.md"
 TOKENIZER = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),

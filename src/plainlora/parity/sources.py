@@ -39,6 +39,7 @@ from plainlora.settings.arguments import SFTArguments
 from plainlora.settings.device import trains_on_cpu
 from plainlora.settings.programs import CLASSIFY, SFT, Program, SettingsT
 from plainlora.tasks import classify, sft
+from plainlora.tasks.plan import AdapterPlan
 from plainlora.training.trainers import ArgumentsT
 
 MOST_TEXTS = 32  # in the batch of a classifier
@@ -66,8 +67,10 @@ def _for_comparison(training: ArgumentsT, steps: int) -> ArgumentsT:
     return settings
 
 
-def _parse(program: Program[SettingsT], config: str, flags: list[str], lora_backend: str | None) -> SettingsT:
-    """A recipe's settings, with the `lora_backend` to compare.
+def _parse(
+    program: Program[SettingsT], config: str, flags: list[str], lora_backend: str | None
+) -> tuple[SettingsT, str]:
+    """A recipe's settings, and the `lora_backend` to compare.
 
     Raises:
         UserError: The settings are refused, two back ends are given, or the recipe uses PEFT's LoRA.
@@ -77,9 +80,9 @@ def _parse(program: Program[SettingsT], config: str, flags: list[str], lora_back
         defaults["precision"] = "fp32"  # in which the two sides can be compared most closely
     settings = program.parse(["--config", config, *flags], **defaults)
     given = settings.recipe.lora_backend
-    if given == "peft":
+    if given not in (None, *FORMS):
         raise UserError(
-            f"{config}: with lora_backend peft, PEFT would be compared with itself; end the command with -- "
+            f"{config}: with lora_backend {given}, PEFT would be compared with itself; end the command with -- "
             f"--lora_backend {lora_backend or FORMS[0]}"
         )
     if given and lora_backend and given != lora_backend:
@@ -89,8 +92,20 @@ def _parse(program: Program[SettingsT], config: str, flags: list[str], lora_back
         )
     if (method := settings.recipe.method) != "lora":
         raise UserError(f"method {method} trains no LoRA, so there is nothing to compare; give a LoRA recipe")
-    settings.recipe.lora_backend = given or lora_backend or FORMS[0]
-    return settings
+    settings.recipe.lora_backend = FORMS[0]  # the plan says whether it implements the adapter
+    return settings, given or lora_backend or FORMS[0]
+
+
+def _hand_written(config: str, adapter: AdapterPlan) -> LoraConfig:
+    """The config of an adapter that the hand-written LoRA implements.
+
+    Raises:
+        UserError: PEFT alone implements it.
+    """
+    if adapter.backend not in FORMS:
+        why = adapter.notes[-1].partition(": ")[2]
+        raise UserError(f"{config}: there is nothing hand-written to compare with PEFT: {why}")
+    return cast(LoraConfig, adapter.lora)
 
 
 def recipe_case(config: str, flags: list[str], steps: int, lora_backend: str | None = None) -> Case:
@@ -107,9 +122,10 @@ def recipe_case(config: str, flags: list[str], steps: int, lora_backend: str | N
     """
     # With TRL's own config gradient checkpointing has a default, so nothing is left to decide.
     program = replace(SFT, dataclass_types=(SFTArguments, ScriptArguments, SFTConfig, ModelConfig))
-    settings = _parse(program, config, flags, lora_backend)
+    settings, form = _parse(program, config, flags, lora_backend)
     recipe, training = settings.recipe, settings.training
     base_config, tokenizer = sft.read_config(settings), sft.read_tokenizer(settings)
+    lora = _hand_written(config, sft.plan_adapter(settings, base_config))
     check_dropout(recipe.base_dropout, base_config)
     sft.install_template(settings, tokenizer)
     rows, _ = sft.read_rows(settings)
@@ -119,14 +135,14 @@ def recipe_case(config: str, flags: list[str], steps: int, lora_backend: str | N
         name=config,
         # Placed by the libraries: a dense base is compared on the CPU, where the two agree to the last bit.
         make_base=lambda: sft.load_weights(settings, device_map=None).eval(),
-        config=cast(LoraConfig, sft.plan_adapter(settings, base_config).lora),
+        config=lora,
         inputs=_as_batch(ids),
         arguments=_for_comparison(training, steps),
         rows=_rows_within(rows, tokenizer, training, enough),
         tokenizer=tokenizer,
         adapter_dtype=recipe.adapter_dtype,
         prompts=ids,
-        lora_backend=recipe.lora_backend,
+        lora_backend=form,
         seed=training.seed,
     )
 
@@ -154,7 +170,7 @@ def classifier_case(config: str, flags: list[str], steps: int, lora_backend: str
     Raises:
         UserError: As in `recipes/classify.py`, or the recipe sets another back end.
     """
-    settings = _parse(CLASSIFY, config, flags, lora_backend)
+    settings, form = _parse(CLASSIFY, config, flags, lora_backend)
     recipe, training = settings.recipe, settings.training
     base_config, tokenizer = classify.read_config(settings), classify.read_tokenizer(settings)
     check_dropout(recipe.base_dropout, base_config)
@@ -171,11 +187,11 @@ def classifier_case(config: str, flags: list[str], steps: int, lora_backend: str
     return Case(
         name=config,
         make_base=make_base,
-        config=cast(LoraConfig, adapter.lora),
+        config=_hand_written(config, adapter),
         inputs=dict(DataCollatorWithPadding(tokenizer)(rows)),
         arguments=_for_comparison(training, steps),
         adapter_dtype=recipe.adapter_dtype,
-        lora_backend=recipe.lora_backend,
+        lora_backend=form,
         seed=training.seed,
     )
 

@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import safe_globals
 from plainlora.errors import UserError
 from plainlora.folders import find_damage
 from plainlora.json_files import read_mapping
-from plainlora.run.folder import ADAPTER, WHOLE_MODEL, holds_adapter, list_checkpoints
+from plainlora.run.folder import ADAPTER, WHOLE_MODEL, holds_adapter, list_checkpoints, weight_files
 
 STATES = ("optimizer.pt", "scheduler.pt")
 STATE_TYPES: dict[str, tuple[type, ...]] = {  # of the fields of Trainer's state that are not numbers
@@ -33,13 +33,13 @@ def find_problem(checkpoint: Path) -> str | None:
     Every file must be there and complete, hold what Trainer reads from it, and match the manifest. A checkpoint that
     another program wrote has no manifest, so a flipped bit in it is not seen.
     """
-    description, weights = ADAPTER if holds_adapter(checkpoint) else WHOLE_MODEL
+    description, _ = ADAPTER if holds_adapter(checkpoint) else WHOLE_MODEL
     generators = sorted(path.name for path in checkpoint.glob("rng_state*.pth")) or [
         "rng_state.pth"
     ]  # of each process
     scaler = [path.name for path in checkpoint.glob("scaler.pt")]  # under fp16
     states = [*STATES, *generators, *scaler]
-    for name in ("trainer_state.json", description, weights, *states):
+    for name in ("trainer_state.json", description, *states):
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
     try:
@@ -49,9 +49,12 @@ def find_problem(checkpoint: Path) -> str | None:
         for name in states:
             if not _holds_plain_values(checkpoint / name):
                 return f"{name} is cut short, or holds more than numbers and text, which could run code"
-        with safe_open(checkpoint / weights, framework="pt") as tensors:
-            if not tensors.keys():
-                return f"{weights} is empty"
+        for weights in weight_files(checkpoint):
+            with safe_open(weights, framework="pt") as tensors:
+                if not tensors.keys():
+                    raise ValueError(f"{weights.name} is empty")
+    except UserError as error:
+        return str(error)
     except (SafetensorError, OSError, ValueError) as error:
         return f"a file is damaged: {error}"
     return find_damage(checkpoint)

@@ -4,13 +4,16 @@ import re
 import shutil
 from pathlib import Path
 
+from plainlora.base.identity import find_weight_files
 from plainlora.errors import UserError
 from plainlora.folders import MANIFEST
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 WHOLE_MODEL = ("config.json", "model.safetensors")
+INDEX = "model.safetensors.index.json"  # of a whole model in several files
+SHARDS = "model-*-of-*.safetensors"
 PICTURES = ("loss.png", "confusion.png")
-RESULTS = (*ADAPTER, *WHOLE_MODEL, MANIFEST, "trainer_state.json", "all_results.json", "run.json")
+RESULTS = (*ADAPTER, *WHOLE_MODEL, INDEX, MANIFEST, "trainer_state.json", "all_results.json", "run.json")
 SAMPLES = "samples.md"
 REPORTS = ("README.md", SAMPLES, *PICTURES, "merged")
 UNFINISHED = ".saving"  # the subfolder in which a save is prepared; a kill leaves it behind
@@ -28,6 +31,19 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 def holds_adapter(folder: str | Path) -> bool:
     """Whether a folder holds an adapter rather than a whole model."""
     return (Path(folder) / "adapter_config.json").is_file()
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The files of an adapter's weights or of a whole model's, which may be in several.
+
+    Raises:
+        UserError: One is missing.
+    """
+    if not holds_adapter(folder):
+        return find_weight_files(str(folder))
+    if not (file := Path(folder) / ADAPTER[1]).is_file():
+        raise UserError(f"{file.name} is missing")
+    return [file]
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
@@ -112,5 +128,6 @@ def clear_output_dir(output_dir: str | Path) -> None:
     if is_merged_model(Path(output_dir) / "merged"):
         shutil.rmtree(Path(output_dir) / "merged")
     # run.json last, so that after an interruption the folder is still recognised as a run's.
-    for name in ("README.md", SAMPLES, *PICTURES, *RESULTS):
+    shards = [path.name for path in Path(output_dir).glob(SHARDS)]
+    for name in ("README.md", SAMPLES, *PICTURES, *shards, *RESULTS):
         (Path(output_dir) / name).unlink(missing_ok=True)

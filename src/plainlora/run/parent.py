@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import LoraConfig
+from transformers.utils.hub import extract_commit_hash
 
 from plainlora.base.identity import describe_base, find_difference, name_base
 from plainlora.errors import UserError, first_line
@@ -40,8 +41,13 @@ class Parent:
     config: LoraConfig
 
     def describe(self) -> dict[str, Any]:
-        """Its name and the digest of its weights, for the record."""
-        return {"name": self.name, "sha256": sha256_of(self.folder / WEIGHTS)}
+        """Its name, its commit on the Hub, and the digest of its weights, for the record."""
+        weights = self.folder / WEIGHTS
+        return {
+            "name": self.name,
+            "commit": extract_commit_hash(str(weights), None),
+            "sha256": sha256_of(weights),
+        }
 
     def line(self, settings: LoraConfig) -> str:
         """A sentence for the log: what of the recipe's adapter is not used.

@@ -21,10 +21,10 @@ from torch import nn
 
 from plainlora.folders import sha256_of
 from plainlora.report import package_versions, write_json
+from plainlora.run.folder import weight_files
 from plainlora.settings.parsing import read_yaml
 
 SECRETS = ("hub_token", "push_to_hub_token")
-WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 
 
 def _without_secrets(command: Sequence[str]) -> list[str]:
@@ -104,6 +104,7 @@ def write_run(
     model: nn.Module,
     labels: Sequence[str] | None = None,
     parent: dict[str, Any] | None = None,
+    backend: str | None = None,
 ) -> dict[str, Any]:
     """Writes the record before the first step, and returns it.
 
@@ -116,6 +117,7 @@ def write_run(
         model: The model with its initial adapter.
         labels: A classifier's classes, to load its head later.
         parent: From `Parent.describe`, of the adapter that is trained on.
+        backend: The name of the back end that trains the adapter.
     """
     content = {
         "command": _without_secrets(sys.argv),
@@ -130,6 +132,7 @@ def write_run(
         "device": str(PartialState().device.type),
         "base": base,
         "parent": parent,
+        "lora_backend": backend,
         "rows": {
             split: {"rows": len(each), "sha256": digest_of_rows(each)}
             for split, each in rows.items()
@@ -150,6 +153,17 @@ def complete_run(path: str | Path, run: dict[str, Any], order: str, steps: int) 
         order: Digest of the batches in the order of training, from `training.watching.RowsSeen`.
         steps: Number of optimizer steps.
     """
-    saved = next(Path(path).parent / name for name in WEIGHTS if (Path(path).parent / name).is_file())
-    weights = {"file": saved.name, "sha256": sha256_of(saved)}
+    weights = describe_weights(Path(path).parent)
     write_json(path, run | {"order_sha256": order, "steps": steps, "weights": weights})
+
+
+def describe_weights(folder: Path) -> dict[str, str]:
+    """The file of a run's weights and its SHA-256; of several files the first, and the SHA-256 of all their SHA-256.
+
+    Raises:
+        UserError: A file is missing.
+    """
+    files = weight_files(folder)
+    digests = [sha256_of(file) for file in files]
+    whole = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return {"file": files[0].name, "sha256": whole}

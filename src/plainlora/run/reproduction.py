@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from plainlora.errors import EXIT_CODE, UserError
-from plainlora.folders import sha256_of
 from plainlora.report import package_versions
 from plainlora.run.adapter_base import read_run
+from plainlora.run.record import describe_weights
 from plainlora.settings.programs import CLASSIFY, SFT, Program
 
 MOST = 1024  # processes or threads
@@ -194,7 +194,7 @@ def compare_runs(first: str | Path, second: str | Path) -> list[Stage]:
         detail = " and ".join(str(value)[:12] for value in values)
         stages.append(Stage(name, values[0] == values[1], "" if values[0] == values[1] else detail))
     file = Path(first) / Path(str(_look_up(runs[0], ("weights", "file"), first))).name
-    now = sha256_of(file) if file.is_file() else "missing"
+    now = describe_weights(Path(first))["sha256"] if file.is_file() else "missing"
     if now != _look_up(runs[0], ("weights", "sha256"), first):
         stages.append(Stage(f"{file} as its run wrote it", False, f"it was changed since: {now[:12]}"))
     return stages

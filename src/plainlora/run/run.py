@@ -82,6 +82,7 @@ class Run:
         quantization: dict[str, Any] | None,
         labels: Sequence[str] | None = None,
         parent: Parent | None = None,
+        backend: str | None = None,
     ) -> None:
         """Clears the folder of an earlier run and writes `run.json`. The last step before training.
 
@@ -91,6 +92,7 @@ class Run:
             quantization: The base's quantisation.
             labels: Names of a classifier's classes, in order.
             parent: The adapter that is trained on.
+            backend: The name of the back end that trains the adapter.
         """
         state, settings = PartialState(), self.settings
         if state.is_main_process:
@@ -107,6 +109,7 @@ class Run:
                 model=model,
                 labels=labels,
                 parent=None if parent is None else parent.describe(),
+                backend=backend,
             )
         state.wait_for_everyone()
 

@@ -67,6 +67,9 @@ BELOW_1 = ("base_dropout", "adam_beta1", "adam_beta2")  # and at least 0
 # Arguments of `from_pretrained` that have a flag of their own, so model_init_kwargs must not set them.
 OWN_FLAGS = {"revision", "dtype", "quantization", "attn_implementation", "trust_remote_code", "dropout"}
 
+# Settings that no method but lora takes; no recipe has them by default.
+OF_AN_ADAPTER = ("adapter_name_or_path", "lora_config", "loraplus_lr_ratio")
+
 # Metrics beside the loss: of a classifier's validation rows, and of a language model's test rows.
 SCORES = ("accuracy", "f1")
 SFT_SCORES = ("perplexity", "entropy", "mean_token_accuracy")
@@ -175,7 +178,7 @@ def common_faults(
     if not refused:
         yield from _fault_of(check_schedule, training)
     if recipe.method != "lora":
-        for name in ("adapter_name_or_path", "lora_config", "loraplus_lr_ratio"):  # which no recipe has by default
+        for name in OF_AN_ADAPTER:
             if getattr(recipe, name) is not None:
                 yield f"{name} is for an adapter, and method {recipe.method} trains none; leave it out"
     yield from _unsupported(

@@ -121,7 +121,7 @@ def plan_adapter(settings: ClassifySettings, labels: Sequence[str], pad_token_id
     modules = None
     if recipe.method == "last_layers":
         modules = find_last_layers(skeleton, recipe.last_layers, find_head)
-    return AdapterPlan(config, build, None, modules)
+    return AdapterPlan(config, build, None, modules=modules)
 
 
 def check_resumable(run: Run, adapter: AdapterPlan, texts: PreparedTexts) -> None:
@@ -150,7 +150,7 @@ def plan_run(
         longest=max(lengths),
         rows=len(lengths),
         tokens=sum(lengths),
-        backend=None if adapter.lora is None else BACKENDS[recipe.lora_backend],
+        backend=None if adapter.backend is None else BACKENDS[adapter.backend],
         adapter_dtype=recipe.adapter_dtype,
         base_dropout=recipe.base_dropout,
         labels=texts.labels,
@@ -189,15 +189,15 @@ def load_model(
     adapter_dtype = settings.recipe.adapter_dtype if adapter.lora is not None else None
     log(precision_line(list_precisions(settings.training, settings.model, adapter.config, adapter_dtype)))
     base, new_weights = load_weights(settings, adapter.config)
-    if adapter.lora is None:
+    if adapter.lora is None or adapter.backend is None:
         model = train_weights(base, adapter.modules)
     else:
         rows = texts.train
         batches = list(calibration_batches(rows, tokenizer, settings.training)) if needs_rows(adapter.lora) else []
-        model = train_adapter(base, adapter.lora, settings.recipe, new_weights, batches)
+        backend = BACKENDS[adapter.backend]
+        model = train_adapter(base, adapter.lora, backend, settings.recipe.adapter_dtype, new_weights, batches)
+        load_parent(adapter, backend, model.model)
     trainable, total = count_parameters(model.model)
-    if model.backend is not None:
-        load_parent(adapter, model.backend, model.model)
     for note in adapter.notes:
         log(note)
     log(f"{settings.recipe.method}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
@@ -280,7 +280,7 @@ def report(run: Run, results: Results, adapter: AdapterPlan) -> None:
     base_loss = before["validation"].loss if "validation" in before else None
     plot_loss(results.history, base_loss, run.folder / "loss.png", unit="text", rows="validation")
     write_json(run.folder / "all_results.json", results.figures)
-    write_classifier_card(run.folder, run.settings, adapter.config, adapter.lora, results.figures)
+    write_classifier_card(run.folder, run.settings, adapter.config, adapter.lora, results.figures, adapter.backend)
 
 
 def summarize(run: Run, results: Results) -> str:

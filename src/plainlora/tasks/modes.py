@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from trl import ModelConfig
 
-from plainlora.backends import BACKENDS, Backend, attach_adapter
+from plainlora.backends import Backend, attach_adapter
 from plainlora.base.config import load_config, quantization_method
 from plainlora.base.loading import describe_quantization
 from plainlora.errors import UserError
@@ -94,7 +94,8 @@ def train_weights(model: PreTrainedModel, modules: Collection[str] | None) -> Tr
 def train_adapter(
     model: PreTrainedModel,
     config: LoraConfig,
-    recipe: ClassifyArguments,
+    backend: Backend,
+    adapter_dtype: str,
     new_weights: Collection[str],
     batches: Sequence[dict[str, torch.Tensor]] = (),
 ) -> TrainableModel:
@@ -103,7 +104,8 @@ def train_adapter(
     Args:
         model: A classifier.
         config: From `build_classifier_lora`.
-        recipe: The back end and the adapter's dtype.
+        backend: The implementation of LoRA.
+        adapter_dtype: See `attach_adapter`.
         new_weights: Names of the parameters that the base's checkpoint lacks, to be saved with the adapter.
         batches: Batches of training rows, from which PEFT computes some initial values.
 
@@ -111,8 +113,8 @@ def train_adapter(
         UserError: The adapter does not fit the model.
         LoRAError: The adapter does not fit the model.
     """
-    backend, quantization = BACKENDS[recipe.lora_backend], describe_quantization(model)
-    adapted = attach_adapter(model, config, backend, recipe.adapter_dtype, new_weights, batches)
+    quantization = describe_quantization(model)
+    adapted = attach_adapter(model, config, backend, adapter_dtype, new_weights, batches)
     biases = {}
     if config.bias != "none":
         trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}

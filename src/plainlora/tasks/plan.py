@@ -9,11 +9,13 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from plainlora.backends import Backend, choose_backend, count_parameters
+from plainlora.backends import Backend, BackendName, choose_backend, count_parameters, fields_on_whole_weights
 from plainlora.errors import UserError
+from plainlora.lora.errors import some
 from plainlora.resources.disk import merged_bytes
 from plainlora.run.adapter_base import class_labels, read_run
 from plainlora.run.parent import Parent, find_parent
+from plainlora.settings.launcher import sharding_engine
 from plainlora.settings.programs import Settings
 from plainlora.training import saving
 
@@ -26,6 +28,7 @@ class AdapterPlan:
         config: The base's config; a classifier's has its classes.
         build: Builds the base on the meta device; returns `None` if its code fails there.
         lora: The adapter's config; `None` if the base's own weights are trained.
+        backend: The name of the back end that trains the adapter; `None` without one.
         parent: The adapter that is trained on; `None` for a new one.
         notes: Sentences for the log.
         modules: Full names of the base's modules that are trained; `None` for all.
@@ -34,6 +37,7 @@ class AdapterPlan:
     config: PretrainedConfig
     build: Callable[[], PreTrainedModel | None]
     lora: LoraConfig | None
+    backend: BackendName | None = None
     modules: list[str] | None = None
     parent: Parent | None = None
     notes: tuple[str, ...] = ()
@@ -65,10 +69,8 @@ def plan_lora(
 ) -> AdapterPlan:
     """The plan of an adapter, a new one or one that is trained on, whose own config is kept.
 
-    Sets `lora_backend` of the settings to the back end that can train it.
-
     Args:
-        settings: The back end, and the adapter to train on.
+        settings: The back end that is asked for, and the adapter to train on.
         config: The base's config.
         build: Builds the base on the meta device.
         lora: The adapter that the settings describe.
@@ -87,10 +89,20 @@ def plan_lora(
             _check_classes(parent, labels)
         notes.append(parent.line(lora))
         lora = parent.config
-    recipe.lora_backend, only_peft = choose_backend(recipe.lora_backend, lora, build())
+    _check_engine("FSDP2" if settings.training.fsdp else sharding_engine(), lora)
+    backend, only_peft = choose_backend(recipe.lora_backend, lora, build())
     if only_peft is not None:
         notes.append(f"PEFT's own code trains this adapter: {only_peft}")
-    return AdapterPlan(config, build, lora, parent=parent, notes=tuple(notes))
+    return AdapterPlan(config, build, lora, backend, parent=parent, notes=tuple(notes))
+
+
+def _check_engine(engine: str | None, lora: LoraConfig) -> None:
+    """Raises `UserError` if the adapter computes with the base's weights, and the engine shards these."""
+    if engine is not None and (fields := fields_on_whole_weights(lora)):
+        raise UserError(
+            f"{some(fields)}: {engine} shards the base's weights, which this adapter computes with; use "
+            "accelerate_configs/ddp.yaml"
+        )
 
 
 def _check_classes(parent: Parent, labels: Sequence[str]) -> None:

@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from peft import LoraConfig
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from plainlora.backends import BACKENDS, attach_adapter, count_parameters
@@ -116,9 +114,8 @@ def plan_adapter(settings: SFTSettings, config: PretrainedConfig) -> AdapterPlan
     build = partial(build_decoder, config, settings.training.trust_remote_code)
     if recipe.method == "lora":
         return plan_lora(settings, config, build, build_lora_config(settings.model, recipe))
-    return AdapterPlan(
-        config, build, None, _last_layers(settings, build()) if recipe.method == "last_layers" else None
-    )
+    modules = _last_layers(settings, build()) if recipe.method == "last_layers" else None
+    return AdapterPlan(config, build, None, modules=modules)
 
 
 def _last_layers(settings: SFTSettings, skeleton: PreTrainedModel | None) -> list[str]:
@@ -156,7 +153,7 @@ def plan_run(
         rows=report.kept,
         tokens=report.tokens,
         trained_tokens=report.trained_tokens,
-        backend=None if adapter.lora is None else BACKENDS[recipe.lora_backend],
+        backend=None if adapter.backend is None else BACKENDS[adapter.backend],
         adapter_dtype=recipe.adapter_dtype,
         base_dropout=recipe.base_dropout,
         trained_modules=adapter.modules,
@@ -223,31 +220,20 @@ def load_model(
         needed = needs_checkpointing(plan, free_memory(training.device), log)
         training.gradient_checkpointing = training.activation_checkpointing = needed
     base = load_weights(settings)
-    if adapter.lora is None:
+    if adapter.lora is None or adapter.backend is None:
         trained = train_weights(base, adapter.modules)
     else:
         batches = list(calibration_batches(rows.train, tokenizer, training)) if needs_rows(adapter.lora) else []
-        trained = _adapt(settings, base, adapter, adapter.lora, batches)
+        backend, quantization = BACKENDS[adapter.backend], describe_quantization(base)
+        model = attach_adapter(base, adapter.lora, backend, recipe.adapter_dtype, batches=batches)
+        load_parent(adapter, backend, model)
+        trained = TrainableModel(model, backend, partial(backend.disabled, model), quantization)
     for note in adapter.notes:
         log(note)
-    what = recipe.method if adapter.lora is None else f"{recipe.lora_backend} LoRA"
+    what = recipe.method if adapter.backend is None else f"{adapter.backend} LoRA"
     trainable, total = count_parameters(trained.model)
     log(f"{what}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
     return trained
-
-
-def _adapt(
-    settings: SFTSettings,
-    base: PreTrainedModel,
-    adapter: AdapterPlan,
-    lora: LoraConfig,
-    batches: list[dict[str, torch.Tensor]],
-) -> TrainableModel:
-    """Attaches the adapter to the base."""
-    backend, quantization = BACKENDS[settings.recipe.lora_backend], describe_quantization(base)
-    model = attach_adapter(base, lora, backend, settings.recipe.adapter_dtype, batches=batches)
-    load_parent(adapter, backend, model)
-    return TrainableModel(model, backend, partial(backend.disabled, model), quantization)
 
 
 def make_trainer(
@@ -341,13 +327,13 @@ def measure(
     return Results(figures, answers, trainer.state.log_history, before.loss, samples.answers if samples else {})
 
 
-def report(run: Run, results: Results) -> None:
+def report(run: Run, results: Results, adapter: AdapterPlan) -> None:
     """Writes figures, loss plot, answers and model card to the run's folder."""
     plot_loss(results.history, results.base_loss, run.folder / "loss.png")
     trained = "adapter" if results.figures["method"] == "lora" else "tuned"
     write_samples(run.folder / SAMPLES, results.samples, trained, results.steps)
     write_json(run.folder / "all_results.json", results.figures)
-    write_sft_card(run.folder, run.settings, results.figures, results.samples)
+    write_sft_card(run.folder, run.settings, results.figures, results.samples, adapter.backend)
 
 
 def summarize(run: Run, results: Results) -> str:

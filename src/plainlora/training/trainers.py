@@ -4,7 +4,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,16 +13,16 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
-from transformers.utils import SAFE_WEIGHTS_NAME
 from trl import SFTConfig, SFTTrainer
 
-from plainlora.backends import Backend, fields_on_whole_weights
+from plainlora.backends import Backend
 from plainlora.errors import UserError
 from plainlora.fast.documents import use_documents
 from plainlora.fast.isolation import isolation_of
 from plainlora.fast.loss_head import base_of, evaluating, use_own_loss
 from plainlora.lora.errors import some
 from plainlora.run.checkpoints import past_the_end
+from plainlora.run.folder import weight_files
 from plainlora.training.batching import check_isolation
 from plainlora.training.classifier_loss import RowEvaluation
 from plainlora.training.evaluation_loss import TokenEvaluation
@@ -136,11 +135,6 @@ class _TrainerOverrides(Watched, AtomicSaves, RowsInOrder, WithLoRAPlus):
                 f"{self.engine.name} shards the base's weights, which this method trains: use accelerate_configs/"
                 "ddp.yaml, or train an adapter"
             )
-        if self.engine.shards_base and (fields := list(fields_on_whole_weights(model))):
-            raise UserError(
-                f"{self.engine.name} shards the base's weights, which {some(fields)} computes with: use "
-                "accelerate_configs/ddp.yaml"
-            )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Takes no step if none is left, or if the run had stopped early.
@@ -161,8 +155,13 @@ class _TrainerOverrides(Watched, AtomicSaves, RowsInOrder, WithLoRAPlus):
     def load_adapter(self, checkpoint: str) -> None:
         """Loads a checkpoint's adapter, or its whole model, into the model, whose trained weights are whole."""
         if self.backend is None:
-            saved = load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME)
-            self.adapted.load_state_dict(saved, strict=False)  # a tied weight is saved once
+            for file in weight_files(checkpoint):
+                loaded = self.adapted.load_state_dict(load_file(file), strict=False)  # a tied weight is saved once
+                if loaded.unexpected_keys:  # a model that Transformers saves under other names than it trains
+                    raise UserError(
+                        f"resume_from_checkpoint: {file} holds {some(loaded.unexpected_keys)}, which this model does "
+                        "not name; start anew in another --output_dir"
+                    )
         else:
             self.backend.reload(self.adapted, checkpoint)
 
