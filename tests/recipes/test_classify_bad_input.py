@@ -125,7 +125,9 @@ def test_u22_what_the_settings_alone_rule_out_is_refused_before_rows_are_read(
 ) -> None:
     (tmp_path / "rows.csv").write_text("no rows")
     unread = ["--dataset_name", str(tmp_path / "rows.csv"), "--lora_backend", backend]
-    assert "'use_dra' is no field of peft.LoraConfig" in refused("distilbert", *unread, '--lora_config={"use_dra": 1}')
+    assert "'use_dra' is not a field of peft.LoraConfig" in refused(
+        "distilbert", *unread, '--lora_config={"use_dra": 1}'
+    )
     none = ["--lora_query=false", "--lora_value=false"]
     assert "LoRA has no layer to adapt" in refused("distilbert", *unread, *none)
 
