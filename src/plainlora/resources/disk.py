@@ -1,7 +1,6 @@
 """The disk space that a run needs: checkpoints, the result, and a merged model."""
 
 import math
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from plainlora.base.classifier import is_classifier
+from plainlora.folders import free_on_disk
 from plainlora.resources.plan import Plan
 from plainlora.resources.weights import count_bytes, stored_dtype
 
@@ -82,11 +82,6 @@ def _tokenizer_bytes(tokenizer: PreTrainedTokenizerBase | None) -> int:
         return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
-def _free_on_disk(folder: str | Path) -> int:
-    path = Path(folder).absolute()
-    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
-
-
 def merged_bytes(parameters: int, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> int:
     """Bytes of a merged model's folder: every weight dense, in the dtype of the base's checkpoint, and the tokenizer.
 
@@ -119,5 +114,5 @@ def count_disk(plan: Plan, base: PreTrainedModel, model: PreTrainedModel, optimi
         parameters = sum(parameter.numel() for parameter in base.parameters())
         merged = merged_bytes(parameters, plan.config, plan.tokenizer)
     checkpoints = count_saves(training, steps)
-    needed, free = checkpoints * checkpoint + result + merged, _free_on_disk(str(training.output_dir))
+    needed, free = checkpoints * checkpoint + result + merged, free_on_disk(str(training.output_dir))
     return DiskNeed(checkpoint, checkpoints, result, merged, needed, free, needed <= free)
