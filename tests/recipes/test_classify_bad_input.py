@@ -340,7 +340,10 @@ def test_a_folder_that_is_not_free(refused: Refused, tmp_path: Path) -> None:
     ("flags", "head"),
     [
         ([], "The head is saved with the adapter, because the base has none, and PEFT loads it too:"),
-        (["--lora_head", "true"], "because the base has none, and carries LoRA too. PEFT loads it so, but not by"),
+        (
+            ["--lora_head", "true"],
+            "because the base has none, and carries LoRA too. Load it with PEFT as below, not with",
+        ),
         (["--train_head", "true"], "The trained head is saved with the adapter, and PEFT loads both:"),
     ],
     ids=["frozen", "lora", "whole"],
