@@ -29,7 +29,8 @@ def test_a_signal_is_noted_and_what_a_launcher_hands_on_of_it_is_not_a_second_on
         for each in (number, signal.SIGINT, signal.SIGTERM):
             os.kill(os.getpid(), each)
     assert request.number == number
-    assert capfd.readouterr().err == f"\n{number.name}: ending this step, then saving; again after 5 s: at once\n"
+    said = f"\n{number.name}: ending this step, then saving; another signal after 5 s stops at once\n"
+    assert capfd.readouterr().err == said
     assert [signal.getsignal(each) for each in SIGNALS] == before
 
 
@@ -81,7 +82,7 @@ def test_a_program_ends_with_the_code_a_shell_knows_and_one_line(
 
 
 def test_a_stop_that_a_library_swallows_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interruption, "AGAIN", 0.05)
+    monkeypatch.setattr(interruption, "RESEND_AFTER", 0.05)
     swallowed = []
 
     def main() -> None:
@@ -115,7 +116,7 @@ def test_training_does_not_begin_once_a_stop_was_swallowed() -> None:
 
 
 def test_a_stop_that_is_swallowed_during_training_comes_again_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interruption, "AGAIN", 0.05)
+    monkeypatch.setattr(interruption, "RESEND_AFTER", 0.05)
     monkeypatch.setattr(interruption, "ECHO", 0.0)
 
     def main() -> None:

@@ -5,13 +5,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from plainlora.interruption import AGAIN_OR_ON, Stopped, ended_by_signals, stop_with_launcher
+from plainlora.interruption import RERUN_OR_RESUME, Stopped, ended_by_signals, stop_with_launcher
 from plainlora.lora.errors import LoRAError
-from plainlora.lost import describe_lost, is_of_another_process
+from plainlora.lost_process import describe_lost, is_of_another_process
 
 EXIT_CODE = 2
 LONGEST = 1500  # characters of a line
-EXTRAS = {  # of pyproject.toml, by a package that each brings
+EXTRAS = {  # a package -> the extra of pyproject.toml that installs it
     **dict.fromkeys(("trl", "datasets", "matplotlib", "yaml", "tqdm", "tensorboard", "sklearn"), "train"),
     **{"bitsandbytes": "qlora", "scipy": "classify", "optuna": "sweep", "sqlalchemy": "sweep"},
     "deepspeed": "deepspeed",
@@ -88,7 +88,7 @@ def run_program(main: Callable[[], None]) -> None:
             except RuntimeError as error:
                 if not is_of_another_process(error):
                     raise
-                raise UserError(f"{describe_lost(error)}; {AGAIN_OR_ON}") from error
+                raise UserError(f"{describe_lost(error)}; {RERUN_OR_RESUME}") from error
     except Stopped as stopped:
         sys.stdout.flush()
         if str(stopped):

@@ -174,11 +174,15 @@ def move_in(scratch: Path, folder: Path) -> None:
     _flush(folder)
 
 
+def free_on_disk(folder: str | Path) -> int:
+    """Bytes free on the disk of a folder, which may not exist yet."""
+    path = Path(folder).absolute()
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+
+
 def check_disk(folder: str | Path, needed: int, what: str) -> None:
     """Raises `UserError` if the disk of a folder has fewer than `needed` bytes free for `what`."""
-    place = Path(folder).absolute()
-    existing = next(path for path in (place, *place.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_on_disk(folder)
     if free < needed:
         needs, has = (f"{size / 1e9:,.2f} GB" if needed > 1e8 else f"{size / 1e6:,.2f} MB" for size in (needed, free))
         raise UserError(

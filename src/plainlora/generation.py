@@ -19,7 +19,7 @@ from plainlora.errors import UserError
 
 
 def _stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """All ids that end an answer: chat models often have more end tokens than the tokenizer's EOS."""
+    """All ids that end an answer: chat models often have other end tokens beside the tokenizer's EOS."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
     return sorted({token for token in ids if token is not None}) or None
@@ -141,7 +141,9 @@ class ExactMatch:
             return prompt, plain_prompt(prompt, self.tokenizer), answer.strip()
         messages, answers = split_row(row, schema)
         if not messages:
-            raise UserError("exact_match_rows needs rows that ask for their answer; one begins with it")
+            raise UserError(
+                "exact_match_rows needs rows with a question before the answer; one begins with its answer"
+            )
         options = template_options(row)
         prompt = render(messages, self.tokenizer, for_generation=True, options=options)
         answered = self._ids(render([*messages, *answers], self.tokenizer, options=options))

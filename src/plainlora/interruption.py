@@ -15,8 +15,8 @@ import psutil
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO = 5.0  # seconds in which a signal sent once may arrive several times
-AGAIN = 0.5  # seconds after which a signal is sent again if its `Stopped` was caught
-AGAIN_OR_ON = "give the same command again, with --resume_from_checkpoint true if output_dir holds a checkpoint"
+RESEND_AFTER = 0.5  # seconds after which a signal is sent again if its `Stopped` was caught
+RERUN_OR_RESUME = "give the same command again, with --resume_from_checkpoint true if output_dir holds a checkpoint"
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 Handler = Callable[[int, FrameType | None], object]
 
@@ -26,21 +26,21 @@ class Stopped(BaseException):
 
     Args:
         number: The signal's number.
-        what: What happened, in one clause; empty if another process says it.
+        what: What happened, in one clause; empty if another process prints it.
 
     Attributes:
-        way: How to go on, in one clause.
-        exit_code: A shell's for a program that a signal ended.
+        advice: How to continue, in one clause.
+        exit_code: The exit code that a shell gives a program that this signal ended.
     """
 
-    way = AGAIN_OR_ON
+    advice = RERUN_OR_RESUME
 
     def __init__(self, number: int, what: str) -> None:
         super().__init__(what)
         self.exit_code = 128 + number
 
     def __str__(self) -> str:
-        return f"{self.args[0]}; {self.way}" if self.args[0] else ""
+        return f"{self.args[0]}; {self.advice}" if self.args[0] else ""
 
 
 class _Reminder:
@@ -59,7 +59,7 @@ class _Reminder:
     def start(self, number: int) -> None:
         self.cancel()
         self.number = number
-        self._timer = threading.Timer(AGAIN, os.kill, (os.getpid(), number))
+        self._timer = threading.Timer(RESEND_AFTER, os.kill, (os.getpid(), number))
         self._timer.daemon = True
         self._timer.start()
 
@@ -73,12 +73,13 @@ _reminder = _Reminder()
 
 
 def lost_ranks() -> list[int]:
-    """Ranks of this run's processes on this machine that are gone, by what their launcher still has.
+    """Ranks of this run's processes on this machine that are no longer children of the launcher.
 
-    `accelerate launch` ends the others by SIGTERM then. So this tells that signal from one that a person sent.
+    If one process is gone, `accelerate launch` sends the others SIGTERM. This tells that signal from one that a person
+    sent.
 
     Returns:
-        None if it cannot be known, as without a launcher.
+        The ranks; an empty list also if they cannot be known, as without a launcher.
     """
     alive = set()
     with suppress(psutil.Error):
@@ -91,8 +92,8 @@ def lost_ranks() -> list[int]:
     return [rank for rank in range(first, first + int(os.environ["LOCAL_WORLD_SIZE"])) if str(rank) not in alive]
 
 
-def what_is_lost() -> str:
-    """`process 1 is gone`; empty if none is, as far as can be known."""
+def describe_lost_ranks() -> str:
+    """`lost_ranks` in words, such as `process 1 is gone`; empty if there are none."""
     lost = lost_ranks()
     many = len(lost) > 1
     return f"process{'es' * many} {', '.join(map(str, lost))} {'are' if many else 'is'} gone" if lost else ""
@@ -101,7 +102,7 @@ def what_is_lost() -> str:
 def stop_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
     """Raises `Stopped`, and again until it reaches the end of `ended_by_signals`."""
     _reminder.start(number)
-    raise Stopped(number, f"{signal.Signals(number).name}: {what_is_lost() or 'stopped'}")
+    raise Stopped(number, f"{signal.Signals(number).name}: {describe_lost_ranks() or 'stopped'}")
 
 
 @contextmanager
@@ -141,7 +142,7 @@ class StopRequest:
     def note(self, number: int, frame: FrameType | None = None) -> None:
         """Records a signal. Another one after more than `ECHO` seconds stops at once.
 
-        So does the first one if another process is gone, for then this step cannot end.
+        So does the first one if another process is gone, because this step cannot end then.
 
         One Ctrl-C can arrive three times: directly, passed on by the launcher, and, when the launcher dies of it, by
         `stop_with_launcher`.
@@ -150,11 +151,14 @@ class StopRequest:
             stop_at_once(number)
         if not self.number:
             self.number, self._since = number, time.monotonic()
-            if what_is_lost():
+            if describe_lost_ranks():
                 stop_at_once(number)
             name = signal.Signals(number).name
             # Not print, which raises if the handler interrupts another print to the same stream.
-            os.write(2, f"\n{name}: ending this step, then saving; again after {ECHO:.0f} s: at once\n".encode())
+            os.write(
+                2,
+                f"\n{name}: ending this step, then saving; another signal after {ECHO:.0f} s stops at once\n".encode(),
+            )
 
     @contextmanager
     def listening(self) -> Iterator[None]:

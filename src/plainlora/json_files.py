@@ -1,4 +1,4 @@
-"""Reads JSON files that hold a mapping, and may be damaged."""
+"""Reads JSON files that should hold a mapping and may be damaged."""
 
 import json
 from pathlib import Path

@@ -86,11 +86,12 @@ def plot_against_size(
     """A score against trained parameters, with a labelled point and a confidence interval for each variant.
 
     Args:
-        rows: `arm`, `method`, `trainable_params`, the score by its name, and `NAME_half_width` (`None` for one seed).
+        rows: `variant`, `method`, `trainable_params`, the score by its name, and `NAME_half_width` (`None` for one
+            seed).
         name: The score's name.
         title: The score in words, with its unit.
         path: The PNG to write.
-        factor: What it is multiplied by: 100 for per cent.
+        factor: The score is multiplied by it: 100 for per cent.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
@@ -99,7 +100,7 @@ def plot_against_size(
         error = factor * (row[f"{name}_half_width"] or 0.0)
         colour = "#c2410c" if row["method"] == "lora" else "#1f4e79"
         axes.errorbar(*at, yerr=error or None, color=colour, marker="o", capsize=4)
-        axes.annotate(row["arm"], at, xytext=(7, 5), textcoords="offset points")
+        axes.annotate(row["variant"], at, xytext=(7, 5), textcoords="offset points")
     heading = title.partition(",")[0].capitalize()
     axes.set(xscale="log", xlabel="trained parameters", ylabel=title, title=f"{heading} against size")
     axes.margins(x=0.2, y=0.15)

@@ -134,6 +134,7 @@ def compare_with_training_base(
         for found in (here, there)
     ]
     return (
-        f"trained on quantised weights; here the base is the original checkpoint: {equal} of {len(chosen)} texts get "
-        f"the same class on both, and the loss of these classes is {losses[0]:.4f} here and {losses[1]:.4f} there"
+        f"trained on quantised weights, loaded on the original checkpoint: {equal} of {len(chosen)} texts get the "
+        f"same class on both; the loss of these classes is {losses[0]:.4f} on the checkpoint and {losses[1]:.4f} on "
+        "the quantised weights"
     )

@@ -74,7 +74,7 @@ def describe_steps(prompts: Sequence[str], answers: Mapping[str, Sequence[str]])
 def write_samples(
     path: Path, samples: Sequence[Sample], trained: str = "adapter", steps: Mapping[str, Sequence[str]] | None = None
 ) -> None:
-    """Writes `describe_samples`, and `describe_steps` if there are any, to a file, if there are samples."""
+    """Writes sample answers before and after training, and by step if given, as Markdown. Without samples no file."""
     if samples:
         by_step = [describe_steps([prompt for prompt, _, _ in samples], steps)] if steps else []
         write_durably(path, "\n".join([describe_samples(samples, trained), *by_step]))

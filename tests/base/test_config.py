@@ -33,7 +33,7 @@ def test_a_config_that_would_take_for_ever_to_build_is_refused(edited: Callable[
 def test_weights_that_are_stored_otherwise_are_not_read_as_plain_numbers(
     edited: Callable[..., str], method: object
 ) -> None:
-    with pytest.raises(UserError, match=r"says that the weights are stored by .*; give the base in 16 or 32 bits"):
+    with pytest.raises(UserError, match=r"says that the weights are quantised by .*; give the base in 16 or 32 bits"):
         load_config(edited("config.json", quantization_config={"quant_method": method, "bits": 4}))
 
 

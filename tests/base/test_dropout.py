@@ -152,5 +152,5 @@ def test_a_config_that_takes_whole_numbers_only_takes_none_and_all_and_says_what
     config = MptConfig()
     set_dropouts(config, 0.0)
     assert {getattr(*place) for place in find_dropouts(config)} == {0}
-    with pytest.raises(UserError, match=r"base_dropout 0\.1: .* takes no such attn_pdrop .*leave it out"):
+    with pytest.raises(UserError, match=r"base_dropout 0\.1: .* models refuse it as attn_pdrop .*leave it out"):
         set_dropouts(config, 0.1)

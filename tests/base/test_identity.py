@@ -141,7 +141,7 @@ def _cut(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (_name_outside, "which leaves its folder"),
+        (_name_outside, "which is outside of its folder"),
         (_cut, "are corrupt or cut short"),
         (lambda folder: sorted(folder.glob("*.safetensors"))[0].unlink(), "which is not there"),
         (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "index.json is damaged"),
@@ -169,5 +169,5 @@ def test_u23_no_index_of_the_hub_leads_out_of_its_snapshot(
     (tmp_path / "models--someone--tiny" / "refs" / "main").write_text(COMMIT)
     (snapshot / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"a": name}}))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="which leaves its folder"):
+    with pytest.raises(UserError, match="which is outside of its folder"):
         find_weight_files("someone/tiny")

@@ -17,7 +17,7 @@ from tests.gpu_host import gpu_host
 def test_a_base_in_four_bits_is_loaded_as_one_or_not_at_all(model_dirs: dict[str, Path], tmp_path: Path) -> None:
     args = ModelConfig(model_name_or_path=str(model_dirs["llama"]), dtype="float32", load_in_4bit=True)
     load_base(args).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="is stored in 4 or 8 bits: load it so"):
+    with pytest.raises(UserError, match="is stored in 4 or 8 bits: load it in them"):
         load_causal_lm(str(tmp_path))
     args.model_name_or_path = str(tmp_path)
     assert load_base(args).is_loaded_in_4bit

@@ -27,10 +27,10 @@ def test_words_without_an_embedding_are_refused(edited: Callable[..., str], mode
     check_vocabulary(own, config)
     own.add_tokens(["a new word"])
     with pytest.raises(
-        UserError, match=rf"numbers 'a new word' {VOCABULARY + 1}, but the model has .* {VOCABULARY} to"
+        UserError, match=rf"'a new word' the id {VOCABULARY + 1}, and the model has .* {VOCABULARY} to"
     ):
         check_vocabulary(own, config)
     for role in ("pad_token", "eos_token"):
         tokenizer = load_tokenizer(edited("tokenizer_config.json", **{role: "<new>"}))
-        with pytest.raises(UserError, match=f"numbers '<new>' {VOCABULARY}, but the model has embeddings"):
+        with pytest.raises(UserError, match=f"'<new>' the id {VOCABULARY}, and the model has embeddings"):
             check_vocabulary(tokenizer, config)

@@ -220,7 +220,7 @@ def test_test_texts_that_are_trained_on_are_counted(tmp_path: Path) -> None:
     write(tmp_path / "test.jsonl", [("b  ", "ham"), ("B", "spam"), ("c", "spam"), ("c", "ham")])
     splits = load(tmp_path)
     assert splits.leaked == 3
-    assert splits.line().endswith("; 3 of test with a text that is also trained on")
+    assert splits.line().endswith("; 3 test rows whose text is also a training row's")
 
 
 def test_the_report_counts_every_class(tmp_path: Path) -> None:
@@ -537,11 +537,3 @@ def test_an_empty_text_becomes_one_token(tokenizer: PreTrainedTokenizerFast) -> 
         tokenizer_object=tokenizer.backend_tokenizer, bos_token="<|pad|>", eos_token="<|endoftext|>"
     )
     assert encode_texts(rows_of(""), begun, 4)[0]["input_ids"][:] == [[1]]
-
-
-def test_several_processes_give_the_same_rows(tmp_path: Path, wordpiece: PreTrainedTokenizerFast) -> None:
-    rows = load(write(tmp_path / "a.jsonl", [("a " * (at % 9 + 1), at % 2) for at in range(50)]), test_size=10).train
-    alone, report = encode_texts(rows, wordpiece, 6)
-    together, again = encode_texts(rows, wordpiece, 6, num_proc=2)
-    assert together.to_list() == alone.to_list()
-    assert again == report

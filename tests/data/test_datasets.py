@@ -263,7 +263,7 @@ BAD = {
     "archive cut short": ("a.jsonl.gz", gzip.compress(ROW.encode() * 99)[:30], r"Compressed file ended"),
     "no rows in a list": ("a.json", "[]", r"has no rows"),
     "no rows in a table": ("a.csv", "a,b\n", r"has no rows"),
-    "another kind": ("a.txt", "hello", r"has no format that can be read: json, jsonl, csv, tsv, parquet"),
+    "another kind": ("a.txt", "hello", r"is not in a format that is read: json, jsonl, csv, tsv, parquet"),
 }  # fmt: skip
 
 

@@ -303,7 +303,7 @@ def test_ids_and_labels_are_those_of_trl(
         ({"messages": [{"role": 5, "content": "a"}]}, "a message needs a role and a content, both text"),
         ({"messages": [{"role": "assistant"}]}, "a message needs a content or tool_calls beside its role"),
         ({"messages": [{"role": "assistant", "tool_calls": "[{}]"}]}, "'tool_calls' must be a list of calls, each an"),
-        ({"messages": CHAT, "tools": "[{"}, "'tools' is text, but no JSON"),
+        ({"messages": CHAT, "tools": "[{"}, "'tools' is text, but not JSON"),
         ({"messages": CHAT, "tools": {"name": "a"}}, "'tools' must be a list of JSON schemas of functions"),
         ({"messages": CHAT, "tools": ["a"]}, "'tools' must be a list of JSON schemas of functions"),
         ({"messages": CHAT, "chat_template_kwargs": "a"}, "'chat_template_kwargs' must be an object, not str"),

@@ -175,7 +175,7 @@ def test_u06_a_template_that_is_not_saved_is_an_error(own: PreTrainedTokenizerFa
     )  # fmt: skip
     finding = found(examine(rows, shouting), "saved", "tokenizer")
     assert finding.level == "error"
-    assert "it has another template" in finding.message
+    assert "it differs in its template" in finding.message
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_a_test_row_that_asks_what_a_training_row_asks_is_a_warning(
 
 
 def test_rows_that_an_evaluation_needs_and_are_not_there(own: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    finding = found(examine(prepare(tmp_path, own, ROWS, exact_match_rows=3), own), "there", "test rows")
+    finding = found(examine(prepare(tmp_path, own, ROWS, exact_match_rows=3), own), "missing", "test rows")
     assert finding.level == "error"
     assert "need test rows: set test_split_size or eval_dataset_name" in finding.message
 
@@ -223,7 +223,7 @@ def test_a_token_that_the_base_does_not_know_is_an_error(own: PreTrainedTokenize
     own.add_tokens(["instruct"])
     finding = found(examine(prepare(tmp_path, own, ROWS), own), "token ids")
     assert finding.level == "error"
-    assert "token 320 is none of the base's 320" in finding.message
+    assert "token id 320 has no embedding among the base's 320" in finding.message
 
 
 def chat(*said: tuple[str, Any], **fields: Any) -> dict[str, Any]:

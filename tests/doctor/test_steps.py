@@ -19,7 +19,7 @@ def test_few_steps_are_a_warning_that_says_what_to_set(tmp_path: Path) -> None:
     (message,) = warned(tmp_path, 2, num_train_epochs=1, packing=True)
     assert message.startswith("2 optimizer steps in all: ")
     assert message.endswith(
-        "set num_train_epochs to 11 or more, or packing to false, as it makes a few long rows of many"
+        "set num_train_epochs to 11 or more, or packing to false, because it makes a few long rows out of many"
     )
     (message,) = warned(tmp_path, 1, num_train_epochs=1)
     assert message.endswith(

@@ -99,6 +99,6 @@ def test_validation_rows_that_are_needed_and_not_there(
     word_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     examination = examine(tmp_path, word_tokenizer, TEXTS[:90], TEXTS[90:], eval_strategy="epoch")
-    finding = found(examination, "there", "validation rows")
+    finding = found(examination, "missing", "validation rows")
     assert finding.level == "error"
     assert "eval_strategy needs validation rows" in finding.message

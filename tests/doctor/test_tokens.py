@@ -64,11 +64,11 @@ def test_the_run_and_the_doctor_name_the_template_and_the_model_whose_own_it_rep
     flags = ["--model_name_or_path", str(base), "--max_steps", "2", "--eval_strategy", "no"]
 
     run_sft("gpt2", "replaced", *flags)
-    (said,) = [line for line in capfd.readouterr().out.splitlines() if "own alone" in line]
+    (said,) = [line for line in capfd.readouterr().out.splitlines() if "replaces the chat template" in line]
     assert said.startswith("warning: tokenizer: prompt_template alpaca ('Below is an instruction")
     assert f"replaces the chat template of {base} ('<|user|>Name a colour" in said
     run_sft("gpt2", "kept", *flags, config="recipes/instruct/lora.yaml")
-    assert "own alone" not in capfd.readouterr().out
+    assert "replaces the chat template" not in capfd.readouterr().out
 
     recipe = ROOT / "recipes/gpt2-alpaca-gpt4/lora.yaml"
     flags += ["--dataset_name", str(rows_file), "--test_split_size", "8", "--max_length", "256"]

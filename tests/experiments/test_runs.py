@@ -68,22 +68,22 @@ def test_the_program_of_the_checkout_is_started_in_which_the_command_is_called(
 
 def test_one_command_at_a_time_in_a_folder(tmp_path: Path) -> None:
     holder = (
-        "import sys, time; from plainlora.experiments.runs import held\n"
-        "with held(sys.argv[1]): print('held', flush=True); time.sleep(600)"
+        "import sys, time; from plainlora.experiments.runs import locked_folder\n"
+        "with locked_folder(sys.argv[1]): print('held', flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", holder, tmp_path], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match="another command is at work in"), runs.held(str(tmp_path)):
+        with pytest.raises(UserError, match="another command is at work in"), runs.locked_folder(str(tmp_path)):
             pass
         process.kill()
         process.wait()
-        with runs.held(str(tmp_path)):  # a killed command leaves no lock behind
+        with runs.locked_folder(str(tmp_path)):  # a killed command leaves no lock behind
             pass
 
 
 def test_interrupted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended, runs.held(str(tmp_path)):
+    with pytest.raises(SystemExit) as ended, runs.locked_folder(str(tmp_path)):
         raise KeyboardInterrupt
     assert ended.value.code == 130
     assert capsys.readouterr().err == "interrupted; what is finished is kept, and the same command continues\n"
@@ -92,7 +92,7 @@ def test_interrupted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.skipif(os.geteuid() == 0, reason="not run: root may write everywhere")
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="cannot be written to"), runs.held(str(tmp_path / "below")):
+    with pytest.raises(UserError, match="cannot be written to"), runs.locked_folder(str(tmp_path / "below")):
         pass
 
 

@@ -227,7 +227,7 @@ def test_the_best_command_line_can_be_pasted() -> None:
         (["--seed", "-1"], r"--seed must be at least 0, not -1"),
         (
             ["--metric", "test_accuracy"],
-            r"a sweep of recipes/classify.py goes by validation_accuracy, ",
+            r"a sweep of recipes/classify.py can optimise validation_accuracy, ",
         ),
         (["--search", "lora_r=4"], r"--search lora_r=4 is not a choice"),
         (["--search", "lora_r=4|8", "--search", "lora_r=2|4"], r"lora_r is given twice"),
@@ -284,7 +284,7 @@ def test_a_killed_sweep_goes_on(
     first = (output / "trial-000" / "command.json").stat().st_mtime_ns
     main(command)
     printed = capfd.readouterr().out
-    assert "1 finished trials are there already" in printed
+    assert "1 trials are finished already" in printed
     assert re.search(r"^2/2  validation_accuracy 0\.\d{4}  best 0\.\d{4}  learning_rate ", printed, re.MULTILINE)
     assert (output / "trial-000" / "command.json").stat().st_mtime_ns == first
 
@@ -310,7 +310,7 @@ def test_a_killed_sweep_goes_on(
 
     # There are enough: nothing runs. With other flags: refused, and what is there stays.
     main(command)
-    assert "2 finished trials are there already" in capfd.readouterr().out
+    assert "2 trials are finished already" in capfd.readouterr().out
     _, line = fail(capfd, *command, "--", "--weight_decay", "0.1")
     assert "with other settings (flags was none, is --weight_decay 0.1)" in line
 
@@ -382,4 +382,4 @@ def test_a_sweep_of_a_language_model_goes_by_test_loss(
     assert f"eval_loss {values[0]:.4f}, exact_match 0.0000" in printed
     assert "The test rows chose these settings" in printed
     _, line = fail(capfd, *command, "--metric", "validation_accuracy")
-    assert "a sweep of recipes/sft.py goes by eval_loss, eval_perplexity, exact_match" in line
+    assert "a sweep of recipes/sft.py can optimise eval_loss, eval_perplexity, exact_match" in line

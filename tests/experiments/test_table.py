@@ -136,7 +136,7 @@ def fail(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, st
     [
         (["--seeds", "1", "1"], r"--seeds are different whole numbers from 0, not 1 1"),
         (["--seeds", "-1"], r"--seeds are different whole numbers from 0, not -1"),
-        (["--", "--method", "full"], r"--method cannot stand after the --: every method is compared already"),
+        (["--", "--method", "full"], r"--method cannot stand after the --: every method is compared; to compare some"),
         (["--", "--seed", "3"], r"--seed cannot stand after the --: use --seeds"),
         (["--output_dir", ""], r"--output_dir is empty; give a folder"),
     ],
@@ -168,8 +168,8 @@ def test_a_failing_run_loses_no_other_and_a_finished_one_is_not_run_again(
     assert re.search(r"^2/2  z  seed 0  failed: ", printed, re.MULTILINE)
     assert "Failed: z with seed 0" in (output / "table.md").read_text()
     first = json.loads((output / "table.json").read_text())
-    assert [run["arm"] for run in first["runs"]] == ["lora"]
-    assert [failure["arm"] for failure in first["failures"]] == ["z"]
+    assert [run["variant"] for run in first["runs"]] == ["lora"]
+    assert [failure["variant"] for failure in first["failures"]] == ["z"]
     arguments = json.loads((output / "lora-seed0" / "run.json").read_text())["arguments"]
     assert (arguments["seed"], arguments["weight_decay"], arguments["lora_r"]) == (0, 0.01, 4)
     assert not list(output.glob("*/checkpoint-*"))
@@ -183,9 +183,9 @@ def test_a_failing_run_loses_no_other_and_a_finished_one_is_not_run_again(
     assert (output / "lora-seed0" / "run.json").stat().st_mtime_ns == before
     table = json.loads((output / "table.json").read_text())
     assert table["failures"] == []
-    assert [variant["arm"] for variant in table["arms"]] == ["lora", "z"]
+    assert [variant["variant"] for variant in table["variants"]] == ["lora", "z"]
     results = json.loads((output / "z-seed0" / "all_results.json").read_text())
-    variant = table["arms"][1]
+    variant = table["variants"][1]
     assert (variant["method"], variant["test_accuracy"], variant["test_accuracy_half_width"]) == (
         "full", results["test_accuracy"], None,
     )  # fmt: skip
@@ -257,15 +257,16 @@ def test_language_models_are_compared_by_test_loss_and_exact_matches(
     main(["table", "--config", *recipes, "--seeds", "0", "1", "--output_dir", str(output)])
     assert re.search(r"(?m)^1/4  lora  seed 0  test loss \d\.\d{3}  \d+ s of training", capfd.readouterr().out)
     table = json.loads((output / "table.json").read_text())
-    assert [row["arm"] for row in table["arms"]] == ["lora", "full"]
-    for row in table["arms"]:
-        runs = [json.loads((output / f"{row['arm']}-seed{seed}" / "all_results.json").read_text()) for seed in (0, 1)]
-        losses = [run["eval_loss_adapter" if row["arm"] == "lora" else "eval_loss"] for run in runs]
+    assert [row["variant"] for row in table["variants"]] == ["lora", "full"]
+    for row in table["variants"]:
+        folders = [output / f"{row['variant']}-seed{seed}" for seed in (0, 1)]
+        runs = [json.loads((folder / "all_results.json").read_text()) for folder in folders]
+        losses = [run["eval_loss_adapter" if row["variant"] == "lora" else "eval_loss"] for run in runs]
         mean, half_width = mean_and_half_width(losses)
         assert (row["eval_loss"], row["eval_loss_half_width"]) == (mean, half_width)
         assert row["exact_match"] == 0
         assert row["trainable_params"] == runs[0]["trainable_params"]
-        assert not (output / f"{row['arm']}-seed0" / "merged").exists()
+        assert not (folders[0] / "merged").exists()
     header, *lines = (output / "table.md").read_text().splitlines()
     columns = [cell.strip() for cell in header.strip("|").split("|")]
     assert columns[:4] == ["variant", "test loss", "exact match, %", "trained parameters"]

@@ -110,7 +110,7 @@ def examine_isolation(model: PreTrainedModel) -> Isolation:
 def packed_dependence(model: PreTrainedModel) -> float:
     """About 1 if packed documents see each other, about 1e-6 in fp32 if not."""
     found = examine_isolation(model).packed()
-    return max(found.neighbours, found.company)
+    return max(found.replaced, found.alone)
 
 
 def make_trainer(
@@ -149,7 +149,9 @@ def test_what_lets_documents_see_each_other_is_found_to(kind: str, std: float | 
 def test_u07_packing_of_a_base_that_ignores_positions_is_refused_and_padding_is_not(
     backend: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    with pytest.raises(UserError, match=r"packing: in OPTForCausalLM a row depends on .*; set packing to false"):
+    with pytest.raises(
+        UserError, match=r"packing: in OPTForCausalLM a row's outputs depend on .*; set packing to false"
+    ):
         make_trainer(make(LEAKING["opt"]()), tmp_path, tokenizer, backend)
     make_trainer(make(LEAKING["opt"]()), tmp_path, tokenizer, backend, packing=False)
 

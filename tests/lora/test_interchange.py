@@ -384,7 +384,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "LoRA on embeddings": (
         save_by_peft(config(**LM | {"target_modules": ["q_proj", "embed_tokens"]})),
-        r"'model.embed_tokens' is a Embedding; LoRA here adapts linear layers \(.*\); load it with PEFT",
+        r"'model.embed_tokens' is a Embedding; this LoRA adapts linear layers \(.*\); load it with PEFT",
     ),
     "DoRA": (lambda path: edit_config(path, use_dora=True), r"lacks .*lora_magnitude_vector"),
     "single tokens": (
@@ -474,11 +474,11 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "whole numbers": (
         lambda path: edit_tensors(path, lambda tensors: tensors.update({first(tensors): torch.ones(8, 64).int()})),
-        "is of type torch.int32, which no adapter is saved in",
+        "is of type torch.int32, not a float; save the adapter again",
     ),
     "NaN": (
         lambda path: edit_tensors(path, lambda tensors: tensors[max(tensors)].fill_(float("nan"))),
-        "holds values that are not finite; the training that wrote it diverged",
+        "holds values that are not finite: the training diverged; train it again",
     ),
 }
 

@@ -139,7 +139,7 @@ def test_a_number_or_name_that_changes_nothing_is_an_error(options: dict[str, ob
 )
 def test_a_module_that_is_not_linear_is_an_error(kind: str, target: str, type_name: str) -> None:
     linear = "c_attn" if kind == "gpt2" else "q_proj"
-    refused(kind, rf"{target}' is a {type_name}; LoRA here adapts linear", target_modules=[linear, target])
+    refused(kind, rf"{target}' is a {type_name}; this LoRA adapts linear", target_modules=[linear, target])
 
 
 def test_a_subclass_of_linear_is_a_target_only_if_it_is_a_linear_map() -> None:

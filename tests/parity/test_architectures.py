@@ -64,7 +64,7 @@ def test_a_sample_of_every_kind_holds_or_is_refused_at_every_level(tmp_path: Pat
 def test_what_differs_is_told_and_ends_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = LoRALinear.forward
     monkeypatch.setattr(LoRALinear, "forward", lambda *args, **kwargs: forward(*args, **kwargs) * 1.001)
-    monkeypatch.setattr("plainlora.fast.fuse._forward_own", LoRALinear.forward)
+    monkeypatch.setattr("plainlora.fast.fuse._forward_plainlora", LoRALinear.forward)
     with pytest.raises(SystemExit) as ended:
         sweep(tmp_path, "llama")
     assert ended.value.code == 1

@@ -257,7 +257,7 @@ def another_prompt(patch: Patch) -> None:
 
 
 def identity_kept_after_merging(patch: Patch) -> None:
-    patch.setattr(merge, "restore_identity", lambda model, record: None)
+    patch.setattr(merge, "restore_attributes", lambda model, record: None)
 
 
 MORE_FAULTS = {

@@ -25,7 +25,7 @@ def test_a_run_of_sft_says_what_was_examined(run_sft: RunSFT, tmp_path: Path, ca
     at = next(number for number, line in enumerate(said) if line.startswith("train rows: "))
     assert said[at + 1].startswith("test rows: ")
     assert said[at + 2] == (
-        "warning: test rows: 2 of 2 ask what a training row asks, so the test figures are too good"
+        "warning: test rows: 2 of 2 have the prompt of a training row, so the test figures are too good"
     )
     assert re.fullmatch(r"doctor: \d+ checks, 1 warning", said[at + 3])
     assert said[at + 4] == (
@@ -38,7 +38,7 @@ def test_a_run_of_classify_says_what_was_examined(run_classify: RunClassify, tmp
     rows = write(tmp_path / "rows.jsonl", [*TEXTS, TEXTS[0] | {"label": "ham"}])
     run_classify("bert", "run", "--max_steps", "1", "--eval_strategy", "no", "--dataset_name", rows)
     said = capfd.readouterr().out
-    assert "warning: train rows: 2 have a text that another row gives another class; no model can learn both\n" in said
+    assert "warning: train rows: 2 have the text of another row and another class; no model can learn both\n" in said
     assert re.search(r"doctor: \d+ checks, 1 warning\n", said)
 
 

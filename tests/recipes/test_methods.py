@@ -222,8 +222,11 @@ def test_weights_are_trained_in_float32_under_mixed_precision(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--merge"], "merge: method full leaves a whole model, there is nothing to merge"),
-        (["--load_in_4bit"], "method full trains the base's own weights, which 4 or 8 bits cannot be; use lora"),
+        (["--merge"], "merge: method full leaves a whole model, so there is nothing to merge"),
+        (
+            ["--load_in_4bit"],
+            "method full trains the base's own weights, which is not possible in 4 or 8 bits; use lora",
+        ),
         (["--last_layers", "1"], "last_layers belongs to --method last_layers, not full"),
     ],
 )

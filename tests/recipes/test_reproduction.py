@@ -90,7 +90,7 @@ def test_a_run_that_cannot_be_made_again_is_refused(trained: Path, tmp_path: Pat
     run = json.loads((trained / "run.json").read_text())
     del run["weights"], run["order_sha256"]
     (trained / "run.json").write_text(json.dumps(run))
-    assert "has no weights; its training did not end" in plainlora("reproduce", trained)
+    assert "has no weights; its training did not finish" in plainlora("reproduce", trained)
     assert "has no run.json; give the output_dir of a finished run" in plainlora("reproduce", tmp_path)
     assert "is not a folder" in plainlora("reproduce", tmp_path / "rows")
     assert "is not a folder" in plainlora("reproduce", trained / "run.json")
@@ -106,16 +106,16 @@ def test_flags_of_where_and_after_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("name", "values", "said"),
     [
-        ("command", ["../evil.py", [], ["rm.py"], "sft.py", [1]], "the command in its run.json cannot be right"),
+        ("command", ["../evil.py", [], ["rm.py"], "sft.py", [1]], "the command in its run.json is not valid"),
         (
             "config",
             ["lora.yaml", [1], {"env": {"PATH": "."}}, {"env": [1]}],
-            "the config in its run.json cannot be right",
+            "the config in its run.json is not valid",
         ),
-        ("processes", [0, "2", 10**6], "the processes and threads in its run.json cannot be right"),
-        ("threads", [None, -1], "the processes and threads in its run.json cannot be right"),
-        ("device", [None, 0], "the device in its run.json cannot be right"),
-        ("versions", [None, ["torch"]], "the versions in its run.json cannot be right"),
+        ("processes", [0, "2", 10**6], "the processes and threads in its run.json is not valid"),
+        ("threads", [None, -1], "the processes and threads in its run.json is not valid"),
+        ("device", [None, 0], "the device in its run.json is not valid"),
+        ("versions", [None, ["torch"]], "the versions in its run.json is not valid"),
         ("weights", [{}, None], "run.json has no weights.sha256; only finished runs can be compared"),
         ("rows", [None], "run.json has no rows.train.sha256; only finished runs can be compared"),
     ],

@@ -93,7 +93,7 @@ def test_an_adapter_of_elsewhere_has_nothing_to_compare(adapter: Path, model_dir
 )
 def test_a_damaged_record_of_the_quantisation(adapter: Path, quantization: dict[str, object]) -> None:
     write_json(adapter / "run.json", {"quantization_config": quantization})
-    with pytest.raises(UserError, match=r"run.json is damaged \(its quantization_config is none: "):
+    with pytest.raises(UserError, match=r"run.json is damaged \(its quantization_config is not valid: "):
         find_base(adapter)
 
 

@@ -15,8 +15,8 @@ from plainlora.settings.parsing import StrictParser
 from plainlora.settings.precision import list_precisions, precision_line
 from plainlora.settings.programs import CLASSIFY, SFT
 
-NF4 = "4-bit NF4; what is not quantised in float32"
-NESTED = "4-bit NF4, its scales quantised too; what is not quantised in bfloat16"
+NF4 = "4-bit NF4; other weights in float32"
+NESTED = "4-bit NF4, its scales quantised too; other weights in bfloat16"
 
 
 def told(folder: Path, *flags: str) -> tuple[dict[str, str], Any, Any]:
@@ -41,7 +41,7 @@ def told(folder: Path, *flags: str) -> tuple[dict[str, str], Any, Any]:
             ["--load_in_4bit=true", "--use_bnb_nested_quant=true", "--dtype=bfloat16"],
             {"base": NESTED, "adapter": "float32"},
         ),
-        (["--load_in_8bit=true"], {"base": "8-bit; what is not quantised in float32"}),
+        (["--load_in_8bit=true"], {"base": "8-bit; other weights in float32"}),
     ],
 )
 def test_u16_what_is_told_is_what_is_there(

@@ -39,7 +39,7 @@ def test_u22_names_values_and_contradictions_are_told_together() -> None:
         "recipe.yaml: argument --seed: invalid int value: 'soon'",
         "--lora_rnk is not an option; did you mean lora_r?",
         "You can't use 8 bit and 4 bit precision at the same time",
-        "lora_config: 'use_dra' is no field of peft.LoraConfig that a recipe sets; did you mean use_dora?",
+        "lora_config: 'use_dra' is not a field of peft.LoraConfig that a recipe can set; did you mean use_dora?",
         "attn_implementation 'quick' cannot be used here (",
         "packing_strategy=wrapped is refused",
     )
@@ -74,13 +74,13 @@ def test_what_peft_alone_implements_is_refused_for_the_hand_written_form_alone(p
     [
         (
             "lora_config: {use_dra: true}",
-            "lora_config: 'use_dra' is no field of peft.LoraConfig that a recipe sets; did",
+            "lora_config: 'use_dra' is not a field of peft.LoraConfig that a recipe can set; did",
         ),
         (
             "lora_config: {peft_type: IA3}",
-            "lora_config: 'peft_type' is no field of peft.LoraConfig that a recipe sets",
+            "lora_config: 'peft_type' is not a field of peft.LoraConfig that a recipe can set",
         ),
-        ("lora_config: {r: 4}\nlora_r: 8", "lora_config: r is 4, and its own flag says 8; give one"),
+        ("lora_config: {r: 4}\nlora_r: 8", "lora_config: r is 4, but its own flag is 8; give only one"),
         ("lora_config: {eva_config: {}}", "lora_config: `eva_config` specified but will be ignored"),
         (
             "lora_config: {eva_config: {rho: 0}, init_lora_weights: eva}",

@@ -68,5 +68,5 @@ def test_blocks_that_cannot_be_told_are_to_be_named() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=3))
     model.config.num_hidden_layers = 4
-    with pytest.raises(UserError, match=r"which blocks LlamaForCausalLM has cannot be told; give the names"):
+    with pytest.raises(UserError, match=r"the blocks of LlamaForCausalLM cannot be found; give the names"):
         find_last_layers(model, ["1"], language_head)

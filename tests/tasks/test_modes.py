@@ -126,7 +126,7 @@ def test_what_does_not_fit_the_architecture_is_refused(
     ("flags", "message"),
     [
         (["--lora_head", "true", "--train_head", "true"], "the head carries LoRA or is trained whole, not both"),
-        (["--method", "full", "--load_in_4bit", "true"], "which 4 or 8 bits cannot be"),
+        (["--method", "full", "--load_in_4bit", "true"], "which is not possible in 4 or 8 bits"),
         (["--method", "full", "--merge"], "there is nothing to merge"),
         (["--last_layers", "classifier"], "last_layers belongs to --method last_layers"),
         (["--lora_task_type", "TOKEN_CLS"], "this program classifies sequences"),

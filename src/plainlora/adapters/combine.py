@@ -100,7 +100,7 @@ def _combine(
 
 
 def _padded(delta: Delta, r: int) -> Delta:
-    """The same delta with zeros up to a rank: one `r` then holds for all modules, as some servers need it."""
+    """The same delta, padded with zeros to a rank, because some servers need one `r` for all modules."""
     missing = r - delta.r
     pad = torch.nn.functional.pad
     return Delta(pad(delta.lora_A, (0, 0, 0, missing)), pad(delta.lora_B, (0, missing)), delta.scaling)
@@ -153,7 +153,7 @@ def combine_adapters(
     base_model: str | None = None,
     allow_other_base: bool = False,
 ) -> Combined:
-    """Writes one adapter for several: PEFT's files, the first one's tokenizer, a record and a card that name them.
+    """Combines several adapters into one: PEFT's files, the first one's tokenizer, a record and a card that name them.
 
     No weights of the base are loaded. What was written is read again and compared with the weighted sum in fp64.
 

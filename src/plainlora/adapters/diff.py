@@ -1,4 +1,4 @@
-"""What one adapter adds to each layer, or two: how large, of which rank, and in which direction."""
+"""Compares the deltas of one or two adapters, layer by layer: norm, rank, and the cosine between them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ class Difference:
     Attributes:
         adapters: Their folders.
         deltas: The deltas of each by module.
-        others: Names of what else each file holds, which is not compared.
+        others: Names of the other tensors in each file, which are not compared.
         base_norms: The Frobenius norm of the base's weight by module; empty if it was not asked for.
     """
 

@@ -1,4 +1,4 @@
-"""What is made of adapters goes into a folder of its own."""
+"""Checks the `--output` folder of the commands that read several adapters."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +14,8 @@ def check_output(output: str | Path, adapters: Sequence[str], replaced: bool = F
     Args:
         output: The folder.
         adapters: The folders that are read.
-        replaced: Whether what is in it may be replaced.
-        advice: What else could be done if it is not empty.
+        replaced: Whether its content may be replaced.
+        advice: The end of the error for a folder that is not empty.
 
     Raises:
         UserError: It cannot be written to, is not empty, or is, holds or lies in an adapter's folder.

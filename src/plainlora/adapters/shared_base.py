@@ -12,7 +12,7 @@ from plainlora.lora.interchange import read_config
 from plainlora.peft_model import changes_base
 from plainlora.run.adapter_base import Base, base_of, find_base, read_run
 
-# What of a quantisation decides on the weights.
+# The fields of a quantisation config that decide the values of the weights.
 STORAGE = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 
 

@@ -64,7 +64,7 @@ def load_classifier(
     backbone = [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
     if backbone:
         more = " and more" if len(backbone) > 1 else ""
-        raise UserError(f"{name} lacks {backbone[0]}{more}; it is not a checkpoint of this kind")
+        raise UserError(f"{name} lacks {backbone[0]}{more}; it is not a checkpoint of a {config.model_type} model")
     return model, missing
 
 

@@ -27,8 +27,8 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
         raise UserError(f"{name}/config.json names {layers:,} layers, more than any model has; it is damaged")
     if method not in (None, "bitsandbytes"):
         raise UserError(
-            f"{name}/config.json says that the weights are stored by {method!r:.60}, which is not read here; give the "
-            "base in 16 or 32 bits"
+            f"{name}/config.json says that the weights are quantised by {method!r:.60}, which is not supported; give "
+            "the base in 16 or 32 bits"
         )
     if kernel and not trust_remote_code:
         raise UserError(
@@ -60,7 +60,7 @@ def check_storage(name: str, config: PretrainedConfig, quantized: bool) -> None:
     """
     if quantization_method(config) and not quantized:
         raise UserError(
-            f"{name} is stored in 4 or 8 bits: load it so (load_in_4bit or load_in_8bit in training, --base "
+            f"{name} is stored in 4 or 8 bits: load it in them (load_in_4bit or load_in_8bit in training, --base "
             "dequantized in generate), or give the base in 16 or 32 bits"
         )
 

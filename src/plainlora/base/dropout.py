@@ -41,7 +41,7 @@ def set_dropouts(config: PretrainedConfig, p: float) -> None:
             setattr(inner, name, int(p) if isinstance(getattr(inner, name), int) and p in (0, 1) else p)
         except Exception as error:  # of any class: the config's own validation
             raise UserError(
-                f"base_dropout {p}: {inner.model_type} takes no such {name} ({first_line(error)}); leave it out"
+                f"base_dropout {p}: {inner.model_type} models refuse it as {name} ({first_line(error)}); leave it out"
             ) from error
 
 

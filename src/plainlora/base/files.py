@@ -33,7 +33,7 @@ def find_fault(folder: Path, what: Literal["model", "tokenizer"]) -> str | None:
         if path.is_file() and _begins_as_pointer(path):
             return f"{path} is a Git LFS pointer and not the file itself; fetch it with `git lfs pull`"
     if what == "tokenizer":
-        fault = f"{folder} holds no tokenizer (no {TOKENIZERS[0]} or the like); copy the base's there"
+        fault = f"{folder} holds no tokenizer (no {TOKENIZERS[0]} or the like); copy the base's tokenizer files there"
         return None if any((folder / name).is_file() for name in TOKENIZERS) else fault
     for path in _weights_in(folder):
         if not path.is_file():

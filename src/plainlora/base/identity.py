@@ -54,7 +54,9 @@ def find_weight_files(name: str, revision: str | None = None) -> list[Path]:
     files = []
     for shard in shards:
         if not _stays_inside(shard):
-            raise UserError(f"{index} names the file {shard!r}, which leaves its folder; do not use this checkpoint")
+            raise UserError(
+                f"{index} names the file {shard!r}, which is outside of its folder; do not use this checkpoint"
+            )
         file = _find_file(name, shard, revision)
         if file is None:
             raise UserError(f"{index} names {shard}, which is not there; copy or download it again")
@@ -173,7 +175,7 @@ def describe_base(name: str, revision: str | None = None, trust_remote_code: boo
 
 
 def find_difference(trained: dict[str, Any], found: dict[str, Any]) -> Difference | None:
-    """The gravest difference between two bases; `None` if they are the same.
+    """The most serious difference between two bases; `None` if they are the same.
 
     Args:
         trained: `describe_base` of the base on which the adapter was trained.

@@ -42,8 +42,8 @@ def release_freed_memory() -> None:
     """Makes glibc return freed heap memory to the kernel; on other systems does nothing.
 
     A layer that is quantised on a CPU is dense first, and small blocks allocated between two such layers can keep the
-    second from reusing the memory of the first. Of Qwen2-0.5B in fp32, 0.2 to 1.5 GB of dense layers then stay
-    resident until the program ends, differently in each run: https://man7.org/linux/man-pages/man3/malloc_trim.3.html
+    second from reusing the memory of the first. With Qwen2-0.5B in fp32, 0.2 to 1.5 GB of dense layers then stayed
+    resident until the program ended, differently in each run: https://man7.org/linux/man-pages/man3/malloc_trim.3.html
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
@@ -83,7 +83,7 @@ def load_pretrained(
         revision: Branch, tag or commit on the Hub.
         dtype: The dtype of weights that are not quantised; `"auto"` for the checkpoint's own.
         quantization: How to quantise while loading.
-        dropout: Probability of all its dropouts in memory; it is saved with its own ones. `None` to leave them.
+        dropout: The probability of all its dropouts; `None` for its own, with which it is saved in any case.
         device: Where training runs; `None` to leave placement to the libraries.
         **options: For `from_pretrained`.
 
@@ -137,7 +137,7 @@ def load_pretrained(
 
 
 def _split_config(name: str, revision: str | None, options: dict[str, Any]) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """A copy of a model's config, and the options that the config does not take, split as by `from_pretrained`."""
+    """A copy of a model's config with the options that are its fields, and the rest, split as by `from_pretrained`."""
     rest = {key: options[key] for key in ("attn_implementation", "trust_remote_code") if key in options}
     given = {key: value for key, value in options.items() if key not in rest and key != "config"}
     if options.get("config") is not None:

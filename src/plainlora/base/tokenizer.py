@@ -27,7 +27,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises `Exception` itself
         raise explain(name, "tokenizer", error) from error
-    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # as a folder without one loads
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # so loads a folder without a tokenizer
         raise UserError(
             f"{name} holds no tokenizer, or one without a vocabulary; copy the base's tokenizer files there"
         )
@@ -57,19 +57,19 @@ def load_tokenizer(
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """Raises `UserError` if the tokenizer has words without an embedding in the model.
+    """Raises `UserError` if the tokenizer has tokens without an embedding in the model.
 
     Special tokens without a role are not checked: some tokenizers have unused ones.
     """
     rows = getattr(config.get_text_config(), "vocab_size", None)
     roles = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
     unused = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} - set(roles)
-    words = ((word, number) for word, number in tokenizer.get_vocab().items() if word not in unused)
-    word, number = max(words, key=lambda pair: pair[1])
+    tokens = ((token, number) for token, number in tokenizer.get_vocab().items() if token not in unused)
+    token, number = max(tokens, key=lambda pair: pair[1])
     if isinstance(rows, int) and number >= rows:
         raise UserError(
-            f"{tokenizer.name_or_path}: its tokenizer numbers {word!r:.40} {number}, but the model has embeddings for "
-            f"{rows} tokens; use the tokenizer that belongs to the model"
+            f"{tokenizer.name_or_path}: the tokenizer gives {token!r:.40} the id {number}, and the model has "
+            f"embeddings for {rows} tokens; use the tokenizer that belongs to the model"
         )
 
 

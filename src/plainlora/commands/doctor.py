@@ -10,8 +10,8 @@ from contextlib import contextmanager
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     parser.add_argument("--config", required=True, metavar="YAML", help="a recipe; more of its flags after --")
-    help_devices = "plan it for these from the config alone, as 8x24GB: which engine, and what each device holds"
-    parser.add_argument("--devices", metavar="NxGB", help=help_devices)
+    planned = "plan the run for these devices, such as 8x24GB, from the config alone: which engine, what each holds"
+    parser.add_argument("--devices", metavar="NxGB", help=planned)
     parser.add_argument("--json", action="store_true", help="write JSON, for a program to read")
     parser.add_argument("--color", action="store_true", help="colours even if the output is not a terminal")
     parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="as for the recipe's program")

@@ -10,9 +10,9 @@ from plainlora.errors import UserError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     parser.add_argument("--model", required=True, help="folder that recipes/classify.py wrote: adapter or whole model")
-    parser.add_argument("--text", action="append", help="to classify; repeatable; lines of standard input if left out")
+    parser.add_argument("--text", action="append", help="repeatable; lines of standard input if left out")
     parser.add_argument(
-        "--base_model", metavar="PATH_OR_ID", help="this copy of the base, not the one the adapter names"
+        "--base_model", metavar="PATH_OR_ID", help="use this copy of the base, not the one that the adapter names"
     )
     parser.add_argument("--allow_other_base", action="store_true", help="accept other weights of the same shapes")
     parser.add_argument("--with_peft", action="store_true", help="also classify with PEFT's implementation")

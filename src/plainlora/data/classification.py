@@ -61,7 +61,7 @@ class LabelledSplits:
         for count, what in (
             (self.dropped_empty, "without text dropped"),
             (self.kept_empty, "without text kept"),
-            (self.leaked, "of test with a text that is also trained on"),
+            (self.leaked, "test rows whose text is also a training row's"),
         ):
             if count:
                 parts.append(f"{count:,} {what}")
@@ -240,7 +240,7 @@ def _clean_all(
         remedy = "labels to the others" if part == "train" else f"{NAME_FLAGS[part]} to other rows"
         advice = f"add some, or set {remedy}"
         if table.where.endswith("])"):  # a slice on the Hub
-            advice = "a slice of a sorted split lacks classes, max_train_rows and max_eval_rows draw from all"
+            advice = "a slice of a sorted split lacks classes; max_train_rows and max_eval_rows draw from all rows"
         _check_classes(parts[part], classes.names, f"{table.where} as {part} rows", advice)
     return parts, empty
 
@@ -248,7 +248,7 @@ def _clean_all(
 def _limit(
     parts: dict[str, Dataset], max_train_rows: int | None, max_eval_rows: int | None, names: list[str], seed: int
 ) -> None:
-    """Keeps at most so many rows of each part, drawn at random and stratified by label."""
+    """Keeps at most `max_train_rows` or `max_eval_rows` rows of each part, drawn at random, stratified by label."""
     for part, rows in parts.items():
         most, flag = (max_train_rows, "max_train_rows") if part == "train" else (max_eval_rows, "max_eval_rows")
         if most is not None and most < len(rows):
@@ -375,7 +375,7 @@ def tokenize_texts(
 
 
 def encode_texts(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, num_proc: int | None = None
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> tuple[Dataset, TextReport]:
     """Tokenises every text, with the special tokens that the tokenizer adds itself.
 
@@ -383,7 +383,6 @@ def encode_texts(
         rows: Rows with `text` and `label`, from `load_labelled`.
         tokenizer: The model's tokenizer.
         max_length: Length to which a row is cut, in tokens, special tokens included; `None` for no limit.
-        num_proc: Number of processes that tokenise.
 
     Returns:
         The rows with `input_ids`, `labels` (the class number) and `length` (tokens), and the report.
@@ -406,7 +405,6 @@ def encode_texts(
         encode,
         batched=True,
         remove_columns=rows.column_names,
-        num_proc=num_proc,
         keep_in_memory=True,
         load_from_cache_file=False,
         desc="Tokenizing",

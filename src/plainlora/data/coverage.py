@@ -27,8 +27,8 @@ class Omission:
     """Something that the chat template leaves out of rows.
 
     Attributes:
-        kind: What it is. A row without its `answer` must not be trained on.
-        what: The same as a clause.
+        kind: The kind of text that is left out. A row without its `answer` must not be trained on.
+        what: A clause that describes it.
         rows: Number of rows without it.
         first: Number of the first such row, from 1.
     """
@@ -121,7 +121,7 @@ class Coverage:
         self.known: dict[str, list[tuple[Kind, str]]] = {}
 
     def __call__(self, messages: list[Message], options: dict[str, Any]) -> list[tuple[Kind, str]]:
-        """What is left out, each as its kind and in words.
+        """The omissions, each as its kind and a clause that describes it.
 
         Args:
             messages: The whole conversation.
@@ -140,7 +140,7 @@ class Coverage:
         return self.known[key]
 
     def _words(self, given: dict[str, Any]) -> set[str]:
-        """The words of the template's source: a variable that it does not name it does not read."""
+        """The words of the template's source. The template reads no variable whose name is not among them."""
         source = self.tokenizer.get_chat_template(given.get("chat_template"), given.get("tools"))
         return set(re.findall(r"\w+", source))
 

@@ -53,7 +53,7 @@ def find_local_file(name: str, split: str) -> Path | None:
     if not os.path.isfile(path):
         raise UserError(f"there is no file {name}; give a Hub id, a folder, or a {', '.join(FORMATS)} file")
     if _suffix(path) not in FORMATS:
-        raise UserError(f"{path} has no format that can be read: {', '.join(FORMATS)}, each also as .gz")
+        raise UserError(f"{path} is not in a format that is read: {', '.join(FORMATS)}, each also as .gz")
     return path
 
 
@@ -237,7 +237,7 @@ def load_split(name: str, split: str, config: str | None = None, columns: list[s
         if "[" in split:  # a slice, as on the Hub
             whole, _, first = split.removesuffix("]").partition("[:")
             raise UserError(
-                f"{name} is on this disk, where no split can be sliced ({split!r}); name the split "
+                f"{name} is on this disk, and only a split of the Hub can be sliced ({split!r}); name the split "
                 f"{whole.partition('[')[0]!r}, and take its first rows with --max_train_rows "
                 f"{first if first.isdecimal() else 'N'}"
             )
@@ -269,7 +269,7 @@ def check_text_columns(rows: Dataset, columns: list[str], where: str, optional: 
     """Checks that every row has a string in each of these columns, or null if `optional`.
 
     Raises:
-        UserError: A row has not. The error names the file and the row, counted from 1.
+        UserError: A row has another value there. The error names the file and the row, counted from 1.
     """
     for column in columns:
         for number, value in enumerate(rows[column], 1):
@@ -338,7 +338,7 @@ def load_train_and_test(
 
 
 def row_numbers(rows: Dataset) -> Sequence[int]:
-    """The number of each row, from 1, in what it was read from: the rows of a random split keep theirs."""
+    """The number of each row in its file or split, from 1. Rows drawn by a random split keep their numbers."""
     kept = rows._indices  # a table of one column; `None` for rows in the order in which they were read
     return range(1, len(rows) + 1) if kept is None else [index + 1 for index in kept.column(0).to_pylist()]
 

@@ -190,9 +190,10 @@ class Encoder:
         return training_template(self.tokenizer) if self.masks_others else None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row's `input_ids` and `labels`, and two checks.
+        """The row's `input_ids` and `labels`, and two flags.
 
-        `prompt_is_prefix`: the row begins with the tokens of its prompt. `trains_eos`: its EOS is trained.
+        `prompt_is_prefix`: whether the row begins with the tokens of its prompt. `trains_eos`: whether its EOS is
+        trained.
         """
         if self.schema == "text":
             ids = self.tokenizer(without_bos(row[self.text_column], self.tokenizer), verbose=False).input_ids

@@ -36,7 +36,9 @@ def find_schema(rows: Dataset, text_column: str, where: str) -> Schema:
     """
     columns = rows.column_names
     for column in {"image", "images"} & set(columns):
-        raise UserError(f"{where}: the column {column!r} needs a vision model, and this trains text; remove it")
+        raise UserError(
+            f"{where}: the column {column!r} needs a vision model, and this program trains on text; remove it"
+        )
     if {"prompt", "completion"} <= set(columns):
         return "prompt"
     if {"messages", "conversations"} & set(columns):
@@ -147,7 +149,7 @@ def template_options(row: dict[str, Any]) -> dict[str, Any]:
         try:
             tools = json.loads(tools)
         except ValueError as error:
-            raise UserError(f"'tools' is text, but no JSON ({error})") from error
+            raise UserError(f"'tools' is text, but not JSON ({error})") from error
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise UserError(f"'tools' must be a list of JSON schemas of functions, not {tools!r}")
     if not isinstance(given, dict | None):

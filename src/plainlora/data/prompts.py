@@ -48,7 +48,7 @@ def without_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def plain_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Plain text with the BOS written out, if the tokenizer adds one in training; to be tokenised without adding."""
+    """Plain text with the BOS written out if the tokenizer adds one; to be tokenised without special tokens."""
     return (str(tokenizer.bos_token) if adds_bos(tokenizer) else "") + without_bos(prompt, tokenizer)
 
 
@@ -93,7 +93,7 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
         _compile_jinja_template(tokenizer.get_chat_template())
         return None if has_generation_markers(tokenizer.chat_template) else get_training_chat_template(tokenizer)
     except TemplateSyntaxError as error:
-        raise _no_template(tokenizer, error) from error
+        raise _broken_template(tokenizer, error) from error
     except Exception:  # TRL has none, or the template fails on TRL's example
         return None
 
@@ -116,7 +116,7 @@ def apply_template(
     try:
         return tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
     except TemplateSyntaxError as error:
-        raise _no_template(tokenizer, error) from error
+        raise _broken_template(tokenizer, error) from error
     except Exception as error:  # Jinja's own errors and whatever the template raises
         roles = ", ".join(dict.fromkeys(str(message.get("role")) for message in messages)) or "nothing"
         raise UserError(
@@ -124,7 +124,7 @@ def apply_template(
         ) from error
 
 
-def _no_template(tokenizer: PreTrainedTokenizerBase, error: TemplateSyntaxError) -> BrokenTemplate:
+def _broken_template(tokenizer: PreTrainedTokenizerBase, error: TemplateSyntaxError) -> BrokenTemplate:
     return BrokenTemplate(f"the chat template of {tokenizer.name_or_path} is not valid: {_fault(error)}")
 
 

@@ -31,7 +31,7 @@ def assistant_mask(
         mask = derive_mask(messages, ids, tokenizer, options)
     if not any(mask):
         if any(message["role"] == "assistant" for message in messages):
-            raise UserError("the chat template writes no token of the assistant's, so nothing would be trained")
+            raise UserError("the chat template renders no assistant message, so nothing would be trained")
         roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
         raise UserError(
             f"no message is the assistant's (the roles are {roles}), so nothing would be trained; name the roles user "
@@ -57,7 +57,7 @@ def derive_mask(
         text = render(prefix, tokenizer, for_generation, options)
         found = list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
         if ids[: len(found)] != found:
-            raise UserError("the template renders the messages before it otherwise, or a token merges with it")
+            raise UserError("the template renders earlier messages differently without it, or a token merges with it")
         return len(found)
 
     mask = [0] * len(ids)

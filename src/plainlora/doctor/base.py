@@ -53,13 +53,13 @@ def examine_weights(
     quantized = model.load_in_4bit or model.load_in_8bit
     if not is_on_disk(name, model.model_revision):
         examination.add(
-            "note", "base", "loading", "the weights are downloaded when training starts, and not looked at here"
+            "note", "base", "loading", "the weights are downloaded when training starts, and are not checked here"
         )
         return True
     if getattr(config, "quantization_config", None) is not None:
         right = examination.passes("base", "loading", check_storage, name, config, quantized)
         if right:
-            examination.add("note", "base", "loading", "the weights are stored quantised, and not looked at here")
+            examination.add("note", "base", "loading", "the weights are stored quantised, and are not checked here")
         return right
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -71,5 +71,5 @@ def examine_weights(
         if shown:
             logging.enable_progress_bar()
     if loads:
-        examination.add("ok", "base", "loading", "all weights are there, in the shapes that the config says")
+        examination.add("ok", "base", "loading", "all weights are there, in the shapes that the config gives")
     return loads

@@ -18,7 +18,7 @@ class Diagnosis:
     Attributes:
         config: The recipe's YAML.
         program: The program of `recipes/` for it.
-        planned_for: The devices that the run is planned for, if not for here.
+        planned_for: The devices that the run is planned for, if not this machine's.
         examination: All findings.
         settings: The values of the main settings.
         precisions: The number formats, from `list_precisions`.

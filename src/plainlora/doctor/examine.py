@@ -47,7 +47,7 @@ def examine(
         config: The recipe's YAML.
         flags: More of the recipe's flags.
         log: Called with the name of each of `STAGES` as it begins.
-        devices: What the run is planned for, if not for here: it is then counted from the base's config alone.
+        devices: The devices that the run is planned for, if not these: the base's config alone is then read.
 
     Raises:
         UserError: The file is not a YAML mapping.
@@ -58,7 +58,7 @@ def examine(
     settings = read_settings(program, config, flags, found.examination)
     _examine_folder(settings, found.examination)
     examine_task: Callable[..., Decided] = _examine_sft if program is SFT else _examine_classifier
-    decided = found.examination.ask("doctor", "went through", examine_task, found, settings, log)
+    decided = found.examination.ask("doctor", "examination", examine_task, found, settings, log)
     found.settings = list_settings(settings, decided or {})
     return found
 
@@ -108,9 +108,9 @@ def _examine_sft(found: Diagnosis, settings: SFTSettings, log: Callable[[str], N
     if script.dataset_name:
         log("reading rows")
         if stages.tokenizer is None:
-            _note_untokenised(ask("rows", "there", sft.read_rows, settings), found.examination)
+            _note_untokenised(ask("rows", "reading", sft.read_rows, settings), found.examination)
         else:
-            rows = ask("rows", "there", sft.prepare_rows, settings, stages.tokenizer, _silent)
+            rows = ask("rows", "reading", sft.prepare_rows, settings, stages.tokenizer, _silent)
     log("looking at rows")
     if stages.config is not None:
         subject, check = ("adapter", "config") if recipe.method == "lora" else ("method", "layers")
@@ -129,7 +129,7 @@ def _examine_sft(found: Diagnosis, settings: SFTSettings, log: Callable[[str], N
     if loads and stages.adapter is not None and stages.tokenizer is not None and rows is not None and len(rows.train):
         log("counting memory")
         _count(found, partial(sft.plan_run, settings, stages.adapter, stages.tokenizer, rows))
-    found.examination.add("ok", "evaluation", "memory", "an evaluation keeps the loss alone, no logits are gathered")
+    found.examination.add("ok", "evaluation", "memory", "an evaluation keeps only the loss; no logits are gathered")
     return _decided(settings, found, rows) | _chosen(settings, stages.adapter)
 
 
@@ -144,12 +144,12 @@ def _examine_classifier(found: Diagnosis, settings: ClassifySettings, log: Calla
     if script.dataset_name:
         log("reading rows")
         if stages.tokenizer is None:
-            read = ask("rows", "there", classify.read_rows, settings)
+            read = ask("rows", "reading", classify.read_rows, settings)
             if read is not None:
                 message = f"{read.line()}, but not tokenised: there is no tokenizer"
-                found.examination.add("note", "rows", "there", message)
+                found.examination.add("note", "rows", "reading", message)
         else:
-            texts = ask("rows", "there", classify.prepare_rows, settings, stages.tokenizer, stages.config, _silent)
+            texts = ask("rows", "reading", classify.prepare_rows, settings, stages.tokenizer, stages.config, _silent)
     log("looking at rows")
     labels = texts.labels if texts is not None else recipe.labels or ["0", "1"]
     if stages.config is not None:
@@ -173,7 +173,7 @@ def _examine_classifier(found: Diagnosis, settings: ClassifySettings, log: Calla
         if loads and texts is not None and stages.tokenizer is not None:
             log("counting memory")
             _count(found, partial(classify.plan_run, settings, stages.adapter, stages.tokenizer, texts))
-    message = "of each row the predicted class and the loss are kept, no logits are gathered"
+    message = "an evaluation keeps each row's predicted class and loss; no logits are gathered"
     found.examination.add("ok", "evaluation", "memory", message)
     longest = classify.longest_text(settings, stages.config)
     decided: Decided = {"max_length": (longest, "the base's positions")} if recipe.max_length is None else {}
@@ -186,25 +186,25 @@ def _read_tokenizer(
     config: PretrainedConfig | None,
     found: Examination,
 ) -> PreTrainedTokenizerBase | None:
-    """The base's tokenizer. The Hub is not asked again where it did not give the config: each refusal takes long."""
+    """The base's tokenizer. If the Hub did not give the config, it is not asked again: a refusal takes long."""
     if config is None and not is_local(settings.base):
-        found.add("error", "tokenizer", "there", "not looked for, as the base's config could not be loaded")
+        found.add("error", "tokenizer", "loading", "not looked for, because the base's config could not be loaded")
         return None
-    return found.ask("tokenizer", "there", read, settings)
+    return found.ask("tokenizer", "loading", read, settings)
 
 
 def _examine_weights(
     found: Diagnosis, settings: Settings[Any, Any], config: PretrainedConfig, load: Callable[..., object]
 ) -> bool:
-    """Whether the program can load the base; presumed where the run is planned for elsewhere."""
+    """Whether the program can load the base; assumed if the run is planned for other devices."""
     if found.planned_for is None:
         return examine_weights(settings, config, load, found.examination)
-    found.examination.add("note", "base", "loading", "planned from the config alone; the weights are not looked at")
+    found.examination.add("note", "base", "loading", "planned from the config alone; the weights are not checked")
     return True
 
 
 def _silent(line: str) -> None:
-    """Ignores what a program prints of its rows, which is in the diagnosis."""
+    """Ignores the lines that a program prints about its rows: the diagnosis has them."""
 
 
 def _count(found: Diagnosis, make_plan: Callable[[], Plan]) -> None:
@@ -225,7 +225,7 @@ def _note_untokenised(read: tuple[Dataset, Dataset | None] | None, found: Examin
     if read is not None:
         train, test = read
         message = f"{len(train):,} to train on and {len(test) if test is not None else 0:,} to test on were read"
-        found.add("note", "rows", "there", f"{message}, but not tokenised: there is no tokenizer, or no template")
+        found.add("note", "rows", "reading", f"{message}, but not tokenised: there is no tokenizer, or no template")
 
 
 def _chosen(settings: Settings[Any, Any], adapter: AdapterPlan | None) -> Decided:

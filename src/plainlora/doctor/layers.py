@@ -26,7 +26,7 @@ def examine_layers(
     Args:
         skeleton: The base on the meta device. The adapter is attached to it.
         lora: The adapter's config.
-        backend: The name of the one that trains it.
+        backend: The name of the back end that trains it.
         examination: Gets the findings.
         merges: Whether the adapter will be merged.
 
@@ -86,7 +86,7 @@ def _examine_scale(adapted: nn.Module, lora: LoraConfig, examination: Examinatio
     layers = [layer for _, layer in lora_layers(adapted)]
     full = sum(layer.r > min(layer.in_features, layer.out_features) for layer in layers)
     if 2 * full > len(layers):
-        message = f"in {full} of {len(layers)} layers r is above the smaller width, which no rank can be; lower lora_r"
+        message = f"in {full} of {len(layers)} layers r exceeds the smaller of in and out features; lower lora_r"
         examination.add("warning", "adapter", "rank", message)
     if lora.lora_alpha < 0:
         examination.add("warning", "adapter", "alpha", f"lora_alpha {lora.lora_alpha} is below 0; was that meant?")

@@ -23,7 +23,7 @@ def to_text(diagnosis: Diagnosis, colour: bool) -> str:
     found = diagnosis
     lines = [f"{found.config}, for recipes/{found.program}"]
     if found.settings:
-        lines += ["", "what the settings will be, and where that comes from", *_settings(found)]
+        lines += ["", "settings, and where each value comes from", *_settings(found)]
     if found.precisions:
         lines += ["", "number formats", *(f"  {name:<16} {value}" for name, value in found.precisions.items())]
     if found.footprint is not None:
@@ -67,16 +67,14 @@ def _devices(need: DevicesNeed) -> list[str]:
         f"{need.devices} x {need.memory / 1e9:g} GB, one process on each: {how} gradient checkpointing, "
         f"{need.tokens_per_step:,} tokens a step",
         *("  " + "  ".join(map(str.rjust, row, widths)).rstrip() for row in rows),
-        f"  choose: {need.choice or 'none fits'}; what is received is as much as what is sent",
+        f"  choose: {need.choice or 'none fits'}; a device receives as many bytes as it sends",
     ]
 
 
 def _sample_title(found: Diagnosis, colour: bool) -> str:
     if found.sample_label is not None:
         return f"the first training row, of the class {found.sample_label!r}"
-    return "the first training row; trained is what " + (
-        "is green" if colour else f"stands between {OPENING} and {CLOSING}"
-    )
+    return "the first training row; its trained part is " + ("green" if colour else f"between {OPENING} and {CLOSING}")
 
 
 def _line(finding: Finding, config: str, colour: bool) -> str:

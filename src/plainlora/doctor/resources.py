@@ -1,4 +1,4 @@
-"""Checks that memory and disk suffice for what `plainlora.resources.footprint` estimates."""
+"""Checks that memory and disk space suffice, by the estimate of `plainlora.resources.footprint`."""
 
 from plainlora.doctor.finding import Examination, Level
 from plainlora.resources.disk import DiskNeed
@@ -26,7 +26,8 @@ def examine_resources(footprint: Footprint, examination: Examination) -> None:
 
 def _examine_memory(memory: MemoryNeed, device: str, examination: Examination) -> None:
     if memory.fits is None or memory.free is None:
-        message = f"what a step needs on {device} could not be counted; it is {memory.at_least / 1e9:.1f} GB at least"
+        least = f"the run needs at least {memory.at_least / 1e9:.1f} GB"
+        message = f"the memory of a step on {device} could not be counted; {least}"
         examination.add("note", "resources", "memory", message)
         return
     needed, least = (memory.at_least, "at least ") if memory.needed is None else (memory.needed, "")
@@ -46,7 +47,7 @@ def _examine_devices(need: DevicesNeed, examination: Examination) -> None:
     where = f"{need.devices} x {need.memory / 1e9:g} GB"
     known = [engine for engine in need.engines if engine.total is not None]
     if not known:
-        examination.add("note", "resources", "devices", f"what a step needs on {where} could not be counted")
+        examination.add("note", "resources", "devices", f"the memory of a step on {where} could not be counted")
     elif need.choice is not None:
         chosen = next(engine for engine in known if engine.config == need.choice)
         message = f"{where}: choose accelerate_configs/{need.choice} ({chosen.engine}), with"

@@ -13,12 +13,15 @@ from plainlora.tasks.rows import PreparedRows
 OMISSIONS: dict[Kind, tuple[Level, str]] = {
     "message": ("warning", "set prompt_template to one that renders it, or take it out of the rows"),
     "tool call": ("warning", "set prompt_template to one that renders it, or the model will not learn to make it"),
-    "tools": ("warning", "set prompt_template to one that renders them, or the model will call what it is not shown"),
+    "tools": (
+        "warning",
+        "set prompt_template to one that renders them, or the model learns to call tools that it is not shown",
+    ),
     "template options": ("warning", "take it out, or set prompt_template to one that reads it"),
     "roles": ("warning", "inference asks for the assistant, so name the roles user and assistant"),
     "thinking": ("note", "it is not trained"),
     "fields": ("note", "it changes nothing"),
-    "quoted": ("warning", "give them as an object, as templates that expect one do not unpack text"),
+    "quoted": ("warning", "give them as an object: templates that expect one do not parse text"),
 }
 
 
@@ -34,7 +37,7 @@ def examine_rows(
     """
     examination = Examination()
     if rows.missing:
-        examination.add("error", "test rows", "there", rows.missing)
+        examination.add("error", "test rows", "missing", rows.missing)
     if rows.too_few:
         examination.add("error", "train rows", "batch", rows.too_few)
     for split, report in rows.reports.items():
@@ -47,7 +50,7 @@ def examine_rows(
         message = f"nothing reads the column{'s' * (len(rows.unread) > 1)} {', '.join(rows.unread)} (from row 1 on)"
         examination.add("note", "train rows", "columns", message, unread=rows.unread)
     if rows.repeated:
-        message = f"{rows.repeated:,} ask what a row before them asks"
+        message = f"{rows.repeated:,} repeat the prompt of an earlier row"
         examination.add("note", "train rows", "repeated", message, repeated=rows.repeated)
     if rows.test is not None:
         _examine_leak(rows.leaked, rows.reports["test"].rows, examination)
@@ -83,7 +86,7 @@ def _examine_split(subject: str, report: EncodingReport, rendered: bool, examina
         examination.add("ok", subject, "eos", ending)
     if 0 < report.empty_answers < report.rows:
         message = (
-            f"{report.empty_answers:,} of {report.rows:,} have an empty answer, and teach to give none; remove them"
+            f"{report.empty_answers:,} of {report.rows:,} have an empty answer, which would be learned; remove them"
         )
         examination.add("warning", subject, "empty", message, empty=report.empty_answers)
     if report.untrained:
@@ -91,13 +94,13 @@ def _examine_split(subject: str, report: EncodingReport, rendered: bool, examina
         examination.add("warning", subject, "untrained", message, untrained=report.untrained)
     if report.merged_boundaries:
         cause = (
-            "the template renders the prompt alone otherwise, or its last token merges with the answer"
+            "the template renders the prompt alone differently, or its last token merges with the answer"
             if rendered
             else "the prompt's last token merges with the answer"
         )
         message = (
             f"{report.merged_boundaries:,} do not begin with the tokens of their prompt (first in row "
-            f"{report.first_merged:,}): {cause}, so generation starts from other tokens than were trained; end "
+            f"{report.first_merged:,}): {cause}, so generation starts from other tokens than training; end "
             "prompts, or the template's generation prompt, at a word boundary"
         )
         examination.add("warning", subject, "prompt is prefix", message, merged=report.merged_boundaries)
@@ -128,7 +131,7 @@ def _examine_beginnings(found: Beginnings, tokenizer: PreTrainedTokenizerBase, e
     if found.others:
         message = (
             f"{found.others:,} do not begin as the chat template's prompts do, with {found.prompt!r} (first in row "
-            f"{found.first_other:,}), so generation starts from another text than was trained; use rows of messages, "
+            f"{found.first_other:,}), so generation starts from another text than training; use rows of messages, "
             "or the prompt_template that the text is written in"
         )
         examination.add("warning", "train rows", "beginning", message, others=found.others)
@@ -136,7 +139,7 @@ def _examine_beginnings(found: Beginnings, tokenizer: PreTrainedTokenizerBase, e
 
 def _examine_leak(leaked: int, rows: int, examination: Examination) -> None:
     if leaked:
-        message = f"{leaked:,} of {rows:,} ask what a training row asks, so the test figures are too good"
+        message = f"{leaked:,} of {rows:,} have the prompt of a training row, so the test figures are too good"
         examination.add("warning", "test rows", "leaked", message, leaked=leaked)
     else:
-        examination.add("ok", "test rows", "leaked", "none asks what a training row asks", leaked=0)
+        examination.add("ok", "test rows", "leaked", "none has the prompt of a training row", leaked=0)

@@ -23,7 +23,8 @@ class Segment:
 def split_sample(ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
     """Splits a row's text into trained and untrained segments.
 
-    A segment is the text that its tokens add, because some tokenizers decode tokens alone to another text.
+    A segment is the text that its tokens add to the text before, because some tokenizers decode them alone
+    differently.
     """
     flags = [label != IGNORED for label in labels]
     ends = [at for at in range(1, len(flags)) if flags[at] != flags[at - 1]] + [len(flags)]

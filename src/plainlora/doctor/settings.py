@@ -49,8 +49,8 @@ def read_settings(
         read_as = f"; {fault.read_as}" if fault.read_as else ""
         examination.add("error", "settings", fault.check, f"{fault.error}{read_as}")
     if not settings.faults:
-        message = f"{len(settings.origins)} from {config} and the command line, none stale"
-        examination.add("ok", "settings", "names", message + ", none that contradict each other")
+        message = f"{len(settings.origins)} from {config} and the command line: no old names, no contradictions"
+        examination.add("ok", "settings", "names", message)
     return settings
 
 

@@ -116,8 +116,8 @@ def _examine_method(settings: Settings[Any, Any], adapter: AdapterPlan, found: E
     if adapter.modules is None:
         found.add("ok", "method", "layers", "every weight is trained")
     else:
-        found.add("ok", "method", "layers", f"trained are {', '.join(adapter.modules)}")
+        found.add("ok", "method", "layers", f"these are trained: {', '.join(adapter.modules)}")
         skeleton = adapter.build()
         if skeleton is not None and (head := tied_head(skeleton)):
-            message = f"{head} has the weight of the input embedding, so it is trained only if that is named"
+            message = f"{head} has the weight of the input embedding, so it is trained only if the embedding is named"
             found.add("note", "method", "head", message)

@@ -8,7 +8,7 @@ FEW = 20  # a warm-up and a schedule need some, and an adapter starts without ef
 
 
 def examine_steps(steps: int, training: TrainingArguments, examination: Examination) -> None:
-    """Warns if an adapter is trained for a few steps only, as a small file of rows gives in one epoch.
+    """Warns if an adapter is trained for only a few steps, such as one epoch of a small file.
 
     Args:
         steps: Optimizer steps of the run.
@@ -19,6 +19,6 @@ def examine_steps(steps: int, training: TrainingArguments, examination: Examinat
         return
     advice = f"set num_train_epochs to {int(training.num_train_epochs * FEW / steps) + 1} or more"
     if getattr(training, "packing", False):
-        advice += ", or packing to false, as it makes a few long rows of many"
+        advice += ", or packing to false, because it makes a few long rows out of many"
     message = f"{steps} optimizer step{'s' * (steps > 1)} in all: the adapter will learn little; {advice}"
     examination.add("warning", "train rows", "steps", message, steps=steps)

@@ -24,7 +24,7 @@ def examine_texts(
     """
     examination = Examination()
     if texts.missing:
-        examination.add("error", "validation rows", "there", texts.missing)
+        examination.add("error", "validation rows", "missing", texts.missing)
     for split, report in texts.reports.items():
         share, longest = report.cut / report.rows, f"the longest has {report.longest:,} tokens"
         level = "warning" if share > MOSTLY_CUT else "note" if report.cut else "ok"
@@ -45,7 +45,7 @@ def _examine_classes(texts: PreparedTexts, examination: Examination) -> None:
     sizes = list(texts.read.class_counts()["train"].values())
     alone = sizes.count(1)
     if len(sizes) >= MANY and 2 * alone > len(sizes):
-        message = f"{alone:,} of {len(sizes):,} classes have one row; is label_column that of texts, or of numbers?"
+        message = f"{alone:,} of {len(sizes):,} classes have only one row; does label_column hold texts, or numbers?"
         level = "error" if alone == len(sizes) else "warning"
         examination.add(level, "train rows", "single", message, classes=len(sizes), single=alone)  # type: ignore[arg-type]
     for split, counts in texts.read.class_counts().items():
@@ -62,12 +62,12 @@ def _examine_classes(texts: PreparedTexts, examination: Examination) -> None:
 def _examine_texts_as_read(texts: PreparedTexts, examination: Examination) -> None:
     read = texts.read
     if read.dropped_empty or read.kept_empty:
-        fate = f"{read.dropped_empty:,} were dropped" if read.dropped_empty else f"{read.kept_empty:,} are kept"
-        examination.add("note", "all rows", "empty", f"of those without a text {fate}")
+        fate = f"{read.dropped_empty:,} are dropped" if read.dropped_empty else f"{read.kept_empty:,} are kept"
+        examination.add("note", "all rows", "empty", f"rows without a text: {fate}")
     else:
         examination.add("ok", "all rows", "empty", "every row has a text")
     if read.contradicting:
-        message = f"{read.contradicting:,} have a text that another row gives another class; no model can learn both"
+        message = f"{read.contradicting:,} have the text of another row and another class; no model can learn both"
         examination.add("warning", "train rows", "contradicting", message, contradicting=read.contradicting)
     else:
         examination.add("ok", "train rows", "contradicting", "no text has two classes")
@@ -75,8 +75,8 @@ def _examine_texts_as_read(texts: PreparedTexts, examination: Examination) -> No
         return
     if read.leaked:
         message = (
-            f"{read.leaked:,} of {len(texts.test):,} have a text that is also trained on; test figures are too good"
+            f"{read.leaked:,} of {len(texts.test):,} have the text of a training row, so the test figures are too good"
         )
         examination.add("warning", "test rows", "leaked", message, leaked=read.leaked)
     else:
-        examination.add("ok", "test rows", "leaked", "none has a text that is also trained on", leaked=0)
+        examination.add("ok", "test rows", "leaked", "none has the text of a training row", leaked=0)

@@ -1,4 +1,4 @@
-"""Checks that tokenizer and chat template do the same in training and when the adapter is used."""
+"""Checks that tokenizer and chat template do the same in training and at inference."""
 
 import tempfile
 from typing import Any
@@ -36,7 +36,7 @@ def examine_saving(tokenizer: PreTrainedTokenizerBase, rendered: bool, examinati
                 "warning",
                 "tokenizer",
                 "saved",
-                f"the saved tokenizer cannot be loaded again ({error}); serve the base's",
+                f"the saved tokenizer cannot be loaded again ({error}); at inference use the base's",
             )
             return
     differs = [
@@ -49,9 +49,7 @@ def examine_saving(tokenizer: PreTrainedTokenizerBase, rendered: bool, examinati
         if left != right
     ]
     if differs:
-        message = (
-            f"saved with the adapter and loaded again, it has another {' and other '.join(differs)}; fix the base's"
-        )
+        message = f"saved with the adapter and loaded again, it differs in its {' and '.join(differs)}; fix the base's"
         examination.add("error", "tokenizer", "saved", message)
     else:
         what = "renders and tokenises" if rendered else "tokenises"
@@ -82,7 +80,7 @@ def examine_template(
         return
     message = (
         f"prompt_template {name} ({rendered[:SHOWN]!r}...) replaces the chat template of {tokenizer.name_or_path} "
-        f"({replaced[:SHOWN]!r}...); an instruct model knows its own alone; leave prompt_template out"
+        f"({replaced[:SHOWN]!r}...); an instruct model knows only its own; leave prompt_template out"
     )
     examination.add("warning", "tokenizer", "own template", message)
 
@@ -133,7 +131,7 @@ def examine_ids(largest: int, subject: str, config: PretrainedConfig | None, exa
         return
     size = getattr(config.get_text_config(), "vocab_size", None)
     if size is not None and largest >= size:
-        message = f"token {largest} is none of the base's {size:,}; the tokenizer belongs to another base"
+        message = f"token id {largest} has no embedding among the base's {size:,}; use the base's own tokenizer"
         examination.add("error", subject, "token ids", message, largest_id=largest, vocabulary=size)
     else:
         known = f"all below the base's {size:,}" if size is not None else "the base's config names no vocabulary"

@@ -30,8 +30,8 @@ QUIET = ("--disable_tqdm=true", "--report_to=none", "--merge=false")  # overridd
 OWN_FLAGS = {
     "config": "give it before the --",
     "output_dir": "give it before the --; every run has a folder of its own in it",
-    "overwrite": "runs that are not finished are always made anew",
-    "resume_from_checkpoint": "runs that are not finished are always made anew",
+    "overwrite": "runs that are not finished always start from the beginning",
+    "resume_from_checkpoint": "runs that are not finished always start from the beginning",
 }
 
 
@@ -123,7 +123,7 @@ def run_recipe(config: str, flags: Sequence[str], output_dir: Path) -> Outcome:
             preexec_fn=partial(end_with_parent, signal.SIGKILL) if sys.platform == "linux" else None,
         ).returncode
     if code != 0:
-        raise UserError(f"{_last_words(log, code)} (log: {log})")
+        raise UserError(f"{_failure_reason(log, code)} (log: {log})")
     found = _read(results)
     if found is None:
         raise UserError(f"the run ended without {results} (log: {log})")
@@ -140,18 +140,18 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _last_words(log: Path, code: int) -> str:
+def _failure_reason(log: Path, code: int) -> str:
     """The program's last error line, else the last line of its log, or the signal that ended it."""
     if code < 0:
         name = signal.Signals(-code).name
-        return f"the run was ended by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
+        return f"the run was ended by {name}" + (", perhaps because memory ran out" if name == "SIGKILL" else "")
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return (errors or lines or [f"the run ended with exit code {code}"])[-1].strip()
 
 
 @contextmanager
-def held(output_dir: str) -> Iterator[Path]:
+def locked_folder(output_dir: str) -> Iterator[Path]:
     """Locks a folder for one command at a time; Ctrl-C prints how to continue.
 
     Raises:

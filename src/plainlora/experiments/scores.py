@@ -35,13 +35,13 @@ class Score:
 
 @dataclass(frozen=True)
 class Judging:
-    """How the runs of a program are judged.
+    """The figures by which the runs of a program are compared and searched.
 
     Attributes:
         scores: The figures of test rows, the most important one first. The others may not have been measured.
-        metric: What a sweep optimises, if nothing else is asked for.
-        metrics: What a sweep may optimise.
-        advice: How a recipe gets the rows for it.
+        metric: The figure that a sweep optimises by default.
+        metrics: The figures that a sweep can optimise.
+        advice: How to give a recipe the rows that these figures need.
         caution: A sentence about the rows that chose the settings; may be empty.
     """
 
@@ -71,7 +71,7 @@ JUDGING = {
 
 
 def judging_of(program: Program[Any]) -> Judging:
-    """How the runs of a program are judged."""
+    """The figures by which the runs of a program are compared and searched."""
     return JUDGING[program.name]
 
 

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from plainlora.errors import UserError
-from plainlora.experiments.runs import Outcome, duration, flag_names, held, resolve, run_recipe
+from plainlora.experiments.runs import Outcome, duration, flag_names, locked_folder, resolve, run_recipe
 from plainlora.experiments.scores import judging_of, read_figure
 from plainlora.experiments.search import default_search, no_projection, own_values, parse_search, parse_spec, to_flags
 from plainlora.markdown import table
@@ -58,7 +58,7 @@ class Plan:
         return {name: parse_spec(name, spec) for name, spec in self.search.items()}
 
     def record(self) -> dict[str, Any]:
-        """What must not change, as it is read back from JSON."""
+        """The settings that must not change between two calls, as read back from JSON."""
         record = {"config": read_yaml(self.config), "search": self.search, "metric": self.metric, "flags": self.flags}
         return dict(json.loads(json.dumps(record, default=str)))
 
@@ -160,7 +160,7 @@ def sweep(
     judging = judging_of(program)
     metric = judging.metric if metric is None else metric
     if metric not in judging.metrics:
-        raise UserError(f"--metric {metric}: a sweep of {program.path} goes by {', '.join(judging.metrics)}")
+        raise UserError(f"--metric {metric}: a sweep of {program.path} can optimise {', '.join(judging.metrics)}")
     specs = default_search(program, settings, fixed) if search is None else parse_search(program, search, fixed)
     if not specs:
         raise UserError("nothing is left to search: every default is given by a flag; name others with --search")
@@ -168,7 +168,7 @@ def sweep(
     if output_dir is None:
         output_dir = f"outputs/{Path(config).absolute().parent.name}-{Path(config).stem}-sweep"
     program.find()
-    with held(output_dir) as output:
+    with locked_folder(output_dir) as output:
         study = open_study(plan, output, seed)
         try:
             _run_all(study, plan, output, trials)
@@ -181,7 +181,7 @@ def _run_all(study: optuna.Study, plan: Plan, output: Path, trials: int) -> None
     clock: list[float] = []
     failures = 0
     if done := len(finished(study)):
-        print(f"{done} finished trials are there already", flush=True)
+        print(f"{done} trials are finished already", flush=True)
     while (done := len(finished(study))) < trials:
         trial = study.ask(plan.space)
         line = f"{done + 1}/{trials}  "

@@ -12,7 +12,7 @@ import yaml
 from scipy.stats import t  # type: ignore[import-untyped]
 
 from plainlora.errors import UserError
-from plainlora.experiments.runs import FINETUNING_MODES, duration, flag_names, held, resolve, run_recipe
+from plainlora.experiments.runs import FINETUNING_MODES, duration, flag_names, locked_folder, resolve, run_recipe
 from plainlora.experiments.scores import Score, judging_of, read_figure
 from plainlora.markdown import table
 from plainlora.plots import plot_against_size
@@ -22,7 +22,7 @@ from plainlora.settings.parsing import read_yaml
 from plainlora.settings.programs import find_program
 
 CONFIDENCE = 0.95
-OTHERWISE = {"seed": "use --seeds", "method": "every method is compared already; for some, give several --config"}
+REFUSED_FLAGS = {"seed": "use --seeds", "method": "every method is compared; to compare some, give several --config"}
 FIGURES = ("method", "trainable_params", "total_params", "train_runtime", "peak_memory_bytes")
 
 
@@ -49,7 +49,7 @@ def find_variants(configs: Sequence[str], flags: Sequence[str] = ()) -> list[Var
     if len(configs) == 1:
         beside = [str(path) for path in given.parent.glob("*.yaml") if path.name != given.name]
     variants = [Variant(name, config) for name, config in _named([*configs, *beside])]
-    methods = {variant.name: resolve(variant.config, flags, OTHERWISE)["method"] for variant in variants}
+    methods = {variant.name: resolve(variant.config, flags, REFUSED_FLAGS)["method"] for variant in variants}
     programs = {find_program(variant.config, flags).path: variant.config for variant in variants}
     if len(programs) > 1:
         (one, its), (other, others) = programs.items()
@@ -125,7 +125,7 @@ def summarise(variant: str, runs: Sequence[dict[str, Any]], scores: Sequence[Sco
         runs: Its finished runs, one for each seed.
         scores: The figures to compare.
     """
-    row: dict[str, Any] = {"arm": variant, "seeds": [run["seed"] for run in runs]}
+    row: dict[str, Any] = {"variant": variant, "seeds": [run["seed"] for run in runs]}
     for name in (score.name for score in scores):
         mean, half_width = mean_and_half_width([run[name] for run in runs])
         row |= {name: mean, f"{name}_half_width": half_width}
@@ -150,9 +150,9 @@ def markdown(rows: Sequence[dict[str, Any]], scores: Sequence[Score]) -> str:
     for row in rows:
         trained = f"{row['trainable_params']:,}"
         if lora and row is not lora:
-            trained += f" ({row['trainable_params'] / lora['trainable_params']:.3g} times {lora['arm']})"
+            trained += f" ({row['trainable_params'] / lora['trainable_params']:.3g} times {lora['variant']})"
         cells = [
-            row["arm"],
+            row["variant"],
             *(score.show(row[score.name], row[f"{score.name}_half_width"]) for score in scores),
             trained,
             f"{row['trainable_params'] / row['total_params']:.2%}",
@@ -160,7 +160,7 @@ def markdown(rows: Sequence[dict[str, Any]], scores: Sequence[Score]) -> str:
             f"{row['peak_memory_bytes'] / size:.{1 if unit == 'GB' else 0}f}",
         ]
         lines.append(cells)
-    counts = {row["arm"]: len(row["seeds"]) for row in rows}
+    counts = {row["variant"]: len(row["seeds"]) for row in rows}
     few = [f"{variant} {count}" for variant, count in counts.items() if count < max(counts.values())]
     single = max(counts.values()) == 1
     note = "One seed, so there is no interval" if single else f"Mean over {max(counts.values())} seeds"
@@ -191,7 +191,7 @@ def make_table(configs: Sequence[str], seeds: Sequence[int], output_dir: str | N
     program = find_program(configs[0], flags)
     program.find()
     scores = judging_of(program).scores
-    with held(output_dir) as output:
+    with locked_folder(output_dir) as output:
         variants = _without_adapter(variants, output)
         runs, failures = _run_all(variants, seeds, output, flags, scores)
         if runs:
@@ -200,8 +200,8 @@ def make_table(configs: Sequence[str], seeds: Sequence[int], output_dir: str | N
     if failures:
         first = failures[0]
         raise UserError(
-            f"{len(failures)} of {len(runs) + len(failures)} runs failed, the first of them {first['arm']} with seed "
-            f"{first['seed']}: {first['reason']}; what is finished is kept, and the same command tries the rest again"
+            f"{len(failures)} of {len(runs) + len(failures)} runs failed, the first of them {first['variant']} with "
+            f"seed {first['seed']}: {first['reason']}; finished runs are kept, and the same command runs the rest"
         )
 
 
@@ -223,12 +223,12 @@ def _run_all(
             if missing := [name for name in (*FIGURES, scores[0].name) if figures[name] is None]:
                 raise UserError(f"{folder}/all_results.json has no {', '.join(missing)}; give the recipe test rows")
         except UserError as error:
-            failures.append({"arm": variant.name, "seed": seed, "reason": str(error)})
+            failures.append({"variant": variant.name, "seed": seed, "reason": str(error)})
             print(f"{line}failed: {error}", flush=True)
             if not runs and len(failures) == len(variants):  # every variant failed
                 break
             continue
-        runs.append({"arm": variant.name, "seed": seed, "output_dir": str(folder)} | figures)
+        runs.append({"variant": variant.name, "seed": seed, "output_dir": str(folder)} | figures)
         first = scores[0]
         line += f"{first.title} {first.show(figures[first.name])}{'%' if first.is_share else ''}  "
         line += f"{duration(figures['train_runtime'])} of training"
@@ -256,18 +256,18 @@ def _write(
     flags: Sequence[str],
     scores: Sequence[Score],
 ) -> None:
-    by_variant = {variant.name: [run for run in runs if run["arm"] == variant.name] for variant in variants}
+    by_variant = {variant.name: [run for run in runs if run["variant"] == variant.name] for variant in variants}
     rows = [summarise(name, own, scores) for name, own in by_variant.items() if own]
     commands = {variant.name: {"config": variant.config, "flags": [*flags, *variant.flags]} for variant in variants}
     versions = package_versions() | {"python": platform.python_version()}
     write_json(
         output / "table.json",
-        {"arms": rows, "runs": runs, "failures": failures, "commands": commands, "versions": versions}
+        {"variants": rows, "runs": runs, "failures": failures, "commands": commands, "versions": versions}
         | {"confidence": CONFIDENCE},
     )
     text = markdown(rows, scores)
     for failure in failures:
-        text += f"\nFailed: {failure['arm']} with seed {failure['seed']}: {failure['reason']}\n"
+        text += f"\nFailed: {failure['variant']} with seed {failure['seed']}: {failure['reason']}\n"
     settings = f"Flags of every run: `{' '.join(flags)}`\n\n" if flags else ""
     signature = ", ".join(f"{name} {version}" for name, version in versions.items())
     (output / "table.md").write_text(f"{text}\n{settings}{signature}\n", encoding="utf-8")

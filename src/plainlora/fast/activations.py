@@ -4,7 +4,7 @@
 
     dg = dy u sigmoid(g) (1 + g (1 - sigmoid(g)))          du = dy silu(g)
 
-As two operations, silu and a product, autograd also keeps silu(g), which is as large as either input.
+Computed as two operations, silu and a product, autograd would also keep silu(g), which is as large as either input.
 """
 
 from typing import Any, cast

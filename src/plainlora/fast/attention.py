@@ -2,14 +2,13 @@
 
     o[i] = sum over j of softmax(scale q[i] k[j]) v[j]          j of the same document as i, and j <= i
 
-Transformers builds an L x L mask for a row of L tokens, and the kernel computes every score of it: L^2 of them. Of
-documents of n_1, n_2, ... tokens only n_1^2 / 2 + n_2^2 / 2 + ... count. So each document is handed to the kernel
-alone, with `is_causal` in place of a mask. With dropout, `plainlora.fast.dropout_attention` takes the kernel's place
-on a CPU.
+For a row of L tokens Transformers builds an L x L mask, and the kernel computes all L^2 scores. Documents of n_1, n_2,
+... tokens need only n_1^2 / 2 + n_2^2 / 2 + ... of them. So each document is handed to the kernel alone, with
+`is_causal` instead of a mask. With dropout on a CPU, `plainlora.fast.dropout_attention` takes the kernel's place.
 
-The documents' boundaries reach the layers in place of the mask: Transformers returns a mask that is 4-dimensional
-already unchanged. A batch without boundaries, such as a padded one or a step of generation, is left to Transformers'
-SDPA function and its own mask.
+The documents' boundaries reach the layers as the attention mask, because Transformers leaves a mask unchanged that
+already has 4 dimensions. A batch without boundaries, such as a padded one or a step of generation, is left to
+Transformers' SDPA function and its own mask.
 
 https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/masking_utils.py
 (`_preprocess_mask_arguments`)
@@ -112,8 +111,8 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """An attention function for `transformers.AttentionInterface`, the same as Transformers' SDPA function.
 
-    With dropout, or if a document is longer than the sliding window, the mask of the documents is built after all:
-    dropout then draws the random numbers that it draws without this function.
+    With dropout, or if a document is longer than the sliding window, the mask of the documents is built: dropout then
+    draws the same random numbers as Transformers' function.
 
     Args:
         module: The attention layer.
@@ -149,7 +148,7 @@ def _boundaries_as_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     bounds = kwargs.get("cu_seq_lens_q")
     if bounds is None or kwargs.get("attention_mask") is not None:
         return args, kwargs
-    # On the CPU, because the layers need them as numbers: one wait for the device instead of one a layer.
+    # On the CPU, because the layers read them as numbers: the host waits for the device once, not once a layer.
     return args, kwargs | {"attention_mask": bounds.to("cpu", torch.int32)[None, None, None]}
 
 
@@ -158,19 +157,19 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def is_covered(model: PreTrainedModel) -> bool:
-    """Whether a model calls Transformers' SDPA function, or already the one above, through `AttentionInterface`."""
+    """Whether a model calls Transformers' SDPA function, or already `attention`, through `AttentionInterface`."""
     return model.config._attn_implementation in ("sdpa", NAME) and model._can_set_attn_implementation()
 
 
-def drops(model: PreTrainedModel) -> bool:
-    """Whether a model has dropout on its attention's probabilities in training, by its config."""
+def has_attention_dropout(model: PreTrainedModel) -> bool:
+    """Whether a model's config sets dropout on attention probabilities."""
     fields = vars(model.config.get_text_config()).items()
     names = ("attn_pdrop", "attn_dropout", "attention_dropout", "attention_probs_dropout_prob")
     return any(name in names and bool(value) for name, value in fields)
 
 
 class DocumentAttention:
-    """Gives a model attention over packed documents. Whether it keeps them apart is to be measured afterwards.
+    """Gives a model attention over packed documents. The caller must measure whether the model then keeps them apart.
 
     Args:
         model: A causal language model that `is_covered`.

@@ -1,7 +1,7 @@
 """Gives an SFTTrainer attention over documents, and batches without padding, if its model keeps documents apart.
 
-The rows of a batch are then laid one after the other, as packed rows are: `(1, n_1 + n_2 + ...)` in place of
-`(rows, longest)`. Bytes and operations follow the tokens. The loss is the same, because it is a sum over tokens.
+The rows of a batch are then concatenated, as packed rows are: `(1, n_1 + n_2 + ...)` in place of `(rows, longest)`.
+Memory and time depend on the number of tokens, not on the longest row. The loss is the same: it is a sum over tokens.
 """
 
 from typing import cast
@@ -16,7 +16,7 @@ from plainlora.fast.loss_head import base_of, evaluating
 
 
 class Documents:
-    """What a trainer was given; `undo` restores its own attention and batches.
+    """Attention over documents, and a padding-free collator, of one trainer; `undo` restores its own.
 
     Attributes:
         attention: The attention over documents.
@@ -29,7 +29,7 @@ class Documents:
         self.collator: DataCollatorForLanguageModeling | None = None
 
     def stop_padding(self) -> None:
-        """Lays the rows of a batch one after the other."""
+        """Makes the trainer's collator concatenate the rows of a batch."""
         collator = cast(DataCollatorForLanguageModeling, self._trainer.data_collator)
         self.collator, collator.padding_free, self._trainer.padding_free = collator, True, True
 
@@ -41,9 +41,9 @@ class Documents:
 
 
 def _pads(trainer: SFTTrainer) -> bool:
-    """Whether the trainer pads rows, and may as well not.
+    """Whether the trainer pads rows and would train the same without padding.
 
-    `compute_metrics` reads logits of padded rows, and `pad_to_multiple_of` is asked for.
+    `compute_metrics` needs the logits of padded rows, and with `pad_to_multiple_of` the user asks for padding.
     """
     args, collator = trainer.args, trainer.data_collator
     several = max(args.per_device_train_batch_size, args.per_device_eval_batch_size) > 1
@@ -52,7 +52,7 @@ def _pads(trainer: SFTTrainer) -> bool:
 
 
 def use_documents(trainer: SFTTrainer, isolation: Isolation) -> Documents | None:
-    """Gives a trainer both, if its model keeps documents apart with its own attention, and with this one too.
+    """Gives a trainer attention over documents, if its model keeps documents apart with and without it.
 
     Each document of a packed batch must get the outputs that it gets alone, whatever its neighbours are.
 
@@ -61,7 +61,7 @@ def use_documents(trainer: SFTTrainer, isolation: Isolation) -> Documents | None
         isolation: The measurements of its model.
 
     Returns:
-        What it was given; `None` if it stays as it was.
+        What the trainer was given; `None` if it is unchanged.
     """
     pads, model = _pads(trainer), base_of(cast(nn.Module, trainer.model))
     if not (pads or trainer.padding_free) or not is_covered(model) or not _is_apart(isolation):

@@ -6,8 +6,8 @@
     dS = P * (dP - rowsum(dP * P))       dQ = s dS K          dK = s dS^T Q
 
 With dropout, `scaled_dot_product_attention` on a CPU makes every factor of these products for all heads at once, and
-keeps P, M * P and an fp32 mask for the backward pass: 12 bytes for each query, key and head. Here M is kept, a byte
-each, and P is computed again, some queries at a time and for those keys alone that one of them sees.
+keeps P, M * P and an fp32 mask for the backward pass: 12 bytes for each query, key and head. Here only M is kept, one
+byte each, and P is computed again for some queries at a time, with only the keys that at least one of them sees.
 """
 
 import math
@@ -24,7 +24,7 @@ At = tuple[int, slice, slice]  # a row, some of its heads, and some of its queri
 
 
 class _Blocks:
-    """The blocks of one call, and memory that each of them uses again: to be given new pages costs more than a sum.
+    """The blocks of one call, and buffers that all of them use: allocating new pages would cost more than computing.
 
     Args:
         query: `(B, H, Lq, D)`.
@@ -52,7 +52,7 @@ class _Blocks:
         self.buffers = query.new_empty(buffers, self.heads * self.queries * keys)
 
     def __iter__(self) -> Iterator[tuple[At, At, list[torch.Tensor]]]:
-        """Where a block's queries are, where the keys are that one of them sees, and memory for such blocks."""
+        """Yields, for each block, where its queries are, where the keys that they see are, and its buffers."""
         (rows, heads, queries, _), keys = self.query.shape, self.key.shape[2]
         for row in range(rows):
             for start in range(0, queries, self.queries):
@@ -77,13 +77,13 @@ class _Blocks:
 
 
 def _part(mask: torch.Tensor, row: int, chosen: slice) -> torch.Tensor:
-    """Of a mask `(B or 1, 1, Lq or 1, Lk)` that of some queries, `(Lq or 1, Lk)`."""
+    """The part of a mask `(B or 1, 1, Lq or 1, Lk)` for some queries of a row, `(queries or 1, Lk)`."""
     own = mask[row if mask.shape[0] > 1 else 0, 0]
     return own[chosen] if own.shape[0] > 1 else own
 
 
 def _span(seen: torch.Tensor) -> slice:
-    """From the first key that is seen to the last; all of them where memory is counted without values."""
+    """From the first key that is seen to the last; all keys under FakeTensorMode, where the mask has no values."""
     if isinstance(seen, FakeTensor):
         return slice(0, len(seen))
     places = seen.nonzero()
@@ -105,10 +105,10 @@ class _DropoutAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         """`(B, H, Lq, D), (B, H, Lk, D), (B, H, Lk, D) -> (B, H, Lq, D)`."""
         rows, heads, queries, _ = query.shape
-        # At once, as dropout would draw it.
+        # For all blocks at once, in the order in which dropout would draw it.
         keep = query.new_empty((rows, heads, queries, key.shape[2]), dtype=torch.bool).bernoulli_(1 - p)
         if mask is not None:
-            # A query that sees no key has the output 0: as if it saw all, and all were dropped.
+            # A query that sees no key gets the output 0: it is treated as if it saw all keys and all were dropped.
             sees = mask.any(-1, keepdim=True)
             keep, mask = keep.logical_and_(sees), mask | ~sees
         ctx.save_for_backward(query, key, value, mask, keep)
@@ -134,7 +134,7 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
     query, key, value, mask, keep = ctx.saved_tensors
     q, k, v, grad = (each.to(ctx.dtype) for each in (query, key, value, grad))
     rest = 1 / (1 - ctx.p)
-    # As the model's own projections lay them out, (B, L, H, D).
+    # In the memory layout of the model's projections, (B, L, H, D).
     grad_q, grad_k, grad_v = (torch.zeros_like(each.transpose(1, 2)).transpose(1, 2) for each in (q, k, v))
     blocks = _Blocks(q, k, mask, keep, ctx.scale, buffers=3)
     for at, keys_at, (first, second, third) in blocks:

@@ -35,7 +35,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear | LoraLayer]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, (LoRALinear, LoraLayer)))
 
 
-def _forward_own(layer: LoRALinear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _forward_plainlora(layer: LoRALinear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     if not layer.enabled or args or kwargs:
         return type(layer).forward(layer, x, *args, **kwargs)
     p = _probability(layer.lora_dropout)
@@ -70,12 +70,15 @@ def _gelu(_: NewGELUActivation, x: torch.Tensor) -> torch.Tensor:
 
 
 def _gated(mlp: Any, x: torch.Tensor) -> torch.Tensor:
-    """https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/llama/modeling_llama.py."""
+    """`down(silu(gate(x)) * up(x))`, keeping fewer tensors for the backward pass.
+
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/llama/modeling_llama.py
+    """
     return mlp.down_proj(swiglu(mlp.gate_proj(x), mlp.up_proj(x)))
 
 
-def _rest_of(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., torch.Tensor]]]:
-    """The activations and MLPs that have a fused form, each with it."""
+def _activations(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., torch.Tensor]]]:
+    """The activations and MLPs that have a fused forward pass, each with that forward pass."""
     for module in model.modules():
         if isinstance(module, NewGELUActivation):
             yield module, _gelu
@@ -145,16 +148,16 @@ def fuse(target: nn.Module | Trainer) -> FuseReport:
     unchanged = []
     for name, layer in _layers(target):
         if _is_covered(layer):
-            form = _forward_own if isinstance(layer, LoRALinear) else _forward_peft
+            form = _forward_plainlora if isinstance(layer, LoRALinear) else _forward_peft
             layer.forward = MethodType(form, layer)  # type: ignore[method-assign, union-attr]
             fused["LoRA layers"] += 1
         else:
             unchanged.append(name)
-    for module, rest in _rest_of(target):
-        module.forward = MethodType(rest, module)
-        fused["GELU" if rest is _gelu else "SwiGLU"] += 1
+    for module, forward in _activations(target):
+        module.forward = MethodType(forward, module)
+        fused["GELU" if forward is _gelu else "SwiGLU"] += 1
     base = _base_of(target)
-    if base is not None and attention.is_covered(base) and attention.drops(base):
+    if base is not None and attention.is_covered(base) and attention.has_attention_dropout(base):
         base.set_attn_implementation(attention.NAME)
         fused["attention with dropout"] = 1
     if unchanged and not any(parameter.is_meta for parameter in target.parameters()):  # which is only looked at
@@ -170,7 +173,7 @@ def _fuse_trainer(trainer: Trainer) -> FuseReport:
     from plainlora.fast.documents import choose_documents  # noqa: PLC0415
     from plainlora.fast.loss_head import use_one_pass_head  # noqa: PLC0415
 
-    given = vars(trainer)  # only once, so that `unfuse` restores the trainer's own
+    given = vars(trainer)  # each is given once only, so that `unfuse` restores the trainer's own
     if "loss_choice" not in given:
         use_one_pass_head(trainer)
     if "documents" not in given:
@@ -193,7 +196,7 @@ def unfuse(target: nn.Module | Trainer) -> None:
             if (documents := vars(target).pop("documents", None)) is not None:
                 documents.undo()
         target = cast(nn.Module, target.model)
-    for module in [layer for _, layer in _layers(target)] + [module for module, _ in _rest_of(target)]:
+    for module in [layer for _, layer in _layers(target)] + [module for module, _ in _activations(target)]:
         module.__dict__.pop("forward", None)
     base = _base_of(target)
     if base is not None and base.config._attn_implementation == attention.NAME:

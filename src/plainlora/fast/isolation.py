@@ -2,8 +2,8 @@
 
 Rows are packed one after the other or padded to one length. Both are correct only if no row sees another, and if a row
 gets the same outputs as alone. That depends on how the architecture's code handles positions, masks and states. So a
-small batch is run through the model, and again with one row replaced by another of the same length. An isolated row
-is then computed by the same operations on the same numbers, so its outputs may not change, not even by rounding.
+small batch is run through the model, and again with one row replaced by another of the same length. The other rows are
+then computed by the same operations on the same numbers: if they are isolated, their outputs do not change at all.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -26,8 +26,8 @@ LENGTHS = (13, 9, 10)
 # about 1; in randomly initialised state space models, whose states hardly reach the output, it was 0.015. Replacing a
 # row changes isolated rows by nothing, or by about 1e-7 if experts process the tokens of all rows as one batch.
 # Computing a row alone changes the order of sums: below 1e-4 in fp32, 0.06 in bf16.
-NEIGHBOURS = (0.001, 0.02)
-COMPANY = (0.01, 0.25)
+REPLACED = (0.001, 0.02)
+ALONE = (0.01, 0.25)
 
 Outputs = Callable[[dict[str, Any]], torch.Tensor]
 
@@ -45,15 +45,15 @@ def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @dataclass(frozen=True)
 class Dependence:
-    """How much outputs depend on something, relative to the effect of the text before them (dimensionless).
+    """How much a row's outputs depend on other rows, relative to the effect of preceding text (dimensionless).
 
     Attributes:
-        neighbours: The change when another row of the batch is replaced.
-        company: The change when the row is computed alone; includes rounding.
+        replaced: The change when another row of the batch is replaced.
+        alone: The change when the row is computed alone; includes rounding.
     """
 
-    neighbours: float
-    company: float
+    replaced: float
+    alone: float
 
 
 class Isolation:
@@ -78,7 +78,7 @@ class Isolation:
         self._effect, self._ahead = _difference(behind_swapped, behind), _difference(before_swapped, before)
         # In an untrained model text has little effect, in bf16 less than rounding has.
         rounding = (2 if self._coarse else 64) * unit * float(behind.float().square().mean().sqrt())
-        self._rounded = max(self._effect, rounding / COMPANY[self._coarse])
+        self._rounded = max(self._effect, rounding / ALONE[self._coarse])
 
     @staticmethod
     def _cut(values: Any) -> list[Any]:
@@ -98,16 +98,16 @@ class Isolation:
         """The outputs of the documents as one text, in which later tokens see earlier ones."""
         return self._each(self._run([list(chain(*documents))], packed=False)[0])
 
-    def _relative(self, neighbours: float, company: float) -> Dependence:
+    def _relative(self, replaced: float, alone: float) -> Dependence:
         tiny = torch.finfo(torch.float32).tiny
-        return Dependence(neighbours / max(self._effect, tiny), company / max(self._rounded, tiny))
+        return Dependence(replaced / max(self._effect, tiny), alone / max(self._rounded, tiny))
 
     def is_negligible(self, found: Dependence) -> bool:
         """Whether a dependence is below the thresholds."""
-        return found.neighbours < NEIGHBOURS[self._coarse] and found.company < COMPANY[self._coarse]
+        return found.replaced < REPLACED[self._coarse] and found.alone < ALONE[self._coarse]
 
     def later(self) -> Dependence:
-        """The dependence on later tokens, which are to be predicted."""
+        """The dependence on later tokens, which the model is to predict."""
         return self._relative(self._ahead, 0.0)
 
     def packed(self) -> Dependence:

@@ -55,7 +55,7 @@ class LossHead:
 
     Attributes:
         with_statistics: Whether to compute token accuracy and entropy; TRL's head always does.
-        extra: Whether the model's own loss has terms beyond cross entropy; `own` returns them as `aux_loss`.
+        extra: Whether the model's own loss has terms beyond cross entropy; the form `own` returns them as `aux_loss`.
         router: Whether `output_router_logits` is passed to the model, for those terms.
     """
 
@@ -133,7 +133,7 @@ class OwnLoss(HeadLoss):
     """The loss of one row by the model's own forward.
 
     Attributes:
-        rounding: How much a log-probability may differ if the same is computed in another order.
+        rounding: How much a log-probability may differ if the same operations run in another order.
         extra_rounding: How much `extra` may differ.
     """
 
@@ -239,8 +239,8 @@ class LossChoice:
         # SFTTrainer adds `aux_loss` times this coefficient, as a mean over the accumulated batches.
         trainer.aux_loss_enabled, trainer.router_aux_loss_coef = head.extra, 1.0
         trainer.accelerator.print(
-            f"loss: {type(self.model).__name__}'s own forward gives {own.loss:.6f} where {fault}; its own loss is "
-            "trained, which holds all logits of a batch"
+            f"loss: {type(self.model).__name__}'s own forward gives {own.loss:.6f} where {fault}; the model's "
+            "own loss is used, which keeps all logits of a batch in memory"
         )
 
     def _loss_of_head(self, model: nn.Module, row: torch.Tensor, options: dict[str, Any]) -> HeadLoss:

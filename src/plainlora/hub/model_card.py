@@ -70,7 +70,7 @@ def _metadata(library: str, task: str, tags: Sequence[str], base: str, dataset: 
 
 
 def _adapter_settings(backend: str, lora: LoraConfig) -> dict[str, Any]:
-    """Of the adapter as it is saved."""
+    """The adapter's settings as they are saved."""
     named = lora.target_modules
     targets = named if isinstance(named, str) else ", ".join(sorted(named or ()))
     return {
@@ -78,9 +78,7 @@ def _adapter_settings(backend: str, lora: LoraConfig) -> dict[str, Any]:
         "r": lora.r,
         "alpha": lora.lora_alpha,
         "dropout": lora.lora_dropout,
-        "target modules": targets
-        if isinstance(targets, str)
-        else ", ".join(sorted(targets or ())) or "PEFT's default",
+        "target modules": targets,
         "DoRA": lora.use_dora or None,
         "rsLoRA": lora.use_rslora or None,
         "further fields": ", ".join(find_unsupported(lora).values()) or None,
@@ -209,7 +207,7 @@ model = load_adapter(base, "PATH OF THIS ADAPTER")
 
 
 def _parent_sentence(name: str | None) -> str:
-    """Which adapter was trained on; a folder of this machine is not named."""
+    """A sentence about the adapter that was trained further. A folder of this machine is not named."""
     if name is None:
         return ""
     return " It goes on from " + ("an earlier adapter." if Path(name).expanduser().exists() else f"`{name}`.")
@@ -284,7 +282,7 @@ def _head_sentence(head: str, in_base: bool) -> str:
     where = "is the base's own" if in_base else "is saved with the adapter, because the base has none"
     if head == "LoRA":
         return (
-            f"The head {where}, and carries LoRA too. PEFT loads it so, but not by "
+            f"The head {where}, and carries LoRA too. Load it with PEFT as below, not with "
             "`AutoPeftModelForSequenceClassification`, which would train the head whole:"
         )
     return f"The head {where}, and PEFT loads it too:"

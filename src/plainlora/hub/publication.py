@@ -312,7 +312,7 @@ def hub_base(where: str | Path, named: str | None, given: str | None, flag: str 
 
 
 def _for_others(content: Any, named: str | None, base: str) -> Any:
-    """JSON with the base's Hub id instead of its path, and only the last part of every other local path.
+    """JSON for publishing: the base's Hub id instead of its path, and only the last part of every other local path.
 
     A recipe's `env` is left out, because its values may be passwords.
     """

@@ -93,7 +93,7 @@ def _reason(error: BaseException) -> str:
             f"the server at {constants.ENDPOINT} does not answer as a Hub; check HF_ENDPOINT, and whether the network "
             "shows a log-in page"
         )
-    if isinstance(error, OSError | ValueError):  # of a file, or of the Hub about the card
+    if isinstance(error, OSError | ValueError):  # about a file, or the Hub's answer about the card
         return text
     return f"the connection to {constants.ENDPOINT} broke: {text}"
 

@@ -1,4 +1,4 @@
-"""Which `LoraConfig` fields the hand-written LoRA implements, and which values no LoRA can take."""
+"""Which `LoraConfig` fields the hand-written LoRA implements, and which of their values are never valid."""
 
 import copy
 import math
@@ -20,8 +20,8 @@ BOOKKEEPING_FIELDS = {
     *("runtime_config", "megatron_core"),
 }
 
-OF_A_START = {"eva_config", "corda_config", "lora_ga_config", "loftq_config"}  # each goes with an init_lora_weights
-PLAIN_STARTS = ("eva", "orthogonal")  # of PEFT's, these change nothing but the initial A and B
+INIT_FIELDS = {"eva_config", "corda_config", "lora_ga_config", "loftq_config"}  # each belongs to an init_lora_weights
+INITS_OF_A_AND_B = ("eva", "orthogonal")  # PEFT's values of init_lora_weights that do not change the base
 
 MOST_RANK = 2**20
 LARGEST = 10**38  # of fp32; a whole number may be larger than any float
@@ -118,7 +118,7 @@ def find_unsupported(config: LoraConfig) -> dict[str, str]:
     """The fields that are set and not implemented here: name -> `name=value`."""
     found = {}
     for field in fields(config):
-        if field.name in SUPPORTED_FIELDS | BOOKKEEPING_FIELDS | OF_A_START:
+        if field.name in SUPPORTED_FIELDS | BOOKKEEPING_FIELDS | INIT_FIELDS:
             continue
         default = field.default_factory() if field.default_factory is not MISSING else field.default
         value = getattr(config, field.name)
@@ -132,8 +132,8 @@ def find_unsupported(config: LoraConfig) -> dict[str, str]:
 
 
 def as_loaded(config: LoraConfig) -> LoraConfig:
-    """The config for an adapter whose values are loaded: a start that leaves the base alone no longer matters."""
-    if config.init_lora_weights not in PLAIN_STARTS:
+    """The config for an adapter that is loaded: an initialisation that did not change the base no longer matters."""
+    if config.init_lora_weights not in INITS_OF_A_AND_B:
         return config
     config = copy.copy(config)
     config.init_lora_weights, config.eva_config = True, None
@@ -141,7 +141,7 @@ def as_loaded(config: LoraConfig) -> LoraConfig:
 
 
 def find_faults(config: LoraConfig) -> Iterator[tuple[str, str]]:
-    """Yields each field with a value that no back end takes, and what is wrong with it, whatever the model is."""
+    """Yields each field with a value that no back end accepts for any model, and what is wrong with it."""
     unreadable = list(_unreadable(config))
     yield from unreadable or _wrong_numbers(config)
     if config.bias not in ("none", "all", "lora_only"):
@@ -149,7 +149,7 @@ def find_faults(config: LoraConfig) -> Iterator[tuple[str, str]]:
 
 
 def check_config(config: LoraConfig) -> None:
-    """Raises `LoRAError` if a field has a value that no back end takes."""
+    """Raises `LoRAError` if a field has a value that no back end accepts for any model."""
     for _, fault in find_faults(config):
         raise LoRAError(fault)
 

@@ -15,7 +15,7 @@ from plainlora.lora.layer import scaling_of
 from plainlora.lora.numerics import is_finite
 from plainlora.lora.targets import value_for
 
-HELD = 0.99  # share of the squared norm
+HELD = 0.99  # the share of the squared norm that `used_rank` counts up to
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def read_deltas(directory: str | os.PathLike[str]) -> tuple[dict[str, Delta], li
     if variants:
         raise LoRAError(
             f"{directory} was trained with {some(variants)}, so what it adds is not (alpha / r) B A"
-            ", and only that is compared and combined here"
+            "; only such adapters can be compared and combined"
         )
     for _, fault in find_faults(config):
         raise LoRAError(f"{directory}: {fault}")

@@ -39,7 +39,9 @@ def _resolve(model: nn.Module, config: LoraConfig, strict: bool) -> tuple[LoraCo
         check_patterns(config, targets)
     transposed = any(storage_of(module).transposed for module in targets.values())
     if config.fan_in_fan_out and not transposed:
-        raise LoRAError("fan_in_fan_out=True, but no target stores its weight as (in, out); leave it out, it is found")
+        raise LoRAError(
+            "fan_in_fan_out=True, but no target stores its weight as (in, out); leave it out: it is detected"
+        )
     config.fan_in_fan_out = transposed
     if config.target_modules is None or isinstance(config.target_modules, str):
         config.target_modules = condense(list(targets), model)
@@ -104,7 +106,8 @@ def inject(
     Args:
         model: Any model whose targets are `nn.Linear`, Transformers' `Conv1D`, bitsandbytes' 4-bit or 8-bit layers, or
             torchao's int8 (see `plainlora.lora.storage`).
-        config: See the README for the supported fields; any other field that is not at its default is an error.
+        config: `plainlora.lora.config.SUPPORTED_FIELDS` are implemented; any other field with a value that is not its
+            default is an error.
         strict: Whether every single name and pattern must match. Loading turns this off and checks the file's keys.
         new_weights: Names of the parameters that the base's checkpoint lacks, Transformers' `missing_keys`. They stay
             frozen and are saved with the adapter.
@@ -116,8 +119,9 @@ def inject(
         The same model.
 
     Raises:
-        LoRAError: An unsupported field or module, a name that matches nothing, a tied target, a second injection, or a
-            new weight that cannot be saved with the adapter. The model is then unchanged.
+        UnsupportedError: Only PEFT implements a field, or can adapt a module. The model is then unchanged.
+        LoRAError: A name matches nothing, the model carries an adapter already, or a new weight cannot be saved with
+            the adapter. The model is then unchanged.
     """
     if getattr(model, "plainlora", None) is not None:
         raise LoRAError("this model already carries a PlainLoRA adapter; unwrap() or merge() it first")
@@ -170,12 +174,12 @@ def unwrap(model: ModelT) -> ModelT:
         replace_module(model, name, module.original_module)
     for bias, value in state.biases.items():
         bias.data.copy_(value)
-    restore_identity(model, state)
+    restore_attributes(model, state)
     return model
 
 
-def restore_identity(model: nn.Module, state: AdapterState) -> None:
-    """Restores `requires_grad` and `save_pretrained` after the LoRA modules were taken out."""
+def restore_attributes(model: nn.Module, state: AdapterState) -> None:
+    """Restores `requires_grad` and `save_pretrained` after the LoRA modules were taken out, and deletes the record."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in state.trainable)
     model.__dict__.pop("plainlora")

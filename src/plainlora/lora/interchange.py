@@ -314,9 +314,9 @@ def load_adapter_weights(model: nn.Module, directory: str | os.PathLike[str]) ->
                 "the adapter was trained on another base model or rank"
             )
         if tensor.dtype not in FLOATS:
-            raise LoRAError(f"{path}: {name} is of type {tensor.dtype}, which no adapter is saved in")
+            raise LoRAError(f"{path}: {name} is of type {tensor.dtype}, not a float; save the adapter again")
         if not is_finite(tensor):
-            raise LoRAError(f"{path}: {name} holds values that are not finite; the training that wrote it diverged")
+            raise LoRAError(f"{path}: {name} holds values that are not finite: the training diverged; train it again")
     for name, layer in lora_layers(model):
         for key, parameter in layer.adapter_tensors().items():
             if parameter.is_meta:

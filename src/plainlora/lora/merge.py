@@ -5,7 +5,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from plainlora.lora.errors import LoRAError
-from plainlora.lora.inject import restore_identity
+from plainlora.lora.inject import restore_attributes
 from plainlora.lora.numerics import is_finite
 from plainlora.lora.record import ModelT, adapter_state, lora_layers, replace_module, saved_modules
 from plainlora.lora.storage import storage_of
@@ -51,6 +51,6 @@ def merge(model: ModelT) -> ModelT:
         replace_module(model, name, layer.base_layer)
     for name, module in list(saved_modules(model)):
         replace_module(model, name, module.trained_module)
-    restore_identity(model, state)
+    restore_attributes(model, state)
     _untie_if_diverged(model)
     return model

@@ -11,7 +11,10 @@ ROWS = 64  # of a weight, summed at a time where dtypes differ
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite. The sum is tried first: it needs no mask, and if finite all terms are."""
+    """Whether no value is NaN or infinite.
+
+    The sum is tried first: it allocates no mask, and if it is finite, so are all values.
+    """
     precision = torch.promote_types(tensor.dtype, torch.float32)
     return math.isfinite(tensor.sum(dtype=precision)) or bool(torch.isfinite(tensor).all())
 

@@ -49,7 +49,7 @@ def adapter_state(model: nn.Module) -> AdapterState:
 
 
 def _wrappers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, LoRALinear | ModuleToSave]]:
-    """The modules that `inject` put in, with full names. Unlike `named_modules` it does not look inside them."""
+    """The modules that `inject` put in, with full names. Unlike `named_modules` this does not look inside them."""
     for key, child in module.named_children():
         if isinstance(child, (LoRALinear, ModuleToSave)):
             yield f"{prefix}{key}", child

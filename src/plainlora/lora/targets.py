@@ -201,7 +201,7 @@ def _explain_parameters(model: nn.Module, found: Selection, strict: bool) -> Uns
     )
 
 
-def _lost_by_peft(model: nn.Module, config: LoraConfig, selected: Sequence[str]) -> list[str]:
+def _renamed_by_peft(model: nn.Module, config: LoraConfig, selected: Sequence[str]) -> list[str]:
     """Modules whose A and B PEFT would rename on loading, as if they came from an older checkpoint.
 
     https://github.com/huggingface/peft/blob/v0.21.2/src/peft/utils/transformers_weight_conversion.py
@@ -230,7 +230,7 @@ def find_targets(model: nn.Module, config: LoraConfig, strict: bool = True) -> l
 
 
 def select(model: nn.Module, config: LoraConfig, strict: bool = True) -> Selection:
-    """What PEFT would adapt.
+    """The modules and parameters that PEFT would adapt.
 
     Args:
         model: The base model; one on the meta device will do.
@@ -238,7 +238,7 @@ def select(model: nn.Module, config: LoraConfig, strict: bool = True) -> Selecti
         strict: Whether a single name of a list that matches nothing is an error (PEFT ignores it, peft#3693).
 
     Raises:
-        LoRAError: Nothing matches, a name matches nothing, or PEFT would not find a module again on loading.
+        LoRAError: Nothing matches, a name matches nothing, or PEFT would not find its weights in a saved adapter.
     """
     check_expressions(model, config)
     linear = [name for name, module in model.named_modules() if is_supported(module)]
@@ -260,7 +260,7 @@ def select(model: nn.Module, config: LoraConfig, strict: bool = True) -> Selecti
         raise LoRAError(f"target_modules: PEFT refuses this adapter: {error}") from error
     if strict and not found.target_parameters:  # into which PEFT may have turned names of experts
         _check_names(model, config, linear)
-    if lost := _lost_by_peft(model, config, found.selected):
+    if lost := _renamed_by_peft(model, config, found.selected):
         ends = ", ".join(map(repr, condense(lost, model)))
         raise LoRAError(
             f"target_modules: PEFT would not find {some(lost)} again in a saved adapter, because it renames weights "
@@ -290,7 +290,7 @@ def find_target_modules(model: nn.Module, config: LoraConfig, strict: bool = Tru
             layers = ", ".join(sorted({_leaf(item) for item, module in modules.items() if is_supported(module)}))
             advice = f"name others, or add {_leaf(name)!r} to exclude_modules" if strict else "load it with PEFT"
             raise UnsupportedError(
-                f"target_modules: {name!r} is {_what(modules[name])}; LoRA here adapts linear "
+                f"target_modules: {name!r} is {_what(modules[name])}; this LoRA adapts linear "
                 f"layers ({layers}); {advice}"
             )
     _refuse_tied(model, found.selected, strict)
@@ -381,7 +381,7 @@ def find_new_weights(model: nn.Module, config: LoraConfig, names: Collection[str
         names: Names of the parameters that the base's checkpoint lacks.
 
     Raises:
-        LoRAError: No parameter has a name, or it is quantised or inside the backbone.
+        LoRAError: A name is not that of a parameter, or the parameter is quantised or inside the backbone.
     """
     if not names:
         return set()

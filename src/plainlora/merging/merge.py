@@ -361,7 +361,7 @@ def merge_adapter(
     if figures["bases"][base]["adapter"]["against_base"]["max_abs_diff"] == 0:
         warnings.append("the adapter changes no logit: the merged model answers as its base does")
     if "not_measured" in figures:
-        warnings.append(f"what training saw could not be measured: {figures['not_measured']}")
+        warnings.append(f"the base as it was trained on could not be measured: {figures['not_measured']}")
     return MergeResult(
         drift["max_abs_diff"], drift["relative_diff"], tolerance, merged_dtype, auto_class, certificate, warnings
     )

@@ -1,4 +1,4 @@
-"""What is compared: a base, an adapter config, inputs, and rows to train on."""
+"""One comparison with PEFT: a base, an adapter config, inputs, and rows to train on."""
 
 import copy
 import random

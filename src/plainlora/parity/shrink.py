@@ -105,7 +105,7 @@ def _fields(default: PretrainedConfig) -> dict[str, Any]:
 
 
 def tiny_config(model_type: str, task: str) -> PretrainedConfig:
-    """The config of an architecture with two layers, hidden size 64 and 320 words.
+    """The config of an architecture with two layers, hidden size 64 and a vocabulary of 320 tokens.
 
     Args:
         model_type: `model_type` of its `config.json`.

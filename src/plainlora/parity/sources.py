@@ -120,7 +120,7 @@ def recipe_case(config: str, flags: list[str], steps: int, lora_backend: str | N
     Raises:
         UserError: As in `recipes/sft.py`, or the recipe sets another back end.
     """
-    # With TRL's own config gradient checkpointing has a default, so nothing is left to decide.
+    # TRL's own config, in which gradient checkpointing has a default, so that the program need not decide it.
     program = replace(SFT, dataclass_types=(SFTArguments, ScriptArguments, SFTConfig, ModelConfig))
     settings, form = _parse(program, config, flags, lora_backend)
     recipe, training = settings.recipe, settings.training
@@ -232,11 +232,11 @@ def _load(name: str) -> PreTrainedModel:
     """Loads a model as the class of its config; a new classification head is the same every time."""
     config = load_config(name)
     if config.is_encoder_decoder:
-        raise UserError(f"{name} is an encoder-decoder model; compare knows decoders and encoders")
+        raise UserError(f"{name} is an encoder-decoder model; compare supports decoders and encoders only")
     seed_everything(0)
     model, _ = load_pretrained(model_class(config), name)
     if model.config.pad_token_id is None:
-        model.config.pad_token_id = 0  # a decoder with a classification head looks for the last token before it
+        model.config.pad_token_id = 0  # a decoder's classification head reads the last token before the padding
     return model.eval()
 
 

@@ -103,12 +103,10 @@ def quantized_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel
     return model.eval()
 
 
-def random_batch(
-    vocabulary: int, classes: int | None = None, rows: int = 2, length: int = 24
-) -> dict[str, torch.Tensor]:
-    """Random tokens `(rows, length)`, with themselves or class numbers as labels."""
+def random_batch(vocabulary: int, classes: int | None = None, rows: int = 2) -> dict[str, torch.Tensor]:
+    """Random tokens `(rows, 24)`, with themselves or class numbers as labels."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(2, vocabulary, (rows, length), generator=generator)
+    ids = torch.randint(2, vocabulary, (rows, 24), generator=generator)
     labels = ids.clone() if classes is None else torch.arange(rows) % classes
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 

@@ -21,7 +21,7 @@ class Tolerance:
     follows: str | None = None
 
 
-ADAM = "Adam divides a gradient by its own size, so rounding may turn a weight's step; what the weights do is held"
+ADAM = "Adam divides a gradient by its own size, so rounding may reverse a weight's step; weights are not compared"
 PRODUCT = "W + s B A summed in one product, where PEFT adds a rounded one"
 
 # Names, dtypes, shapes, config fields, trained parameters, saved bytes and round trips must be equal.
@@ -43,8 +43,8 @@ TOLERANCES = {
 BLURRED = (TOLERANCES["float32"], TOLERANCES["merge float32"])  # may be raised by `last_bits_of`
 HALF = ("float16", "bfloat16")
 LAST_BITS = 3  # one random change of the last bits shows the size of rounding, not its bound
-NEAR_TIES = "in half precision the likelier of two near tokens may be either, and all after it"
-BY_LAST_BITS = f"rounding of fp32: {LAST_BITS} times what PEFT's own result moves by when all weights' last bits move"
+NEAR_TIES = "in half precision rounding may decide between two nearly equally likely tokens, and so all after them"
+BY_LAST_BITS = f"rounding of fp32: {LAST_BITS} times the change of PEFT's own result if all weights' last bits change"
 
 
 def tolerance_for(level: str, case: Case, environment: dict[str, str], quantised: bool) -> Tolerance:

@@ -1,1 +1,1 @@
-"""Memory, time and disk: what there is, and what a run will need."""
+"""Memory, time and disk: how much there is, and how much a run will need."""

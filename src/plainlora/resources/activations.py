@@ -1,7 +1,7 @@
-"""What a step holds at most, the backward pass included, counted before training starts.
+"""Counts the peak memory of a training or evaluation step before training starts.
 
-The model's own code runs one step on tensors that have shape, type and device but no values (`FakeTensorMode`). They
-take the kernels that real ones take, attention's included, but no memory and little time.
+The model's own code runs one step on tensors that have shape, dtype and device but no values (`FakeTensorMode`). They
+go through the same kernels as real tensors, but take no memory and little time.
 """
 
 import copy
@@ -31,11 +31,11 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from plainlora.base.remote_code import code_options
 from plainlora.fast.head import LabelledTokens, TokenLogProbs, chunk_size, is_covered
 
-# TRL's own head works on tiles of at most so many tokens and words, in fp32 at the most.
+# TRL's own head works on tiles of at most this many tokens and vocabulary entries, in at most fp32.
 # https://github.com/huggingface/trl/blob/v1.16.0/trl/kernels/chunked_logprob.py
 TRL_TILE = (4096, 32768)
-OPERATIONS = 250_000  # of a step, after which its count is given up: three times those of a 70B Llama, half a minute
-MANY_TOKENS = 4096  # up to here a loss head is run as it is, which takes a second; beyond from a few of its tiles
+OPERATIONS = 250_000  # of a step, above which counting is given up: half a minute; a 70B Llama needs a third of them
+MANY_TOKENS = 4096  # up to here the whole loss head is run, which takes a second; above, only a few of its tiles
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Batch:
     """The largest batch of a run.
 
     Attributes:
-        rows: Sequences.
-        length: Tokens of each.
-        masked: Whether attention is given a mask, `(rows, 1, length, length)`: for padding, or to keep packed rows
+        rows: Number of sequences.
+        length: Number of tokens in each.
+        masked: Whether attention gets a mask, `(rows, 1, length, length)`: for padding, or to keep packed rows
             apart.
     """
 
@@ -55,12 +55,12 @@ class Batch:
 
 
 def largest_batch(args: TrainingArguments, longest: int, rows: int | None = None) -> Batch:
-    """What the trainer collates at most: rows side by side, or, packed, one after the other.
+    """The largest batch that the trainer collates: padded rows, or packed rows in one sequence.
 
     Args:
         args: Batch size, and packing where SFTTrainer does it.
         longest: Length of the longest row, in tokens.
-        rows: Of a batch; the training batch's if left out.
+        rows: Number of rows in a batch; that of a training batch if left out.
     """
     rows = args.per_device_train_batch_size if rows is None else rows
     if getattr(args, "packing", False) or getattr(args, "padding_free", False):
@@ -69,17 +69,17 @@ def largest_batch(args: TrainingArguments, longest: int, rows: int | None = None
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that are made inside and still alive, each once.
+    """Counts the bytes of the tensor storages that are allocated within the block and still alive, each once.
 
-    Of two, one inside the other, the inner one counts alone.
+    If two such blocks are nested, only the inner one counts.
 
     Args:
-        others: Tensors whose storages are not counted: the weights, which come back as views of themselves.
-        most: Operations after which it raises `RuntimeError`; without end if left out.
+        others: Tensors whose storages are not counted: the weights, of which operations return views.
+        most: Number of operations above which `RuntimeError` is raised; no limit if left out.
 
     Attributes:
-        now: Bytes alive.
-        peak: Bytes alive at most.
+        now: Bytes alive now.
+        peak: The most bytes that were alive at a time.
     """
 
     _innermost: "LiveBytes | None" = None
@@ -101,7 +101,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._operations += 1
         if self._most is not None and self._operations > self._most:
-            raise RuntimeError(f"a step takes more than {self._most:,} operations: token after token, it seems")
+            raise RuntimeError(f"a step takes more than {self._most:,} operations, as if it computed token by token")
         results = func(*args, **(kwargs or {}))
         for result in tree_leaves(results) if LiveBytes._innermost is self else ():
             if isinstance(result, torch.Tensor):
@@ -122,9 +122,9 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _to_device(model: nn.Module, device: torch.device) -> None:
-    """Gives a model of the `meta` device weights without values on another one; what is shared stays shared.
+    """Moves a model from the `meta` device to another one, without values. Shared weights stay shared.
 
-    `Module.to_empty` cannot: FakeTensorMode takes no tensors of the `meta` device.
+    `Module.to_empty` cannot do it, because FakeTensorMode accepts no tensors of the `meta` device.
     """
     made: dict[torch.Tensor, torch.Tensor] = {}
     for module in model.modules():
@@ -139,8 +139,8 @@ def _to_device(model: nn.Module, device: torch.device) -> None:
 
 
 @contextmanager
-def _one_row_not_taken_for_packed_ones() -> Iterator[None]:
-    """Where positions have no values, Transformers presumes packed rows, and a mask that a real step does without.
+def _without_packing_detection() -> Iterator[None]:
+    """Stops Transformers from assuming packed rows, and building their mask, because positions have no values.
 
     https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/masking_utils.py
     (`find_packed_sequence_indices`)
@@ -155,20 +155,20 @@ def _one_row_not_taken_for_packed_ones() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Step:
-    """One forward and backward pass over the largest batch, as far as its memory depends on it.
+    """One forward and backward pass over the largest batch: the inputs on which its memory depends.
 
     A quantised base is counted as a dense one: its activations are the same.
 
     Attributes:
-        config: Of the base, as it is trained: with its dropouts and its attention implementation.
-        prepare: Makes a bare base what is trained: puts the adapter in, or says which weights need gradients.
-        batch: The largest.
-        device: Where training runs.
-        dtype: Of the base's weights.
-        autocast: Type of mixed precision, if there is any.
+        config: The base's config as it is trained, with its dropouts and its attention implementation.
+        prepare: Prepares a bare base for training: attaches the adapter, or sets which weights need gradients.
+        batch: The largest batch.
+        device: The device that trains.
+        dtype: The dtype of the base's weights.
+        autocast: The dtype of mixed precision; `None` without it.
         one_pass_head: Whether a frozen output head computes its loss in one pass.
         classifies: Whether the model is a sequence classifier rather than a causal language model.
-        trust_remote_code: As for the base.
+        trust_remote_code: Whether the base's own code may run.
     """
 
     config: PretrainedConfig
@@ -182,7 +182,7 @@ class Step:
     trust_remote_code: bool = False
 
     def build(self) -> PreTrainedModel:
-        """The base, prepared, on the `meta` device: names, shapes and types without values."""
+        """The prepared base on the `meta` device: names, shapes and dtypes without values."""
         auto = AutoModelForSequenceClassification if self.classifies else AutoModelForCausalLM
         config = copy.deepcopy(self.config)
         options = code_options(config, auto, self.trust_remote_code)
@@ -193,15 +193,15 @@ class Step:
 
 
 class _ManyTiles(torch.autograd.Function):
-    """`(rows, length, d) -> ()`: holds what a loss head holds that works through its tokens tile by tile.
+    """`(rows, length, d) -> ()`: allocates as much memory as a loss head that processes its tokens tile by tile.
 
-    A tile more adds to what is held for every token and repeats the rest. So two counts of few tiles give all others,
-    and the time that a count takes does not grow with the batch.
+    Each further tile adds the bytes that are kept for its tokens and reuses the rest. So the bytes of any number of
+    tiles follow from two small counts, and counting takes the same time for every batch.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, head: "_HeadBytes") -> torch.Tensor:
-        """Holds `head.kept` for the backward pass, and as much more as the forward pass takes at most."""
+        """Allocates `head.kept` for the backward pass, and `head.forward`, which is freed at once."""
         kept = hidden.new_empty(head.kept, dtype=torch.uint8)
         hidden.new_empty(head.forward, dtype=torch.uint8)
         ctx.save_for_backward(kept, *([hidden] if head.keeps_hidden else []))
@@ -210,7 +210,7 @@ class _ManyTiles(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """The gradient of the hidden states, beside as much as the backward pass takes at most."""
+        """Returns a gradient of the hidden states, allocated while `head.backward` is alive."""
         shape, dtype, device = ctx.like
         beside = torch.empty(ctx.head.backward, dtype=torch.uint8, device=device)
         gradient = torch.empty(shape, dtype=dtype, device=device)
@@ -220,12 +220,12 @@ class _ManyTiles(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _HeadBytes:
-    """What a loss head holds beside the hidden states and, in the backward pass, their gradient.
+    """Bytes of a loss head, without the hidden states and, in the backward pass, their gradient.
 
     Attributes:
-        kept: For the backward pass.
-        forward: At most in the forward pass, beside that.
-        backward: At most in the backward pass, beside that.
+        kept: Bytes kept for the backward pass.
+        forward: The most further bytes in the forward pass.
+        backward: The most further bytes in the backward pass.
         keeps_hidden: Whether the hidden states themselves are kept for the backward pass.
     """
 
@@ -235,7 +235,7 @@ class _HeadBytes:
     keeps_hidden: bool
 
     def at(self, tokens: int, few: int, other: "_HeadBytes", more: int) -> "_HeadBytes":
-        """Of as many tokens, on the line through this, of `few` tokens, and `other`, of `more`."""
+        """The bytes for `tokens` tokens, on the line through this count, of `few` tokens, and `other`, of `more`."""
 
         def line(low: int, high: int) -> int:
             return max(0, low + (tokens - few) * (high - low) // (more - few))
@@ -249,8 +249,8 @@ class _HeadBytes:
 
 
 def _count_head(step: Step, base: PreTrainedModel, like: torch.Tensor, tokens: int) -> _HeadBytes:
-    """Counts a head of so many tokens, of hidden states like these."""
-    rows = min(2, len(like))  # beside each other, the last token of each is left out
+    """Counts the loss head on `tokens` tokens with hidden states like `like`."""
+    rows = min(2, len(like))  # the last token of each row has no label
     source = like.new_zeros(rows, tokens // rows + 1, like.shape[-1]).requires_grad_(like.requires_grad)
     size, weights = source.nbytes, base.get_output_embeddings().parameters()
     with LiveBytes((source, *weights)) as alive:
@@ -269,10 +269,10 @@ def _count_head(step: Step, base: PreTrainedModel, like: torch.Tensor, tokens: i
 
 
 def _token_loss(step: Step, base: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """The loss of `(rows, length, d)`, every token with a label."""
+    """The loss of hidden states `(rows, length, d)`, every token with a label."""
     tokens = hidden.shape[0] * (hidden.shape[1] - 1)
-    words = len(cast(nn.Linear, base.get_output_embeddings()).weight)
-    tile = chunk_size(step.device.type, words) if step.one_pass_head and is_covered(base) else TRL_TILE[0]
+    vocabulary = len(cast(nn.Linear, base.get_output_embeddings()).weight)
+    tile = chunk_size(step.device.type, vocabulary) if step.one_pass_head and is_covered(base) else TRL_TILE[0]
     if tokens <= max(MANY_TOKENS, 3 * tile):
         return _loss_of_tiles(step, base, hidden)
     few, more = (_count_head(step, base, hidden, number * tile) for number in (2, 3))
@@ -280,7 +280,7 @@ def _token_loss(step: Step, base: PreTrainedModel, hidden: torch.Tensor) -> torc
 
 
 def _loss_of_tiles(step: Step, base: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """The same by the one-pass head or by TRL's own, whose time grows with the number of tokens."""
+    """As `_token_loss`, by running the one-pass head or TRL's on all tokens."""
     head = cast(nn.Linear, base.get_output_embeddings())
     tokens = hidden.shape[0] * (hidden.shape[1] - 1)
     labels = torch.zeros(tokens, dtype=torch.long, device=hidden.device)
@@ -294,7 +294,7 @@ def _loss_of_tiles(step: Step, base: PreTrainedModel, hidden: torch.Tensor) -> t
         every = hidden[:, :-1].reshape(tokens, -1)  # (N, d)
         given = (every, head.weight, head.bias, labels, 1.0, TRL_TILE[1], None, 1.0, ("entropy", "is_top1"))
         return cast(torch.Tensor, ChunkedLogProbFunction.apply(*given)[0]).sum()
-    # Its Triton kernels work in place, on a tile in the precision of the product.
+    # TRL's Triton kernels work in place, on a tile in the precision of the product.
     torch.empty(min(tokens, TRL_TILE[0]), TRL_TILE[1], dtype=step.autocast or hidden.dtype, device=hidden.device)
     return hidden.float().sum()
 
@@ -318,16 +318,16 @@ def _forward(step: Step, base: PreTrainedModel, inputs: dict[str, torch.Tensor])
 
 
 def _run(step: Step, base: PreTrainedModel, forward: Callable[[], torch.Tensor]) -> int:
-    """Bytes that `forward`, and `backward` where gradients are asked for, hold at most.
+    """The peak bytes of `forward` and, if its result needs a gradient, of the backward pass.
 
     Raises:
-        RuntimeError: It takes more than `OPERATIONS`: the model's code goes through the tokens one by one.
+        RuntimeError: There are more than `OPERATIONS` operations: the model's code computes token by token.
     """
     mixed: AbstractContextManager[Any] = (
         torch.autocast(step.device.type, step.autocast) if step.autocast else nullcontext()
     )
     with LiveBytes((*base.parameters(), *base.buffers()), OPERATIONS) as alive:
-        with mixed, _one_row_not_taken_for_packed_ones():
+        with mixed, _without_packing_detection():
             loss = forward()
         if loss.requires_grad:
             loss.backward()
@@ -336,9 +336,10 @@ def _run(step: Step, base: PreTrainedModel, forward: Callable[[], torch.Tensor])
 
 @contextmanager
 def _without_values() -> Iterator[None]:
-    """Within, tensors have no values. Torch would print the traceback of what fails on them, besides raising it.
+    """Within the block tensors have no values.
 
-    Backward passes run in this thread: a GPU's own one needs the GPU, and is not stopped by a timeout.
+    PyTorch's log is off, because it prints the traceback of every error besides raising it. Backward passes run in
+    this thread: autograd's thread for a GPU needs the GPU, and a timeout does not stop it.
 
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_subclasses/fake_tensor.py (`log.exception`)
     """
@@ -352,14 +353,14 @@ def _without_values() -> Iterator[None]:
 
 
 def count_peak_bytes(step: Step, *, checkpointing: bool = False) -> int:
-    """Bytes alive in a training step at most, weights and optimizer apart, gradients as far as the step makes them.
+    """The peak bytes of a training step: activations and the gradients that it makes, without weights and optimizer.
 
     Args:
-        step: What is counted.
+        step: The step to count.
         checkpointing: Whether activations are computed again in the backward pass.
 
     Raises:
-        Exception: Of any kind, where the model's code does not run without values.
+        Exception: Of any class, if the model's code does not run on tensors without values.
     """
     base = step.build().train()
     if checkpointing:
@@ -371,7 +372,7 @@ def count_peak_bytes(step: Step, *, checkpointing: bool = False) -> int:
 
 
 def count_evaluation_bytes(step: Step) -> int:
-    """Bytes alive in an evaluation step at most; errors are those above."""
+    """The peak bytes of an evaluation step. Errors are those of `count_peak_bytes`."""
     base = step.build().eval()
     with _without_values(), torch.no_grad():
         _to_device(base, step.device)
@@ -380,13 +381,13 @@ def count_evaluation_bytes(step: Step) -> int:
 
 
 def least_bytes(step: Step, model: nn.Module) -> int:
-    """Bytes that no training step does without: of every layer from the first that is trained on, the hidden states.
+    """A lower bound of `count_peak_bytes`: the hidden states of every layer from the first trained one on.
 
-    Gradient checkpointing keeps them too. It takes no time, and holds where the model's code cannot be run.
+    Gradient checkpointing keeps them too. The bound needs no run of the model's code.
 
     Args:
-        step: What is counted.
-        model: What it trains, on any device.
+        step: The step to count.
+        model: The model that it trains, on any device.
     """
     layers = {name: int(found[1]) for name, _ in model.named_parameters() if (found := re.search(r"\.(\d+)\.", name))}
     trained = [layers[name] for name, each in model.named_parameters() if each.requires_grad and name in layers]
@@ -397,7 +398,7 @@ def least_bytes(step: Step, model: nn.Module) -> int:
 
 
 def count_head_bytes(step: Step) -> int:
-    """Bytes that the loss of a language model's largest batch holds at most, from the last hidden state on."""
+    """The peak bytes of a language model's loss on the largest batch, from the last hidden states on."""
     base = step.build()
     with _without_values():
         _to_device(base, step.device)
@@ -408,5 +409,5 @@ def count_head_bytes(step: Step) -> int:
 
 
 def precision(args: TrainingArguments) -> torch.dtype | None:
-    """The type of mixed precision that training arguments ask for; `None` for none."""
+    """The dtype of mixed precision that training arguments ask for; `None` without it."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None

@@ -1,4 +1,4 @@
-"""Whether what autograd keeps for the backward pass fits into the free memory, decided before training starts."""
+"""Decides before training starts whether a step fits into the free memory, or needs gradient checkpointing."""
 
 from collections.abc import Callable
 
@@ -14,14 +14,14 @@ from plainlora.resources.plan import Plan
 
 
 def needs_checkpointing(plan: Plan, free: int | None, log: Callable[[str], None]) -> bool:
-    """Whether training has to compute activations again in the backward pass, because they do not fit; says why.
+    """Whether training has to compute activations again in the backward pass, because they do not fit.
 
-    All processes come to the same decision: that of the one with the least memory.
+    All processes come to the same decision, by the least free memory among them.
 
     Args:
         plan: The run.
         free: Bytes that were free before the base was loaded; `None` if that is unknown.
-        log: Told the decision in one line.
+        log: Called with one line: the decision and the reason.
     """
     device = plan.device
     frees = [each for each in gather_object([of_this_process(free, device)]) if each is not None]

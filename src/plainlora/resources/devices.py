@@ -1,4 +1,4 @@
-"""The devices that a run is planned for, as they are typed: `8x24GB`."""
+"""Parses the devices that a run is planned for: `8x24GB`."""
 
 import re
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ class Devices:
     """Devices of one kind, with one process on each.
 
     Attributes:
-        count: How many.
-        memory: Bytes of each.
+        count: Number of devices.
+        memory: Bytes of memory of each.
     """
 
     count: int
@@ -22,10 +22,10 @@ class Devices:
 
     @classmethod
     def parse(cls, text: str) -> "Devices":
-        """Reads `8x24GB`; GB are 10^9 bytes, GiB 2^30, and GB is meant where no unit is given.
+        """Parses `8x24GB`. GB are 10^9 bytes, GiB 2^30; without a unit it is GB.
 
         Raises:
-            UserError: It says something else.
+            UserError: The text has another form.
         """
         found = re.fullmatch(r"\s*(\d{1,6})\s*x\s*(\d{1,6}(?:\.\d+)?)\s*(|gb|gib)\s*", text, flags=re.IGNORECASE)
         if found is None:

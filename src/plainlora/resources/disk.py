@@ -1,7 +1,6 @@
-"""What a run needs on the disk: checkpoints, the result, and a merged model."""
+"""The disk space that a run needs: checkpoints, the result, and a merged model."""
 
 import math
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +8,12 @@ from pathlib import Path
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from plainlora.base.classifier import is_classifier
+from plainlora.folders import free_on_disk
 from plainlora.resources.plan import Plan
 from plainlora.resources.weights import count_bytes, stored_dtype
 
-# What a checkpoint holds beside weights, optimizer and tokenizer: random generators, schedule, arguments, configs,
-# card, manifest; then what a tensor costs in a file beside its values, and an entry of the log.
+# Bytes of a checkpoint's other files (random states, schedule, arguments, configs, card, manifest), of a tensor's
+# entry in a file beside its values, and of an entry of the log.
 SMALL_FILES, TENSOR_ENTRY, LOG_ENTRY = 32_000, 300, 250
 
 
@@ -22,13 +22,13 @@ class DiskNeed:
     """Bytes of files.
 
     Attributes:
-        checkpoint: One checkpoint.
-        checkpoints: How many of them lie there at the same time, the one that is being written included.
-        result: Adapter or model and tokenizer, once.
-        merged: The merged model, if it is asked for.
-        needed: All of these.
-        free: What is free on the disk of `output_dir`.
-        fits: Whether it is enough.
+        checkpoint: Bytes of one checkpoint.
+        checkpoints: The most checkpoints that exist at a time, including one that is being written.
+        result: Bytes of the adapter or model and the tokenizer, once.
+        merged: Bytes of the merged model, if it is asked for.
+        needed: The sum.
+        free: Bytes free on the disk of `output_dir`.
+        fits: Whether these are enough.
     """
 
     checkpoint: int
@@ -41,11 +41,11 @@ class DiskNeed:
 
 
 def count_saves(training: TrainingArguments, steps: int) -> int:
-    """Checkpoints that lie on the disk at the same time: a new one is whole before an old one goes.
+    """The most checkpoints that exist at a time: an old one is removed only when a new one is whole.
 
     Args:
-        training: When to save, and how many to keep.
-        steps: Of the run.
+        training: When to save, and how many checkpoints to keep.
+        steps: Number of optimizer steps of the run.
     """
     strategy = str(getattr(training.save_strategy, "value", training.save_strategy))
     every = training.eval_steps if strategy == "best" else training.save_steps
@@ -62,7 +62,7 @@ def count_saves(training: TrainingArguments, steps: int) -> int:
 
 
 def _saved_bytes(plan: Plan, model: PreTrainedModel) -> int:
-    """Bytes of the file of weights: the adapter's, with a new head that stays frozen, or the whole model's."""
+    """Bytes of the file of weights: of the adapter, including a new frozen head, or of the whole model."""
     new_head = plan.labels is not None and not is_classifier(plan.config)
     saved = [
         parameter
@@ -82,29 +82,24 @@ def _tokenizer_bytes(tokenizer: PreTrainedTokenizerBase | None) -> int:
         return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
-def _free_on_disk(folder: str | Path) -> int:
-    path = Path(folder).absolute()
-    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
-
-
 def merged_bytes(parameters: int, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> int:
     """Bytes of a merged model's folder: every weight dense, in the dtype of the base's checkpoint, and the tokenizer.
 
     Args:
-        parameters: Of the base.
-        config: Of the base.
-        tokenizer: Saved beside it.
+        parameters: Number of parameters of the base.
+        config: The base's config.
+        tokenizer: The tokenizer that is saved with it.
     """
     return parameters * stored_dtype(config).itemsize + _tokenizer_bytes(tokenizer)
 
 
 def count_disk(plan: Plan, base: PreTrainedModel, model: PreTrainedModel, optimizer: int) -> DiskNeed:
-    """Adds up the files that lie there at the same time.
+    """Adds up the files that exist at the same time.
 
     Args:
         plan: The run.
         base: Its base, on the `meta` device.
-        model: The same with what is trained.
+        model: The base as it is trained, with its adapter if there is one.
         optimizer: Bytes of the optimizer's state.
     """
     training, steps = plan.training, plan.steps
@@ -119,5 +114,5 @@ def count_disk(plan: Plan, base: PreTrainedModel, model: PreTrainedModel, optimi
         parameters = sum(parameter.numel() for parameter in base.parameters())
         merged = merged_bytes(parameters, plan.config, plan.tokenizer)
     checkpoints = count_saves(training, steps)
-    needed, free = checkpoints * checkpoint + result + merged, _free_on_disk(str(training.output_dir))
+    needed, free = checkpoints * checkpoint + result + merged, free_on_disk(str(training.output_dir))
     return DiskNeed(checkpoint, checkpoints, result, merged, needed, free, needed <= free)

@@ -1,4 +1,4 @@
-"""The least time a run takes: its operations, at the speed of a bare matrix product."""
+"""A lower bound of a run's duration: its floating-point operations, at the speed of a bare matrix product."""
 
 import math
 import time
@@ -15,14 +15,14 @@ from plainlora.resources.plan import Plan
 
 @dataclass(frozen=True)
 class TimeNeed:
-    """What there is to compute, and how long that takes at least.
+    """The operations of a run, and a lower bound of its duration.
 
     Attributes:
-        tokens: That are trained on, all epochs.
-        steps: Of the optimizer.
+        tokens: Number of tokens that are trained on, over all epochs.
+        steps: Number of optimizer steps.
         flops: Floating-point operations of the matrix products with weights; attention's own are left out.
-        flops_per_second: Of a bare product of two matrices here, in the type that training computes in.
-        seconds_at_least: The quotient: no run is faster.
+        flops_per_second: The speed of a bare product of two matrices here, in the dtype that training computes in.
+        seconds_at_least: `flops / flops_per_second`.
     """
 
     tokens: int
@@ -36,8 +36,8 @@ def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of a bare matrix product: the best of five, after one to warm up.
 
     Args:
-        device: Where to multiply.
-        dtype: Of both matrices.
+        device: The device that multiplies.
+        dtype: The dtype of both matrices.
     """
     size = 1024 if device.type == "cpu" else 4096
     left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -52,15 +52,16 @@ def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def count_flops(model: PreTrainedModel, tokens: int, trained_tokens: int, checkpointing: bool, frozen: bool) -> int:
-    """Floating-point operations of the products with weights: 2 P a token forward, 2 P for the gradient of the input.
+    """Floating-point operations of the products with weights.
 
-    What is trained adds 2 P for its own gradient; checkpointing does the forward pass of the blocks twice. The output
-    head sees the tokens that have a label alone. `last_layers` sends no gradient through the rest: `frozen` is false.
+    A weight of P numbers takes 2 P operations a token in the forward pass, 2 P for the gradient of its input, and 2 P
+    for its own gradient if it is trained. Checkpointing runs the forward pass of the blocks twice. The output head is
+    applied only to tokens with a label. With `last_layers` no gradient passes through frozen weights.
 
     Args:
-        model: With its adapter, on any device.
-        tokens: All of the run.
-        trained_tokens: Those with a label.
+        model: The model with its adapter, on any device.
+        tokens: Number of tokens of the run.
+        trained_tokens: Number of those with a label.
         checkpointing: Whether activations are computed again.
         frozen: Whether gradients pass through frozen weights.
     """
@@ -82,7 +83,7 @@ def count_time(plan: Plan, model: PreTrainedModel, checkpointing: bool) -> TimeN
 
     Args:
         plan: The run.
-        model: What it trains, on the `meta` device.
+        model: The model that it trains, on the `meta` device.
         checkpointing: Whether activations are computed again.
     """
     share = 1.0 if plan.trained_tokens is None else plan.trained_tokens / max(plan.tokens, 1)

@@ -1,7 +1,7 @@
-"""What each device holds, sends and receives under each engine of `plainlora.training.engines`, one process a device.
+"""The memory and traffic of each device under each engine of `plainlora.training.engines`, one process a device.
 
-The parts are those of one process, counted by `plainlora.resources.peak`; here is what an engine does with each. With
-N devices, a base of W bytes, T trained numbers, gradients of G bytes and the optimizer's state O:
+The parts are those of one process, counted by `plainlora.resources.peak`; this module says how each engine divides
+them. With N devices, a base of W bytes, gradients of G bytes and optimizer state of O bytes:
 
     engine   weights   adapter          state            gathered                      sent = received, a step
     DDP      W         whole            O                -                             2 (N-1)/N G
@@ -9,8 +9,8 @@ N devices, a base of W bytes, T trained numbers, gradients of G bytes and the op
     FSDP2    W/N       whole            O                two blocks, and the tail      (N-1)/N (a gathers + 2 G)
     ZeRO-3   W/N       divided by N     (O + master)/N   the live parameters           (N-1)/N a (gathers + G)
 
-a: batches that are accumulated. Sums over devices go round a ring: 2 (N-1)/N of the bytes are sent by each, and half
-of that where they are only gathered or only scattered (Patarasu and Yuan 2009, doi:10.1016/j.jpdc.2008.09.002).
+a: number of accumulated batches. An all-reduce goes round a ring: each device sends 2 (N-1)/N of the bytes, and half
+of that in an all-gather or a reduce-scatter (Patarasu and Yuan 2009, doi:10.1016/j.jpdc.2008.09.002).
 """
 
 import math
@@ -29,35 +29,35 @@ from plainlora.resources.peak import MemoryNeed, margin, needed_bytes
 from plainlora.resources.plan import Plan
 from plainlora.resources.weights import count_bytes, parameter_bytes, quantized_weights, weight_bytes
 
-# DeepSpeed's defaults, in numbers; Accelerate's configs without a DeepSpeed file leave them as they are.
+# DeepSpeed's defaults, in parameters; Accelerate's configs without a DeepSpeed file leave them unchanged.
 # https://deepspeed.readthedocs.io/en/latest/zero3.html (`DeepSpeedZeroConfig`)
-REDUCE_BUCKET = 500_000_000  # set aside for gradients, whole, however few there are
+REDUCE_BUCKET = 500_000_000  # allocated whole for gradients, however few there are
 PREFETCH_BUCKET = 50_000_000
-MAX_REUSE_DISTANCE = 1_000_000_000  # a weight that is used again within so many stays gathered
-PERSISTENCE_THRESHOLD = 100_000  # a weight of no more stays whole
+MAX_REUSE_DISTANCE = 1_000_000_000  # a weight that is used again within this distance stays gathered
+PERSISTENCE_THRESHOLD = 100_000  # a weight of at most this size is not sharded
 SINGLE = "single_gpu.yaml"
 
 
 @dataclass(frozen=True)
 class EngineNeed:
-    """Bytes of one device, and of its traffic in one optimizer step.
+    """Bytes that one device holds, and that it sends in one optimizer step.
 
     Attributes:
-        engine: Its name.
+        engine: The engine's name.
         config: Its file in `accelerate_configs/`.
-        weights: Of the frozen base, as they lie between steps.
-        gathered: Of other devices' weights, what a step has here at most; of a base in 4 or 8 bits also the one weight
-            that is made dense.
-        adapters: What is trained.
-        gradients: What stands beside those that a step makes: accumulated ones, and an engine's own copies.
-        buckets: What DeepSpeed sets aside to reduce gradients. A CPU gives memory only for what is written.
-        optimizer: State of the optimizer, with the fp32 master copies that DeepSpeed makes.
-        activations: What is alive in a step at most, its gradients included; `None` where it cannot be counted.
-        margin: Beside that, see `plainlora.resources.peak.MARGIN`.
-        total: All of these.
-        sent: Bytes that the device sends in a step, and as many that it receives.
-        fits: Whether the total is not more than the device has.
-        fits_closely: The same without the margin.
+        weights: The frozen base's weights, as the device holds them between steps.
+        gathered: The most bytes of weights gathered from other devices at a time, and, with a base in 4 or 8 bits, the
+            one weight that is made dense.
+        adapters: The trained weights.
+        gradients: Gradients beside those that a step makes: accumulated ones, and an engine's own copies.
+        buckets: DeepSpeed's buffer for reducing gradients. On a CPU only its written part takes memory.
+        optimizer: The optimizer's state, with the fp32 master copies that DeepSpeed makes.
+        activations: The peak of a step, including its gradients; `None` if it cannot be counted.
+        margin: See `plainlora.resources.peak.MARGIN`.
+        total: The sum.
+        sent: Bytes that the device sends in a step. It receives as many.
+        fits: Whether the total fits into the device's memory.
+        fits_closely: Whether the total without the margin fits.
     """
 
     engine: str
@@ -81,13 +81,13 @@ class DevicesNeed:
     """What a run needs on several devices.
 
     Attributes:
-        devices: How many.
-        memory: Bytes of each.
-        engines: What each engine needs: first those that keep the base whole, and so send little.
-        choice: The config of the first that fits; `None` if none does.
-        checkpointing: Whether activations are computed again: as the run was told to, or where a process that holds
-            the whole base has no room for them.
-        tokens_per_step: Of all devices, on average.
+        devices: Number of devices.
+        memory: Bytes of memory of each.
+        engines: The need of each engine. Those that keep the base whole, and so send little, come first.
+        choice: The config of the first engine that fits; `None` if none does.
+        checkpointing: Whether activations are computed again: by the run's setting or, if that is left open, if they
+            do not fit beside a whole base.
+        tokens_per_step: Tokens of one optimizer step on all devices, on average.
     """
 
     devices: int
@@ -103,11 +103,11 @@ class _Units:
     """Bytes that FSDP2 gathers together.
 
     Attributes:
-        block: The largest block of the model.
-        blocks: All of them.
+        block: The model's largest block.
+        blocks: The sum of all blocks.
         embedding: The input embedding, if it is not tied to the output head.
-        tail: Final norm and output head, and a tied input embedding. Gathered once, and whole until its backward pass.
-        rest: What is in no other unit, gathered once too.
+        tail: Final norm and output head, and a tied input embedding. Gathered once, and kept until the backward pass.
+        rest: Weights in no other unit, also gathered once.
     """
 
     block: int
@@ -119,7 +119,7 @@ class _Units:
 
 @dataclass(frozen=True)
 class _Counter:
-    """The parts of one process, and what the engines make of them. Arguments are those of `count_engines`."""
+    """The parts of one process, and each engine's division of them. Arguments are those of `count_engines`."""
 
     plan: Plan
     base: PreTrainedModel
@@ -131,22 +131,22 @@ class _Counter:
 
     @cached_property
     def ring(self) -> float:
-        """The part of some bytes that each device sends to gather them."""
+        """The share of some bytes that each device sends in an all-gather."""
         return (self.count - 1) / self.count
 
     @cached_property
     def batches(self) -> int:
-        """Batches that are accumulated in a step."""
+        """Number of batches that are accumulated in a step."""
         return self.plan.training.gradient_accumulation_steps
 
     @cached_property
     def compute(self) -> torch.dtype | None:
-        """Of mixed precision, if there is any: DeepSpeed stores weights in it, FSDP2 gathers them in it."""
+        """The dtype of mixed precision, if any: DeepSpeed stores weights in it, FSDP2 gathers them in it."""
         return precision(self.plan.training)
 
     @cached_property
     def accumulated(self) -> int:
-        """Gradients that stand while a step makes more."""
+        """Bytes of gradients accumulated from earlier batches of the step."""
         return self.states.gradients if self.batches > 1 else 0
 
     @cached_property
@@ -155,7 +155,7 @@ class _Counter:
 
     @cached_property
     def numbers(self) -> int:
-        """How many numbers are trained."""
+        """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self.trained)
 
     @cached_property
@@ -167,7 +167,7 @@ class _Counter:
         self, engine: str, config: str, *, weights: int, gathered: int = 0, adapters: int, gradients: int,
         optimizer: int, sent: float, buckets: int = 0,
     ) -> EngineNeed:  # fmt: skip
-        """The sum of the parts."""
+        """Adds up the parts, and compares the sum with the device's memory."""
         gathered += self.states.dense
         total = left = fits = closely = None
         if self.alive is not None:
@@ -200,7 +200,7 @@ class _Counter:
         )  # fmt: skip
 
     def zero2(self) -> EngineNeed:
-        """The base whole; of the optimizer's state, the fp32 master copies and the averaged gradients a part each.
+        """The base whole; optimizer state, fp32 master copies and averaged gradients divided by the number of devices.
 
         Gradients are reduced after every batch, weights gathered after every step.
         """
@@ -216,10 +216,10 @@ class _Counter:
         )  # fmt: skip
 
     def fsdp2(self) -> EngineNeed:
-        """The base divided, what is trained whole. 4-bit weights in bytes stay whole (accelerate#3987).
+        """The base sharded, trained weights whole. 4-bit weights stored as uint8 stay whole (accelerate#3987).
 
         A block is gathered into one buffer and copied out of it while the next one is gathered: twice its bytes,
-        beside the tail. The tail itself is twice there until the next block is gathered, in the backward pass.
+        beside the tail. The tail itself is held twice until the next block is gathered, in the backward pass.
 
         https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/utils/fsdp_utils.py
         (`fsdp2_prepare_model`)
@@ -237,10 +237,11 @@ class _Counter:
         )  # fmt: skip
 
     def zero3(self) -> EngineNeed:
-        """Base and adapter divided. Small weights stay whole, and so does what is used again soon.
+        """Base and adapter sharded. Small weights stay whole, and weights that are used again soon stay gathered.
 
-        A weight is used in the forward and in the backward pass, so half of `MAX_REUSE_DISTANCE` before the turn stays
-        gathered. What is fetched next is beside it, once in the buffer it is gathered into and once copied out.
+        A weight is used in the forward and in the backward pass, so the last `MAX_REUSE_DISTANCE / 2` parameters of
+        the forward pass stay gathered. Prefetched weights are held beside them, once in the buffer and once copied
+        out.
         """
         part, itemsize = math.ceil(self.numbers / self.count), self._itemsize
         sizes = parameter_bytes(self.base, self.plan.quantization, self.compute or self.plan.dtype)
@@ -269,21 +270,21 @@ class _Counter:
 
     @cached_property
     def _itemsize(self) -> int:
-        """Of a trained number under DeepSpeed."""
+        """Bytes of one trained parameter under DeepSpeed."""
         return (self.compute or self.trained[0].dtype).itemsize
 
     @cached_property
     def _beside_base(self) -> list[int]:
-        """Numbers of each weight that is trained beside the base; none where the base's own are trained."""
+        """Number of parameters of each weight trained beside the base; empty if the base's own are trained."""
         return [] if self.plan.lora is None else [parameter.numel() for parameter in self.trained]
 
     def _optimizer_part(self, part: int) -> int:
-        """Bytes of the optimizer's state for one device's part, a flat tensor of fp32."""
+        """Bytes of the optimizer's state for one device's part, a flat fp32 tensor of `part` numbers."""
         return optimizer_bytes(self.plan.training, [nn.Parameter(torch.empty(part, device="meta"))])
 
     @cached_property
     def _left_whole(self) -> set[str]:
-        """The base's weights that FSDP2 does not divide: 4 bits in bytes, and what is trained."""
+        """The base's weights that FSDP2 does not shard: 4-bit weights stored as uint8, and trained ones."""
         quantization = self.plan.quantization
         floating = quantization is not None and getattr(
             quantization.bnb_4bit_quant_storage, "is_floating_point", False
@@ -294,13 +295,13 @@ class _Counter:
         return bytes_of_four | (names & trained)
 
     def _divided(self, sizes: dict[str, int], whole: Collection[str]) -> int:
-        """Bytes of each device's part of the base, and of what is whole: some weights, and the buffers."""
+        """Bytes of each device's part of the base, plus the whole weights and buffers."""
         parts = (size if name in whole else math.ceil(size / self.count) for name, size in sizes.items())
         return count_bytes(self.base.buffers()) + sum(parts)
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
-        """Of the base's weights as the run stores them, by name."""
+        """Bytes of the base's weights as the run stores them, by name."""
         return parameter_bytes(self.base, self.plan.quantization, self.plan.dtype)
 
     @cached_property
@@ -313,7 +314,7 @@ class _Counter:
             left |= {name: each.numel() * self.compute.itemsize for name, each in dense if name in left}
 
         def take(modules: Iterable[nn.Module | None]) -> int:
-            """Bytes of some modules' weights, which are in no other unit from now on."""
+            """Bytes of some modules' weights. They are removed from `left`, so that no other unit counts them."""
             own = {id(parameter) for module in modules if module is not None for parameter in module.parameters()}
             names = [name for name, parameter in base.named_parameters() if id(parameter) in own and name in left]
             return sum(left.pop(name) for name in names)
@@ -338,15 +339,15 @@ def count_engines(
 ) -> DevicesNeed:
     """What a run needs on each device under each engine, and which engine to choose.
 
-    A GPU's own context, and what the communication library sets aside, are not counted.
+    The GPU's context and the buffers of the communication library are not counted.
 
     Args:
-        plan: The run of one process.
+        plan: The run in one process.
         base: Its base, on the `meta` device.
-        model: The same with what is trained.
-        states: What one process holds beside a step.
-        memory: What one process needs.
-        devices: How many there are, and of what size.
+        model: The base as it is trained, with its adapter if there is one.
+        states: Bytes that one process holds beside a step.
+        memory: The memory that one process needs.
+        devices: The number of devices and their memory.
     """
     checkpointing = plan.training.gradient_checkpointing
     if checkpointing is None:

@@ -1,8 +1,8 @@
 """Memory, disk and time of a run, from the base's config alone: no weight is loaded.
 
-The model is built on the `meta` device, where parameters have shapes and types but no values; PEFT's config or the
-hand-written injection puts the adapter in, Transformers' own quantiser says which layers become 4 or 8 bits wide, the
-optimizer's own code makes its state, and `plainlora.resources.activations` runs the step.
+The model is built on the `meta` device, where parameters have shapes and dtypes but no values. The run's back end
+attaches the adapter, Transformers' quantiser says which weights are stored in 4 or 8 bits, the optimizer's own code
+makes its state, and `plainlora.resources.activations` runs the step.
 """
 
 from dataclasses import asdict, dataclass
@@ -20,16 +20,16 @@ from plainlora.resources.peak import MemoryNeed, count_memory
 from plainlora.resources.plan import Plan
 from plainlora.settings.arguments import optim_name
 
-MARKS = ("lora_A", "lora_B", "base_layer", "original_module", "trained_module", "modules_to_save")
+ADAPTER_PARTS = ("lora_A", "lora_B", "base_layer", "original_module", "trained_module", "modules_to_save")
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is trained under one name.
+    """The parameters of all target modules of one name.
 
     Attributes:
-        total: Parameters of all modules of that name, the adapters' included.
-        trainable: Those of them that are trained.
+        total: Number of parameters, including the adapters'.
+        trainable: Number of trained ones among them.
     """
 
     total: int
@@ -38,12 +38,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many numbers a model holds.
+    """Numbers of parameters.
 
     Attributes:
-        total: Of the model with its adapter.
-        trainable: Those of them that are trained.
-        targets: By the last part of the modules' names, see `Target`.
+        total: Number of parameters of the model with its adapter.
+        trainable: Number of trained ones among them.
+        targets: The counts by the last part of the modules' names.
     """
 
     total: int
@@ -56,13 +56,13 @@ class Footprint:
     """What a run needs.
 
     Attributes:
-        device: Where training runs.
+        device: The device that trains.
         optim: The optimizer's name.
-        parameters: How many there are.
-        memory: Of the device.
-        disk: Of `output_dir`.
-        time: At least.
-        devices: On several devices, if it was asked for.
+        parameters: The numbers of parameters.
+        memory: Memory of the device.
+        disk: Disk space of `output_dir`.
+        time: A lower bound of the duration.
+        devices: The needs on several devices, if these were asked for.
     """
 
     device: str
@@ -74,7 +74,7 @@ class Footprint:
     devices: DevicesNeed | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON has words for."""
+        """The footprint as a dictionary, for JSON."""
         return asdict(self)
 
     def lines(self) -> list[str]:
@@ -83,7 +83,9 @@ class Footprint:
         if self.devices is None:
             rows += [*self._peak_rows(), ("disk", self._disk()), ("time", self._time())]
         else:
-            rows.append(("disk", self._disk()))  # this machine's memory and speed say nothing of others
+            rows.append(
+                ("disk", self._disk())
+            )  # this machine's memory and speed say nothing about the planned devices
         return [f"{name:<12}{text}" for name, text in rows if text]
 
     def _parameter_rows(self) -> list[tuple[str, str]]:
@@ -114,7 +116,7 @@ class Footprint:
         free = "an unknown amount" if memory.free is None else format_size(memory.free)
         peak = f"at least {format_size(memory.at_least)}" if memory.peak is None else format_size(memory.peak)
         text = f"{peak} {how} gradient checkpointing, {free} free on {self.device}: {verdict}"
-        return [("else", rest), ("peak", text)]
+        return [("other", rest), ("peak", text)]
 
     def _disk(self) -> str:
         disk = self.disk
@@ -133,7 +135,7 @@ class Footprint:
 
 
 def format_size(size: int | None) -> str:
-    """Bytes for a reader."""
+    """A number of bytes as text: `1.2 GB`, `3.4 MB`."""
     if size is None:
         return "unknown"
     return f"{size / 1e9:.1f} GB" if size >= 5e7 or not size else f"{size / 1e6:.1f} MB"
@@ -145,18 +147,18 @@ def _duration(seconds: float) -> str:
 
 
 def _target_of(name: str) -> tuple[str, bool]:
-    """The last part of the name of the module that a parameter belongs to, and whether an adapter wraps that one."""
+    """The last part of the name of a parameter's module, and whether an adapter wraps that module."""
     parts = name.split(".")
-    marked = next((at for at, part in enumerate(parts) if part in MARKS), None)
+    marked = next((at for at, part in enumerate(parts) if part in ADAPTER_PARTS), None)
     owner = parts[:-1] if marked is None else parts[:marked]
     return (owner[-1] if owner else name), marked is not None
 
 
 def count_targets(model: nn.Module) -> dict[str, Target]:
-    """Parameters of everything that is trained or carries what is, by the last part of the modules' names.
+    """Parameters of the modules that are trained or carry an adapter, by the last part of the modules' names.
 
     Args:
-        model: With its adapter, of either back end, on any device.
+        model: The model with its adapter, of any back end, on any device.
     """
     found: dict[str, Target] = {}
     for name, parameter in model.named_parameters():
@@ -169,11 +171,11 @@ def count_targets(model: nn.Module) -> dict[str, Target]:
 
 
 def estimate(plan: Plan, devices: Devices | None = None) -> Footprint:
-    """What a run will need of memory, disk and time. No weight is loaded.
+    """Estimates the memory, disk space and time that a run will need. No weight is loaded.
 
     Args:
         plan: The run.
-        devices: What it is planned for, if not for one process here.
+        devices: The devices that the run is planned for, if it is not one process here.
 
     Raises:
         UserError: The optimizer cannot be made here, or the adapter does not fit the model.

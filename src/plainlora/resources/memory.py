@@ -1,4 +1,4 @@
-"""How much memory a run has used at most, and how much is free."""
+"""The peak memory of a run, and the memory that is free."""
 
 import sys
 from pathlib import Path
@@ -11,25 +11,25 @@ STATUS = Path("/proc/self/status")
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Lets `peak_memory` of a GPU begin at what is allocated now.
+    """Resets a GPU's peak to what is allocated now, for `peak_memory`.
 
-    A CPU's goes on from the start of the process. Linux would set `VmHWM` back (5 into `/proc/self/clear_refs`), but
-    with it what everybody else is told who watches this process, such as `/usr/bin/time`.
+    On a CPU the peak counts from the start of the process. Linux can reset `VmHWM` (write 5 to
+    `/proc/self/clear_refs`), but that also resets the figure of other programs that watch this process, such as
+    `/usr/bin/time`.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """The most memory that a process has held, of all processes the one that held most. All have to ask.
+    """The peak memory of the process that held most. To be called in every process.
 
     Args:
-        device: Where this process trains.
+        device: The device of this process.
 
     Returns:
-        `peak_memory_bytes`: allocated on a GPU since `reset_peak_memory`, or, without one, resident since the process
-        began. On a GPU also `peak_memory_reserved_bytes`: what Torch took from the device for that, fragments
-        included.
+        `peak_memory_bytes`: on a GPU the most allocated since `reset_peak_memory`, on a CPU the most resident since
+        the process began. On a GPU also `peak_memory_reserved_bytes`: the most that PyTorch reserved on the device.
     """
     if device.type == "cuda":
         peaks = {
@@ -43,7 +43,7 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 
 def _peak_resident_memory() -> int:
-    if STATUS.is_file():  # getrusage would count what the process held that started this one
+    if STATUS.is_file():  # getrusage would include the peak of the parent process
         return _read_fields(STATUS)["VmHWM:"] * 1024
     if sys.platform == "win32":
         import psutil  # noqa: PLC0415  # PEFT and Accelerate depend on it
@@ -56,14 +56,14 @@ def _peak_resident_memory() -> int:
 
 
 def resident_memory() -> int:
-    """Bytes that this process holds resident; where that is unknown, the most it has held."""
+    """Resident bytes of this process; its peak if they are unknown."""
     return _read_fields(STATUS)["VmRSS:"] * 1024 if STATUS.is_file() else _peak_resident_memory()
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that may still be allocated on a device; `None` where that is unknown.
+    """Bytes that can still be allocated on a device; `None` if that is unknown.
 
-    On a CPU under Linux it is what the kernel thinks available, or less where a control group allows less.
+    On a CPU under Linux: the kernel's `MemAvailable`, or less if a control group allows less.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -73,18 +73,18 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def of_this_process(free: int | None, device: torch.device) -> int | None:
-    """Of a device's free bytes those for one process: a CPU's memory is shared by all, a GPU has one process."""
+    """One process's share of a device's free bytes: all processes share a CPU's memory, a GPU has one process."""
     return None if free is None else free // PartialState().num_processes if device.type == "cpu" else free
 
 
 def _read_fields(path: Path) -> dict[str, int]:
-    """Lines of a name and a number."""
+    """The fields of a file whose lines are a name and a number."""
     lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
     return {name: int(number) for name, number, *_ in (line for line in lines if len(line) > 1) if number.isdigit()}
 
 
 def _left_to_cgroups() -> list[int]:
-    """Bytes left in this process's control group and in each around it."""
+    """Bytes left in this process's control group and in each of its parents."""
     left = []
     for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         _, controllers, group = line.split(":", 2)
@@ -96,12 +96,12 @@ def _left_to_cgroups() -> list[int]:
 
 
 def left_to_cgroup(folder: Path) -> int | None:
-    """Bytes that a control group may still use; `None` without a limit. Its idle file pages can go, so they are free.
+    """Bytes that a control group may still use; `None` without a limit. Inactive file pages count as free.
 
     https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
 
     Args:
-        folder: Of the group, version 2 or version 1.
+        folder: The group's folder, of version 2 or version 1.
     """
     for limit, used, idle in (
         ("memory.max", "memory.current", "inactive_file"),

@@ -1,4 +1,4 @@
-"""What a run holds whatever the batch: weights, what is trained, its gradients, the optimizer's state.
+"""Memory that does not depend on the batch: weights, adapter, gradients and the optimizer's state.
 
 These are the "model states" of ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1). A base in 4 or 8 bits
 adds the one weight that is made dense.
@@ -22,14 +22,14 @@ class ModelStates:
     """Bytes of one process.
 
     Attributes:
-        weights: Of the frozen base, or of the whole model where its own weights are trained, as the run stores it.
-        adapters: What is trained beside the base.
-        gradients: Of all that is trained.
-        optimizer: State of the optimizer.
-        initial: A copy of the trained weights as they were, kept on the CPU where the model's own are trained.
-        dense: Of the largest quantised weight in the type of the base: one at a time is made dense.
-        beside_step: What stands beside the tensors that a step makes, which are its gradients too unless they are
-            accumulated: then they stand from the step before.
+        weights: The frozen base as the run stores it, or the whole model if its own weights are trained.
+        adapters: The weights trained beside the base.
+        gradients: The gradients of all trained weights.
+        optimizer: The optimizer's state.
+        initial: A copy of the initial weights, kept on the CPU if the model's own weights are trained.
+        dense: The largest quantised weight in the base's dtype, because one at a time is made dense.
+        beside_step: The sum of what is held beside a step's tensors. A step makes the gradients itself, so they count
+            here only if they are accumulated from earlier batches.
     """
 
     weights: int
@@ -47,7 +47,7 @@ def count_model_states(plan: Plan, base: PreTrainedModel, model: PreTrainedModel
     Args:
         plan: The run.
         base: Its base, on the `meta` device.
-        model: The same with what is trained.
+        model: The base as it is trained, with its adapter if there is one.
 
     Raises:
         UserError: The optimizer cannot be made here.
@@ -77,11 +77,11 @@ def optimizer_bytes(training: TrainingArguments, parameters: Iterable[nn.Paramet
     """Bytes of the state that `training.optim` keeps, made by the optimizer's own code on the `meta` device.
 
     Args:
-        training: Which optimizer.
-        parameters: What it trains, of any device.
+        training: The arguments, with `optim`.
+        parameters: The weights that it trains, on any device.
 
     Raises:
-        UserError: It cannot be made here: a package is missing, or it makes no state without values.
+        UserError: It cannot be made here: a package is missing, or it cannot make its state on the `meta` device.
     """
     shapes = [nn.Parameter(torch.empty_like(parameter, device="meta")) for parameter in parameters]
     if not shapes:

@@ -1,4 +1,4 @@
-"""What a run needs of memory: weights, what is trained, its optimizer, and what a step holds."""
+"""The memory that a run needs: weights, adapter, optimizer state, and the peak of a step."""
 
 from dataclasses import dataclass
 
@@ -10,55 +10,56 @@ from plainlora.resources.model_states import ModelStates
 from plainlora.resources.plan import Plan
 from plainlora.resources.weights import bytes_by_format, weight_bytes
 
-# A share of what is alive in the largest step. Of the thirteen runs of docs/footprint, on two CPU cores, ten held at
-# most 0.28 of it more than is counted, one 0.43, and the two that compute activations again, in whose steps little is
-# alive, 1.8 and 3.0 times of it. No GPU was measured; there it stands for what the caching allocator keeps.
+# A share of the step's peak. Of the thirteen runs of docs/footprint, on two CPU cores, ten exceeded the count by at
+# most 0.28 of that peak, one by 0.43, and the two with checkpointing, whose peaks are small, by 1.8 and 3.0 times. No
+# GPU was measured; there the margin is for what the caching allocator keeps.
 MARGIN = 0.3
 
 
 def margin(alive: int) -> int:
-    """Bytes left for what is not counted in a step: an allocator's fragments, and what libraries set aside.
+    """Bytes for what is not counted in a step: the allocator's fragments and the libraries' buffers.
 
     Args:
-        alive: Bytes of the step's tensors at most.
+        alive: The peak bytes of the step.
     """
     return int(MARGIN * alive)
 
 
 def needed_bytes(states: ModelStates, alive: int) -> int:
-    """Bytes that a run needs: what stands beside its steps, what is alive in the largest of them, and the margin.
+    """Bytes that a run needs: what is held beside a step, the step's peak, and the margin.
 
     Args:
-        states: What stands beside a step.
-        alive: Bytes of the step's tensors at most.
+        states: The bytes held beside a step.
+        alive: The peak bytes of the step.
     """
     return states.beside_step + alive + margin(alive)
 
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes of one process; what a device's or a model's kind makes unknown is `None`.
+    """Bytes of one process. A figure that is unknown for the device or the model is `None`.
 
     Attributes:
-        weights: Of the frozen base, or of the whole model where its own weights are trained, as the run stores it.
-        weights_by_format: The same in fp32, bf16 (or fp16), NF4, and NF4 with double quantisation.
-        adapters: What is trained beside the base.
-        gradients: Of all that is trained.
-        optimizer: State of the optimizer.
-        initial: A copy of the trained weights as they were, kept on the CPU where the model's own are trained.
-        activations: What is alive in a step at most without gradient checkpointing, gradients as far as it makes them.
-        activations_checkpointed: The same with it.
-        evaluation: What is alive in an evaluation step at most.
-        loss_head: The same of the loss of a language model, a part of the activations.
-        margin: Beside what is alive in the largest step, see `MARGIN`.
-        libraries: What this process holds already on a CPU: libraries and rows.
-        mapped: Of a checkpoint on disk, pages that stay resident on a CPU beside the layers quantised from them.
-        checkpointing: Whether the run computes activations again: as it was told to, or where they do not fit.
-        at_least: What no such run does without, of `needed`, known without running the model's code.
-        needed: What the run will hold beside what it holds already and beside pages that can go.
-        peak: The most that the device's memory holds, margin included; on a CPU all that is resident.
-        free: What is free of it, for each process.
-        fits: Whether what is needed is not more than that; also known where what is needed at least is more.
+        weights: The frozen base as the run stores it, or the whole model if its own weights are trained.
+        weights_by_format: The same weights in fp32, bf16 (or fp16), NF4, and NF4 with double quantisation.
+        adapters: The weights trained beside the base.
+        gradients: The gradients of all trained weights.
+        optimizer: The optimizer's state.
+        initial: A copy of the initial weights, kept on the CPU if the model's own weights are trained.
+        activations: The peak of a training step without gradient checkpointing, including the gradients that it makes.
+        activations_checkpointed: The same with gradient checkpointing.
+        evaluation: The peak of an evaluation step.
+        loss_head: The peak of a language model's loss alone, which is part of the activations.
+        margin: See `MARGIN`.
+        libraries: On a CPU, what this process holds already: libraries and rows.
+        mapped: On a CPU, the checkpoint's pages that stay resident beside the layers quantised from them.
+        checkpointing: Whether the run computes activations again: by its setting or, if that is left open, if they do
+            not fit.
+        at_least: A lower bound of `needed` that is known without running the model's code.
+        needed: What the run will hold in addition to `libraries` and `mapped`, margin included.
+        peak: The most that the process will hold, margin included; on a CPU all that is resident.
+        free: The free memory of the device, for each process.
+        fits: Whether `needed` is at most `free`; false also if only `at_least` is known and exceeds it.
     """
 
     weights: int
@@ -84,7 +85,7 @@ class MemoryNeed:
 
 @dataclass(frozen=True)
 class _Activations:
-    """What `_count_activations` found; `None` where a model's code does not run without values."""
+    """The result of `_count_activations`; `None` if the model's code does not run on tensors without values."""
 
     kept: int | None = None
     checkpointed: int | None = None
@@ -108,14 +109,14 @@ def _count_activations(plan: Plan) -> _Activations:
 def count_memory(plan: Plan, base: PreTrainedModel, model: PreTrainedModel, states: ModelStates) -> MemoryNeed:
     """Adds up what one process holds at the same time.
 
-    On a CPU the peak holds what this process holds already, so it should be asked where the libraries are loaded and
-    the rows are tokenised. A merge after training loads the base once more and is not part of the peak.
+    On a CPU the peak includes what this process holds already, so call it after the libraries are loaded and the rows
+    are tokenised. A merge after training loads the base once more and is not part of the peak.
 
     Args:
         plan: The run.
         base: Its base, on the `meta` device.
-        model: The same with what is trained.
-        states: What the process holds beside a step.
+        model: The base as it is trained, with its adapter if there is one.
+        states: The bytes held beside a step.
     """
     on_cpu = plan.device.type == "cpu"
     counted = _count_activations(plan)
@@ -124,8 +125,8 @@ def count_memory(plan: Plan, base: PreTrainedModel, model: PreTrainedModel, stat
     if checkpointing is None:
         checkpointing = counted.kept is None or free is None or needed_bytes(states, counted.kept) > free
     training = counted.checkpointed if checkpointing else counted.kept
-    # A checkpoint stays mapped on a CPU as long as one tensor of it is used as it lies there; where layers are
-    # quantised, that is beside what they became. Such pages are resident, but go when others need them.
+    # On a CPU a checkpoint stays memory-mapped as long as one of its tensors is used as stored; quantised layers are
+    # held in addition. Mapped pages are resident, but the kernel drops them when memory is short.
     stays = on_cpu and states.dense and plan.stored_dtype == plan.dtype
     mapped = weight_bytes(base, None, plan.dtype) if stays else 0
     libraries = resident_memory() if on_cpu else 0

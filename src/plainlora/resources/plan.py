@@ -1,4 +1,4 @@
-"""What a run is told, as far as memory, disk and time depend on it."""
+"""The settings and figures of a run on which its memory, disk space and time depend."""
 
 import copy
 import math
@@ -25,25 +25,25 @@ from plainlora.settings.arguments import dtype_of
 
 @dataclass(frozen=True)
 class Plan:
-    """A run before it starts.
+    """A run that has not started.
 
     Attributes:
-        config: Of the base; a classifier's with its classes, from `classifier_config`.
-        lora: The adapter; `None` where the model's own weights are trained.
+        config: The base's config; for a classifier from `classifier_config`, with its classes.
+        lora: The adapter; `None` if the model's own weights are trained.
         training: Batches, optimizer, precision, epochs, saves.
         model_args: Dtype, quantisation and attention of the base.
-        longest: Tokens of the longest row; of a packed sequence, `max_length`.
-        rows: Training rows as they were tokenised, before packing.
-        tokens: Theirs, in one epoch.
-        trained_tokens: How many of them have a label; all if left out.
-        backend: What attaches the adapter.
-        adapter_dtype: Precision of the adapter.
+        longest: Length of the longest row in tokens; with packing, `max_length`.
+        rows: Number of training rows, before packing.
+        tokens: Number of their tokens, in one epoch.
+        trained_tokens: Number of tokens with a label; all if left out.
+        backend: The back end that attaches the adapter.
+        adapter_dtype: The dtype of the adapter.
         base_dropout: Every dropout of the base; its own if left out.
         labels: Names of the classes; `None` for a causal language model.
         trained_modules: Full names of the modules that are trained without an adapter; all if left out.
         merge: Whether the merged model is written too.
-        tokenizer: Its files lie in every checkpoint.
-        evaluated: Rows of the largest split that is evaluated; the training rows if left out.
+        tokenizer: The tokenizer, which every checkpoint contains.
+        evaluated: Number of rows of the largest split that is evaluated; the training rows if left out.
     """
 
     config: PretrainedConfig
@@ -65,47 +65,47 @@ class Plan:
 
     @property
     def device(self) -> torch.device:
-        """Where training runs."""
+        """The device that trains."""
         return self.training.device
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """The dtype that the checkpoint says it has."""
+        """The dtype of the checkpoint, by its config."""
         return stored_dtype(self.config)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the base's weights that are not quantised."""
+        """The dtype of the base's weights that are not quantised."""
         asked = dtype_of(self.model_args.dtype)
         return self.stored_dtype if isinstance(asked, str) else asked
 
     @property
     def quantization(self) -> BitsAndBytesConfig | None:
-        """As the run asks for it, or as the checkpoint is stored."""
+        """The quantisation that the run asks for, or else the checkpoint's own."""
         asked = get_quantization_config(self.model_args)
         return stored_quantization(self.config) if asked is None else asked
 
     @property
     def steps(self) -> int:
-        """Of the optimizer, as Trainer counts them."""
+        """Number of optimizer steps, as Trainer counts them."""
         if self.training.max_steps > 0:
             return self.training.max_steps
         return math.ceil(self.training.num_train_epochs * self._steps_an_epoch)
 
     @property
     def all_tokens(self) -> int:
-        """That are trained on, all epochs."""
+        """Number of tokens that are trained on, over all epochs."""
         return math.ceil(self.tokens * self.steps / self._steps_an_epoch)
 
     def tokens_per_step(self, processes: int) -> int:
-        """Tokens of one optimizer step of so many processes, on average."""
+        """Number of tokens of one optimizer step on this many processes, on average."""
         training = self.training
         rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
         return round(self.tokens * min(1.0, rows / self._sequences))
 
     @property
     def _sequences(self) -> int:
-        """Rows as they are trained on: packed or not."""
+        """Number of sequences of an epoch: packed sequences, or rows without packing."""
         return math.ceil(self.tokens / self.longest) if getattr(self.training, "packing", False) else self.rows
 
     @property
@@ -115,23 +115,23 @@ class Plan:
         return max(1, math.ceil(batches / training.gradient_accumulation_steps))
 
     def build(self) -> tuple[PreTrainedModel, PreTrainedModel]:
-        """The base, and what is trained of it, on the `meta` device: names, shapes and types without values."""
+        """The base, and the base as it is trained, on the `meta` device: names, shapes and dtypes without values."""
         step = self.step()
         return replace(step, prepare=lambda base: None).build(), step.build()
 
     def step(self, evaluates: bool = False) -> Step:
-        """The step over the largest batch, which holds no more rows than there are.
+        """The step over the largest batch, which has no more rows than the run.
 
         Args:
             evaluates: Whether it is a step of an evaluation.
         """
-        rows, there = self.training.per_device_train_batch_size, self._sequences
+        rows, present = self.training.per_device_train_batch_size, self._sequences
         if evaluates:
-            rows, there = self.training.per_device_eval_batch_size, self.evaluated or self.rows
+            rows, present = self.training.per_device_eval_batch_size, self.evaluated or self.rows
         return Step(
             config=self._trained_config(),
             prepare=self._prepare,
-            batch=largest_batch(self.training, self.longest, min(rows, there)),
+            batch=largest_batch(self.training, self.longest, min(rows, present)),
             device=self.device,
             dtype=self.dtype,
             autocast=precision(self.training),
@@ -141,7 +141,7 @@ class Plan:
         )
 
     def _trained_config(self) -> PretrainedConfig:
-        """The config that training sees, with the attention that it takes."""
+        """The base's config as training uses it, with its attention implementation."""
         config = copy.deepcopy(self.config)
         for name, value in (getattr(self.training, "model_init_kwargs", None) or {}).items():
             if hasattr(config, name):
@@ -152,13 +152,13 @@ class Plan:
             config.id2label = dict(enumerate(self.labels))
             config.use_cache = False
             if config.pad_token_id is None:
-                config.pad_token_id = 0  # any: the head looks for where a text ends
+                config.pad_token_id = 0  # any token will do: the head only looks for the end of a text
         if self.model_args.attn_implementation is not None:
             config._attn_implementation = self.model_args.attn_implementation
         return config
 
     def _prepare(self, base: PreTrainedModel) -> None:
-        """Makes a bare base what the run trains."""
+        """Prepares a bare base for training, as `Step.prepare`."""
         if self.lora is not None and self.backend is not None:
             attach_adapter(base, copy.deepcopy(self.lora), self.backend, self.adapter_dtype)
             return

@@ -11,8 +11,9 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
-# bitsandbytes' 4 bits: one scale for so many weights, and with double quantisation one for so many scales (QLoRA,
-# Dettmers et al. 2023, arXiv:2305.14314, section 3); then the tables of 16 and 256 values that the codes stand for.
+# bitsandbytes' 4 bits: weights for each scale and, with double quantisation, scales for each scale of scales (QLoRA,
+# Dettmers et al. 2023, arXiv:2305.14314, section 3); then bytes of the tables of 16 and 256 values that codes stand
+# for.
 BLOCK, BLOCK_OF_SCALES = 64, 256
 TABLE, TABLE_OF_SCALES = 16 * 4, 256 * 4 + 4
 
@@ -23,14 +24,14 @@ def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def stored_dtype(config: PretrainedConfig) -> torch.dtype:
-    """The dtype that a checkpoint's config says it has; fp32 where it says none."""
+    """The dtype of a checkpoint, by its config; fp32 if the config names none."""
     own = getattr(config, "dtype", None)
     own = getattr(torch, own, None) if isinstance(own, str) else own
     return own if isinstance(own, torch.dtype) else torch.float32
 
 
 def stored_quantization(config: PretrainedConfig) -> BitsAndBytesConfig | None:
-    """The 4 or 8 bits of bitsandbytes that a config says its weights have: a checkpoint's, or a loaded model's."""
+    """The bitsandbytes quantisation in the config of a checkpoint or of a loaded model; `None` if there is none."""
     own = getattr(config, "quantization_config", None)
     if isinstance(own, dict) and own.get("quant_method") == "bitsandbytes":
         return BitsAndBytesConfig.from_dict(own)
@@ -41,7 +42,7 @@ def nf4_bytes(values: int, nested: bool) -> int:
     """Bytes of one 4-bit weight with its scales and tables.
 
     Args:
-        values: Numbers that it stands for.
+        values: Number of its values.
         nested: Whether the scales are quantised too (double quantisation).
     """
     blocks = math.ceil(values / BLOCK)
@@ -52,7 +53,7 @@ def nf4_bytes(values: int, nested: bool) -> int:
 def quantized_weights(
     skeleton: PreTrainedModel, quantization: BitsAndBytesConfig, dtype: torch.dtype
 ) -> dict[str, nn.Parameter]:
-    """The weights that Transformers' own quantiser would quantise, by name; a classifier's head it leaves alone."""
+    """The weights that Transformers' own quantiser would quantise, by name. A classifier's head is not quantised."""
     quantization, replaced = copy.deepcopy(quantization), copy.deepcopy(skeleton)
     if type(skeleton).__name__.endswith("ForSequenceClassification"):
         quantization.llm_int8_skip_modules = [
@@ -92,17 +93,17 @@ def weight_bytes(skeleton: PreTrainedModel, quantization: BitsAndBytesConfig | N
     Args:
         skeleton: The base without an adapter, of any dtype.
         quantization: bitsandbytes' 4 or 8 bits, or `None`.
-        dtype: Of everything that is not quantised.
+        dtype: The dtype of weights that are not quantised.
     """
     return count_bytes(skeleton.buffers()) + sum(parameter_bytes(skeleton, quantization, dtype).values())
 
 
 def bytes_by_format(skeleton: PreTrainedModel, dtype: torch.dtype) -> dict[str, int]:
-    """The same in the number formats that there is a choice of.
+    """As `weight_bytes`, for each number format that a run can choose.
 
     Args:
         skeleton: The base without an adapter.
-        dtype: Of what 4 bits leave as it is.
+        dtype: The dtype of weights that are not quantised.
     """
     nf4, double = (
         BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=nested)

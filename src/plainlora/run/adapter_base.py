@@ -176,7 +176,7 @@ def _find_quantization_damage(run: dict[str, Any]) -> str | None:
     try:
         BitsAndBytesConfig(**(run["quantization_config"] or {}))
     except Exception as error:  # of any class: it looks up names in torch
-        return f"its quantization_config is none: {first_line(error)}"
+        return f"its quantization_config is not valid: {first_line(error)}"
     return None
 
 
@@ -193,7 +193,7 @@ def class_labels(adapter: str | Path) -> list[str] | None:
     if labels := read_run(adapter).get("labels"):
         return list(labels)
     config = read_config(adapter)
-    base_class = (config.auto_mapping or {}).get("base_model_class", "")  # the other trace of the task
+    base_class = (config.auto_mapping or {}).get("base_model_class", "")  # also tells the task
     if config.task_type != "SEQ_CLS" and not base_class.endswith("ForSequenceClassification"):
         return None
     for name, shape in saved_shapes(adapter).items():
@@ -226,7 +226,7 @@ def load_base_of(
     quantization = training_quantization(adapter)
     if quantization is None:
         raise UserError(
-            f"{adapter} was not trained on a quantised base (says its run.json, or it has none): use --base 16bit"
+            f"{adapter} was not trained on a quantised base, by its run.json, or has no run.json; use --base 16bit"
         )
     model = _load(adapter, base, dtype, BitsAndBytesConfig(**quantization), device)
     return model.dequantize().to(model.dtype)

@@ -56,7 +56,7 @@ def remove_checkpoint(checkpoint: Path) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run wrote a folder. A README.md, or an adapter alone, is no sign of a run."""
+    """Whether a run wrote a folder. A README.md, or an adapter alone, does not show that."""
     return any((folder / name).is_file() for name in ("run.json", "trainer_state.json")) or bool(
         list_checkpoints(folder)
     )

@@ -1,4 +1,4 @@
-"""`run.json`: the record of a run, by which it is identified, used later, and reproduced.
+"""`run.json`: the record of a run, which identifies it and from which its adapter is loaded and the run reproduced.
 
 It is written before training and completed at the end. Its digests follow the order of a run: base, rows, adapter at
 the start, order of the rows, adapter at the end. The first one that differs shows where two runs diverged.

@@ -99,8 +99,8 @@ def read_recorded(folder: str | Path) -> RecordedRun:
         raise UserError(f"{folder} has no run.json; give the output_dir of a finished run of recipes/*.py")
     for needed in ("command", "config", "processes", "threads", "weights", "order_sha256"):
         if needed not in run:
-            reason = "its training did not end" if "base" in run else "no finished run of recipes/*.py wrote it"
-            raise UserError(f"{folder} cannot be made again: run.json has no {needed}; {reason}")
+            reason = "its training did not finish" if "base" in run else "no finished run of recipes/*.py wrote it"
+            raise UserError(f"{folder} cannot be reproduced: run.json has no {needed}; {reason}")
     command, config, versions, device = run["command"], run["config"], run.get("versions"), run.get("device")
     processes, threads = run["processes"], run["threads"]
     for name, right in (
@@ -111,7 +111,7 @@ def read_recorded(folder: str | Path) -> RecordedRun:
         ("versions", isinstance(versions, dict)),
     ):
         if not right:
-            raise UserError(f"{folder} cannot be made again: the {name} in its run.json cannot be right")
+            raise UserError(f"{folder} cannot be reproduced: the {name} in its run.json is not valid; train again")
     for _, path in COMPARED:
         _look_up(run, path, folder)
     program = PROGRAMS[Path(command[0]).name]
@@ -165,7 +165,7 @@ def reproduce(
         if then != versions.get(name):
             log(f"{name} was {then} and is {versions.get(name)}")
     if run.config and run.config.get("env"):
-        log(f"its recipe set {', '.join(map(str, run.config['env']))}: only what is set here, too, is the same again")
+        log(f"its recipe set {', '.join(map(str, run.config['env']))}, whose values are not recorded: set them too")
     with tempfile.TemporaryDirectory() as scratch:
         config = Path(scratch) / "config.yaml"
         if run.config is not None:

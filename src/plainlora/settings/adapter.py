@@ -63,10 +63,10 @@ def _flags(model: ModelConfig, recipe: RecipeArguments) -> dict[str, Any]:
 
 
 def _own_fields(model: ModelConfig, recipe: RecipeArguments) -> dict[str, Any]:
-    """The fields of `lora_config`.
+    """The fields that the setting `lora_config` gives.
 
     Raises:
-        UserError: One is none of `LoraConfig`, is set by the program, or has a flag with another value.
+        UserError: A name is not a field of `LoraConfig`, the program sets it, or its own flag has another value.
     """
     given = parse_mapping("lora_config", recipe.lora_config)
     names = {field.name for field in fields(LoraConfig)} - BOOKKEEPING_FIELDS - {"task_type"}
@@ -75,9 +75,9 @@ def _own_fields(model: ModelConfig, recipe: RecipeArguments) -> dict[str, Any]:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else "see PEFT's documentation for its fields"
-            raise UserError(f"lora_config: {name!r} is no field of peft.LoraConfig that a recipe sets; {hint}")
+            raise UserError(f"lora_config: {name!r} is not a field of peft.LoraConfig that a recipe can set; {hint}")
         if name in flags and flags[name] not in (defaults[name], value):
-            raise UserError(f"lora_config: {name} is {value!r}, and its own flag says {flags[name]!r}; give one")
+            raise UserError(f"lora_config: {name} is {value!r}, but its own flag is {flags[name]!r}; give only one")
     return given
 
 

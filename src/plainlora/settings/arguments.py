@@ -27,8 +27,8 @@ class RecipeArguments:
     last_layers: list[str] | None = field(
         default=None,
         metadata={
-            "help": "What `--method last_layers` trains: names of modules, or a number: so many of the last blocks "
-            "with the final norm and the head. If left out, a classifier's head, or 1 block of a language model."
+            "help": "What `--method last_layers` trains: names of modules, or a number N: the last N blocks, the "
+            "final norm and the head. If left out, a classifier's head, or 1 block of a language model."
         },
     )
     lora_backend: Literal["fused", "reference", "peft", "peft_fused"] = field(
@@ -95,7 +95,7 @@ class RecipeArguments:
     early_stopping_patience: int | None = field(
         default=None,
         metadata={
-            "help": "Stop after so many evaluations in a row without a better metric_for_best_model, and keep the "
+            "help": "Stop after this many evaluations in a row without a better metric_for_best_model, and keep the "
             "best checkpoint's weights. It sets load_best_model_at_end, and evaluates and saves at every tenth of the "
             "run if eval_steps and save_steps are left out."
         },
@@ -147,14 +147,14 @@ class SFTArguments(RecipeArguments):
     )
     sample_steps: int | None = field(
         default=None,
-        metadata={"help": "Also answer the sample prompts every so many optimizer steps, into samples.md."},
+        metadata={"help": "Also answer the sample prompts every this many optimizer steps, into samples.md."},
     )
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer, in tokens."})
 
 
 @dataclass
 class SFTRecipeConfig(SFTConfig):
-    """TRL's `SFTConfig`, in which `gradient_checkpointing` may be `None`: the program then decides it.
+    """TRL's `SFTConfig`, in which `gradient_checkpointing` may be `None`: the program then decides.
 
     `activation_checkpointing`, Transformers' newer name for it, is then `None` too.
     """
@@ -226,7 +226,7 @@ class ClassifyArguments(RecipeArguments):
         default=None, metadata={"help": "Train on this many rows, drawn at random with each class's share kept."}
     )
     max_eval_rows: int | None = field(
-        default=None, metadata={"help": "Validate and test on this many rows each, drawn likewise."}
+        default=None, metadata={"help": "Validate and test on this many rows each, drawn in the same way."}
     )
     measured_train_rows: int = field(
         default=1000, metadata={"help": "How many training rows the accuracy on training rows is measured on."}
@@ -248,7 +248,9 @@ class ClassifyConfig(TrainingArguments):
             "choices": ["random", "sequential", "group_by_length", "batch_rebalance"],
         },
     )
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps, or this share of them."})
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every this many steps; a number below 1 is a share of all steps."}
+    )
     hub_strategy: str = field(
         default="end", metadata={"help": "When --push_to_hub publishes: at the end, because checkpoints are not."}
     )

@@ -151,7 +151,7 @@ def _unclear_layers(recipe: ClassifyArguments, model: ModelConfig) -> Iterator[s
 
 
 def _refused_by_trainer(training: SFTConfig) -> Iterator[str]:
-    """What SFTTrainer would refuse only after the base is loaded.
+    """Yields the settings that SFTTrainer would refuse only after the base is loaded.
 
     https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py
     """
@@ -199,17 +199,17 @@ def common_faults(
 
 
 def _method_faults(recipe: RecipeArguments, model: ModelConfig) -> Iterator[str]:
-    """What does not go with the method."""
+    """Yields the settings that contradict `method`."""
     if recipe.method != "lora" and (model.load_in_4bit or model.load_in_8bit):
-        yield f"method {recipe.method} trains the base's own weights, which 4 or 8 bits cannot be; use lora"
+        yield f"method {recipe.method} trains the base's own weights, which is not possible in 4 or 8 bits; use lora"
     if recipe.method != "lora" and recipe.merge:
-        yield f"merge: method {recipe.method} leaves a whole model, there is nothing to merge"
+        yield f"merge: method {recipe.method} leaves a whole model, so there is nothing to merge"
     if recipe.last_layers and recipe.method != "last_layers":
         yield f"last_layers belongs to --method last_layers, not {recipe.method}"
 
 
 def _fsdp_faults(training: TrainingArguments) -> Iterator[str]:
-    """What of FSDP is not supported; an accelerate config asks for it by environment variables."""
+    """Yields the FSDP settings that are not supported; an accelerate config gives them by environment variables."""
     if not asks_for_fsdp() and not training.fsdp:
         return
     if training.world_size == 1:
@@ -242,7 +242,7 @@ def refused_values(
 ) -> list[tuple[str, str]]:
     """Settings with a wrong value, whatever the other settings are: the name, and what is wrong and what to do."""
     found = list(_out_of_range(vars(recipe) | vars(script) | vars(training) | vars(model)))
-    if not found:  # else a wrong value, such as a learning rate below 0, would be blamed on the optimizer
+    if not found:  # or a wrong value, such as a learning rate below 0, would be reported as a fault of the optimizer
         found += [("optim", message) for message in _fault_of(check_optimizer, training)]
     if recipe.method == "lora":
         found += adapter_faults(model, recipe)
@@ -371,8 +371,8 @@ def _clashing_precisions(recipe: RecipeArguments, training: TrainingArguments, m
         )
     if recipe.adapter_dtype != "float32" and training.fp16:
         yield (
-            f"adapter_dtype {recipe.adapter_dtype}: fp16 scales the loss, and the scale can be taken out of float32 "
-            "gradients alone; leave it out, or give --bf16 true --fp16 false"
+            f"adapter_dtype {recipe.adapter_dtype}: fp16 scales the loss, and PyTorch unscales float32 gradients "
+            "only; leave it out, or give --bf16 true --fp16 false"
         )
     precision = getattr(recipe, "precision", "auto")
     if precision == ("fp32" if training.bf16 or training.fp16 else "bf16" if not training.bf16 else None):

@@ -1,4 +1,4 @@
-"""What `early_stopping_patience` needs of the other settings: set where nobody gave it, else refused by name."""
+"""Gives other settings the values that `early_stopping_patience` needs; refuses values given that contradict it."""
 
 from argparse import Namespace
 from collections.abc import Collection
@@ -21,7 +21,7 @@ def fit_early_stopping(parsed: Namespace, given: Collection[str]) -> dict[str, t
         UserError: A setting that was given contradicts early stopping, or the run would be over before it could stop.
     """
     patience = parsed.early_stopping_patience
-    if patience is None or patience < 1:  # which is refused elsewhere
+    if patience is None or patience < 1:  # refused by `settings/checks.py`
         return {}
     asked = {name: _plain(getattr(parsed, name)) for name in given if hasattr(parsed, name)}
     for name in ("eval_strategy", "save_strategy"):

@@ -1,4 +1,4 @@
-"""What `accelerate launch` asks for, by the environment variables that it sets from an accelerate config.
+"""Whether the accelerate config asks for FSDP or DeepSpeed, by the variables that `accelerate launch` sets.
 
 https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/utils/launch.py
 """

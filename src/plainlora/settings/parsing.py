@@ -363,7 +363,7 @@ class StrictParser(TrlParser):
 
         Raises:
             UserError: The dataclass refuses the settings.
-            ModuleNotFoundError: A package of an extra is missing, which no other settings would mend.
+            ModuleNotFoundError: A package of an extra is missing, which no change of the settings would fix.
         """
         try:
             return kind(**settings)

@@ -25,9 +25,9 @@ def list_precisions(
     base = str(stored)
     if model.load_in_4bit:
         nested = ", its scales quantised too" if model.use_bnb_nested_quant else ""
-        base = f"4-bit {model.bnb_4bit_quant_type.upper()}{nested}; what is not quantised in {stored}"
+        base = f"4-bit {model.bnb_4bit_quant_type.upper()}{nested}; other weights in {stored}"
     elif model.load_in_8bit:
-        base = f"8-bit; what is not quantised in {stored}"
+        base = f"8-bit; other weights in {stored}"
     compute = str(stored)
     if training.bf16:
         compute = "bfloat16, by autocast"

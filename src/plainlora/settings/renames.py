@@ -20,7 +20,7 @@ def _dtype_name(value: object) -> object:
 
 @dataclass(frozen=True)
 class Rename:
-    """What became of a setting.
+    """The current name of a setting of an older recipe or another project.
 
     Attributes:
         today: Its name here; `None` if there is none.
@@ -66,7 +66,7 @@ RENAMES = {
     "rank": Rename("lora_r"),
     "lora_rank": Rename("lora_r"),
     "alpha": Rename(
-        "lora_alpha", "divided by lora_r here: a code that does not divide has lora_alpha = alpha * r", None
+        "lora_alpha", "divided by lora_r here: for code that does not divide, lora_alpha = alpha * r", None
     ),
     "lora_target": Rename("lora_target_modules"),
     "target_modules": Rename("lora_target_modules"),
@@ -98,7 +98,7 @@ RENAMES = {
     "evaluation_strategy": Rename("eval_strategy"),
     "evaluate_during_training": Rename("eval_strategy", translate=_if_set("steps")),
     "no_cuda": Rename("use_cpu"),
-    "use_mps_device": Rename(None, "the device is found by itself"),
+    "use_mps_device": Rename(None, "the device is detected"),
     "fp16_backend": _MIXED_PRECISION,
     "fp16_opt_level": _MIXED_PRECISION,
     "half_precision_backend": _MIXED_PRECISION,

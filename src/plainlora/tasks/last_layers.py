@@ -17,12 +17,12 @@ def find_last_layers(
 
     Args:
         skeleton: The model, with or without weights.
-        asked: Names of modules, or one number: so many of the last blocks, with the final norm and the head; the head
-            alone if left out.
-        find_head: The names of the head's modules.
+        asked: Names of modules, or one number N: the last N blocks, the final norm and the head; the head alone if
+            left out.
+        find_head: Returns the names of the head's modules.
 
     Raises:
-        UserError: There is no module of a name, or the architecture's blocks, norm or head cannot be told.
+        UserError: There is no module of a name, or the architecture's blocks, norm or head cannot be found.
     """
     if not asked:
         return find_head(skeleton)
@@ -45,7 +45,7 @@ def find_last_layers(
 
 
 def language_head(skeleton: PreTrainedModel) -> list[str]:
-    """The output embedding of a language model; empty if it is the input embedding too, which is no last layer.
+    """The output embedding of a language model; empty if it is also the input embedding, which is not a last layer.
 
     Raises:
         UserError: The model does not say which module it is.
@@ -75,7 +75,7 @@ def _last_blocks(skeleton: PreTrainedModel, count: int) -> list[str]:
     ]
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     if len(outer) != 1:
-        raise UserError(f"last_layers {count}: which blocks {type(skeleton).__name__} has cannot be told; {ADVICE}")
+        raise UserError(f"last_layers {count}: the blocks of {type(skeleton).__name__} cannot be found; {ADVICE}")
     if not 1 <= count <= layers:
         raise UserError(f"last_layers {count}: {type(skeleton).__name__} has {layers} blocks; give 1 to {layers}")
     parent, _, own = outer[0].rpartition(".")
@@ -86,7 +86,7 @@ def _last_blocks(skeleton: PreTrainedModel, count: int) -> list[str]:
         norms = [name for name in norms if after.index(name) > after.index(own)]
     if len(norms) > 1:
         found = ", ".join(norms)
-        raise UserError(f"last_layers {count}: which norm is the last cannot be told of {found}; {ADVICE}")
+        raise UserError(f"last_layers {count}: it is not clear which of {found} is the final norm; {ADVICE}")
     prefix = f"{parent}." if parent else ""
     return [
         *(f"{outer[0]}.{number}" for number in range(layers - count, layers)),

@@ -1,4 +1,4 @@
-"""The finetuning modes: a classifier's LoRA; the last layers, or every weight, of either kind of model."""
+"""What the finetuning modes train: a classifier's adapter, or the last layers or every weight of any model."""
 
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -124,7 +124,7 @@ def train_adapter(
 
 @contextmanager
 def _before_training(backend: Backend, model: nn.Module, biases: dict[nn.Parameter, torch.Tensor]) -> Iterator[None]:
-    """Switches the adapters off and restores initial biases, which PEFT does not (it warns instead)."""
+    """Switches the adapters off and restores initial biases. PEFT does not restore them; it only warns."""
     with _initial_values(biases), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
         with backend.disabled(model):

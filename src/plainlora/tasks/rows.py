@@ -149,8 +149,8 @@ def _too_few(training: SFTConfig, rows: int) -> str | None:
     if not training.dataloader_drop_last or rows >= batch:
         return None
     return (
-        f"{rows:,} rows make no whole batch of {batch:,}, and dataloader_drop_last drops what is less, so no step "
-        "would be taken; leave it out, or lower per_device_train_batch_size"
+        f"{rows:,} rows make no whole batch of {batch:,}, and dataloader_drop_last drops an incomplete one, so no "
+        "step would be taken; leave it out, or lower per_device_train_batch_size"
     )
 
 
@@ -220,7 +220,7 @@ def read_texts(settings: ClassifySettings) -> LabelledSplits:
 def prepare_texts(
     settings: ClassifySettings,
     tokenizer: PreTrainedTokenizerBase,
-    context: int | None,
+    max_length: int | None,
     log: Callable[[str], None],
 ) -> PreparedTexts:
     """Reads, splits and tokenises labelled texts. Whether they should be trained on is checked by `plainlora.doctor`.
@@ -228,7 +228,7 @@ def prepare_texts(
     Args:
         settings: Columns, classes and splits.
         tokenizer: The base's tokenizer.
-        context: Length in tokens to which texts are cut if `max_length` is left out.
+        max_length: Length in tokens to which texts are cut; `None` for no limit.
         log: Called with one line for each split.
 
     Raises:
@@ -245,7 +245,7 @@ def prepare_texts(
     def encode(rows: Dataset | None, split: str) -> Dataset | None:
         if rows is None:
             return None
-        encoded, reports[split] = encode_texts(rows, tokenizer, settings.recipe.max_length or context)
+        encoded, reports[split] = encode_texts(rows, tokenizer, max_length)
         log(reports[split].line(f"{split} rows"))
         return encoded
 

@@ -20,8 +20,8 @@ def check_isolation(isolation: Isolation, name: str, packing: str | None, batche
     """
     if not isolation.is_negligible(found := isolation.later()):
         raise UserError(
-            f"{name} reads the tokens that it is to predict (they change {found.neighbours:.0%} of what those before "
-            "them do): it is not a causal language model; give another base"
+            f"{name} reads the tokens that it is to predict (they change its outputs by {found.replaced:.0%} of the "
+            "effect of earlier tokens): it is not a causal language model; give another base"
         )
     if packing:
         question, setting, advice = isolation.packed, packing, f"set {packing} to false"
@@ -35,6 +35,6 @@ def check_isolation(isolation: Isolation, name: str, packing: str | None, batche
         raise UserError(f"{setting}: {name} cannot keep rows apart ({first_line(error)}); {advice}") from error
     if not isolation.is_negligible(found):
         raise UserError(
-            f"{setting}: in {name} a row depends on those beside it (by {max(found.neighbours, found.company):.0%} of "
-            f"what text before it would change); {advice}"
+            f"{setting}: in {name} a row's outputs depend on the other rows of its batch (by "
+            f"{max(found.replaced, found.alone):.0%} of the effect of preceding text); {advice}"
         )

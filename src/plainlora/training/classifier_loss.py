@@ -1,6 +1,7 @@
 """A classifier's loss as the mean over rows, in training and in evaluation, however they are batched.
 
-Its own is a mean over a batch. The mean of such means depends on the batch size and the number of processes.
+The model's own loss is the mean over a batch. The mean of such means depends on the batch size and the number of
+processes.
 """
 
 from typing import Any, cast

@@ -24,5 +24,5 @@ class EarlyStopping(EarlyStoppingCallback):
 
 
 def early_stopping(patience: int | None) -> list[EarlyStopping]:
-    """The callback for so many evaluations, if any."""
+    """The callback with this patience; an empty list for `None`."""
     return [] if patience is None else [EarlyStopping(patience)]

@@ -88,7 +88,7 @@ class Evaluator:
         return self._answer(model, [render_prompt(each, self.tokenizer) for each in self.sample_prompts])
 
     def _answer(self, model: nn.Module, prompts: list[str], description: str | None = None) -> list[str]:
-        """The answers, of which each process generates its share; with a sharded base, all of them together."""
+        """The answers. Each process generates a share; with a sharded base all generate every answer together."""
         accelerator = self.trainer.accelerator
         shown = description if accelerator.is_main_process else None
         if self.trainer.engine.shards_base:

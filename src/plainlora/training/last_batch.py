@@ -18,7 +18,7 @@ def with_unlabelled(rows: Dataset, count: int) -> Dataset:
 
     Args:
         rows: Rows whose `labels` are one for each token, or one for the row.
-        count: How many.
+        count: Number of copies.
     """
     if not count:
         return rows
@@ -28,8 +28,8 @@ def with_unlabelled(rows: Dataset, count: int) -> Dataset:
     return concatenate_datasets([rows, Dataset.from_list(more, features=rows.features)])
 
 
-class Then(Sampler[int]):
-    """A sampler of `rows` rows, and after them the rows `rows`, `rows + 1`, ... up to `end`."""
+class SamplerWithExtraRows(Sampler[int]):
+    """The indices of another sampler of `rows` rows, followed by `rows`, `rows + 1`, ..., `end - 1`."""
 
     def __init__(self, sampler: Any, rows: int, end: int) -> None:
         self.sampler, self.rows, self.end = sampler, rows, end
@@ -42,7 +42,7 @@ class Then(Sampler[int]):
         yield from range(self.rows, self.end)
 
     def set_epoch(self, epoch: int) -> None:
-        """Hands the epoch, on which the order depends, to the sampler."""
+        """Passes the epoch, on which the order depends, to the other sampler."""
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
 
@@ -63,11 +63,11 @@ class TrainsRowsOnce(Trainer):
             loader: Any = super().get_train_dataloader()
         finally:
             self.train_dataset, self._own_rows = rows, None
-        # Only now: Accelerate replaces a random sampler, which it recognises, by one that depends on the epoch.
-        # Another one, as for `group_by_length`, it leaves in the batches that it shards.
+        # Only now, because Accelerate replaces a random sampler, which it must recognise, by one that depends on the
+        # epoch. It leaves any other sampler, such as that of `group_by_length`, in the batch sampler that it shards.
         sampler = loader.get_sampler()
         sampler = loader.batch_sampler.batch_sampler.sampler if sampler is None else sampler
-        loader.set_sampler(Then(sampler, len(rows), len(rows) + missing))
+        loader.set_sampler(SamplerWithExtraRows(sampler, len(rows), len(rows) + missing))
         return cast(DataLoader[Any], loader)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:

@@ -11,7 +11,7 @@ from plainlora.errors import UserError
 
 
 class WithLoRAPlus(Trainer):
-    """Trainer whose optimizer takes B, and every vector, at `learning_rate * loraplus_lr_ratio`.
+    """Trainer whose optimizer has the rate `learning_rate * loraplus_lr_ratio` for B and for every vector.
 
     Attributes:
         loraplus_lr_ratio: The rate of B divided by the rate of A; `None` for one rate.
@@ -20,7 +20,7 @@ class WithLoRAPlus(Trainer):
     loraplus_lr_ratio: float | None = None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As Trainer's, with one group for A and others for B.
+        """As Trainer's, with one parameter group for A and others for B.
 
         Raises:
             UserError: The optimizer makes its own groups.

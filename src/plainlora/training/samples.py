@@ -1,6 +1,6 @@
 """Answers to the sample prompts during training: kept by step, written to a file, sent to TensorBoard.
 
-Nothing of training changes: modes and random streams are restored.
+Training is not changed: modes and random streams are restored.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ BASE = "base"  # before the steps
 
 
 class SamplesByStep(TrainerCallback, ExportableState):
-    """Answers the sample prompts with the base, and then every so many optimizer steps. Checkpoints hold the answers.
+    """Answers the sample prompts with the base, and then every `every` optimizer steps. Checkpoints hold the answers.
 
     Args:
         evaluate: Answers the prompts.

@@ -249,7 +249,7 @@ class AdapterTrainer(_TrainerOverrides, PredictedTokensCounted, TokenEvaluation,
             check_isolation(isolation, type(base).__name__, packed if self.padding_free else None, batches)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """As `OnEngine`'s; examines a sharded base, which computes only now, before a batch is collated."""
+        """As `EngineTrainer`'s; examines a sharded base, which can compute only now, before a batch is collated."""
         prepared = super()._prepare_for_training(*args, **kwargs)
         if not self._examined:
             self._examine_base(self.model_wrapped)
@@ -276,7 +276,7 @@ class ClassifierTrainer(_TrainerOverrides, RowEvaluation, TrainsRowsOnce):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # A classifier accepts num_items_in_batch and ignores it. Trainer would take the loss for scaled already, and
+        # A classifier accepts num_items_in_batch and ignores it. Trainer would treat the loss as already scaled, and
         # multiply it by the number of processes and of accumulated batches (transformers#47688).
         self.model_accepts_loss_kwargs = False
 

@@ -1,4 +1,4 @@
-"""Checks during training: all that is trained learns, frozen weights do not change, losses and gradients stay finite.
+"""Checks during training: trained weights get gradients, frozen ones do not change, losses and gradients are finite.
 
 Each of these has failed silently in other projects: layers without gradients under gradient checkpointing
 (open-unlearning#178), an adapter without effect (peft#2566), a loss that became NaN and was logged as 0.
@@ -30,10 +30,10 @@ from plainlora.interruption import Stopped, StopRequest, stop_at_once
 from plainlora.lora.errors import some
 from plainlora.lora.numerics import is_finite
 from plainlora.lora.storage.tensors import inner_tensors
-from plainlora.lost import describe_lost, is_of_another_process
+from plainlora.lost_process import describe_lost, is_of_another_process
 from plainlora.run.checkpoints import newest_checkpoint
 from plainlora.training.engines.engine import shard_of
-from plainlora.training.engines.trainer import OnEngine
+from plainlora.training.engines.trainer import EngineTrainer
 
 OF_ALL_STEPS = ("train_loss", "train_samples_per_second", "train_steps_per_second")  # Trainer's names
 SAMPLED = 64  # values of each frozen weight that are compared
@@ -67,11 +67,11 @@ def _are_zero(tensors: Sequence[torch.Tensor]) -> list[bool]:
 
 
 class FirstGradients:
-    """Whether all that is trained gets a gradient in the first step, seen where autograd computes it.
+    """Checks in the first step that every trained weight gets a gradient, by hooks in the backward pass.
 
-    B is 0 then, so the gradient of A is 0 and that of B must not be. A weight of the base's own, where there is no
-    adapter, may have a gradient of 0, but the loss must depend on it. An engine that shards gradients leaves none to
-    look at after the backward pass.
+    B is 0 then, so the gradient of A is 0, and that of B must not be. Without an adapter a trained weight of the base
+    may have a gradient of 0, but the loss must depend on it. Hooks are needed because an engine that shards gradients
+    leaves none on the parameters after the backward pass.
 
     Args:
         model: The model before training.
@@ -94,7 +94,7 @@ class FirstGradients:
         """Raises `UserError` if an adapter or a weight would not be trained; the error names the first ones.
 
         Args:
-            of_all_processes: Given numbers, returns those of every process.
+            of_all_processes: Returns the given numbers of every process.
         """
         for hook in self._hooks:
             hook.remove()
@@ -307,7 +307,7 @@ class _AfterStep(TrainerCallback):
             control.should_save = control.should_evaluate = control.should_log = False
 
 
-class Watched(OnEngine):
+class Watched(EngineTrainer):
     """Trainer that stops with an error as soon as training goes wrong, and after a checkpoint on a signal.
 
     Reading a number from a GPU makes the host wait for it. So the losses of a step, its gradient norm and the signals
@@ -348,9 +348,9 @@ class Watched(OnEngine):
             try:
                 outcome = self._train(*args, **kwargs)
             except Stopped as stopped:
-                stopped.way = self._way_on()
+                stopped.advice = self._advice()
                 raise
-        if self._steps < self.state.global_step:  # resumed: Trainer would divide by the steps of all parts
+        if self._steps < self.state.global_step:  # resumed: Trainer divides this part's figures by the steps of all
             for name in OF_ALL_STEPS:
                 outcome.metrics.pop(name, None)
         if self._request.number and not self.stopping:  # a signal after the last step
@@ -359,7 +359,7 @@ class Watched(OnEngine):
             step, output = self.state.global_step, self.args.output_dir
             what = f"stopped after step {step} of {self.state.max_steps}; {output}/checkpoint-{step} is saved"
             ended = Stopped(self.stopping, what if self.is_world_process_zero() else "")
-            ended.way = "resume with the same command and --resume_from_checkpoint true"
+            ended.advice = "resume with the same command and --resume_from_checkpoint true"
             raise ended
         return outcome
 
@@ -370,10 +370,10 @@ class Watched(OnEngine):
         except RuntimeError as error:
             if self.accelerator.num_processes == 1 or not is_of_another_process(error):
                 raise
-            raise UserError(f"{describe_lost(error)}, so training stopped; {self._way_on()}") from error
+            raise UserError(f"{describe_lost(error)}, so training stopped; {self._advice()}") from error
 
-    def _way_on(self) -> str:
-        """How to go on from what is saved, in one clause."""
+    def _advice(self) -> str:
+        """How to continue from the newest checkpoint, if there is one, in one clause."""
         folder = str(self.args.output_dir)
         if kept := newest_checkpoint(folder):
             return f"{kept} is kept; resume with the same command and --resume_from_checkpoint true"
@@ -395,7 +395,7 @@ class Watched(OnEngine):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Trains on one batch. Its loss is checked before the optimizer's step, in `_get_grad_norm`."""
-        if self._frozen is None:  # only now has an engine sharded them
+        if self._frozen is None:  # not earlier, because the engine has to shard the weights first
             self.engine.reshard(self.adapted)
             self._frozen = FrozenWeights(self.adapted)
         rows = inputs.pop(ROWS, None) or rows_on_host(inputs)

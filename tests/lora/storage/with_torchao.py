@@ -67,7 +67,7 @@ def test_activations_of_few_bits_are_refused_by_name() -> None:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
     model = quantized(Int8DynamicActivationInt8WeightConfig(version=2))
-    with pytest.raises(LoRAError, match=r"q_proj' is a Linear whose weight is a Int8Tensor; LoRA here adapts"):
+    with pytest.raises(LoRAError, match=r"q_proj' is a Linear whose weight is a Int8Tensor; this LoRA adapts"):
         inject(model, CONFIG)
     assert not hasattr(model, "plainlora")
 

@@ -32,7 +32,7 @@ def storage_of(module: nn.Module) -> Storage:
     storage = find_storage(module)
     if storage is None:
         weight = type(getattr(module, "weight", None)).__name__
-        raise LoRAError(f"LoRA here adapts no {type(module).__name__} whose weight is a {weight}")
+        raise LoRAError(f"this LoRA does not support a {type(module).__name__} whose weight is a {weight}")
     return storage
 
 

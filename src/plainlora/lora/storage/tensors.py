@@ -1,4 +1,4 @@
-"""What class of tensor holds a weight."""
+"""Whether a weight is an ordinary tensor, and the tensors inside a tensor subclass."""
 
 import torch
 from torch import distributed, nn

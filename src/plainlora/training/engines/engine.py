@@ -1,4 +1,4 @@
-"""What a trainer asks of the engine that trains: one process, or DistributedDataParallel.
+"""The interface of an engine, and the simplest one: one process, or DistributedDataParallel.
 
 Whatever the engine, a checkpoint has the same files: the adapter whole, in PEFT's format, and its optimizer's state
 whole, in PyTorch's format. So a run resumes on another engine or another number of processes.

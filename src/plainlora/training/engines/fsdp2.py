@@ -22,8 +22,8 @@ from plainlora.training.engines.engine import Engine
 
 
 @contextmanager
-def engaged_on_a_cpu(args: Any) -> Iterator[None]:
-    """Makes Accelerate shard in processes on a CPU too: it enters its FSDP branch only for GPUs and their kind.
+def fsdp_on_cpu(args: Any) -> Iterator[None]:
+    """Makes Accelerate use FSDP in processes on a CPU too: by itself it does so only on GPUs and other accelerators.
 
     https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/state.py (`AcceleratorState.__init__`)
     """
@@ -57,7 +57,7 @@ class FSDP2(Engine):
             if any(parameter.requires_grad for parameter in own):
                 if not all(parameter.requires_grad for parameter in own):
                     raise UserError(
-                        f"FSDP2 cannot train the bias of {name} while its weight is frozen; leave bias out"
+                        f"FSDP2 cannot train the bias of {name} while its weight is frozen; set lora_bias to none"
                     )
                 owners.append(module.to(device))
         for parameter in (each for module in owners for each in module.parameters(recurse=False)):
@@ -79,7 +79,7 @@ class FSDP2(Engine):
             model.register_forward_pre_hook(gather_head)
 
     def reshard(self, model: nn.Module) -> None:
-        """Frees what a forward pass without a backward pass has left gathered."""
+        """Frees weights that a forward pass without a backward pass has left gathered."""
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

@@ -12,11 +12,11 @@ from plainlora.errors import UserError
 from plainlora.settings.launcher import asks_for_deepspeed, asks_for_fsdp
 from plainlora.settings.parsing import forget_deepspeed
 from plainlora.training.engines.engine import Engine
-from plainlora.training.engines.fsdp2 import FSDP2, engaged_on_a_cpu
+from plainlora.training.engines.fsdp2 import FSDP2, fsdp_on_cpu
 from plainlora.training.engines.zero import ZeRO, adapter_loaded_by
 
 
-class OnEngine(Trainer):
+class EngineTrainer(Trainer):
     """Trainer whose adapter is saved and resumed in the same files on every engine.
 
     Attributes:
@@ -30,9 +30,9 @@ class OnEngine(Trainer):
         """As Trainer's.
 
         Raises:
-            UserError: An engine that was asked for is not used, or not supported.
+            UserError: FSDP or DeepSpeed was asked for, and Accelerate does not use it.
         """
-        with engaged_on_a_cpu(self.args):
+        with fsdp_on_cpu(self.args):
             super().create_accelerator_and_postprocess()
         if (asks_for_fsdp() or self.args.fsdp) and not self.is_fsdp_enabled:
             raise UserError("FSDP was asked for, and Accelerate does not use it here: it needs two processes or more")
@@ -42,12 +42,12 @@ class OnEngine(Trainer):
         self.engine = kind(self)
 
     def end(self) -> None:
-        """As Trainer's; afterwards a base is loaded whole, and not in DeepSpeed's parts."""
+        """As Trainer's; models that are loaded later are whole, not sharded by DeepSpeed."""
         super().end()
         forget_deepspeed()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As Trainer's, without a group that has no weights, as of weights without decay: DeepSpeed leaves it out."""
+        """As Trainer's, without empty groups, such as one of weights without decay: DeepSpeed drops those."""
         optimizer = super().create_optimizer(*args, **kwargs)
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         self.engine.note(optimizer)
@@ -75,7 +75,7 @@ class OnEngine(Trainer):
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer's in one process, on every engine: the main process writes the adapter."""
+        """On every engine saves what Trainer saves in one process: the main process writes the adapter."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             self.engine.reshard(cast(nn.Module, self.model))  # reading the state would reshard the main process alone
             if self.args.should_save:
@@ -84,14 +84,14 @@ class OnEngine(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As Trainer's in one process, on every engine."""
+        """On every engine writes the files that Trainer writes in one process."""
         state = self.engine.optimizer_state()
         if self.args.should_save:
             torch.save(state, Path(output_dir) / "optimizer.pt")
             torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As Trainer's in one process, on every engine."""
+        """On every engine reads the files that Trainer writes in one process."""
         if checkpoint is not None:
             state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
             self.engine.load_optimizer_state(state)

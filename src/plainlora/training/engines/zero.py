@@ -57,13 +57,13 @@ def register_weights(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """The part of a trained weight that this process's optimizer has.
+    """The part of a trained weight that this process's optimizer updates.
 
     Attributes:
         parameter: The weight.
-        flat: The fp32 tensor of many weights' parts, with which the optimizer works.
-        start: Where the part begins in it.
-        own: Which of the weight's values it is. Under ZeRO-3 the last part may reach beyond them.
+        flat: The optimizer's fp32 tensor, which holds parts of many weights.
+        start: Where this part begins in `flat`.
+        own: The slice of the flattened weight that this part is. Under ZeRO-3 the last one may reach beyond its end.
     """
 
     parameter: nn.Parameter
@@ -77,7 +77,7 @@ class Part:
         return cast(torch.Size, getattr(self.parameter, "ds_shape", self.parameter.shape))
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """What all processes have in tensors like `flat`, in the weight's shape. To be called by all."""
+        """The parts of all processes, from tensors laid out as `flat`, in the weight's shape. To be called by all."""
         whole = values.new_zeros(self.shape.numel())
         into = whole[self.own]
         into.copy_(values.detach()[self.start : self.start + len(into)])
@@ -85,7 +85,7 @@ class Part:
         return whole.view(self.shape).cpu()
 
     def scatter(self, whole: torch.Tensor, values: torch.Tensor) -> None:
-        """Copies this process's part of a tensor in the weight's shape into a tensor like `flat`."""
+        """Copies this process's part of a tensor in the weight's shape into a tensor laid out as `flat`."""
         part = whole.flatten()[self.own]
         values.data[self.start : self.start + len(part)].copy_(part)
 
@@ -144,7 +144,7 @@ class ZeRO(Engine):
         """Loads what `optimizer_state` returned, in a run of any number of processes."""
         inner, parts = self._zero.optimizer, self._parts()
         if len(state["state"]) != len(parts):
-            raise ValueError(f"it has {len(state['state'])} weights, and the run {len(parts)}")
+            raise ValueError(f"it has {len(state['state'])} weights, and the run has {len(parts)}")
         for part, saved in zip(parts, state["state"].values(), strict=True):
             held = inner.state[part.flat]
             for key, value in saved.items():
