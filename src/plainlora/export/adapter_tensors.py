@@ -20,6 +20,7 @@ from plainlora.lora.errors import some
 from plainlora.lora.interchange import read_config
 from plainlora.peft_model import changes_base
 
+COPY = ".base_layer.weight"  # of an adapted head, frozen, which PEFT saves beside A and B
 MERGE_IT = "export the merged model with --merged"
 
 
@@ -37,6 +38,7 @@ def read_exportable(adapter: str | Path, layout: Layout) -> dict[str, Delta]:
         found = [*find_unsupported(config).values()]
         raise UserError(f"{adapter} was trained with {some(found)}, which llama.cpp does not compute; {MERGE_IT}")
     deltas, others = read_deltas(adapter)
+    others = [name for name in others if not name.endswith(COPY)]
     if others:
         raise UserError(
             f"{adapter} also holds {some(others)}: llama.cpp takes only lora_A and lora_B of linear layers, no "

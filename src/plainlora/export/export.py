@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from plainlora.adapters.output import check_output
 from plainlora.base.config import check_mergeable, load_config
 from plainlora.errors import UserError
-from plainlora.export.adapter_tensors import adapter_tensors, describe_adapter, read_exportable
+from plainlora.export.adapter_tensors import COPY, adapter_tensors, describe_adapter, read_exportable
 from plainlora.export.families import Layout
 from plainlora.export.gguf_file import Quantization, check_written, write_gguf
 from plainlora.export.ollama import modelfile
@@ -91,6 +91,7 @@ def _served(adapter: Path, base: Base, layout: Layout) -> Served:
         deltas, others = read_deltas(adapter)
     except LoRAError:  # of a variant, which the servers do not take either
         deltas, others = None, []
+    others = [name for name in others if not name.endswith(COPY)]
     layers = int(layout.config.num_hidden_layers)
     return Served(adapter, base.name, layout.config.model_type, layers, config, deltas, tuple(others))
 
@@ -211,8 +212,7 @@ class _Work:
         return file, found
 
     def _prove(self, files: dict[Quantization, Path], lora: Path | None, reference: Any) -> dict[str, Any]:
-        same, eos = self.vocabulary.same_on_plain_text, self.vocabulary.ids["eos"]
-        return prove(files, lora, reference, self.layout.context, eos, same)
+        return prove(files, lora, reference, self.layout.context, self.vocabulary)
 
     def write_servers(self, file: Path, merged: bool) -> list[str]:
         """Writes the commands of the servers, and the Modelfile if there can be one; returns their names."""

@@ -63,6 +63,7 @@ class Vocabulary:
         template: The chat template.
         notes: What a user of the file should know.
         same_on_plain_text: Whether text without a chat template gets the same tokens too.
+        misread: Words that llama.cpp takes for special tokens by their names; other text is split the same.
     """
 
     model: str
@@ -78,6 +79,7 @@ class Vocabulary:
     template: str
     notes: list[str] = field(default_factory=list)
     same_on_plain_text: bool = True
+    misread: list[str] = field(default_factory=list)
 
     def describe(self, writer: gguf.GGUFWriter) -> None:
         """Writes the keys."""
@@ -134,6 +136,9 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, stops: Iterab
         if content["normalizer"] is not None:
             notes.append("llama.cpp does not compose accents (NFC): text that is not in NFC gets other tokens")
     tokens, types = _tokens(tokenizer, content, rows)
+    misread = [text for text, kind in zip(tokens, types, strict=True) if text in ENDINGS and kind == TokenType.NORMAL]
+    if misread:
+        notes.append(f"llama.cpp takes {', '.join(misread)} in a text for a special token, by its name")
     encoded = tokenizer("a").input_ids
     return Vocabulary(
         model=model,
@@ -149,6 +154,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, stops: Iterab
         template=template,
         notes=notes,
         same_on_plain_text=same,
+        misread=misread,
     )
 
 
