@@ -12,7 +12,7 @@ help:
 	@echo "make quickstart  install, train the embedded default on the CPU, merge it, show the result"
 	@echo "make test        install, run the quick tests, in minutes (no model hub, no GPU needed)"
 	@echo "make test-all    these, and what runs whole programs and commands: kills, publishing, the proof with planted faults"
-	@echo "make test-slow   every architecture of Transformers through the proof; most of an hour"
+	@echo "make test-slow   every architecture of Transformers through the proof, and llama.cpp's where it is built; most of an hour"
 	@echo "make llama-cpp   build llama.cpp once, for the proof of plainlora export and its slow tests; some minutes"
 	@echo "make compat      the core beside older and newer versions of Transformers and PEFT, each in a fresh environment"
 	@echo "make matrix      two processes on every engine beside one process; most of an hour on two cores"

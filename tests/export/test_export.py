@@ -22,6 +22,7 @@ from tests.base.test_identity import flip
 from tests.export.made import make_adapter
 from tests.export.test_adapter_tensors import NAMES, restored
 from tests.refusals import Run
+from tests.test_prediction import make_classifier
 
 
 @pytest.fixture(autouse=True)
@@ -164,6 +165,22 @@ def test_a_config_that_llama_cpp_computes_otherwise_is_refused(
     adapter = make_adapter(tmp_path, "llama", tokenizer, base=options)
     with pytest.raises(UserError, match=says):
         export_gguf(adapter, tmp_path / "out")
+
+
+def test_an_adapter_of_a_quantised_run_goes_onto_the_checkpoint_in_16_bits(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    adapter = make_adapter(tmp_path, "llama", tokenizer)
+    whole = sha256_of(export_gguf(adapter, tmp_path / "whole", merged=True).file)
+    write_json(adapter / "run.json", {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}})
+    assert sha256_of(export_gguf(adapter, tmp_path / "out", merged=True).file) == whole
+
+
+def test_a_classifier_s_adapter_is_refused(
+    tmp_path: Path, backbone_dirs: dict[str, Path], word_tokenizer: PreTrainedTokenizerFast, plainlora: Run
+) -> None:
+    adapter = make_classifier(tmp_path / "adapter", backbone_dirs["distilbert"], word_tokenizer)
+    assert "is a classifier's adapter" in plainlora("export", "--adapter", adapter, "--format", "gguf")
 
 
 def test_a_sliding_window_is_the_file_s_context(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

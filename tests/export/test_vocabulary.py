@@ -138,11 +138,12 @@ def test_sentencepiece_is_told_by_scores_that_follow_the_merges() -> None:
     assert vocabulary.scores[first] > vocabulary.scores[second]
 
 
-@pytest.mark.parametrize(("prefix", "written"), [("never", False), ("always", True)])
-def test_a_space_before_every_piece_or_none_is_told(prefix: str, written: bool) -> None:
-    tokenizer = sentencepiece(prefix)
+def test_no_space_before_any_piece_is_told_and_one_where_there_is_none_is_refused() -> None:
+    tokenizer = sentencepiece("never")
     vocabulary = read_vocabulary(tokenizer, len(tokenizer))
-    assert (vocabulary.space_prefix, vocabulary.same_on_plain_text) == (written, True)
+    assert (vocabulary.space_prefix, vocabulary.same_on_plain_text) == (False, True)
+    with pytest.raises(UserError, match="its normalizer and pre-tokenizer are none that llama"):
+        read_vocabulary(sentencepiece("always"), len(tokenizer))
 
 
 def test_a_space_before_the_first_piece_alone_needs_prompts_that_open_with_a_special_token() -> None:

@@ -8,6 +8,8 @@ import importlib.metadata
 import json
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,12 @@ def chat(llama: Any, messages: list[dict[str, str]], new_tokens: int) -> dict[st
 
     def noted(*args: Any, **options: Any) -> Any:
         prompts.append(list(options["prompt"]))
-        longest = len(prompts[0]) + new_tokens + LONGEST_CHARACTER
-        options["stopping_criteria"].append(lambda tokens, _: len(tokens) >= longest)
-        return complete(*args, **options)
+        longest, given = len(prompts[0]) + new_tokens + LONGEST_CHARACTER, options["stopping_criteria"]
+
+        def ends(tokens: Any, scores: Any) -> bool:
+            return len(tokens) >= longest or (given is not None and given(tokens, scores))
+
+        return complete(*args, **options | {"stopping_criteria": ends})
 
     llama.create_completion = noted
     try:
@@ -42,21 +47,26 @@ def chat(llama: Any, messages: list[dict[str, str]], new_tokens: int) -> dict[st
     return {"prompt": prompts[0], "answer": answer["choices"][0]["message"]["content"] or ""}
 
 
-def ask(llama: Any, questions: dict[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def ask(
+    llama: Any, is_end: Callable[[int], bool], questions: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Runs a model on texts, chats and prompts with their answers.
 
     Args:
         llama: A `llama_cpp.Llama` that keeps all logits.
+        is_end: Whether an answer ends at a token.
         questions: `texts`, to split into tokens; `chats`, lists of messages, and `new_tokens` of each answer;
-            `prompts`, rows of `input_ids` with the `start` of the answer in them.
+            `prompts`, rows of `input_ids` with the `start` of the answer in them; `ends`, tokens.
 
     Returns:
-        `texts`, `chats` and `eos`; and `logits.N` of prompt N in fp32, `(1, tokens of the answer + 1, vocabulary)`.
+        `texts`, `chats`, `eos` and whether answers end at each of `ends`; and `logits.N` of prompt N in fp32,
+        `(1, tokens of the answer + 1, vocabulary)`.
     """
     found = {
         "texts": [llama.tokenize(text.encode(), add_bos=True, special=True) for text in questions["texts"]],
         "chats": [chat(llama, messages, questions["new_tokens"]) for messages in questions["chats"]],
         "eos": llama.token_eos(),
+        "ends": [bool(is_end(token)) for token in questions["ends"]],
     }
     logits = {}
     for number, prompt in enumerate(questions["prompts"]):
@@ -70,7 +80,7 @@ def main(questions: str, answers: str, logits: str) -> None:
     """Reads the questions (JSON), writes the answers (JSON) and the logits (safetensors)."""
     asked = json.loads(Path(questions).read_text(encoding="utf-8"))
     sys.path.append(asked["packages"])
-    from llama_cpp import Llama  # type: ignore[import-not-found]  # noqa: PLC0415  # only where the line above points
+    from llama_cpp import Llama, llama_token_is_eog  # noqa: PLC0415  # only where the line above points
 
     llama = Llama(
         model_path=asked["model"],
@@ -83,7 +93,8 @@ def main(questions: str, answers: str, logits: str) -> None:
         logits_all=True,
         verbose=False,
     )
-    found, values = ask(llama, asked)
+    vocabulary = llama._model.vocab  # what has no public name
+    found, values = ask(llama, partial(llama_token_is_eog, vocabulary), asked)
     found["version"] = importlib.metadata.version("llama-cpp-python")
     Path(answers).write_text(json.dumps(found), encoding="utf-8")
     save_file(values, logits)

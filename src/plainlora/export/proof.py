@@ -80,7 +80,7 @@ def ask_transformers(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Re
 
 
 def ask_llama_cpp(
-    model: Path, lora: Path | None, reference: Reference, context: int, whole: bool
+    model: Path, lora: Path | None, reference: Reference, context: int, ends: list[int], whole: bool
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What llama.cpp makes of a file; see `plainlora.export.ask_llama_cpp.ask`.
 
@@ -89,6 +89,7 @@ def ask_llama_cpp(
         lora: The file of an adapter on it.
         reference: Whose prompts to ask.
         context: The model's context length, in tokens.
+        ends: Tokens at which answers end.
         whole: Whether texts and chats are asked too, or only logits.
 
     Raises:
@@ -104,6 +105,7 @@ def ask_llama_cpp(
         "chats": chats() if whole else (),
         "new_tokens": NEW_TOKENS,
         "prompts": reference.prompts,
+        "ends": ends,
     }
     with tempfile.TemporaryDirectory() as scratch:
         asked, answers, logits = (Path(scratch) / name for name in ("questions", "answers", "logits"))
@@ -173,7 +175,8 @@ def prove(
     Raises:
         UserError: llama.cpp reads something else in the file.
     """
-    found, logits = ask_llama_cpp(files["f16"], lora, reference, context, whole=True)
+    ends = sorted({vocabulary.ids[role] for role in ("eos", "eot", "eom") if role in vocabulary.ids})
+    found, logits = ask_llama_cpp(files["f16"], lora, reference, context, ends, whole=True)
     split = [mine == theirs for mine, theirs in zip(found["texts"], reference.texts, strict=True)]
     known = [not any(word in text for word in vocabulary.misread) for text in TEXTS]
     for text, equal, checked in zip(TEXTS, split, known, strict=True):
@@ -188,6 +191,11 @@ def prove(
     eos = vocabulary.ids["eos"]
     if found["eos"] != eos:
         raise UserError(f"llama.cpp reads the EOS {found['eos']} from the file, and the tokenizer's is {eos}")
+    if not all(found["ends"]):
+        token = vocabulary.tokens[ends[found["ends"].index(False)]]
+        raise UserError(
+            f"llama.cpp does not end an answer at {token!r:.40}, and Transformers does; nothing was written"
+        )
     costs = {"f16": compare_logits(reference, logits)}
     if not costs["f16"]["relative_diff"] <= BOUND:
         raise UserError(
@@ -199,7 +207,7 @@ def prove(
     ]
     for kind, path in files.items():
         if kind != "f16":
-            costs[kind] = compare_logits(reference, ask_llama_cpp(path, lora, reference, context, whole=False)[1])
+            costs[kind] = compare_logits(reference, ask_llama_cpp(path, lora, reference, context, [], whole=False)[1])
     return {
         "llama_cpp_python": found["version"],
         "texts": len(split),

@@ -243,7 +243,7 @@ def _space_prefix(tokenizer: PreTrainedTokenizerBase, content: dict[str, Any]) -
 
     llama.cpp writes it before every piece of text between special tokens, as the normalizer `Prepend` does.
     Transformers' `prepend_scheme: first` writes it before the first alone: a prompt that opens with a special token
-    then has none.
+    then has none. Its `always` writes none where there already is one, which llama.cpp does not.
     """
     normalizer, splitting = content["normalizer"], content["pre_tokenizer"]
     replaced = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
@@ -254,10 +254,10 @@ def _space_prefix(tokenizer: PreTrainedTokenizerBase, content: dict[str, Any]) -
         return True, True
     if splitting is None and normalizer == replaced:
         return False, True
-    if normalizer is None and splitting and splitting["type"] == "Metaspace" and not splitting["split"]:
-        scheme = splitting["prepend_scheme"]
-        if scheme != "first":
-            return scheme == "always", True
+    metaspace = normalizer is None and splitting is not None and splitting["type"] == "Metaspace"
+    if metaspace and not splitting["split"] and splitting["prepend_scheme"] == "never":
+        return False, True
+    if metaspace and not splitting["split"] and splitting["prepend_scheme"] == "first":
         if opens_with(tokenizer, {token.content for token in tokenizer.added_tokens_decoder.values()}):
             return False, False
         raise UserError(
