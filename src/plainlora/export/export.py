@@ -4,6 +4,7 @@ The file is read again by the `gguf` package and compared with what was meant. W
 it answers beside Transformers, and the certificate has the figures; elsewhere the certificate says that it has not.
 """
 
+import shlex
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from plainlora.export.adapter_tensors import COPY, adapter_tensors, describe_ada
 from plainlora.export.families import Layout
 from plainlora.export.gguf_file import Quantization, check_written, write_gguf
 from plainlora.export.ollama import modelfile
-from plainlora.export.proof import ask_transformers, find_llama_cpp, prove
+from plainlora.export.proof import Reference, ask_transformers, find_llama_cpp, prove
 from plainlora.export.servers import Served, describe_servers
 from plainlora.export.vocabulary import Vocabulary, read_vocabulary
 from plainlora.folders import check_disk, sha256_of, staged
@@ -211,7 +212,7 @@ class _Work:
                 found["proof"] = self._prove(files, None, reference)
         return file, found
 
-    def _prove(self, files: dict[Quantization, Path], lora: Path | None, reference: Any) -> dict[str, Any]:
+    def _prove(self, files: dict[Quantization, Path], lora: Path | None, reference: Reference) -> dict[str, Any]:
         return prove(files, lora, reference, self.layout.context, self.vocabulary)
 
     def write_servers(self, file: Path, merged: bool) -> list[str]:
@@ -219,20 +220,21 @@ class _Work:
         served = _served(self.folder, self.base, self.layout)
         template = (self.folder / "chat_template.jinja").is_file()
         text = describe_servers(served, template)
+        create = f"ollama create {shlex.quote(self.name)} -f Modelfile"
         if merged:
             llama = f"llama-server --jinja --model {file.name}"
-            written = modelfile(f"./{file.name}", None, self.tokenizer, "ollama create NAME -f Modelfile")
+            written = modelfile(f"./{file.name}", None, self.tokenizer, create)
         else:
             llama = f"llama-server --jinja --model BASE.gguf --lora {file.name}"
             if template:
-                llama += f" --chat-template-file {self.folder.resolve()}/chat_template.jinja"
-            comment = f"BASE.gguf is a GGUF of {self.base.name}; then ollama create NAME -f Modelfile"
+                llama += f" --chat-template-file {shlex.quote(f'{self.folder.resolve()}/chat_template.jinja')}"
+            comment = f"BASE.gguf is a GGUF of {self.base.name}; then {create}"
             written = modelfile("./BASE.gguf", f"./{file.name}", self.tokenizer, comment)
         text += f"# llama.cpp:\n{llama}\n"
         if written is None:
             text += "\n# Ollama: the chat template depends on more than the roles, which a Modelfile cannot tell.\n"
         else:
-            text += "\n# Ollama, whose template is in the Modelfile:\nollama create NAME -f Modelfile\n"
+            text += f"\n# Ollama, whose template is in the Modelfile:\n{create}\n"
             (self.scratch / "Modelfile").write_text(written, encoding="utf-8")
         (self.scratch / "servers.txt").write_text(text, encoding="utf-8")
         return ["servers.txt", *([] if written is None else ["Modelfile"])]

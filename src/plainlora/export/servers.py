@@ -133,4 +133,4 @@ def describe_servers(served: Served, template: bool) -> str:
         else:
             lines += [f"# {server}, the adapter on its base; requests name the model {served.name}:", command]
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, ""])
