@@ -95,7 +95,7 @@ def test_chat_with_the_quickstart_s_own_adapter(tmp_path: Path, monkeypatch: pyt
     subprocess.run([*program, *options, "--exact_match_rows", "0"], check=True, capture_output=True)
     main(["export", "--adapter", str(tmp_path / "run"), "--format", "gguf", "--output", str(tmp_path / "out")])
     figures = json.loads((tmp_path / "out" / "export.json").read_text())["proof"]
-    assert figures["equal_chat_answers"] == figures["costs"]["f16"]["equal_answers"] == 50
+    assert figures["equal_chat_answers_in_f16"] == figures["costs"]["f16"]["equal_answers"] == 50
 
 
 def test_rows_in_another_order_fail_the_proof_and_leave_no_file(

@@ -66,8 +66,8 @@ def _table(proof: dict[str, Any]) -> str:
         f"llama.cpp (llama-cpp-python {proof['llama_cpp_python']}) beside Transformers in fp32",
         f"equal tokens of texts           {proof['equal_texts']} of {proof['texts']}",
         f"equal prompts of the chat call  {proof['equal_chat_prompts']} of {proof['chats']}",
-        f"equal answers of the chat call  {proof['equal_chat_answers']} of {proof['chats']}, "
-        f"greedy, of at most {proof['new_tokens']} tokens",
+        f"equal answers of the chat call  {proof['equal_chat_answers_in_f16']} of {proof['chats']}, "
+        f"greedy, in f16, of at most {proof['new_tokens']} tokens",
         "",
         f"{'':<6}{'equal answers':>15}{'equal tokens':>15}{'KL, nats':>11}  logits differ by at most",
     ]

@@ -214,7 +214,7 @@ def prove(
         "equal_texts": sum(split),
         "chats": len(prompts),
         "equal_chat_prompts": sum(prompts),
-        "equal_chat_answers": sum(answers),
+        "equal_chat_answers_in_f16": sum(answers),
         "new_tokens": NEW_TOKENS,
         "bound": BOUND,
         "costs": costs,
