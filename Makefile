@@ -2,16 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CHECKED := src recipes benchmarks tests docs
+LLAMA_CPP := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/plainlora/llama-cpp-python-0.3.36
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test test-all test-slow compare compat matrix bench bench-gpu docs style quality clean
+.PHONY: help install quickstart test test-all test-slow llama-cpp compare compat matrix bench bench-gpu docs style quality clean
 
 help:
 	@echo "make quickstart  install, train the embedded default on the CPU, merge it, show the result"
 	@echo "make test        install, run the quick tests, in minutes (no model hub, no GPU needed)"
 	@echo "make test-all    these, and what runs whole programs and commands: kills, publishing, the proof with planted faults"
-	@echo "make test-slow   every architecture of Transformers through the proof; most of an hour"
+	@echo "make test-slow   every architecture of Transformers through the proof, and llama.cpp's where it is built; most of an hour"
+	@echo "make llama-cpp   build llama.cpp once, for the proof of plainlora export and its slow tests; some minutes"
 	@echo "make compat      the core beside older and newer versions of Transformers and PEFT, each in a fresh environment"
 	@echo "make matrix      two processes on every engine beside one process; most of an hour on two cores"
 	@echo "make docs        the site, in outputs/site; a dead link fails"
@@ -44,6 +46,15 @@ test-all: install
 
 test-slow: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+# With the default flags the build is for the processor at hand, and elsewhere dies of an illegal instruction.
+llama-cpp: .venv/llama_cpp
+
+.venv/llama_cpp: .venv/installed
+	test -f "$(LLAMA_CPP)"/llama_cpp_python-*.whl || \
+		CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON" \
+		$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir "$(LLAMA_CPP)" llama-cpp-python==0.3.36
+	$(BIN)/python -m pip install --quiet --upgrade --target $@ "$(LLAMA_CPP)"/llama_cpp_python-*.whl
 
 compare: install
 	HF_HUB_OFFLINE=1 $(BIN)/plainlora compare

@@ -43,6 +43,10 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {  # by what one wants: each ver
             "merge an adapter into its base and check the result by reloading it, or several into one adapter",
             "plainlora merge --adapter outputs/quickstart --output outputs/quickstart-merged",
         ),
+        "export": (
+            "write an adapter, or the model merged with it, as a GGUF file that llama.cpp is shown to read right",
+            "plainlora export --adapter outputs/instruct --format gguf --merged --quantize q8_0",
+        ),
         "diff": (
             "measure what an adapter changes in each layer, and how far it is from another's",
             "plainlora diff outputs/quickstart outputs/rank4",
