@@ -14,7 +14,7 @@ LONGEST = 1500  # characters of a line
 EXTRAS = {  # of pyproject.toml, by a package that each brings
     **dict.fromkeys(("trl", "datasets", "matplotlib", "yaml", "tqdm", "tensorboard", "sklearn"), "train"),
     **{"bitsandbytes": "qlora", "scipy": "classify", "optuna": "sweep", "sqlalchemy": "sweep"},
-    "deepspeed": "deepspeed",
+    **{"deepspeed": "deepspeed", "gradio": "playground"},
 }
 INTERRUPTED = 130  # a shell's exit code for a program that Ctrl-C ended
 

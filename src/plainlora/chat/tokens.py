@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 ALTERNATIVES = 5
-WINDOW = 8  # tokens that are decoded before a token, for its spaces and characters of several tokens
+WINDOW = 8  # tokens that are decoded before a token, for its spaces
 BROKEN = "�"  # what a decoder gives for a part of a character
 
 
@@ -35,30 +35,26 @@ def read_tokens(ids: Sequence[int], logits: Iterable[torch.Tensor], tokenizer: P
         tokenizer: Theirs.
     """
     special = set(tokenizer.all_special_ids)
+    pairs = [(own, scores) for own, scores in zip(ids, logits, strict=False) if own not in special]
+    said = [own for own, _ in pairs]
     tokens: list[Token] = []
-    begun: Token | None = None  # a character of which tokens are missing
-    for at, (own, scores) in enumerate(zip(ids, logits, strict=False)):
-        if own in special:
-            continue
-        before = [number for number in ids[max(0, at - WINDOW) : at] if number not in special]
+    start, probability = 0, 1.0  # of the character that is not complete yet
+    alternatives: list[tuple[str, float]] = []
+    for at, (own, scores) in enumerate(pairs):
         shares = scores.float().softmax(-1)
-        best = shares.topk(min(ALTERNATIVES, len(shares)))
-        text = _added(before, own, tokenizer)
-        probability = float(shares[own])
-        if begun is None:
+        before = said[max(0, start - WINDOW) : start]
+        if at == start:
+            best = shares.topk(min(ALTERNATIVES, len(shares)))
             others = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            alternatives = [(_added(before, other, tokenizer), share) for other, share in others]
-        else:
-            probability, alternatives = begun.probability * probability, begun.alternatives
-        token = Token(text, probability, alternatives)
-        begun = token if text.endswith(BROKEN) and at + 1 < len(ids) else None
-        if begun is None:
-            tokens.append(token)
+            probability, alternatives = 1.0, [(_added(before, [other], tokenizer), share) for other, share in others]
+        probability *= float(shares[own])
+        text = _added(before, said[start : at + 1], tokenizer)
+        if not text.endswith(BROKEN) or at + 1 == len(said):
+            tokens.append(Token(text, probability, alternatives))
+            start = at + 1
     return tokens
 
 
-def _added(before: list[int], token: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a token adds to the text of those before it; the whole character if it ends one."""
-    start = str(tokenizer.decode(before)).rstrip(BROKEN)
-    whole = str(tokenizer.decode([*before, token]))
-    return whole[len(start) :]
+def _added(before: list[int], tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tokens add to the text of those before them, which ends with a whole character."""
+    return str(tokenizer.decode([*before, *tokens]))[len(str(tokenizer.decode(before))) :]

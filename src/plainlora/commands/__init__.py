@@ -35,6 +35,10 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {  # by what one wants: each ver
             "talk with an adapter and its base, or with a whole model, in the terminal",
             "plainlora chat --adapter outputs/instruct",
         ),
+        "playground": (
+            "compare the answers of a base and its adapters on a local page, with each token's probability",
+            "plainlora playground --adapter outputs/instruct",
+        ),
         "predict": (
             "classify texts with a trained classifier",
             'plainlora predict --model outputs/gpt2-sms-spam --text "You have won a prize"',
