@@ -101,10 +101,14 @@ def test_an_answer_that_nobody_reads_on_ends_and_leaves_the_model_as_it_was(two:
     session = open_adapters(two[:1])
     session.model.generation_config.eos_token_id = None
     tuned = asked(session, TUNED)
+    long = Sampling(max_new_tokens=200)
+    with session.answer(TUNED, PROMPT, long, strength=2.0, with_tokens=True) as answer:
+        list(answer)
+    whole = len(answer.tokens)
     for _ in range(3):
-        with session.answer(TUNED, PROMPT, Sampling(max_new_tokens=200), strength=2.0, with_tokens=True) as answer:
+        with session.answer(TUNED, PROMPT, long, strength=2.0, with_tokens=True) as answer:
             time.sleep(0.05)
-        assert len(answer.tokens) < 100
+        assert len(answer.tokens) < whole / 2
     assert asked(session, TUNED) == tuned
 
 
