@@ -61,6 +61,8 @@ def test_a_system_prompt_that_would_not_reach_the_model_is_refused(chatty: PreTr
     )
     with pytest.raises(UserError, match="leaves a system prompt out"):
         check_system("Be brief.", chatty)
+    with pytest.raises(UserError, match="leaves a system prompt out"):
+        Conversation("Be brief.").prompt("Name it.", chatty)
     install_template(chatty, "alpaca")
     with pytest.raises(UserError, match="knows the roles user and assistant"):
         check_system("Be brief.", chatty)

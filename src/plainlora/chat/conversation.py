@@ -30,12 +30,12 @@ class Conversation:
         """The text that the model goes on from. Without a chat template it is the question alone.
 
         Raises:
-            UserError: The question is empty, or the template refuses the messages.
+            UserError: The question is empty, the template refuses the messages, or see `check_system`.
         """
         if not question.strip():
             raise UserError("the question is empty; type some text")
+        check_system(self.system, tokenizer)
         if tokenizer.chat_template is None:
-            check_system(self.system, tokenizer)
             return render_prompt(question, tokenizer)
         return render([*self.messages, user_message(question)], tokenizer, for_generation=True)
 

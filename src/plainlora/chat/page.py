@@ -109,7 +109,7 @@ def build(session: Session, base: str) -> gr.Blocks:
                 sampled = gr.Checkbox(False, label="do_sample", info="otherwise the most probable token is taken")
                 temperature = gr.Slider(0.05, 2, 1, step=0.05, label="temperature", info="with do_sample")
                 top_p = gr.Slider(0.05, 1, 1, step=0.05, label="top_p", info="with do_sample")
-                seed = gr.Number(None, label="seed", precision=0, info="with do_sample; empty: another each time")
+                seed = gr.Number(0, label="seed", precision=0, info="with do_sample; empty: another each time")
         settings = [system, longest, sampled, temperature, top_p, seed]
         with gr.Row():
             columns = {name: _add_column(session, number, base) for number, name in enumerate(session.names)}
