@@ -39,6 +39,7 @@ from plainlora.fast.fuse import fuse
 from tests.refusals import Run, snapshot, the_one_line
 
 ROOT = Path(__file__).parent.parent
+CHROMIUM = ("/usr/bin/chromium", "/usr/bin/chromedriver")  # Debian's
 VOCABULARY = 320
 SPECIAL = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0}
 
@@ -98,14 +99,16 @@ INTEGRATION = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tiers; a test that needs a GPU is reported as not run, with the reason, where there is none."""
+    """Marks the tiers; a test that needs a GPU or a browser is reported as not run where there is none."""
     for item in items:
         if item.path.relative_to(ROOT / "tests").as_posix().startswith(INTEGRATION):
             item.add_marker(pytest.mark.integration)
-    if not torch.cuda.is_available():
+    missing = {"gpu": "GPU"} if not torch.cuda.is_available() else {}
+    missing |= {"browser": "Chromium"} if not all(map(os.path.isfile, CHROMIUM)) else {}
+    for marker, what in missing.items():
         for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="not run: no GPU"))
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=f"not run: no {what}"))
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 # folder. A module outside of the folders is named as one; those not named here are of `others`.
 HOUSE = [
     {"commands"},
-    {"doctor", "parity", "experiments", "export"},
+    {"doctor", "parity", "experiments", "chat", "export"},
     {"tasks", "adapters"},
     {"training", "merging", "hub", "prediction"},
     {"run", "generation"},

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from plainlora import peft_model
 from plainlora.errors import UserError
 from plainlora.fast.fuse import fuse
-from plainlora.lora import inject, interchange, load
+from plainlora.lora import inject, interchange, load, strength
 from plainlora.lora.config import as_loaded, check_supported, find_unsupported
 from plainlora.lora.errors import LoRAError, UnsupportedError
 from plainlora.lora.layer import LoRALinear
@@ -55,6 +55,7 @@ class Backend:
         load: Puts a saved adapter into a base model, for inference.
         reload: Copies a saved adapter into a model that already carries one, to resume training.
         disabled: A context in which the adapter is switched off.
+        scaled: A context in which the adapter acts with a strength, see `plainlora.lora.strength`.
         merge: Adds the adapter to the base's weights, and takes it out.
         for_unchanged_base: A context in which an adapter is saved for the base as its checkpoint holds it.
         fast: Whether the trainer uses the loss head and the attention of `plainlora.fast`.
@@ -64,6 +65,7 @@ class Backend:
     load: Callable[[PreTrainedModel, str | Path], nn.Module]
     reload: Callable[[nn.Module, str | Path], None]
     disabled: Callable[[nn.Module], AbstractContextManager[object]]
+    scaled: Callable[[nn.Module, float], AbstractContextManager[object]]
     merge: Callable[[Any], PreTrainedModel]
     for_unchanged_base: Callable[[nn.Module], AbstractContextManager[object]]
     fast: bool = False
@@ -85,6 +87,7 @@ _REFERENCE = Backend(
     load=load.load_adapter,
     reload=interchange.load_adapter_weights,
     disabled=inject.disabled,
+    scaled=strength.scaled,
     merge=merge,
     for_unchanged_base=lambda model: nullcontext(),
 )
@@ -93,6 +96,7 @@ _PEFT = Backend(
     load=peft_model.load,
     reload=peft_model.reload,
     disabled=peft_model.disabled,
+    scaled=peft_model.scaled,
     merge=peft_model.merge,
     for_unchanged_base=peft_model.for_unchanged_base,
 )

@@ -14,8 +14,7 @@ LONGEST = 1500  # characters of a line
 EXTRAS = {  # a package -> the extra of pyproject.toml that installs it
     **dict.fromkeys(("trl", "datasets", "matplotlib", "yaml", "tqdm", "tensorboard", "sklearn"), "train"),
     **{"bitsandbytes": "qlora", "scipy": "classify", "optuna": "sweep", "sqlalchemy": "sweep"},
-    "deepspeed": "deepspeed",
-    "gguf": "export",
+    **{"deepspeed": "deepspeed", "gguf": "export", "gradio": "playground"},
 }
 INTERRUPTED = 130  # a shell's exit code for a program that Ctrl-C ended
 

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
 from plainlora.base.config import context_length
@@ -18,7 +18,7 @@ from plainlora.data.prompts import plain_prompt, render
 from plainlora.errors import UserError
 
 
-def _stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     """All ids that end an answer: chat models often have other end tokens beside the tokenizer's EOS."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
@@ -26,7 +26,7 @@ def _stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]
 
 
 @contextmanager
-def _default_generation_config(model: nn.Module) -> Iterator[None]:
+def default_generation_config(model: nn.Module) -> Iterator[None]:
     """Replaces the model's own generation config by the library's default within the block.
 
     Otherwise Transformers takes unset options from it, such as a repetition penalty or beam search, and the answer is
@@ -43,6 +43,22 @@ def _default_generation_config(model: nn.Module) -> Iterator[None]:
     finally:
         for module, config in zip(owners, before, strict=True):
             vars(module)["generation_config"] = config
+
+
+class PromptTooLong(UserError):
+    """A prompt fills the model's context."""
+
+
+def room_after(tokens: int, config: PretrainedConfig) -> int | None:
+    """How many tokens the model's context has left after a prompt; `None` if its config names no context.
+
+    Raises:
+        PromptTooLong: None are left.
+    """
+    context = context_length(config)
+    if context is not None and tokens >= context:
+        raise PromptTooLong(f"a prompt has {tokens} tokens, and the model's context is {context}; shorten it")
+    return None if context is None else context - tokens
 
 
 @torch.no_grad()
@@ -73,7 +89,7 @@ def generate(
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=_stop_ids(model, tokenizer),
+        eos_token_id=stop_ids(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
     was_training, side = model.training, tokenizer.padding_side
@@ -82,7 +98,7 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))  # similar lengths together
     answers = [""] * len(prompts)
     device = next(model.parameters()).device
-    context = context_length(cast(PreTrainedModel, model).config)
+    config = cast(PreTrainedModel, model).config
     try:
         starts = range(0, len(order), batch_size)
         for start in tqdm(starts, desc=description, disable=None if description else True, leave=False):
@@ -90,13 +106,10 @@ def generate(
             batch = tokenizer(
                 [prompts[number] for number in chosen], add_special_tokens=False, padding=True, return_tensors="pt"
             ).to(device)
-            check_known(batch["input_ids"].flatten().tolist(), tokenizer, cast(PreTrainedModel, model).config)
+            check_known(batch["input_ids"].flatten().tolist(), tokenizer, config)
             longest = batch["input_ids"].shape[1]
-            if context is not None:
-                if longest >= context:
-                    raise UserError(f"a prompt has {longest} tokens, and the model's context is {context}; shorten it")
-                settings.max_new_tokens = min(max_new_tokens, context - longest)
-            with _default_generation_config(model):
+            settings.max_new_tokens = min(max_new_tokens, room_after(longest, config) or max_new_tokens)
+            with default_generation_config(model):
                 output = model.generate(  # type: ignore[operator]
                     input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=settings
                 )

@@ -20,6 +20,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -28,6 +29,7 @@ from plainlora.errors import UserError, first_line
 from plainlora.lora import interchange
 from plainlora.lora.config import check_config, check_types, find_unsupported
 from plainlora.lora.errors import LoRAError, some
+from plainlora.lora.strength import interpolated
 from plainlora.lora.targets import check_expressions, condense, find_new_weights, find_tied, select
 
 CONVERTED = ("pissa", "olora", "corda", "lora_ga")  # beginnings of init_lora_weights
@@ -225,6 +227,15 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """
     initial = getattr(model, "initial", None)
     with cast(PeftModel, model).disable_adapter() if initial is None else _with_values(model, initial):
+        yield
+
+
+@contextmanager
+def scaled(model: nn.Module, strength: float) -> Iterator[None]:
+    """Within the block the adapter acts with this strength (dimensionless), see `plainlora.lora.strength`."""
+    config = cast(LoraConfig, cast(PeftModel, model).active_peft_config)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    with interpolated(layers, strength) if config.use_dora else rescale_adapter_scale(model, strength):
         yield
 
 

@@ -24,8 +24,8 @@ def flags() -> Iterator[str]:
 
 
 def test_every_feature_of_the_field_has_a_row() -> None:
-    assert len(OF_THE_FIELD) == 50
-    assert len({row[0] for row in OF_THE_FIELD}) == 50
+    assert len(OF_THE_FIELD) == 52
+    assert len({row[0] for row in OF_THE_FIELD}) == 52
     without_test = [row[0] for row in OF_THE_FIELD if not row[2]]
     assert without_test == []
 

@@ -35,6 +35,14 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {  # by what one wants: each ver
             "answer a prompt with the base and one adapter or several side by side, or with a whole model",
             'plainlora generate --adapter outputs/quickstart --prompt "Write the opposite of hot."',
         ),
+        "chat": (
+            "talk with an adapter and its base, or with a whole model, in the terminal",
+            "plainlora chat --adapter outputs/instruct",
+        ),
+        "playground": (
+            "compare the answers of a base and its adapters on a local page, with each token's probability",
+            "plainlora playground --adapter outputs/instruct",
+        ),
         "predict": (
             "classify texts with a trained classifier",
             'plainlora predict --model outputs/gpt2-sms-spam --text "You have won a prize"',
@@ -140,7 +148,7 @@ def _overview() -> str:
 
 def _check_texts(parsed: argparse.Namespace) -> None:
     """Checks that texts are valid UTF-8: a terminal passes any bytes on, as halves of surrogate pairs."""
-    for name in ("prompt", "input", "text"):
+    for name in ("prompt", "input", "text", "system"):
         given = getattr(parsed, name, None) or []
         for text in [given] if isinstance(given, str) else given:
             if text.encode("utf-8", "ignore").decode() != text:

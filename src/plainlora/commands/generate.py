@@ -3,7 +3,6 @@
 import argparse
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plainlora.errors import UserError
@@ -14,7 +13,8 @@ if TYPE_CHECKING:
     from plainlora.run.adapter_base import Base
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A flag's whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
     return int(text)
@@ -22,6 +22,16 @@ def _count(text: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
+    add_trained(parser)
+    parser.add_argument("--prompt", required=True, action="append", help="rendered as in training; repeatable")
+    parser.add_argument("--input", default="", help="Alpaca's optional input, for every prompt")
+    parser.add_argument("--max_new_tokens", type=count, default=128, help="longest answer, in tokens (default: 128)")
+    parser.add_argument("--with_peft", action="store_true", help="also answer with PEFT's, on a base of its own")
+    add_base_flags(parser)
+
+
+def add_trained(parser: argparse.ArgumentParser) -> None:
+    """Declares `--adapter` and `--model`, one of which is to be given."""
     trained = parser.add_mutually_exclusive_group(required=True)
     trained.add_argument(
         "--adapter",
@@ -30,10 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of an adapter that training wrote, or several",
     )
     trained.add_argument("--model", help="folder of a whole model, such as `--method full` or a merge writes")
-    parser.add_argument("--prompt", required=True, action="append", help="rendered as in training; repeatable")
-    parser.add_argument("--input", default="", help="Alpaca's optional input, for every prompt")
-    parser.add_argument("--max_new_tokens", type=_count, default=128, help="longest answer, in tokens (default: 128)")
-    parser.add_argument("--with_peft", action="store_true", help="also answer with PEFT's, on a base of its own")
+
+
+def add_base_flags(parser: argparse.ArgumentParser) -> None:
+    """Declares which base an adapter is loaded onto, and how."""
     parser.add_argument(
         "--base",
         default="16bit",
@@ -50,43 +60,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow_other_base", action="store_true", help="accept other weights of the same shapes")
 
 
-def _refuse_whole_model(folder: Path) -> None:
-    """Refuses a whole model's folder as an adapter's, such as the merged model beside the adapter."""
-    config = folder / "config.json"
-    whole = config.is_file() or (folder / "certificate.json").is_file()
-    if whole and not (folder / "adapter_config.json").is_file():
-        if config.is_file() and "ForSequenceClassification" in config.read_text(encoding="utf-8", errors="replace"):
-            raise UserError(f"{folder} is a classifier; use plainlora predict --model {folder}")
-        raise UserError(f"{folder} is a whole model, not an adapter; give it as --model {folder}")
-
-
 OF_AN_ADAPTER = {"with_peft": False, "base": "16bit", "base_model": None, "allow_other_base": False}
+
+
+def refuse_flags_of_adapters(arguments: argparse.Namespace) -> None:
+    """Refuses flags that mean nothing for a whole model."""
+    for flag, default in OF_AN_ADAPTER.items():
+        if getattr(arguments, flag, default) != default:
+            raise UserError(
+                f"--{flag} is for an adapter, and --model {arguments.model} is a whole model; leave it out"
+            )
 
 
 def _answer_by_model(arguments: argparse.Namespace) -> None:
     """Prints every prompt with the answer of a whole model."""
     import plainlora.quiet  # noqa: F401
-    from plainlora.base.classifier import is_classifier
-    from plainlora.base.config import load_config
+    from plainlora.adapters.language_model import tokenizer_of_model
     from plainlora.base.loading import load_causal_lm, to_accelerator
-    from plainlora.base.tokenizer import check_vocabulary, load_tokenizer
     from plainlora.generation import generate
-    from plainlora.run.folder import holds_adapter
     from plainlora.settings.arguments import dtype_of
 
-    name = arguments.model
-    for flag, default in OF_AN_ADAPTER.items():
-        if getattr(arguments, flag) != default:
-            raise UserError(f"--{flag} is for an adapter, and --model {name} is a whole model; leave it out")
-    if holds_adapter(name):
-        raise UserError(f"{name} is an adapter; give it as --adapter {name}")
-    config = load_config(name)
-    if is_classifier(config):
-        raise UserError(f"{name} is a classifier; use plainlora predict --model {name}")
-    tokenizer = load_tokenizer(name)
-    check_vocabulary(tokenizer, config)
+    refuse_flags_of_adapters(arguments)
+    tokenizer = tokenizer_of_model(arguments.model)
     prompts = _rendered(arguments, tokenizer)
-    model = to_accelerator(load_causal_lm(name, dtype=dtype_of(arguments.dtype)))
+    model = to_accelerator(load_causal_lm(arguments.model, dtype=dtype_of(arguments.dtype)))
     answers = generate(model, tokenizer, prompts, arguments.max_new_tokens)
     for prompt, answer in zip(arguments.prompt, answers, strict=True):
         print(f"\n{prompt}\n\n[model]\n{answer}")
@@ -170,30 +167,22 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.model is not None:
         _answer_by_model(arguments)
         return
-    adapters, longest = arguments.adapter, arguments.max_new_tokens
-    for adapter in adapters:
-        _refuse_whole_model(Path(adapter))
-
     import plainlora.quiet  # noqa: F401
+    from plainlora.adapters.language_model import check_adapters
     from plainlora.adapters.shared_base import find_shared_base
     from plainlora.backends import BACKENDS
     from plainlora.base.loading import to_accelerator
     from plainlora.generation import generate
-    from plainlora.run.adapter_base import class_labels, load_base_of, load_tokenizer_of, training_quantization
+    from plainlora.run.adapter_base import describe_original, load_base_of, load_tokenizer_of
     from plainlora.settings.arguments import dtype_of
 
-    for adapter in adapters:
-        if class_labels(adapter) is not None:
-            raise UserError(f"{adapter} is a classifier's; use plainlora predict --model {adapter}")
+    adapters, longest = arguments.adapter, arguments.max_new_tokens
+    check_adapters(adapters)
     bases = find_shared_base(adapters, arguments.base_model, arguments.allow_other_base)
     tokenizers = [load_tokenizer_of(adapter, base) for adapter, base in zip(adapters, bases, strict=True)]
     prompts = [_rendered(arguments, tokenizer) for tokenizer in tokenizers]
-    on_original = arguments.base == "16bit" and training_quantization(adapters[0]) is not None
-    if on_original:
-        print(
-            "trained on quantised weights; here the base is the original checkpoint; "
-            "for what training saw of it: --base dequantized"
-        )
+    on_original = list(describe_original(adapters[0], arguments.base))
+    print(*on_original, sep="\n", end="\n" if on_original else "")
     warnings = [base.warning for base in bases if base.warning]
     warnings += [
         f"{adapter} renders prompts otherwise than {adapters[0]}; the base answers those of {adapters[0]}"

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from plainlora.data.prompts import Message, apply_template, without_bos
 from plainlora.errors import UserError
-from plainlora.export.chat import CHATS
+from plainlora.export.chat_template import CHATS
 
 _MARKS = ("first-mark", "second-mark", "third-mark", "fourth-mark")
 Around = tuple[str, str]

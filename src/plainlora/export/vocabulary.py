@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from plainlora.data.prompts import adds_bos
 from plainlora.errors import UserError
-from plainlora.export.chat import llama_cpp_template, opens_with
+from plainlora.export.chat_template import llama_cpp_template, opens_with
 
 Splitting = tuple[tuple[Any, ...], ...]
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

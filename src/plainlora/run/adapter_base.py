@@ -1,6 +1,7 @@
 """Finds and loads the base of a saved adapter, and reads what its run recorded."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -183,6 +184,15 @@ def _find_quantization_damage(run: dict[str, Any]) -> str | None:
 def training_quantization(adapter: str | Path) -> dict[str, Any] | None:
     """How the base was quantised in training, from `run.json`; `None` if it was not, or if that is unknown."""
     return read_run(adapter).get("quantization_config")
+
+
+def describe_original(adapter: str | Path, kind: BaseKind) -> Iterator[str]:
+    """What is to be said if an adapter answers on the original checkpoint, and was trained on a quantised one."""
+    if kind == "16bit" and training_quantization(adapter) is not None:
+        yield (
+            "trained on quantised weights; here the base is the original checkpoint; "
+            "for what training saw of it: --base dequantized"
+        )
 
 
 def class_labels(adapter: str | Path) -> list[str] | None:

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from plainlora.data.prompts import render_prompt
 from plainlora.errors import UserError
-from plainlora.export.chat import CHATS, llama_cpp_template
+from plainlora.export.chat_template import CHATS, llama_cpp_template
 from plainlora.export.ollama import find_pieces, modelfile
 
 # As published with SmolLM2-Instruct.
