@@ -55,6 +55,29 @@ def register_weights(model: nn.Module) -> None:
                 deepspeed.zero.register_external_parameter(layer, parameter)
 
 
+def forget_releases_with_order(zero: Any) -> None:
+    """Makes ZeRO-3 decide anew which weights to release, whenever it records anew in which order modules run.
+
+    It caches these decisions for good. Those of a forward pass alone, such as an evaluation before training, release
+    weights that the backward pass needs, which are then gathered twice, and with gradient checkpointing three times:
+    https://github.com/deepspeedai/DeepSpeed/blob/v0.19.8/deepspeed/runtime/zero/partitioned_param_coordinator.py
+    (`__params_to_release`)
+
+    Args:
+        zero: DeepSpeed's optimizer.
+    """
+    coordinator: Any = zero.parameter_offload.get_param_coordinator()
+    decide = type(coordinator)._PartitionedParameterCoordinator__params_to_release  # wraps what it caches, for NVTX
+    decisions = next(cell.cell_contents for cell in decide.__closure__ if hasattr(cell.cell_contents, "cache_clear"))
+    own = coordinator._invalidate_trace
+
+    def invalidate() -> None:
+        own()
+        decisions.cache_clear()
+
+    coordinator._invalidate_trace = invalidate
+
+
 @dataclass(frozen=True)
 class Part:
     """The part of a trained weight that this process's optimizer updates.
@@ -100,9 +123,10 @@ class ZeRO(Engine):
         self.shards_base = trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
 
     def after_wrapping(self, model: nn.Module) -> None:
-        """Registers the weights that a LoRA layer reads in its backward pass."""
+        """Makes ZeRO-3 gather what a LoRA layer reads in its backward pass, and nothing twice."""
         if self.shards_base:
             register_weights(model)
+            forget_releases_with_order(self._zero)
 
     @contextmanager
     def whole(self, changed: bool = False) -> Iterator[None]:
