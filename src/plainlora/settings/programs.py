@@ -17,6 +17,7 @@ from plainlora.settings.arguments import (
     SFTRecipeConfig,
 )
 from plainlora.settings.checks import classify_faults, refused_values, sft_faults
+from plainlora.settings.launcher import asks_for_deepspeed, warn_of_held_locks
 from plainlora.settings.parsing import Fault, StrictParser, read_yaml
 
 RecipeT = TypeVar("RecipeT", bound=RecipeArguments)
@@ -123,6 +124,8 @@ class Program(Generic[SettingsT]):
         Raises:
             UserError: Nothing can be read, for example because the file is not a YAML mapping.
         """
+        if asks_for_deepspeed():
+            warn_of_held_locks()
         parser = self.parser()
         parser.set_defaults(**defaults)
         parts = parser.read(words)
