@@ -125,7 +125,8 @@ def test_u03_predictions_on_the_original_of_a_quantised_base_come_with_the_loss_
     shown = capfd.readouterr()
     assert len(shown.out.splitlines()) == 1  # the answer alone
     losses = re.search(
-        r"trained on quantised weights.*: [01] of 1 texts get .* is ([\d.]+) here and ([\d.]+) there", shown.err
+        r"trained on quantised weights.*: [01] of 1 texts get .* is ([\d.]+) on the checkpoint and ([\d.]+) on",
+        shown.err,
     )
     assert losses
     assert losses[1] != losses[2]

@@ -218,10 +218,11 @@ def test_the_settings_of_an_adapter_are_left_out_of_methods_that_train_none(
         f"last_layers, full: train no adapter, so lora_config, loraplus_lr_ratio of {recipe} are left out of them"
     )
     trained = json.loads((output / "table.json").read_text())
-    assert [row["arm"] for row in trained["arms"]] == ["last_layers", "lora", "full"]
+    assert [row["variant"] for row in trained["variants"]] == ["last_layers", "lora", "full"]
     assert trained["failures"] == []
     left = {
-        row["arm"]: json.loads((output / f"{row['arm']}-seed0" / "run.json").read_text()) for row in trained["arms"]
+        row["variant"]: json.loads((output / f"{row['variant']}-seed0" / "run.json").read_text())
+        for row in trained["variants"]
     }
     assert [left[name]["arguments"]["loraplus_lr_ratio"] for name in ("last_layers", "lora", "full")] == [
         None,

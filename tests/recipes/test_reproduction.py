@@ -106,16 +106,20 @@ def test_flags_of_where_and_after_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("name", "values", "said"),
     [
-        ("command", ["../evil.py", [], ["rm.py"], "sft.py", [1]], "the command in its run.json is not valid"),
+        (
+            "command",
+            ["../evil.py", [], ["rm.py"], "sft.py", [1]],
+            "the command in its run.json is not valid; train again",
+        ),
         (
             "config",
             ["lora.yaml", [1], {"env": {"PATH": "."}}, {"env": [1]}],
-            "the config in its run.json is not valid",
+            "the config in its run.json is not valid; train again",
         ),
-        ("processes", [0, "2", 10**6], "the processes and threads in its run.json is not valid"),
-        ("threads", [None, -1], "the processes and threads in its run.json is not valid"),
-        ("device", [None, 0], "the device in its run.json is not valid"),
-        ("versions", [None, ["torch"]], "the versions in its run.json is not valid"),
+        ("processes", [0, "2", 10**6], "the processes and threads in its run.json is not valid; train again"),
+        ("threads", [None, -1], "the processes and threads in its run.json is not valid; train again"),
+        ("device", [None, 0], "the device in its run.json is not valid; train again"),
+        ("versions", [None, ["torch"]], "the versions in its run.json is not valid; train again"),
         ("weights", [{}, None], "run.json has no weights.sha256; only finished runs can be compared"),
         ("rows", [None], "run.json has no rows.train.sha256; only finished runs can be compared"),
     ],
