@@ -125,7 +125,7 @@ def test_a_published_template_is_rendered_as_it_is_and_not_by_a_function_of_its_
     adapter = make_adapter(tmp_path, "llama", tokenizer, base=roles)
     figures = export_gguf(adapter, tmp_path / "out", merged=True).certificate["proof"]
     assert figures["equal_chat_prompts"] == 50
-    monkeypatch.setattr("plainlora.export.chat.RENDERED_AS_JINJA", "")
+    monkeypatch.setattr("plainlora.export.chat_template.RENDERED_AS_JINJA", "")
     with pytest.raises(UserError, match="the chat call of llama-cpp-python gives the model another prompt"):
         export_gguf(adapter, tmp_path / "other", merged=True)
     assert not (tmp_path / "other").exists()
