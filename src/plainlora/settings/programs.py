@@ -17,7 +17,8 @@ from plainlora.settings.arguments import (
     SFTRecipeConfig,
 )
 from plainlora.settings.checks import classify_faults, refused_values, sft_faults
-from plainlora.settings.launcher import asks_for_deepspeed, warn_of_held_locks
+from plainlora.settings.held_locks import warn_of_held_locks
+from plainlora.settings.launcher import asks_for_deepspeed
 from plainlora.settings.parsing import Fault, StrictParser, read_yaml
 
 RecipeT = TypeVar("RecipeT", bound=RecipeArguments)

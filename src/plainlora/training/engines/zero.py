@@ -123,7 +123,7 @@ class ZeRO(Engine):
         self.shards_base = trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
 
     def after_wrapping(self, model: nn.Module) -> None:
-        """Makes ZeRO-3 gather what a LoRA layer reads in its backward pass, and nothing twice."""
+        """Makes ZeRO-3 gather what a LoRA layer reads in its backward pass, and keep what it can until then."""
         if self.shards_base:
             register_weights(model)
             forget_releases_with_order(self._zero)
