@@ -26,7 +26,17 @@ from plainlora.lora.targets import find_targets
 BackendName = Literal["fused", "reference", "peft", "peft_fused"]
 
 FIXED_BY_CHECKPOINT = (
-    *("r", "lora_alpha", "use_rslora", "lora_dropout", "bias", "rank_pattern", "alpha_pattern", "modules_to_save"),
+    *(
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "use_dora",
+        "lora_dropout",
+        "bias",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+    ),
     *("exclude_modules", "layers_to_transform", "base_model_name_or_path"),
 )
 CHOSEN_BY_EVA = ("rank_pattern", "alpha_pattern", "target_modules")

@@ -61,6 +61,27 @@ def room_after(tokens: int, config: PretrainedConfig) -> int | None:
     return None if context is None else context - tokens
 
 
+def check_prompts(
+    setting: str, prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> None:
+    """Raises `UserError` for a rendered prompt that `generate` would refuse.
+
+    Args:
+        setting: The setting that the prompts come from, for the message.
+        prompts: Rendered prompts.
+        tokenizer: The model's tokenizer.
+        config: The model's config.
+    """
+    for number, prompt in enumerate(prompts, 1):
+        ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        if not ids:
+            raise UserError(f"{setting}: prompt {number} is empty, and there is no chat template; give some text")
+        try:
+            room_after(len(ids), config)
+        except PromptTooLong as error:
+            raise UserError(f"{setting}: {error} (prompt {number})") from error
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,

@@ -62,6 +62,21 @@ def test_an_added_method_never_takes_the_name_of_a_file(tmp_path: Path) -> None:
     ]
 
 
+def test_no_method_that_trains_the_bases_weights_is_added_to_a_recipe_in_4_or_8_bits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = folder_of(tmp_path, lora="")
+    for flags, names in (
+        (("--load_in_4bit", "true"), ["lora"]),
+        (("--load_in_4bit", "false"), ["last_layers", "lora", "full"]),
+    ):
+        assert [variant.name for variant in find_variants([given], flags)] == names
+    said = capsys.readouterr().out
+    assert said == (
+        f"last_layers, full: not compared, as {given} sets load_in_4bit, and these train the base's own weights\n"
+    )
+
+
 def test_several_configs_are_compared_as_they_are(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

@@ -345,6 +345,8 @@ def test_a_base_dropout_that_is_no_probability_below_1_is_refused(p: str) -> Non
         ("optim: galore_adamw", "optim galore_adamw: You need to install `galore_torch`"),
         ("optim_args: nonsense", "optim adamw_torch_fused: it cannot be made here ("),
         ("fsdp: full_shard", "fsdp is for several processes, and this is one"),
+        ("fsdp: full_shard\nmethod: full", "method full: FSDP2 shards the base's weights, which this method trains"),
+        ("lora_config: {init_lora_weights: pisa}", "init_lora_weights is 'pisa'; did you mean pissa?"),
         ("fsdp: full_shard\nfsdp_config: {version: 1}", "fsdp: version 1 is not supported; set fsdp_version: 2"),
         (
             "fsdp: full_shard\nfsdp_config: {cpu_ram_efficient_loading: true}",

@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -35,7 +34,7 @@ from plainlora.run.checkpoints import newest_checkpoint
 from plainlora.run.folder import list_checkpoints
 from plainlora.settings.arguments import ClassifyConfig
 from plainlora.training.trainers import AdapterTrainer, ClassifierTrainer, args_for_sft
-from plainlora.training.watching import FirstGradients, RowsSeen, check_effect, documents, lora_matrices
+from plainlora.training.weight_checks import FirstGradients, check_effect, lora_matrices
 from tests.conftest import BACKBONES, make_model
 from tests.two_processes import in_two_processes
 
@@ -263,17 +262,6 @@ def test_u17_a_resumed_run_has_seen_the_rows_of_an_uninterrupted_one(make: Calla
     assert other.seen.digest != whole.seen.digest
 
 
-def test_u17_the_digest_of_the_rows_depends_on_their_order() -> None:
-    batches = [np.array([[1, 2]]), np.array([[3, 4]])]
-    digests = set()
-    for order in ((0, 1), (1, 0), (0,), (0, 1, 1)):
-        seen = RowsSeen()
-        for number in order:
-            seen.add(batches[number])
-        digests.add(seen.digest)
-    assert len(digests) == 4
-
-
 def digest_of_what_the_model_is_given(trainer: AdapterTrainer) -> str:
     """Trains, and takes the digest of the ids that reach the model."""
     given: list[torch.Tensor] = []
@@ -423,12 +411,3 @@ def test_two_processes_stop_together_for_the_loss_or_the_signal_of_one(
     assert one[1].startswith(f"stopped after step 2 of 9; {tmp_path}/signalled/checkpoint-2 is saved; ")
     assert other[1] == "Stopped at 2"
     assert digests[0] == digests[1] != other_digests[0] == other_digests[1]
-
-
-def test_a_batch_is_taken_apart_into_the_rows_it_was_made_of() -> None:
-    ids = torch.tensor([[5, 6, 7, 8, 9, 1]])
-    assert documents({"input_ids": ids}) == [[5, 6, 7, 8, 9, 1]]
-    assert documents({"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])}) == [[5, 6, 7, 8, 9]]
-    assert documents({"input_ids": ids, "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]])}) == [[6, 7, 8, 9, 1]]
-    positions = torch.tensor([[0, 1, 2, 0, 1, 0]])
-    assert documents({"input_ids": ids, "position_ids": positions}) == [[5, 6, 7], [8, 9], [1]]

@@ -54,7 +54,7 @@ def compare_beginnings(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase)
         source, spelled = str(tokenizer.chat_template), ""
         if source.startswith(BOS):
             source, spelled = source.removeprefix(BOS), BOS
-        tokenizer.chat_template = f"{spelled}{{{{- {json.dumps(lead)} -}}}}{source}"
+        tokenizer.chat_template = f"{spelled}{{{{- {json.dumps(lead, ensure_ascii=False)} -}}}}{source}"
         prompt = _beginning(tokenizer)
     others = [number for number, text in enumerate(texts, 1) if not text.startswith(prompt)]
     found = [SPECIAL.match(text) for text in texts]

@@ -6,6 +6,7 @@ the loss. So each head is compared with the model's own forward pass on tokens o
 head that gives another loss is not used.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,7 +63,12 @@ class LossHead:
     def __init__(self, model: PreTrainedModel, form: Form = "one pass") -> None:
         self.form, self.with_statistics, self.extra, self.router = form, True, False, False
         self._theirs: Callable[..., Any] = model.forward
-        model.forward = MethodType(self._forward, model)
+
+        @functools.wraps(type(model).forward)  # `generate` computes positions and masks for what the signature names
+        def forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+            return self._forward(model, *args, **kwargs)
+
+        model.forward = MethodType(forward, model)
 
     def undo(self, model: PreTrainedModel) -> None:
         """Restores the head that the model had before."""
@@ -270,6 +276,8 @@ def use_own_loss(trainer: SFTTrainer, one_pass: bool) -> LossChoice:
     head = choice.head
 
     def is_logged() -> bool:
+        if trainer.args.logging_strategy == "epoch":  # then the means of all steps are logged
+            return True
         step, every = trainer.state.global_step + 1, int(trainer.state.logging_steps)
         return step % max(every, 1) == 0 or (step == 1 and trainer.args.logging_first_step)
 

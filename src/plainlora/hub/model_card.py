@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, SchedulerType, TrainingArguments
 from trl import ModelConfig, SFTConfig
 
 from plainlora.base.classifier import is_classifier
+from plainlora.base.config import class_names
 from plainlora.data.datasets import hub_name, is_local
 from plainlora.lora.config import find_unsupported
 from plainlora.lora.interchange import read_config
@@ -313,7 +314,7 @@ def write_classifier_card(
     if lora is not None:
         settings |= _adapter_settings(backend or recipe.lora_backend, lora) | {"head": head}
     settings |= {"base weights": _base_weights(model)} | _training_settings(training, results)
-    names = ", ".join(f"`{label}`" for label in (config.id2label or {}).values())
+    names = ", ".join(f"`{label}`" for label in class_names(config))
     if lora is not None:
         load = f"""{_head_sentence(head, is_classifier(config))}
 

@@ -35,7 +35,7 @@ from plainlora.settings.arguments import (
     parse_mapping,
 )
 from plainlora.settings.device import trains_on_cpu
-from plainlora.settings.launcher import asks_for_fsdp
+from plainlora.settings.launcher import asks_for_fsdp, sharding_engine
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -68,7 +68,7 @@ BELOW_1 = ("base_dropout", "adam_beta1", "adam_beta2")  # and at least 0
 OWN_FLAGS = {"revision", "dtype", "quantization", "attn_implementation", "trust_remote_code", "dropout"}
 
 # Settings that no method but lora takes; no recipe has them by default.
-OF_AN_ADAPTER = ("adapter_name_or_path", "lora_config", "loraplus_lr_ratio")
+ADAPTER_SETTINGS = ("adapter_name_or_path", "lora_config", "loraplus_lr_ratio")
 
 # Metrics beside the loss: of a classifier's validation rows, and of a language model's test rows.
 SCORES = ("accuracy", "f1")
@@ -178,7 +178,7 @@ def common_faults(
     if not refused:
         yield from _fault_of(check_schedule, training)
     if recipe.method != "lora":
-        for name in OF_AN_ADAPTER:
+        for name in ADAPTER_SETTINGS:
             if getattr(recipe, name) is not None:
                 yield f"{name} is for an adapter, and method {recipe.method} trains none; leave it out"
     yield from _unsupported(
@@ -188,7 +188,7 @@ def common_faults(
         }
     )
     yield from _misplaced(recipe, script, model)
-    yield from _method_faults(recipe, model)
+    yield from _method_faults(recipe, training, model)
     yield from _fsdp_faults(training)
     if training.save_strategy == "best" and not training.metric_for_best_model:
         yield "save_strategy best needs metric_for_best_model: give one, such as loss"
@@ -198,10 +198,15 @@ def common_faults(
         yield from _fault_of(check_tracker, tracker)
 
 
-def _method_faults(recipe: RecipeArguments, model: ModelConfig) -> Iterator[str]:
+def _method_faults(recipe: RecipeArguments, training: TrainingArguments, model: ModelConfig) -> Iterator[str]:
     """Yields the settings that contradict `method`."""
     if recipe.method != "lora" and (model.load_in_4bit or model.load_in_8bit):
         yield f"method {recipe.method} trains the base's own weights, which is not possible in 4 or 8 bits; use lora"
+    if recipe.method != "lora" and (engine := sharding_engine(training)):
+        yield (
+            f"method {recipe.method}: {engine} shards the base's weights, which this method trains; use "
+            "accelerate_configs/ddp.yaml, or method lora"
+        )
     if recipe.method != "lora" and recipe.merge:
         yield f"merge: method {recipe.method} leaves a whole model, so there is nothing to merge"
     if recipe.last_layers and recipe.method != "last_layers":

@@ -205,6 +205,8 @@ class StrictParser(TrlParser):
         for value in values:
             if value is None or isinstance(value, (list, dict)):
                 raise UserError(f"{where}: an entry of the list is one value, not {value!r}")
+            if isinstance(value, bool):
+                raise UserError(f"{where}: YAML reads yes, no, on and off as true and false; put the entry in quotes")
             try:
                 converted.append(kind(str(value)) if callable(kind) else str(value))
             except (ValueError, TypeError, argparse.ArgumentTypeError) as error:

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from trl import ModelConfig
 
 from plainlora.backends import Backend, attach_adapter
-from plainlora.base.config import load_config, quantization_method
+from plainlora.base.config import class_names, load_config, quantization_method
 from plainlora.base.loading import describe_quantization
 from plainlora.errors import UserError
 from plainlora.lora.config import check_config
@@ -153,4 +153,4 @@ def _labels_of(checkpoint: str | Path) -> list[str] | None:
     """A whole model's classes, from its config; `None` for an adapter, whose classes are only in `run.json`."""
     if holds_adapter(checkpoint):
         return None
-    return list((load_config(str(checkpoint)).id2label or {}).values())
+    return class_names(load_config(str(checkpoint)))

@@ -89,7 +89,7 @@ def plan_lora(
             _check_classes(parent, labels)
         notes.append(parent.line(lora))
         lora = parent.config
-    _check_engine("FSDP2" if settings.training.fsdp else sharding_engine(), lora)
+    _check_engine(sharding_engine(settings.training), lora)
     backend, only_peft = choose_backend(recipe.lora_backend, lora, build())
     if only_peft is not None:
         notes.append(f"PEFT's own code trains this adapter: {only_peft}")

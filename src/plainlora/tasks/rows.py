@@ -10,7 +10,7 @@ from trl import SFTConfig
 
 from plainlora.data.beginnings import Beginnings, compare_beginnings
 from plainlora.data.classification import LabelledSplits, TextReport, encode_texts, load_labelled
-from plainlora.data.datasets import load_train_and_test
+from plainlora.data.datasets import evenly_spaced, load_train_and_test
 from plainlora.data.encoding import EncodingReport, encode_rows, trains_answers_only
 from plainlora.data.layouts import find_schema, is_rendered, prompts_of, unread_columns
 from plainlora.settings.programs import ClassifySettings, SFTSettings
@@ -182,8 +182,8 @@ class PreparedTexts:
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
     def splits(self, measured_train_rows: int) -> dict[str, Dataset]:
-        """The rows on which accuracy is measured. Training rows are shuffled, so the first are a random sample."""
-        train = self.train.select(range(min(measured_train_rows, len(self.train))))
+        """The rows on which accuracy is measured; of the training rows so many, evenly spaced."""
+        train = evenly_spaced(self.train, measured_train_rows)
         found = {"training": train, "validation": self.validation, "test": self.test}
         return {name: rows for name, rows in found.items() if rows is not None}
 
