@@ -10,11 +10,12 @@ from peft import LoraConfig
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from plainlora.backends import BACKENDS
+from plainlora.base.config import load_config
 from plainlora.base.loading import load_causal_lm
 from plainlora.data.encoding import Encoder
 from plainlora.data.layouts import find_schema
 from plainlora.errors import UserError
-from plainlora.generation import ExactMatch, generate
+from plainlora.generation import ExactMatch, check_prompts, generate
 
 
 @pytest.mark.parametrize("backend", ["reference", "peft"])
@@ -97,3 +98,22 @@ def test_a_row_is_asked_and_expected_to_answer_as_it_trains(
     trained = own.decode(encoded["input_ids"])
     assert trained.startswith(asked.prompts[0])
     assert trained.removeprefix(asked.prompts[0]).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("", "sample_prompts: prompt 2 is empty, and there is no chat template; give some text"),
+        (
+            "word " * 300,
+            r"sample_prompts: a prompt has \d+ tokens, and the model's context is 256; shorten it \(prompt 2\)",
+        ),
+    ],
+)
+def test_what_cannot_be_answered_after_training_is_said_before(
+    prompt: str, said: str, model_dirs: dict[str, Path], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    config = load_config(str(model_dirs["llama"]))
+    check_prompts("sample_prompts", ["fine", "fine"], tokenizer, config)
+    with pytest.raises(UserError, match=f"^{said}$"):
+        check_prompts("sample_prompts", ["fine", prompt], tokenizer, config)

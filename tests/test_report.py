@@ -1,6 +1,7 @@
 """What a run leaves for people says what happened."""
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from plainlora.hub.model_card import write_sft_card
 from plainlora.plots import plot_loss
-from plainlora.report import describe_samples
+from plainlora.report import describe_samples, package_versions
 from plainlora.settings.arguments import SFTArguments
 from plainlora.settings.programs import Settings
 from plainlora.tasks.summary import classifier_summary, summary
@@ -138,3 +139,8 @@ def test_a_classifiers_summary_says_what_memory_training_took(tmp_path: Path) ->
     assert "training took         60 s, at most 1.5 GB\n" in classifier_summary(results, str(tmp_path))
     results["peak_memory_reserved_bytes"] = 2_100_000_000
     assert ", at most 1.5 GB (2.1 GB reserved)\n" in classifier_summary(results, str(tmp_path))
+
+
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plainlora.report.PACKAGES", ("torch", "not-installed-anywhere"))
+    assert package_versions() == {"torch": version("torch")}

@@ -348,6 +348,29 @@ def test_u06_prompts_begin_as_the_rows_of_text_did(own: PreTrainedTokenizerFast,
     assert "beginning" not in {one.check for one in examination.findings}
 
 
+def test_u06_what_all_rows_begin_with_is_said_at_inference_too_whatever_its_letters(
+    own: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    own.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
+    lead = "Friendly bot \U0001f60a, \u00e9\u00e8.\n"
+    texts = [{"text": f"{lead}<|user|>Say {number}.<|assistant|>{number}"} for number in range(4)]
+    prepare(tmp_path, own, texts)
+    assert render_prompt("Say 1.", own) == f"{lead}<|user|>Say 1.<|assistant|>"
+    assert own(render_prompt("Say 1.", own)).input_ids
+
+
+def test_without_max_length_a_row_longer_than_the_context_is_an_error(
+    own: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    context = CONFIGS["llama"]().max_position_embeddings
+    long = {"instruction": "a", "output": "b " * context}
+    finding = found(examine(prepare(tmp_path, own, [*ROWS, long], max_length=None), own), "length")
+    assert finding.level == "error"
+    assert f"tokens, and the model's context is {context}; set max_length" in finding.message
+    healthy = examine(prepare(tmp_path, own, ROWS, max_length=None), own)
+    assert "length" not in {one.check for one in healthy.findings}
+
+
 def test_u06_rows_of_text_that_begin_otherwise_than_prompts_are_a_warning(
     own: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

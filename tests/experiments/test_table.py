@@ -171,10 +171,12 @@ def test_bad_arguments_run_nothing(
 def test_a_failing_run_loses_no_other_and_a_finished_one_is_not_run_again(
     backbone_dirs: dict[str, Path], texts_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = write_recipe(tmp_path / "tiny" / "lora.yaml", backbone_dirs["distilbert"], texts_file)
+    own = {"push_to_hub": True, "hub_token": "hf_secret", "env": {"OMP_NUM_THREADS": "1"}}  # nothing is published
+    recipe = write_recipe(tmp_path / "tiny" / "lora.yaml", backbone_dirs["distilbert"], texts_file, **own)
     broken = write_recipe(tmp_path / "tiny" / "z.yaml", backbone_dirs["distilbert"], texts_file, lora_rank=4)
     output = tmp_path / "out"
-    command = ["table", "--config", recipe, broken, "--seeds", 0, "--output_dir", output, "--", "--weight_decay=0.01"]
+    command = ["table", "--config", recipe, broken, "--seeds", 0, "--output_dir", output]
+    command += ["--", "--weight_decay=0.01", "--hub_token=hf_secret"]
     printed, line = fail(capfd, *command)
     assert "1 of 2 runs failed, the first of them z with seed 0: " in line
     assert "lora_rank is not an option; did you mean lora_r?" in line
@@ -188,6 +190,7 @@ def test_a_failing_run_loses_no_other_and_a_finished_one_is_not_run_again(
     arguments = json.loads((output / "lora-seed0" / "run.json").read_text())["arguments"]
     assert (arguments["seed"], arguments["weight_decay"], arguments["lora_r"]) == (0, 0.01, 4)
     assert not list(output.glob("*/checkpoint-*"))
+    assert not [file for file in output.rglob("*") if file.is_file() and b"hf_secret" in file.read_bytes()]
 
     # The broken one is mended: only what is missing runs.
     write_recipe(broken, backbone_dirs["distilbert"], texts_file, method="full")

@@ -14,7 +14,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     Gemma2Config,
     Gemma3TextConfig,
+    Llama4TextConfig,
     MistralConfig,
+    PhimoeConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -224,3 +226,51 @@ def test_a_fused_trainer_packed_or_not_has_the_losses_that_it_has_without(
     assert ("attention_mask" in next(iter(trainer.get_train_dataloader()))) == (not packing)
     assert len(found[0]) > 5
     assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+def test_gpt2s_rows_stay_padded_in_a_trainer_that_counts_their_first_labels(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Without padding Transformers would divide the loss by fewer tokens, and the loss would be another one."""
+    rows = Dataset.from_dict({"input_ids": [random_ids(1, length)[0].tolist() for length in (5, 40, 17, 33)]})
+    found = []
+    for fused in (False, True):
+        args = SFTConfig(
+            output_dir=str(tmp_path), max_steps=2, logging_steps=1, learning_rate=1e-3, use_cpu=True, bf16=False,
+            report_to="none", save_strategy="no", disable_tqdm=True, per_device_train_batch_size=4,
+            gradient_checkpointing=False,
+        )  # fmt: skip
+        base = make("gpt2", attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, loss_type=None)
+        lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+        trainer = SFTTrainer(base, args, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+        assert not trainer._loss_shifts_labels
+        if fused:
+            assert "padding-free collator" not in fuse(trainer).fused
+        trainer.train()
+        found.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+CHUNKED = Llama4TextConfig(
+    **GROUPED, attention_chunk_size=8, intermediate_size_mlp=64, num_local_experts=2, interleave_moe_layer_step=4,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [CHUNKED, PhimoeConfig(**GROUPED, sliding_window=8, num_local_experts=2)])
+def test_masks_that_the_layers_do_not_pass_on_are_left_to_the_model(
+    config: PretrainedConfig, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Their chunks or windows are shorter than a document, and nothing but the mask tells the layer."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    rows = Dataset.from_dict({"input_ids": [random_ids(1, length)[0].tolist() for length in (30, 20, 12)]})
+    args = SFTConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", packing=True, max_length=64,
+        per_device_train_batch_size=1, gradient_checkpointing=False,
+    )  # fmt: skip
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+    trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+    ids = random_ids(1, 30)
+    before = model(input_ids=ids).logits
+    assert "attention over documents" not in fuse(trainer).fused
+    assert torch.equal(model(input_ids=ids).logits, before)

@@ -203,3 +203,18 @@ def test_a_model_without_values_is_fused_without_a_word(caplog: pytest.LogCaptur
     assert said[0] == []
     (line,) = said[1]
     assert line.startswith("4 layers are not fused: ")
+
+
+def test_a_bias_of_b_that_comes_later_is_computed(tmp_path: Any) -> None:
+    model = filled(get_peft_model(make_model("llama"), config("llama")))
+    fuse(model)
+    model.add_adapter("other", config("llama", lora_bias=True))
+    for name, parameter in model.named_parameters():
+        if "other" in name:
+            nn.init.normal_(parameter, std=0.2)
+    model.set_adapter("other")
+    found = observe(model)
+    unfuse(model)
+    expected = observe(model)
+    assert any("lora_B.other.bias" in name for name in expected)
+    assert_same(expected, found)

@@ -22,6 +22,7 @@ from plainlora.hub.publication import collect_publication
 from plainlora.lora.errors import LoRAError
 from tests.conftest import CONFIGS, make_model
 from tests.refusals import Run
+from tests.test_peft_model import base_of, config_of
 
 BASE = "openai-community/gpt2"
 WEIGHTS = "adapter_model.safetensors"
@@ -336,3 +337,14 @@ def test_the_help_names_the_hub_and_what_each_flag_takes(capsys: pytest.CaptureF
     said = capsys.readouterr().out
     assert "Publish an adapter or a model on the Hub." in said
     assert "--model MODEL" in said
+
+
+@pytest.mark.parametrize("name", ["embeddings", "target_parameters", "use_bdlora"])
+def test_adapters_whose_matrices_are_of_other_shapes_are_published_too(name: str, tmp_path: Path) -> None:
+    """PEFT's own: an embedding's A and B have other names, those of experts and of blocks another rank."""
+    kind = "mixtral" if name == "target_parameters" else "llama"
+    model = get_peft_model(base_of(kind), config_of(name, kind))
+    model.peft_config["default"].base_model_name_or_path = BASE
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    (tmp_path / "adapter" / "README.md").unlink()
+    assert WEIGHTS in collect_publication(tmp_path / "adapter", None).files

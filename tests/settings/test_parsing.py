@@ -181,6 +181,7 @@ def test_u22_a_wrong_type_or_choice_is_refused_from_both_sides(name: str, value:
         ("run_name: {a: b}", "run_name takes one value, not a mapping"),
         ("seed: null", "seed has no value"),
         ("merge:", "merge has no value"),
+        ("sample_prompts: [yes, a]", "YAML reads yes, no, on and off as true and false; put the entry in quotes"),
         ("sample_prompts: [a, null]", "an entry of the list is one value, not None"),
         ("sample_prompts: [[a]]", "an entry of the list is one value, not ['a']"),
         ("lora_layers_to_transform: [a]", "invalid literal for int()"),
