@@ -103,7 +103,7 @@ def test_values_of_json_stay_what_they_are(tmp_path: Path) -> None:
 
 
 def test_values_inside_messages_and_tools_of_json_stay_what_they_are(tmp_path: Path) -> None:
-    """The `Json` type of `datasets` makes 0.30000000000000004 of 0.3, 0 of the tiny one, and a number of the text 42."""
+    """The `Json` type of `datasets` makes 0.30000000000000004 of 0.3, and a number of the text 42."""
     call = {"function": {"name": "heat", "arguments": {"to": 0.3, "by": 1e-12, "big": 2**70, "note": None}}}
     texts = ("42", '{"a": 1}', [{"type": "text", "text": "null"}])
     asked = [{"role": "user", "content": text} for text in texts]

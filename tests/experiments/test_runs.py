@@ -31,7 +31,7 @@ def test_settings_come_from_the_flags_then_the_yaml_then_the_recipe() -> None:
         (["--seed=3"], r"--seed cannot stand after the --: use --seeds"),
         (
             ["--push_to_hub", "true"],
-            r"--push_to_hub cannot stand after the --: no run is published here; publish the one",
+            r"--push_to_hub cannot stand after the --: no run is published here",
         ),
         (["--lora_rr", "4"], r"'--lora_rr' is not a flag of recipes/classify.py"),
         (["loose"], r"'loose' is not a flag"),
