@@ -39,6 +39,7 @@ FIXED_BY_CHECKPOINT = (
     ),
     *("exclude_modules", "layers_to_transform", "base_model_name_or_path"),
 )
+CONVERTED_FOR_EXPERTS = ("target_parameters", "target_modules", "rank_pattern", "alpha_pattern")
 CHOSEN_BY_EVA = ("rank_pattern", "alpha_pattern", "target_modules")
 CONDENSED_FROM = 20  # names; PEFT replaces so many target_modules by shorter ones that match the same modules
 
@@ -235,12 +236,12 @@ def check_same_adapter(checkpoint: str | Path, config: LoraConfig) -> None:
     """
     saved = interchange.read_config(checkpoint)
     names = [*FIXED_BY_CHECKPOINT, *sorted({*find_unsupported(saved), *find_unsupported(config)})]
-    if config.target_parameters is None and "target_parameters" in names:
-        names.remove("target_parameters")  # PEFT turned names of experts into them
+    by_peft = config.target_parameters is None and bool(saved.target_parameters)  # of names of experts
     targets = (saved.target_modules, config.target_modules)
     if all(isinstance(value, (list, set)) and len(value) < CONDENSED_FROM for value in targets):
         names.append("target_modules")
-    names = [name for name in names if config.init_lora_weights != "eva" or name not in CHOSEN_BY_EVA]
+    changed = CONVERTED_FOR_EXPERTS if by_peft else CHOSEN_BY_EVA if config.init_lora_weights == "eva" else ()
+    names = [name for name in names if name not in changed]
     for name in names:
         before, now = (_comparable(name, getattr(one, name)) for one in (saved, config))
         if isinstance(before, (list, set)) and isinstance(now, (list, set)):

@@ -30,7 +30,15 @@ from plainlora.lora import interchange
 from plainlora.lora.config import check_config, check_types, find_unsupported
 from plainlora.lora.errors import LoRAError, some
 from plainlora.lora.strength import interpolated
-from plainlora.lora.targets import check_expressions, condense, find_new_weights, find_tied, select
+from plainlora.lora.targets import (
+    check_expressions,
+    check_patterns,
+    condense,
+    find_modules_to_save,
+    find_new_weights,
+    find_tied,
+    select,
+)
 
 CONVERTED = ("pissa", "olora", "corda", "lora_ga")  # beginnings of init_lora_weights
 NEEDS_ROWS = ("eva", "corda", "lora_ga")
@@ -91,7 +99,10 @@ def attach(
         UserError: PEFT refuses the config or cannot compute the initial values.
     """
     check_config(config)
-    selected = select(model, config).selected
+    found = select(model, config)
+    selected = found.selected
+    check_patterns(config, [*selected, *found.selected_parameters])
+    find_modules_to_save(model, config, ())
     new = find_new_weights(model, config, new_weights)
     if _on_meta(model):
         config = _for_shapes(config)
@@ -295,16 +306,28 @@ def load(model: PreTrainedModel, directory: str | Path) -> nn.Module:
     """
     check_base_is_known(_check_readable(model, directory), directory)
     adapted = _by_peft(f"cannot load {directory}", PeftModel.from_pretrained, model, str(directory))
-    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    if missing := sorted(set(wanted) - set(interchange.saved_shapes(directory))):
-        raise LoRAError(f"{directory}/adapter_model.safetensors lacks {some(missing)}; its saving was not finished")
+    _check_whole(adapted, directory)
     return adapted
 
 
+def _check_whole(adapted: PeftModel, directory: str | Path) -> None:
+    """Raises `LoRAError` if a weight was not in the file: PEFT leaves it as it was initialised, without a word."""
+    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if missing := sorted(set(wanted) - set(interchange.saved_shapes(directory))):
+        raise LoRAError(f"{directory}/adapter_model.safetensors lacks {some(missing)}; its saving was not finished")
+
+
 def reload(model: nn.Module, directory: str | Path) -> None:
-    """Copies a checkpoint's adapter into a model that carries it already, to resume training."""
+    """Copies a saved adapter into a model that carries one of its config already, to train it further.
+
+    Raises:
+        LoRAError: The files cannot be read, or a weight is missing.
+        UserError: PEFT refuses the adapter, which has other shapes for one.
+    """
     _check_readable(model, directory)
-    cast(PeftModel, model).load_adapter(str(directory), "default", is_trainable=True)
+    adapted = cast(PeftModel, model)
+    _by_peft(f"cannot load {directory}", adapted.load_adapter, str(directory), "default", is_trainable=True)
+    _check_whole(adapted, directory)
 
 
 def merge(model: nn.Module) -> PreTrainedModel:

@@ -16,7 +16,7 @@ from plainlora.run.record import digest_of_rows, resolve_arguments
 # adapter's own settings with the checkpoint's config.
 WHAT_IS_TRAINED = (
     *("method", "model_name_or_path", "model_revision", "last_layers", "train_head", "base_dropout", "adapter_dtype"),
-    *("adapter_name_or_path", "loraplus_lr_ratio"),
+    *("adapter_name_or_path", "loraplus_lr_ratio", "model_init_kwargs"),
     *("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head"),
     *("lora_target_modules", "lora_exclude_modules", "lora_layers_to_transform"),
 )
