@@ -70,10 +70,9 @@ class Selection(LoraModel):
             warnings.simplefilter("ignore")  # PEFT's, about what is an error here
             super().__init__(model, resolved, "default")
         self.target_parameters = set(resolved.target_parameters or ())
-        kept = resolved.target_modules
-        self.converted = (
-            set() if isinstance(kept, str) or kept is None else set(config.target_modules or ()) - set(kept)
-        )
+        given, kept = config.target_modules, resolved.target_modules
+        lists = isinstance(given, (list, set)) and isinstance(kept, (list, set))
+        self.converted = set(given) - set(kept) if lists else set()  # type: ignore[arg-type]
 
     def _create_and_replace(self, *_: Any, current_key: str, parameter_name: str | None = None, **__: Any) -> None:  # type: ignore[override]
         (self.selected if parameter_name is None else self.selected_parameters).append(current_key)
@@ -118,6 +117,30 @@ def _matches(name: str, **fields: Any) -> object:
     return check_target_module_exists(
         SimpleNamespace(**{"target_modules": [], "target_parameters": None} | fields), name
     )
+
+
+def without_unmatched(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """A saved adapter's config without the names and patterns that match nothing in its base, which PEFT ignores.
+
+    Args:
+        model: The base.
+        config: The adapter's config.
+    """
+    names, config = [name for name, _ in model.named_modules() if name], deepcopy(config)
+    try:
+        converted = Selection(model, config).converted
+    except ValueError:  # PEFT refuses it, and is to say why
+        return config
+    for field in ("target_modules", "exclude_modules"):
+        entries = getattr(config, field)
+        if isinstance(entries, (list, set)):
+            kept = [entry for entry in entries if entry in converted or any(_names(entry, name) for name in names)]
+            setattr(config, field, kept)
+    parameters = [name for name, _ in model.named_parameters()]
+    for field in ("rank_pattern", "alpha_pattern"):
+        given = getattr(config, field) or {}
+        setattr(config, field, {key: n for key, n in given.items() if any(map(_end(key).match, names + parameters))})
+    return config
 
 
 def _check_layers(matched: list[str], config: LoraConfig) -> None:

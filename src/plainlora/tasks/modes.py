@@ -1,6 +1,5 @@
 """What the finetuning modes train: a classifier's adapter, or the last layers or every weight of any model."""
 
-import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -115,20 +114,7 @@ def train_adapter(
     """
     quantization = describe_quantization(model)
     adapted = attach_adapter(model, config, backend, adapter_dtype, new_weights, batches)
-    biases = {}
-    if config.bias != "none":
-        trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-        biases = {value: value.detach().cpu().clone() for name, value in trained.items() if name.endswith("bias")}
-    return TrainableModel(adapted, backend, partial(_before_training, backend, adapted, biases), quantization)
-
-
-@contextmanager
-def _before_training(backend: Backend, model: nn.Module, biases: dict[nn.Parameter, torch.Tensor]) -> Iterator[None]:
-    """Switches the adapters off and restores initial biases. PEFT does not restore them; it only warns."""
-    with _initial_values(biases), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
-        with backend.disabled(model):
-            yield
+    return TrainableModel(adapted, backend, partial(backend.disabled, adapted), quantization)
 
 
 def check_same_method(checkpoint: str | Path, method: str, labels: Sequence[str] | None = None) -> None:
