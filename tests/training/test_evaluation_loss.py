@@ -97,6 +97,16 @@ def test_a_routers_loss_is_trained_and_not_measured(tmp_path: Path, tokenizer: P
     assert trainer.aux_loss_enabled
 
 
+@pytest.mark.parametrize("options", [{"label_smoothing_factor": 0.2}, {"loss_type": "dft"}])
+def test_it_is_the_cross_entropy_whatever_the_training_loss_is(
+    options: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    trainer = make_trainer(make_model("llama"), tmp_path, tokenizer, per_device_eval_batch_size=4, **options)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(own_loss(base_of(trainer.adapted)), rel=1e-6)
+    assert trainer.args.loss_type == options.get("loss_type", trainer.args.loss_type)
+    assert (trainer.label_smoother is None) == ("label_smoothing_factor" not in options)
+
+
 def test_it_chooses_the_best_checkpoint(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     trainer = make_trainer(
         make_model("llama"), tmp_path, tokenizer, per_device_eval_batch_size=4, max_steps=4, eval_strategy="steps",

@@ -60,6 +60,7 @@ def make_trainer(
         BACKENDS[backend],
         args=args_for_sft(SFTConfig(output_dir=str(folder), **(arguments | options))),
         train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}),
+        eval_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}) if "eval_strategy" in options else None,
         processing_class=tokenizer,
     )
 
@@ -370,6 +371,29 @@ class SignalsItself(TrainerCallback):
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step == 1:
             signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"save_strategy": "best"},
+        {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "load_best_model_at_end": True},
+    ],
+)
+def test_what_is_said_to_be_saved_after_a_signal_is_there(
+    options: dict[str, Any], make: Callable[..., AdapterTrainer]
+) -> None:
+    """Also if another checkpoint is the best, and Trainer would keep that one alone, or save no other."""
+    trainer = make(
+        max_steps=9, eval_strategy="steps", eval_steps=1, metric_for_best_model="loss", greater_is_better=True,
+        logging_steps=1, **options,
+    )  # fmt: skip
+    trainer.add_callback(SignalsItself())
+    with pytest.raises(Stopped, match="stopped after step 2 of 9; .*checkpoint-2 is saved"):
+        trainer.train()
+    assert trainer.state.best_global_step == 1
+    assert [path.name for path in list_checkpoints(trainer.args.output_dir)] == ["checkpoint-1", "checkpoint-2"]
+    assert trainer.args.load_best_model_at_end == options.get("load_best_model_at_end", False)
 
 
 def train_together(rank: int, folder: Path) -> tuple[list[str], list[str]]:

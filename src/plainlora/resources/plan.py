@@ -90,12 +90,12 @@ class Plan:
         """Number of optimizer steps, as Trainer counts them."""
         if self.training.max_steps > 0:
             return self.training.max_steps
-        return math.ceil(self.training.num_train_epochs * self._steps_an_epoch)
+        return math.ceil(self.training.num_train_epochs * self.steps_an_epoch)
 
     @property
     def all_tokens(self) -> int:
         """Number of tokens that are trained on, over all epochs."""
-        return math.ceil(self.tokens * self.steps / self._steps_an_epoch)
+        return math.ceil(self.tokens * self.steps / self.steps_an_epoch)
 
     def tokens_per_step(self, processes: int) -> int:
         """Number of tokens of one optimizer step on this many processes, on average."""
@@ -109,7 +109,8 @@ class Plan:
         return math.ceil(self.tokens / self.longest) if getattr(self.training, "packing", False) else self.rows
 
     @property
-    def _steps_an_epoch(self) -> int:
+    def steps_an_epoch(self) -> int:
+        """Number of optimizer steps of one epoch, at least 1."""
         training = self.training
         batches = math.ceil(self._sequences / (training.per_device_train_batch_size * training.world_size))
         return max(1, math.ceil(batches / training.gradient_accumulation_steps))

@@ -105,7 +105,7 @@ class PredictedTokensCounted(Trainer):
         self._loss_shifts_labels = True
 
 
-class _TrainerOverrides(Watched, AtomicSaves, RowsInOrder, WithLoRAPlus):
+class _TrainerOverrides(AtomicSaves, Watched, RowsInOrder, WithLoRAPlus):
     """The overrides of both trainers.
 
     Args:

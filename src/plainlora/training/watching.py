@@ -113,6 +113,24 @@ class Watched(EngineTrainer):
                 raise
             raise UserError(f"{describe_lost(error)}, so training stopped; {self._advice()}") from error
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's. A run that was stopped keeps its newest checkpoint, and loads no other.
+
+        With `save_total_limit: 1` Trainer keeps the best one alone.
+        """
+        if not self.stopping:
+            return super()._finalize_training(*args, **kwargs)
+        before = self.args.save_total_limit, self.args.load_best_model_at_end
+        self.args.save_total_limit, self.args.load_best_model_at_end = None, False
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit, self.args.load_best_model_at_end = before
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """As Trainer's, which with `save_strategy: best` saves only then; a run that is stopped saves in any case."""
+        return super()._determine_best_metric(*args, **kwargs) or bool(self.stopping)
+
     def _advice(self) -> str:
         """How to continue from the newest checkpoint, if there is one, in one clause."""
         folder = str(self.args.output_dir)

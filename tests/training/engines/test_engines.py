@@ -17,6 +17,7 @@ from trl import SFTConfig
 
 from plainlora.backends import BACKENDS, attach_adapter
 from plainlora.errors import UserError
+from plainlora.folders import MANIFEST, find_damage
 from plainlora.training.engines.engine import shard_of
 from plainlora.training.trainers import AdapterTrainer, args_for_sft
 from tests.conftest import make_model
@@ -129,6 +130,9 @@ def test_two_processes_compute_and_save_what_one_does(alone: tuple[Path, dict[st
         assert each["losses"] == pytest.approx(one["losses"], rel=1e-3)  # logged with four digits
         assert each["held"] < 0.6 * one["held"]
     assert differ(ours, theirs) < 1e-4
+    for saved in (ours, theirs, ours / "checkpoint-2"):
+        assert (saved / MANIFEST).is_file()
+        assert find_damage(saved) is None
     found, expected = (
         torch.load(run / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"] for run in (ours, theirs)
     )
