@@ -389,7 +389,7 @@ def test_what_is_said_to_be_saved_after_a_signal_is_there(
         logging_steps=1, **options,
     )  # fmt: skip
     trainer.add_callback(SignalsItself())
-    with pytest.raises(Stopped, match="stopped after step 2 of 9; .*checkpoint-2 is saved"):
+    with pytest.raises(Stopped, match=r"stopped after step 2 of 9; .*checkpoint-2 is saved"):
         trainer.train()
     assert trainer.state.best_global_step == 1
     assert [path.name for path in list_checkpoints(trainer.args.output_dir)] == ["checkpoint-1", "checkpoint-2"]
