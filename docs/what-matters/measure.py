@@ -11,7 +11,6 @@ import json
 import os
 import statistics
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 

@@ -182,6 +182,8 @@ def test_u22_a_wrong_type_or_choice_is_refused_from_both_sides(name: str, value:
         ("seed: null", "seed has no value"),
         ("merge:", "merge has no value"),
         ("sample_prompts: [yes, a]", "YAML reads yes, no, on and off as true and false; put the entry in quotes"),
+        ("do_train: true", "do_train is not an option; leave it out: these programs always train"),
+        ("use_peft: true", r"use_peft is not an option; did you mean method? (lora trains an adapter)"),
         ("sample_prompts: [a, null]", "an entry of the list is one value, not None"),
         ("sample_prompts: [[a]]", "an entry of the list is one value, not ['a']"),
         ("lora_layers_to_transform: [a]", "invalid literal for int()"),

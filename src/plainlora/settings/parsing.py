@@ -108,6 +108,10 @@ class Fault:
     read_as: str = ""
 
 
+# Fields of Transformers' and TRL's dataclasses that are for scripts of another kind; see `RENAMES` for what to do.
+READ_BY_NOTHING = ("do_train", "do_eval", "do_predict", "use_peft")
+
+
 class StrictParser(TrlParser):
     """`TrlParser` in which nothing is ignored: unknown keys, wrong types and bad choices are errors (trl#1564).
 
@@ -122,6 +126,10 @@ class StrictParser(TrlParser):
 
     def __init__(self, dataclass_types: Sequence[Any], **kwargs: Any) -> None:
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        for action in [action for action in self._actions if action.dest in READ_BY_NOTHING]:
+            self._remove_action(action)
+            for option in action.option_strings:
+                del self._option_string_actions[option]
         self._types = {name: kind for owner in dataclass_types for name, kind in get_type_hints(owner).items()}
         self.defaults = {action.dest: action.default for action in self._actions}
         self.origins: dict[str, str] = {}
