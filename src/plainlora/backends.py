@@ -21,7 +21,7 @@ from plainlora.lora.errors import LoRAError, UnsupportedError
 from plainlora.lora.layer import LoRALinear
 from plainlora.lora.merge import merge
 from plainlora.lora.record import replace_module
-from plainlora.lora.targets import find_targets
+from plainlora.lora.targets import find_targets, modules_to_save
 
 BackendName = Literal["fused", "reference", "peft", "peft_fused"]
 
@@ -212,9 +212,12 @@ def loaded(backend: Backend, model: PreTrainedModel, directory: str | Path) -> I
             base[name].data.copy_(value)
 
 
-def _comparable(name: str, value: Any) -> Any:
+def _comparable(name: str, config: LoraConfig) -> Any:
     """A config's value in a form in which equivalent values are equal."""
-    if name in ("modules_to_save", "exclude_modules"):
+    value = getattr(config, name)
+    if name == "modules_to_save":
+        return sorted(set(modules_to_save(config)))  # a saved config names the task's heads too
+    if name == "exclude_modules":
         return value if isinstance(value, str) else sorted(value or ())
     if name in ("rank_pattern", "alpha_pattern"):
         return value or {}
@@ -243,7 +246,7 @@ def check_same_adapter(checkpoint: str | Path, config: LoraConfig) -> None:
     changed = CONVERTED_FOR_EXPERTS if by_peft else CHOSEN_BY_EVA if config.init_lora_weights == "eva" else ()
     names = [name for name in names if name not in changed]
     for name in names:
-        before, now = (_comparable(name, getattr(one, name)) for one in (saved, config))
+        before, now = (_comparable(name, one) for one in (saved, config))
         if isinstance(before, (list, set)) and isinstance(now, (list, set)):
             before, now = sorted(before), sorted(now)
         if before != now:

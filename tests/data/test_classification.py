@@ -219,7 +219,7 @@ def test_test_texts_that_are_trained_on_are_counted(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", [("a", "ham"), (" b\n", "spam"), ("c", "ham")])
     write(tmp_path / "test.jsonl", [("b  ", "ham"), ("B", "spam"), ("c", "spam"), ("c", "ham")])
     splits = load(tmp_path)
-    assert splits.leaked == 3
+    assert splits.leaked["test"] == 3
     assert splits.line().endswith("; 3 test rows whose text is also a training row's")
 
 

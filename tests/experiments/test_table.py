@@ -171,7 +171,11 @@ def test_bad_arguments_run_nothing(
 def test_a_failing_run_loses_no_other_and_a_finished_one_is_not_run_again(
     backbone_dirs: dict[str, Path], texts_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    own = {"push_to_hub": True, "hub_token": "hf_secret", "env": {"OMP_NUM_THREADS": "1"}}  # nothing is published
+    own = {
+        "push_to_hub": True,
+        "hub_token": "hf_secret",
+        "env": {"A": "1"},
+    }  # nothing is published
     recipe = write_recipe(tmp_path / "tiny" / "lora.yaml", backbone_dirs["distilbert"], texts_file, **own)
     broken = write_recipe(tmp_path / "tiny" / "z.yaml", backbone_dirs["distilbert"], texts_file, lora_rank=4)
     output = tmp_path / "out"

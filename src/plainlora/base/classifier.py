@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
-from plainlora.base.config import load_config
+from plainlora.base.config import class_names, load_config
 from plainlora.base.loading import load_pretrained
 from plainlora.errors import UserError
 
@@ -19,13 +19,18 @@ def classifier_config(
     A decoder's head reads the last token that is not padding, so it must know the pad token (trl#422).
 
     Raises:
-        UserError: It cannot be loaded, or the base is a classifier with another number of classes.
+        UserError: It cannot be loaded, or the base is a classifier with another number or order of classes.
     """
     config = load_config(name, revision)
     if is_classifier(config) and config.num_labels != len(labels):
         raise UserError(
             f"{name} is a classifier of {config.num_labels} classes already, the data has {len(labels)} "
             f"({', '.join(labels)}); give a base with as many, or one without a head"
+        )
+    own = [name.casefold() for name in class_names(config)] if is_classifier(config) else []
+    if own != (asked := [label.casefold() for label in labels]) and sorted(own) == sorted(asked):
+        raise UserError(
+            f"{name} is a classifier of these classes in another order; set labels to {', '.join(class_names(config))}"
         )
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}

@@ -90,7 +90,7 @@ def context_length(config: PretrainedConfig) -> int | None:
     """The model's context length in tokens; `None` if its config does not give one."""
     text = config.get_text_config()
     length = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    if not length:
+    if not length or length < 0:  # as XLNet's
         return None
     return int(length) - (((text.pad_token_id or 0) + 1) if text.model_type in PADDED_POSITIONS else 0)
 

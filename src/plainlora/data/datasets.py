@@ -341,13 +341,18 @@ def load_train_and_test(
     if check is not None:
         check(train, f"{name} (train)")
     if test_name is not None:
+        if is_same_file(name, test_name):
+            raise UserError(
+                f"eval_dataset_name: {test_name} holds the training rows; give other rows, or hold some out with "
+                "test_split_size"
+            )
         test = load_split(test_name, test_split, config) or load_split(test_name, "train", config)
         if test is None:
             raise UserError(f"eval_dataset_name: {test_name} has neither a split {test_split!r} nor 'train'")
     else:
-        test = load_split(name, test_split, config)
+        test = None if test_split == train_split else load_split(name, test_split, config)
     if test is None and test_split_size:
-        held_out = int(test_split_size) if test_split_size >= 1 else math.ceil(round(test_split_size * len(train), 6))
+        held_out = held_out_rows(test_split_size, len(train))
         if not 0 < held_out < len(train):
             raise UserError(f"test_split_size: {test_split_size:g} of {len(train)} rows leaves none to train on")
         parts = train.train_test_split(test_size=held_out, seed=seed)
@@ -361,6 +366,17 @@ def evenly_spaced(rows: Dataset, count: int) -> Dataset:
     """So many rows of a data set, or all it has, at even distances: it may be sorted by class."""
     kept = min(count, len(rows))
     return rows.select([number * len(rows) // kept for number in range(kept)])
+
+
+def held_out_rows(size: float, total: int) -> int:
+    """How many of `total` rows a held-out set has: a number of rows, or a share below 1."""
+    return int(size) if size >= 1 else math.ceil(round(size * total, 6))  # rounded: 0.07 * 100 is more than 7
+
+
+def is_same_file(first: str, second: str) -> bool:
+    """Whether two names are those of one file on this disk."""
+    paths = [os.path.expanduser(name) for name in (first, second)]
+    return all(map(os.path.isfile, paths)) and os.path.samefile(*paths)
 
 
 def row_numbers(rows: Dataset) -> Sequence[int]:

@@ -4,7 +4,7 @@ The rows of a batch are then concatenated, as packed rows are: `(1, n_1 + n_2 + 
 Memory and time depend on the number of tokens, not on the longest row. The loss is the same: it is a sum over tokens.
 """
 
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -33,12 +33,28 @@ class Documents:
         """Makes the trainer's collator concatenate the rows of a batch."""
         collator = cast(DataCollatorForLanguageModeling, self._trainer.data_collator)
         self.collator, collator.padding_free, self._trainer.padding_free = collator, True, True
+        own = self._trainer.predict
+
+        def predict(*args: Any, **kwargs: Any) -> Any:
+            """Trainer's, with padding: it returns the logits of each row."""
+            self._pad(True)
+            try:
+                return own(*args, **kwargs)
+            finally:
+                self._pad(False)
+
+        vars(self._trainer)["predict"] = predict
+
+    def _pad(self, padded: bool) -> None:
+        if self.collator is not None:
+            self.collator.padding_free = self._trainer.padding_free = not padded
 
     def undo(self) -> None:
         """Restores the model's own attention, and padding."""
         self.attention.undo()
         if self.collator is not None:
-            self.collator.padding_free = self._trainer.padding_free = False
+            self._pad(True)
+            del vars(self._trainer)["predict"]
 
 
 def _pads(trainer: SFTTrainer) -> bool:

@@ -5,7 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -153,12 +153,12 @@ def fuse(target: nn.Module | Trainer) -> FuseReport:
     for name, layer in _layers(target):
         if _is_covered(layer):
             form = _forward_plainlora if isinstance(layer, LoRALinear) else _forward_peft
-            layer.forward = MethodType(form, layer)  # type: ignore[method-assign, union-attr]
+            layer.forward = partial(form, layer)  # type: ignore[method-assign, union-attr]
             fused["LoRA layers"] += 1
         else:
             unchanged.append(name)
     for module, forward in _activations(target):
-        module.forward = MethodType(forward, module)
+        module.forward = partial(forward, module)
         fused["GELU" if forward is _gelu else "SwiGLU"] += 1
     base = _base_of(target)
     if base is not None and attention.is_covered(base) and attention.has_attention_dropout(base):

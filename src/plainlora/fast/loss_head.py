@@ -205,12 +205,16 @@ class LossChoice:
     def __init__(self, trainer: SFTTrainer, one_pass: bool) -> None:
         self.trainer, self.model = trainer, base_of(cast(nn.Module, trainer.model))
         self.head, self.made = LossHead(self.model, "TRL"), False
+        self._aux = trainer.aux_loss_enabled, getattr(trainer, "router_aux_loss_coef", None)
         self._tried: list[Form] = ["one pass", "TRL"] if one_pass and is_covered(self.model) else ["TRL"]
 
     def undo(self) -> None:
         """Restores the model's head and the trainer's own loss."""
         self.head.undo(self.model)
         del self.trainer.compute_loss
+        self.trainer.aux_loss_enabled, coefficient = self._aux
+        if coefficient is not None:
+            self.trainer.router_aux_loss_coef = coefficient
 
     def make(self, model: nn.Module, ids: Sequence[int]) -> None:
         """Compares the heads with the model's own forward; prints a line if no head gives the same loss.

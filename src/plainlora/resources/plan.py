@@ -112,7 +112,8 @@ class Plan:
     def steps_an_epoch(self) -> int:
         """Number of optimizer steps of one epoch, at least 1."""
         training = self.training
-        batches = math.ceil(self._sequences / (training.per_device_train_batch_size * training.world_size))
+        whole = math.floor if training.dataloader_drop_last else math.ceil
+        batches = whole(self._sequences / (training.per_device_train_batch_size * training.world_size))
         return max(1, math.ceil(batches / training.gradient_accumulation_steps))
 
     def build(self) -> tuple[PreTrainedModel, PreTrainedModel]:

@@ -96,6 +96,10 @@ def sft_faults(
             "packing_strategy=wrapped is refused: it cuts rows in two and lets examples attend to each other "
             "(trl#1230); use bfd"
         )
+    if training.packing and training.packing_strategy == "bfd_split":
+        yield "packing_strategy=bfd_split: longer rows are dropped or truncated (on_overflow) before packing; use bfd"
+    if training.truncation_mode == "keep_end" and recipe.on_overflow != "truncate":
+        yield "truncation_mode keep_end: longer rows are dropped; set on_overflow to truncate, or leave it out"
     if training.packing and training.max_length is None:
         yield "packing needs max_length: give the length of a packed sequence"
     if (training.packing or training.padding_free) and "alora_invocation_tokens" in parse_mapping(
@@ -157,6 +161,8 @@ def _refused_by_trainer(training: SFTConfig) -> Iterator[str]:
     """
     if training.padding_free and not training.packing and training.max_length is not None:
         yield "padding_free without packing enforces no max_length: set packing, or max_length to null"
+    if training.eval_packing is not None and training.eval_packing != training.packing:
+        yield f"eval_packing {training.eval_packing}: test rows are packed as training rows are; leave it out"
     kwargs = training.gradient_checkpointing_kwargs or {}
     if isinstance(kwargs, dict) and kwargs.get("selective"):
         if not training.gradient_checkpointing:

@@ -82,7 +82,7 @@ def fit_formats(
 def _in_float32(parsed: Namespace, typed: Collection[str], why: str) -> dict[str, tuple[Any, str]]:
     """Every number in float32."""
     changes: dict[str, Any] = {name: False for name in ("bf16", "fp16") if name not in typed}
-    if parsed.dtype in HALF and "dtype" not in typed:
+    if parsed.dtype in (*HALF, "auto") and "dtype" not in typed:
         changes["dtype"] = "float32"
     return {name: (value, why) for name, value in changes.items()}
 

@@ -78,15 +78,21 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
+# Beginnings of the names of variables that torch and Hugging Face's libraries read once, when they are imported.
+READ_AT_IMPORT = ("HF_HOME", "HF_HUB_", "HF_DATASETS_", "TRANSFORMERS_", "OMP_", "MKL_", "KMP_")
+
+
 def set_environment(path: str, variables: object) -> None:
     """Exports the `env:` block of a YAML.
 
     Raises:
-        UserError: It is not a mapping, or the system refuses a name or a value.
+        UserError: It is not a mapping, a variable comes too late, or the system refuses a name or a value.
     """
     if not isinstance(variables, dict):
         raise UserError(f"{path}: env must be a mapping of variables, not a {type(variables).__name__}")
     for name, value in variables.items():
+        if str(name).startswith(READ_AT_IMPORT):
+            raise UserError(f"{path}: env: {name} was read when the libraries were imported; set it in the shell")
         try:
             os.environ[str(name)] = "" if value is None else str(value)
         except (ValueError, OSError) as error:

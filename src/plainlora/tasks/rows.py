@@ -1,5 +1,6 @@
 """Reads and encodes the rows that a recipe's settings name."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -25,7 +26,7 @@ class PreparedRows:
         test: Test rows as `input_ids` and `labels`, if there are any.
         raw_test: The test rows as read, for questions and answers.
         reports: The counts of each split's encoding.
-        answers_only: Whether only answers are trained.
+        answers_only: Whether `completion_only_loss` holds.
         rendered: Whether the rows are rendered by the chat template.
         beginnings: How rows of plain text begin; `None` for rendered ones.
         unread: Columns that are not used.
@@ -133,23 +134,25 @@ def prepare_rows(
         *encoded,
         raw_test=test,
         reports=reports,
-        answers_only=answers_only or training.assistant_only_loss,
+        answers_only=answers_only,
         rendered=rendered,
         beginnings=None if rendered else compare_beginnings(train[column] if schema == "text" else asked, tokenizer),
         unread=unread,
         repeated=len(asked) - len(trained),
         leaked=sum(prompt in trained for prompt in tested),
         missing=missing,
-        too_few=_too_few(training, len(encoded[0])),
+        too_few=_too_few(training, len(encoded[0]), reports["train"].tokens),
     )
 
 
-def _too_few(training: SFTConfig, rows: int) -> str | None:
-    batch = training.per_device_train_batch_size * training.world_size
+def _too_few(training: SFTConfig, rows: int, tokens: int) -> str | None:
+    batch, what = training.per_device_train_batch_size * training.world_size, "rows"
+    if training.packing and training.max_length:
+        rows, what = math.ceil(tokens / training.max_length), "packed sequences"
     if not training.dataloader_drop_last or rows >= batch:
         return None
     return (
-        f"{rows:,} rows make no whole batch of {batch:,}, and dataloader_drop_last drops an incomplete one, so no "
+        f"{rows:,} {what} make no whole batch of {batch:,}, and dataloader_drop_last drops an incomplete one, so no "
         "step would be taken; leave it out, or lower per_device_train_batch_size"
     )
 

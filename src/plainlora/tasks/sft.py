@@ -172,7 +172,9 @@ def choose_questions(
         UserError: The rows have no separate answers, or a prompt is empty or fills the model's context.
     """
     count = settings.recipe.exact_match_rows
-    questions = ExactMatch(rows.raw_test, count, tokenizer) if count and rows.raw_test is not None else None
+    questions = None
+    if count and rows.raw_test is not None:
+        questions = ExactMatch(rows.raw_test, count, tokenizer, settings.training.dataset_text_field)
     sampled = [prompts.render_prompt(each, tokenizer) for each in settings.recipe.sample_prompts]
     check_prompts("sample_prompts", sampled, tokenizer, config)
     check_prompts("exact_match_rows", questions.prompts if questions else [], tokenizer, config)

@@ -18,6 +18,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_callback import ExportableState
 
 from plainlora.errors import UserError
 from plainlora.interruption import Stopped, StopRequest, stop_at_once
@@ -27,7 +28,8 @@ from plainlora.training.engines.trainer import EngineTrainer
 from plainlora.training.rows_seen import ROWS, KeepsRowsOnHost, RowsSeen, describe_rows, rows_on_host
 from plainlora.training.weight_checks import FirstGradients, FrozenWeights
 
-OF_ALL_STEPS = ("train_loss", "train_samples_per_second", "train_steps_per_second")  # Trainer's names
+
+OF_A_PART = ("train_loss", "train_samples_per_second", "train_steps_per_second")  # Trainer's names
 
 
 class _AfterStep(TrainerCallback):
@@ -44,7 +46,8 @@ class _AfterStep(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if control.should_training_stop and self.trainer.stopping:  # stopped in the middle of an epoch
+        if self.trainer.stopping and control.should_training_stop and cast(float, state.epoch) % 1:
+            # In the middle of an epoch. At its end the resumed run would not evaluate it again.
             control.should_save = control.should_evaluate = control.should_log = False
 
 
@@ -91,8 +94,8 @@ class Watched(EngineTrainer):
             except Stopped as stopped:
                 stopped.advice = self._advice()
                 raise
-        if self._steps < self.state.global_step:  # resumed: Trainer divides this part's figures by the steps of all
-            for name in OF_ALL_STEPS:
+        if self._steps < self.state.global_step:  # resumed: these figures are of this part of the run alone
+            for name in OF_A_PART:
                 outcome.metrics.pop(name, None)
         if self._request.number and not self.stopping:  # a signal after the last step
             stop_at_once(self._request.number)
@@ -112,6 +115,18 @@ class Watched(EngineTrainer):
             if self.accelerator.num_processes == 1 or not is_of_another_process(error):
                 raise
             raise UserError(f"{describe_lost(error)}, so training stopped; {self._advice()}") from error
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, which fails at the next checkpoint if the one that is resumed knows fewer callbacks.
+
+        https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer.py (`_save_checkpoint`)
+        """
+        found = super()._init_training_state(*args, **kwargs)
+        known = cast(dict[str, Any], self.state.stateful_callbacks)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                known.setdefault(type(callback).__name__, callback.state())
+        return found
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's. A run that was stopped keeps its newest checkpoint, and loads no other.
