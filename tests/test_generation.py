@@ -51,6 +51,23 @@ def test_an_answer_ends_with_the_context(
         generate(model, tokenizer, [prompt + prompt], 1)
 
 
+def test_a_prompt_near_the_end_of_the_context_shortens_no_other_answer(
+    model_dirs: dict[str, Path], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = load_causal_lm(str(model_dirs["gpt2"]))
+    model.generation_config.eos_token_id = None
+    word = len(tokenizer("word").input_ids)
+    long = "word" * ((model.config.max_position_embeddings - 3) // word)
+    alone = [generate(model, tokenizer, [prompt], 20)[0] for prompt in ("Say 1.", "Repeat", long)]
+    assert generate(model, tokenizer, ["Say 1.", "Repeat", long], 20) == alone
+    assert len(tokenizer(alone[0]).input_ids) > 4
+
+
+def test_the_refusal_of_plain_text_names_its_own_column(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="exact_match_rows needs rows with an answer of their own"):
+        ExactMatch(Dataset.from_dict({"body": ["a"]}), 1, tokenizer, "body")
+
+
 def test_a_token_without_an_embedding_is_refused(
     model_dirs: dict[str, Path], tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, Gemma3Config, LlamaConfig
+from transformers import AutoConfig, AutoModel, Gemma3Config, LlamaConfig, XLNetConfig
 
 from plainlora.base.config import class_names, context_length, load_config
 from plainlora.base.loading import load_causal_lm
@@ -67,6 +67,10 @@ def test_a_text_as_long_as_the_context_has_a_position_for_every_token_and_a_long
     model(input_ids=torch.full((1, context), 7))
     with pytest.raises((IndexError, RuntimeError)):
         model(input_ids=torch.full((1, context + 1), 7))
+
+
+def test_a_model_without_a_limit_has_no_context_length() -> None:
+    assert context_length(XLNetConfig()) is None
 
 
 def test_classes_are_named_by_number_whatever_the_order_in_the_file() -> None:

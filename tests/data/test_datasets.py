@@ -458,3 +458,14 @@ def test_rows_are_checked_before_any_are_held_out(tmp_path: Path) -> None:
             str(tmp_path / "rows.jsonl"), config=None, train_split="train", test_split="test", test_name=None,
             test_split_size=5, max_train_rows=None, seed=0, check=lambda rows, where: find_schema(rows, "text", where),
         )  # fmt: skip
+
+
+def test_the_training_rows_are_not_the_test_rows_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "rows.jsonl", ROW * 10)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"eval_dataset_name: rows.jsonl holds the training rows; give other rows"):
+        load(path, test_name="rows.jsonl")
+    write(tmp_path / "folder" / "test.jsonl", ROW * 10)
+    assert load(tmp_path / "folder", train_split="test")[1] is None
+    train, test = load(tmp_path / "folder", train_split="test", test_split_size=2)
+    assert (len(train), len(test or ())) == (8, 2)

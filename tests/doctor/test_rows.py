@@ -376,6 +376,22 @@ def test_u06_what_all_rows_begin_with_is_said_at_inference_too_whatever_its_lett
     assert own(render_prompt("Say 1.", own)).input_ids
 
 
+def test_rows_without_a_prompt_do_not_repeat_each_other(own: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    rows = [{"prompt": "", "completion": f"text {number}"} for number in range(4)]
+    examination = examine(prepare(tmp_path, own, rows[:3], rows[3:]), own)
+    assert found(examination, "leaked", "test rows").level == "ok"
+    assert "repeated" not in {one.check for one in examination.findings}
+
+
+def test_packed_rows_that_make_no_whole_batch_are_an_error(own: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    options = {"packing": True, "max_length": 256, "dataloader_drop_last": True, "per_device_train_batch_size": 16}
+    rows = prepare(tmp_path, own, ROWS * 2, **options)
+    assert len(rows.train) > 16
+    finding = found(examine(rows, own), "batch")
+    assert finding.level == "error"
+    assert "packed sequences make no whole batch of 16" in finding.message
+
+
 def test_without_max_length_a_row_longer_than_the_context_is_an_error(
     own: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

@@ -274,3 +274,21 @@ def test_masks_that_the_layers_do_not_pass_on_are_left_to_the_model(
     before = model(input_ids=ids).logits
     assert "attention over documents" not in fuse(trainer).fused
     assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_a_fused_trainer_predicts_row_by_row(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = Dataset.from_dict({"input_ids": [random_ids(1, 12)[0].tolist() for _ in range(6)]})
+    args = SFTConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", per_device_eval_batch_size=3,
+        per_device_train_batch_size=3, gradient_checkpointing=False, disable_tqdm=True,
+    )  # fmt: skip
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    trainer = SFTTrainer(make("llama"), args, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+    expected = trainer.predict(trainer.train_dataset)
+    assert "padding-free collator" in fuse(trainer).fused
+    found = trainer.predict(trainer.train_dataset)
+    assert found.label_ids.shape == expected.label_ids.shape == (6, 12)
+    torch.testing.assert_close(torch.tensor(found.predictions[0]), torch.tensor(expected.predictions[0]))
+    assert trainer.data_collator.padding_free
+    unfuse(trainer)
+    assert "predict" not in vars(trainer)

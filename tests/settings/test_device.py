@@ -39,6 +39,8 @@ def _folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         # What was typed stays.
         ("", ["--bf16", "true"], (True, False, "auto"), (True, False, "auto")),
         ("", ["--bf16", "false"], (False, False, "float32"), (False, False, "float32")),
+        ("dtype: auto\nprecision: fp32\n", [], (False, False, "float32"), (False, False, "float32")),
+        ("precision: fp32\n", ["--dtype", "auto"], (False, False, "auto"), (False, False, "auto")),
         ("", ["--dtype", "bfloat16"], (True, False, "bfloat16"), (False, True, "bfloat16")),
         ("fp16: true\n", ["--bf16=true", "--fp16=false"], (True, False, "auto"), (True, False, "auto")),
     ],

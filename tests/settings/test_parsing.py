@@ -341,6 +341,13 @@ def test_a_base_dropout_that_is_no_probability_below_1_is_refused(p: str) -> Non
     ("line", "said"),
     [
         ("lora_alpha: 0", "lora_alpha 0 multiplies every adapter by 0"),
+        ("packing: false\neval_packing: true", "eval_packing True: test rows are packed as training rows are"),
+        ("packing: true\npacking_strategy: bfd_split", "packing_strategy=bfd_split: longer rows are dropped or trunc"),
+        ("truncation_mode: keep_end", "truncation_mode keep_end: longer rows are dropped; set on_overflow to trunc"),
+        (
+            "env: {HF_HUB_OFFLINE: 1}",
+            "env: HF_HUB_OFFLINE was read when the libraries were imported; set it in the sh",
+        ),
         ("lora_target_modules: []", "lora_target_modules is an empty list; name modules, or leave it out"),
         ("max_steps: 0", "max_steps 0 takes no step"),
         ("num_train_epochs: 0", "num_train_epochs 0 takes no step"),

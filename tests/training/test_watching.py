@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import math
 import re
 import signal
@@ -394,6 +395,18 @@ def test_what_is_said_to_be_saved_after_a_signal_is_there(
     assert trainer.state.best_global_step == 1
     assert [path.name for path in list_checkpoints(trainer.args.output_dir)] == ["checkpoint-1", "checkpoint-2"]
     assert trainer.args.load_best_model_at_end == options.get("load_best_model_at_end", False)
+
+
+def test_an_epoch_that_a_signal_ends_is_evaluated(make: Callable[..., AdapterTrainer]) -> None:
+    """The resumed run begins with the next one. Six rows in batches of three: two steps."""
+    options = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 3, "save_strategy": "epoch"}
+    trainer = make(eval_strategy="epoch", logging_steps=1, **options)
+    trainer.add_callback(SignalsItself())
+    with pytest.raises(Stopped, match="stopped after step 2 of 4"):
+        trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [2]
+    saved = json.loads((newest_checkpoint(str(trainer.args.output_dir)) / "trainer_state.json").read_text())
+    assert any("eval_loss" in entry for entry in saved["log_history"])
 
 
 def train_together(rank: int, folder: Path) -> tuple[list[str], list[str]]:

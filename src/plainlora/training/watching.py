@@ -28,7 +28,6 @@ from plainlora.training.engines.trainer import EngineTrainer
 from plainlora.training.rows_seen import ROWS, KeepsRowsOnHost, RowsSeen, describe_rows, rows_on_host
 from plainlora.training.weight_checks import FirstGradients, FrozenWeights
 
-
 OF_A_PART = ("train_loss", "train_samples_per_second", "train_steps_per_second")  # Trainer's names
 
 
