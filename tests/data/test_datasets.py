@@ -465,6 +465,7 @@ def test_the_training_rows_are_not_the_test_rows_too(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"eval_dataset_name: rows.jsonl holds the training rows; give other rows"):
         load(path, test_name="rows.jsonl")
+    (tmp_path / "folder").mkdir()
     write(tmp_path / "folder" / "test.jsonl", ROW * 10)
     assert load(tmp_path / "folder", train_split="test")[1] is None
     train, test = load(tmp_path / "folder", train_split="test", test_split_size=2)

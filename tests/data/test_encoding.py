@@ -122,7 +122,8 @@ def test_u05_long_rows_are_dropped_whole_and_counted(alpaca: PreTrainedTokenizer
         rows=len(ROWS), kept=len(kept), too_long=len(ROWS) - len(kept), eos_cut_off=0, empty_answers=0,
         answers_cut_off=0, untrained=0, without_eos=0, first_without_eos=None, merged_boundaries=0, first_merged=None,
         longest=max(before),
-        median=statistics.median(before), percentile_95=sorted(before)[37], tokens=sum(kept), trained_tokens=sum(kept) - len(kept),
+        median=statistics.median(before), percentile_95=sorted(before)[37], tokens=sum(kept),
+        trained_tokens=sum(kept) - len(kept),
         largest_id=max(max(row) for row in encode(ROWS, alpaca)[0]["input_ids"]),
     )  # fmt: skip
     assert f"{len(ROWS) - len(kept)} longer than max_length dropped" in report.line("train rows")

@@ -346,7 +346,7 @@ def test_a_base_dropout_that_is_no_probability_below_1_is_refused(p: str) -> Non
         ("truncation_mode: keep_end", "truncation_mode keep_end: longer rows are dropped; set on_overflow to trunc"),
         (
             "env: {HF_HUB_OFFLINE: 1}",
-            "env: HF_HUB_OFFLINE was read when the libraries were imported; set it in the sh",
+            "env: HF_HUB_OFFLINE was read when the libraries were imported",
         ),
         ("lora_target_modules: []", "lora_target_modules is an empty list; name modules, or leave it out"),
         ("max_steps: 0", "max_steps 0 takes no step"),
