@@ -11,9 +11,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast
 
+from plainlora.adapters.language_model import BASE, MODEL, TUNED
 from plainlora.backends import BACKENDS
 from plainlora.chat.sampling import Sampling
-from plainlora.chat.session import BASE, MODEL, TUNED, Session, open_adapters, open_model
+from plainlora.chat.session import Session, open_adapters, open_model
 from plainlora.errors import UserError
 from plainlora.generation import PromptTooLong, generate
 from tests.conftest import make_model, random_ids

@@ -125,7 +125,7 @@ def run(arguments: argparse.Namespace) -> None:
         _answer_by_model(arguments)
         return
     import plainlora.quiet  # noqa: F401
-    from plainlora.adapters.language_model import check_adapters
+    from plainlora.adapters.language_model import BASE, answer_names, check_adapters
     from plainlora.adapters.shared_base import find_shared_base
     from plainlora.backends import BACKENDS
     from plainlora.base.loading import to_accelerator
@@ -152,8 +152,8 @@ def run(arguments: argparse.Namespace) -> None:
         return to_accelerator(load_base_of(adapters[0], base, arguments.base, dtype))
 
     model = load_base()
-    shown = {"base": generate(model, tokenizers[0], prompts[0], longest)}
-    names = {adapter: "tuned" if len(adapters) == 1 else adapter for adapter in adapters}
+    shown = {BASE: generate(model, tokenizers[0], prompts[0], longest)}
+    names = dict(zip(adapters, answer_names(adapters), strict=True))
     answers = {}
     for adapter, base, tokenizer, rendered in zip(adapters, bases, tokenizers, prompts, strict=True):
         answers[adapter] = _answer(model, adapter, base, tokenizer, rendered, longest)

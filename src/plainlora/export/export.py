@@ -94,7 +94,8 @@ def _served(adapter: Path, base: Base, layout: Layout) -> Served:
         deltas, others = None, []
     others = [name for name in others if not name.endswith(COPY)]
     layers = int(layout.config.num_hidden_layers)
-    return Served(adapter, base.name, layout.config.model_type, layers, config, deltas, tuple(others))
+    revision = None if base.revision in (None, "main") else base.revision
+    return Served(adapter, base.name, layout.config.model_type, layers, config, deltas, tuple(others), revision)
 
 
 def export_gguf(

@@ -193,6 +193,11 @@ def _write(
     (Path(output_dir) / "README.md").write_text(text, encoding="utf-8")
 
 
+def _quoted(base: str, revision: str | None) -> str:
+    """The arguments of `from_pretrained` for a base."""
+    return f'"{base}"' + (f', revision="{revision}"' if revision not in (None, "main") else "")
+
+
 def _loading_by_hand(base: str) -> str:
     return f"""
 With PlainLoRA, from a local folder:
@@ -201,7 +206,7 @@ With PlainLoRA, from a local folder:
 from plainlora import load_adapter
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = AutoModelForCausalLM.from_pretrained({base})
 model = load_adapter(base, "PATH OF THIS ADAPTER")
 ```
 """
@@ -232,6 +237,7 @@ def write_sft_card(
     """
     recipe, script, training, model = run.parts
     base, dataset = str(model.model_name_or_path), str(script.dataset_name)
+    quoted = _quoted(base, model.model_revision)
     lora = None if recipe.method != "lora" else read_config(output_dir)
     settings: dict[str, Any] = {"method": recipe.method.replace("_", " ")}
     settings |= {} if lora is None else _adapter_settings(backend or recipe.lora_backend, lora)
@@ -252,10 +258,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{HERE}")
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = AutoModelForCausalLM.from_pretrained({quoted})
 model = PeftModel.from_pretrained(base, "{HERE}")
 ```
-{"" if find_unsupported(lora) else _loading_by_hand(base)}"""
+{"" if find_unsupported(lora) else _loading_by_hand(quoted)}"""
     _write(
         output_dir,
         _metadata(
@@ -309,6 +315,7 @@ def write_classifier_card(
     """
     recipe, script, training, model = run.parts
     base, dataset = str(model.model_name_or_path), str(script.dataset_name)
+    quoted = _quoted(base, model.model_revision)
     head = "trained whole" if recipe.train_head else "LoRA" if recipe.lora_head else "frozen as it started"
     settings: dict[str, Any] = {"method": recipe.method.replace("_", " ")}
     if lora is not None:
@@ -324,7 +331,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{HERE}")
 base = AutoModelForSequenceClassification.from_pretrained(
-    "{base}",
+    {quoted},
     id2label={config.id2label},
     pad_token_id={config.pad_token_id},
 )

@@ -45,6 +45,7 @@ REPORTS = ("all_results.json", CERTIFICATE, RUN)
 
 # An absolute path of two or more parts inside a text; its last part is kept. Web addresses do not match.
 LOCAL_PATH = re.compile(r"""(?<![\w./:~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\`'"=,;()]+[/\\])+([^\s/\\`'"=,;()]*)""")
+QUOTED_PATH = re.compile(r"""([`"'])((?:~|[A-Za-z]:)?[/\\][^`"'\n]*[^`"'\n/\\])\1""")  # in quotes with spaces too
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 
 
@@ -332,7 +333,9 @@ def _for_others(content: Any, named: str | None, base: str) -> Any:
     flag, equals, value = content.rpartition("=")  # of a command, as in --model_name_or_path=PATH
     if named and value == named:
         value = base
-    elif "\n" not in value and (Path(value).is_absolute() or value.startswith("~")):  # may contain spaces
+    elif named and Path(named).is_absolute():
+        value = value.replace(named, base)
+    if "\n" not in value and (Path(value).is_absolute() or value.startswith("~")):  # may contain spaces
         value = Path(value).name
     return LOCAL_PATH.sub(r"\1", flag + equals + value)
 
@@ -381,6 +384,7 @@ def _card(folder: Path, weights: _Weights, base: str, renamed: bool) -> str:
         text = str(card)
     for quote in '`"':
         text = text.replace(f"{quote}{weights.base}{quote}", f"{quote}{base}{quote}")
+    text = QUOTED_PATH.sub(lambda match: match[1] + re.split(r"[/\\]", match[2])[-1] + match[1], text)
     return LOCAL_PATH.sub(r"\1", text)
 
 

@@ -94,7 +94,7 @@ def language_prompts(
     longest = min(LONGEST, context or LONGEST)
     rows: Iterable[dict[str, list[int]]]
     if text is not None:
-        source, most = f"the text {text}", MOST_GIVEN
+        source, most = f"the text {Path(text).name}", MOST_GIVEN
         rows = _windows("\n".join(read_text(text)), tokenizer, longest)
     else:
         source, rows = _test_rows(run, tokenizer) or ("a built-in passage", _plain(PASSAGE, tokenizer))

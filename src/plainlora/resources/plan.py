@@ -44,6 +44,7 @@ class Plan:
         merge: Whether the merged model is written too.
         tokenizer: The tokenizer, which every checkpoint contains.
         evaluated: Number of rows of the largest split that is evaluated; the training rows if left out.
+        longest_evaluated: Length of the longest of these rows in tokens; `longest` if left out.
     """
 
     config: PretrainedConfig
@@ -62,6 +63,7 @@ class Plan:
     merge: bool = False
     tokenizer: PreTrainedTokenizerBase | None = None
     evaluated: int | None = None
+    longest_evaluated: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -128,12 +130,14 @@ class Plan:
             evaluates: Whether it is a step of an evaluation.
         """
         rows, present = self.training.per_device_train_batch_size, self._sequences
+        longest = self.longest
         if evaluates:
-            rows, present = self.training.per_device_eval_batch_size, self.evaluated or self.rows
+            rows, longest = self.training.per_device_eval_batch_size, self.longest_evaluated or self.longest
+            present = self.rows if self.evaluated is None else self.evaluated
         return Step(
             config=self._trained_config(),
             prepare=self._prepare,
-            batch=largest_batch(self.training, self.longest, min(rows, present)),
+            batch=largest_batch(self.training, longest, min(rows, present)),
             device=self.device,
             dtype=self.dtype,
             autocast=precision(self.training),

@@ -142,6 +142,7 @@ def plan_run(
 ) -> Plan:
     """The figures of the run on which memory, disk space and time depend."""
     recipe, lengths = settings.recipe, texts.train["length"][:]
+    evaluated = list(texts.splits(recipe.measured_train_rows).values())
     return Plan(
         adapter.config,
         adapter.lora,
@@ -157,7 +158,8 @@ def plan_run(
         trained_modules=adapter.modules,
         merge=recipe.merge,
         tokenizer=tokenizer,
-        evaluated=max(len(rows) for rows in texts.splits(recipe.measured_train_rows).values()),
+        evaluated=max(map(len, evaluated)),
+        longest_evaluated=max(length for rows in evaluated for length in rows["length"]),
     )
 
 

@@ -159,7 +159,8 @@ def plan_run(
         trained_modules=adapter.modules,
         merge=recipe.merge,
         tokenizer=tokenizer,
-        evaluated=None if rows.test is None else len(rows.test),
+        evaluated=0 if rows.test is None else len(rows.test),
+        longest_evaluated=packed if rows.test is None else packed or max(map(len, rows.test["input_ids"]), default=1),
     )
 
 
