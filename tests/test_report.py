@@ -53,6 +53,12 @@ def test_the_metadata_is_the_hubs(tmp_path: Path) -> None:
     assert "lora" in data.tags
 
 
+def test_the_card_loads_the_revision_of_the_base_that_was_trained(tmp_path: Path) -> None:
+    text = card(tmp_path, model_revision="v2").text
+    assert text.count('from_pretrained("openai-community/gpt2", revision="v2")') == 2
+    assert "revision" not in card(tmp_path).text
+
+
 def test_no_path_is_given_for_a_hub_id(tmp_path: Path) -> None:
     data = card(tmp_path, model_name_or_path=str(tmp_path), dataset_name="./rows.jsonl").data
     assert data.base_model is None

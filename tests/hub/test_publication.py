@@ -291,6 +291,9 @@ def test_paths_of_this_disk_stay_here(adapter: Path) -> None:
     }  # fmt: skip
     card = text_of(adapter, "README.md", BASE)
     extra = "\nTrained on `/home/ann/my/rows.jsonl` from `/home/ann/models/llama`; see [here](https://a.b/c/d).\n"
+    spaced = "\nFrom `/Users/ann/My Drive/acme/x.jsonl` and 'C:\\\\Users\\\\Ann B\\\\y.jsonl', `and/or`, `a b`.\n"
+    (adapter / "README.md").write_text(card + spaced)
+    assert text_of(adapter, "README.md", BASE).endswith("\nFrom `x.jsonl` and 'y.jsonl', `and/or`, `a b`.\n")
     (adapter / "README.md").write_text(card + extra)
     assert text_of(adapter, "README.md", BASE).endswith(
         f"\nTrained on `rows.jsonl` from `{BASE}`; see [here](https://a.b/c/d).\n"
