@@ -324,7 +324,7 @@ def test_the_instruct_recipe_renders_with_the_models_own_template_and_trains_the
 
     output = run_sft(
         *("llama", "run", "--model_name_or_path", str(base), "--dataset_name", str(rows)),
-        *("--eval_dataset_name", str(rows)),
+        *("--eval_dataset_name", shutil.copy(rows, tmp_path / "test.jsonl")),
         config="recipes/instruct/lora.yaml",
     )
     printed = capfd.readouterr().out

@@ -19,7 +19,7 @@ def classifier_config(
     A decoder's head reads the last token that is not padding, so it must know the pad token (trl#422).
 
     Raises:
-        UserError: It cannot be loaded, or the base is a classifier with another number or order of classes.
+        UserError: It cannot be loaded, or the base is a classifier with another number of classes.
     """
     config = load_config(name, revision)
     if is_classifier(config) and config.num_labels != len(labels):
@@ -27,16 +27,27 @@ def classifier_config(
             f"{name} is a classifier of {config.num_labels} classes already, the data has {len(labels)} "
             f"({', '.join(labels)}); give a base with as many, or one without a head"
         )
-    own = [name.casefold() for name in class_names(config)] if is_classifier(config) else []
-    if own != (asked := [label.casefold() for label in labels]) and sorted(own) == sorted(asked):
-        raise UserError(
-            f"{name} is a classifier of these classes in another order; set labels to {', '.join(class_names(config))}"
-        )
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
     config.pad_token_id = pad_token_id
     config.use_cache = False  # nothing is generated
     return config
+
+
+def check_order(name: str, labels: Sequence[str], revision: str | None = None) -> None:
+    """Checks a base that is a classifier of these classes already: its head gives their logits in its own order.
+
+    Raises:
+        UserError: It has the same classes in another order.
+    """
+    config = load_config(name, revision)
+    own = [each.casefold() for each in class_names(config)] if is_classifier(config) else []
+    asked = {label.casefold(): label for label in labels}
+    if own != list(asked) and sorted(own) == sorted(asked):
+        raise UserError(
+            f"{name} is a classifier of these classes in another order; set labels to "
+            f"{', '.join(asked[each] for each in own)}"
+        )
 
 
 def is_classifier(config: PretrainedConfig) -> bool:

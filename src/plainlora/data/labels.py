@@ -26,7 +26,11 @@ def listed(names: list[str]) -> str:
 
 def _own_names(table: Table, column: str) -> list[str]:
     feature = table.rows.features[column]
-    return [name.strip() for name in feature.names] if isinstance(feature, ClassLabel) else []
+    return (
+        [unicodedata.normalize("NFC", name.strip()) for name in feature.names]
+        if isinstance(feature, ClassLabel)
+        else []
+    )
 
 
 def _spell(table: Table, column: str) -> Iterator[tuple[int, Any, str | None]]:

@@ -23,6 +23,7 @@ from plainlora.lora.errors import LoRAError, UnsupportedError, some
 from plainlora.lora.peft_versions import (
     NoMatchingPeftModuleError,
     convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
 )
 from plainlora.lora.storage import find_storage, is_quantized, is_supported
 
@@ -70,9 +71,7 @@ class Selection(LoraModel):
             warnings.simplefilter("ignore")  # PEFT's, about what is an error here
             super().__init__(model, resolved, "default")
         self.target_parameters = set(resolved.target_parameters or ())
-        given, kept = config.target_modules, resolved.target_modules
-        lists = isinstance(given, (list, set)) and isinstance(kept, (list, set))
-        self.converted = set(given) - set(kept) if lists else set()  # type: ignore[arg-type]
+        self.converted = _converted(model, config)
 
     def _create_and_replace(self, *_: Any, current_key: str, parameter_name: str | None = None, **__: Any) -> None:  # type: ignore[override]
         (self.selected if parameter_name is None else self.selected_parameters).append(current_key)
@@ -89,6 +88,15 @@ class Selection(LoraModel):
     def set_adapter(self, *_: Any, **__: Any) -> NoReturn:
         """PEFT calls this first after all targets are matched."""
         raise _Matched
+
+
+def _converted(model: nn.Module, config: LoraConfig) -> set[str]:
+    """The names in `target_modules` that PEFT turns into entries of `target_parameters`."""
+    given, resolved = config.target_modules, deepcopy(config)
+    if not isinstance(given, (list, set)):
+        return set()
+    convert_peft_config_for_transformers(resolved, model, None)
+    return set(given) - set(resolved.target_modules or ())
 
 
 def _leaf(name: str) -> str:
@@ -126,20 +134,23 @@ def without_unmatched(model: nn.Module, config: LoraConfig) -> LoraConfig:
         model: The base.
         config: The adapter's config.
     """
+    check_expressions(model, config)
     names, config = [name for name, _ in model.named_modules() if name], deepcopy(config)
     try:
-        converted = Selection(model, config).converted
+        found = Selection(model, config)
     except ValueError:  # PEFT refuses it, and is to say why
         return config
+    adapted = [*found.selected, *found.selected_parameters]
     for field in ("target_modules", "exclude_modules"):
         entries = getattr(config, field)
         if isinstance(entries, (list, set)):
-            kept = [entry for entry in entries if entry in converted or any(_names(entry, name) for name in names)]
+            kept = [e for e in entries if e in found.converted or any(_names(e, name) for name in names)]
             setattr(config, field, kept)
-    parameters = [name for name, _ in model.named_parameters()]
     for field in ("rank_pattern", "alpha_pattern"):
         given = getattr(config, field) or {}
-        setattr(config, field, {key: n for key, n in given.items() if any(map(_end(key).match, names + parameters))})
+        setattr(config, field, {key: number for key, number in given.items() if any(map(_end(key).match, adapted))})
+    if config.target_parameters is not None:
+        config.target_parameters = [e for e in config.target_parameters if any(_names(e, name) for name in adapted)]
     return config
 
 

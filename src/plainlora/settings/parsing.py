@@ -342,7 +342,9 @@ class StrictParser(TrlParser):
         self.left_out -= self.origins.keys()
         settings = vars(self.parse_known_args([*from_yaml, *words, *typed])[0])
         return tuple(
-            self._make_accepted(kind, {field.name: settings[field.name] for field in fields(kind) if field.init})
+            self._make_accepted(
+                kind, {field.name: settings[field.name] for field in fields(kind) if field.name in settings}
+            )
             for kind in self.dataclass_types
         )
 

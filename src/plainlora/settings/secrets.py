@@ -25,6 +25,6 @@ def config_without_secrets(path: str) -> dict[str, Any]:
         UserError: The file is not a YAML mapping.
     """
     content = {name: value for name, value in read_yaml(path).items() if name not in SECRETS}
-    if "env" in content:
-        content["env"] = sorted(map(str, content["env"] or ()))
+    if isinstance(content.get("env"), dict):
+        content["env"] = sorted(map(str, content["env"]))
     return content

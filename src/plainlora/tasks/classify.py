@@ -113,6 +113,8 @@ def plan_adapter(settings: ClassifySettings, labels: Sequence[str], pad_token_id
     """
     recipe, name = settings.recipe, settings.base
     config = classifier_config(name, labels, pad_token_id, settings.model.model_revision)
+    if recipe.adapter_name_or_path is None:  # which keeps the order that it was trained with
+        check_order(name, labels, settings.model.model_revision)
     check_dense(name, config, recipe.method)
     skeleton = build_skeleton(config)
     build = partial(build_skeleton, config)

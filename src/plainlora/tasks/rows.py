@@ -1,6 +1,5 @@
 """Reads and encodes the rows that a recipe's settings name."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -147,8 +146,9 @@ def prepare_rows(
 
 def _too_few(training: SFTConfig, rows: int, tokens: int) -> str | None:
     batch, what = training.per_device_train_batch_size * training.world_size, "rows"
-    if training.packing and training.max_length:
-        rows, what = math.ceil(tokens / training.max_length), "packed sequences"
+    if training.packing and training.max_length and rows >= batch:
+        # Best fit leaves no two sequences that would fit into one, so all but one are half full on average.
+        rows, what = 2 * tokens // training.max_length + 1, "packed sequences at most"
     if not training.dataloader_drop_last or rows >= batch:
         return None
     return (
