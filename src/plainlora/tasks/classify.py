@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from plainlora.backends import BACKENDS, count_parameters
-from plainlora.base.classifier import build_skeleton, classifier_config, load_classifier
+from plainlora.base.classifier import build_skeleton, check_order, classifier_config, load_classifier
 from plainlora.base.config import context_length, load_config
 from plainlora.base.loading import loading_options
 from plainlora.base.tokenizer import load_tokenizer
