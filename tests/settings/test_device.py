@@ -52,15 +52,32 @@ def test_mixed_precision_is_one_that_the_gpu_has(
     assert formats(T4, text, *typed) == on_t4
 
 
-@pytest.mark.parametrize(("program", "tf32"), [(SFT, None), (CLASSIFY, True)])
-def test_a_classifier_multiplies_in_tf32_where_there_is_such_a_thing(program: Program, tf32: bool | None) -> None:
-    flags = ["--model_name_or_path=m", "--dataset_name=d", "--output_dir=out"]
-    flags += ["--lora_query=true"] if program is CLASSIFY else []
+@pytest.mark.parametrize("program", [SFT, CLASSIFY])
+def test_without_mixed_precision_products_are_in_tf32_where_there_is_such_a_thing(program: Program) -> None:
+    Path("recipe.yaml").write_text("model_name_or_path: m\ndataset_name: d\noutput_dir: out\nbf16: false\n")
+    flags = ["--config", "recipe.yaml", *(["--lora_query=true"] if program is CLASSIFY else [])]
     with gpu_host(capability=A100):
-        assert program.parse(flags).training.tf32 is tf32
+        assert program.parse(flags).training.tf32 is True
         assert program.parse([*flags, "--bf16=false"]).training.tf32 is None
+        assert program.parse([*flags, "--bf16=true"]).training.tf32 is None
     with gpu_host(capability=T4):
         assert program.parse(flags).training.tf32 is None
+
+
+@pytest.mark.parametrize(
+    ("typed", "on_a100", "on_t4"),
+    [
+        ([], (True, False, "auto"), (False, True, "auto")),
+        (["--train_head=true"], (True, False, "float32"), (False, True, "float32")),
+        (["--precision=fp32"], (False, False, "float32"), (False, False, "float32")),
+    ],
+)
+def test_a_classifier_has_the_same_mixed_precision(typed: list[str], on_a100: Formats, on_t4: Formats) -> None:
+    flags = ["--model_name_or_path=m", "--dataset_name=d", "--output_dir=out", "--lora_query=true", *typed]
+    for capability, expected in ((A100, on_a100), (T4, on_t4)):
+        with gpu_host(capability=capability):
+            settings = CLASSIFY.parse(flags)
+        assert (settings.training.bf16, settings.training.fp16, settings.model.dtype) == expected
 
 
 def test_what_a_t4_trains_in_is_said_with_the_reason() -> None:

@@ -385,7 +385,7 @@ def _clashing_precisions(recipe: RecipeArguments, training: TrainingArguments, m
             f"adapter_dtype {recipe.adapter_dtype}: fp16 scales the loss, and PyTorch unscales float32 gradients "
             "only; leave it out, or give --bf16 true --fp16 false"
         )
-    precision = getattr(recipe, "precision", "auto")
+    precision = recipe.precision
     if precision == ("fp32" if training.bf16 or training.fp16 else "bf16" if not training.bf16 else None):
         flags = f"bf16 {training.bf16} and fp16 {training.fp16}".lower()
         yield f"precision {precision} contradicts {flags}; leave either out"
