@@ -135,10 +135,11 @@ def test_the_reason_for_bfloat16_is_said_and_a_yaml_for_a_gpu_fits_such_a_cpu() 
     assert (settings.training.bf16, settings.training.fp16, settings.model.dtype) == (True, False, "bfloat16")
 
 
-def test_a_classifier_trains_in_float32_on_every_cpu() -> None:
-    with cpu_host(bf16=True):
-        settings = CLASSIFY.parse([*FLAGS, "--lora_query=true"])
-    assert (settings.training.bf16, settings.model.dtype) == (False, "float32")
+def test_a_classifier_computes_in_bfloat16_where_the_cpu_has_units_for_it() -> None:
+    for bf16, expected in ((True, (True, False, "auto")), (False, IN_FP32)):
+        with cpu_host(bf16):
+            settings = CLASSIFY.parse([*FLAGS, "--lora_query=true"])
+        assert (settings.training.bf16, settings.training.fp16, settings.model.dtype) == expected
 
 
 @pytest.mark.parametrize(
