@@ -24,6 +24,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from plainlora import fuse, unfuse
+from plainlora.fast import attention as own
 from plainlora.fast.attention import NAME, DocumentAttention, is_covered
 from plainlora.fast.isolation import collate
 from tests.conftest import BACKBONES, CONFIGS, VOCABULARY, random_ids
@@ -129,15 +130,21 @@ def test_no_mask_is_built_and_no_score_between_documents(kind: str) -> None:
     assert not [shape for shape in sizes if shape[-2:] == (length, length)]
 
 
-def test_dropout_draws_the_same_numbers_as_without() -> None:
+@pytest.mark.parametrize("least", [0, 1 << 40])
+def test_dropout_draws_the_same_numbers_as_without(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own, "LEAST", least)  # block by block, and by PyTorch
     model, batch = make("gpt2", attn_pdrop=0.3).train(), packed_batch()
     expected = results(model, batch)
     DocumentAttention(model)
     assert largest_difference(results(model, batch), expected) < 2e-6
 
 
+@pytest.mark.parametrize("least", [0, 1 << 40])
 @pytest.mark.parametrize("kind", BACKBONES)
-def test_a_fused_classifier_with_dropout_draws_the_numbers_of_one_that_is_not(kind: str) -> None:
+def test_a_fused_classifier_with_dropout_draws_the_numbers_of_one_that_is_not(
+    kind: str, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own, "LEAST", least)
     batch = {"input_ids": random_ids(3, 20), "labels": torch.tensor([0, 1, 1])}
     batch["attention_mask"] = (torch.arange(20) < torch.tensor([[20], [7], [13]])).long()
     config = BACKBONES[kind]()
