@@ -348,23 +348,6 @@ def test_u06_prompts_begin_as_the_rows_of_text_did(own: PreTrainedTokenizerFast,
     assert "beginning" not in {one.check for one in examination.findings}
 
 
-@pytest.mark.parametrize(("printed", "warned"), [("m.content", True), ("m.content or ''", False)])
-def test_a_null_that_the_template_writes_as_a_word_is_a_warning(
-    printed: str, warned: bool, own: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    own.chat_template = (
-        f"{{% for m in messages %}}{{{{ m.role }}}}:{{{{ {printed} }}}}{{{{ m.tool_calls[0].function.name if "
-        "m.tool_calls }}{{ eos_token }}{% endfor %}"
-    )
-    row = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}]}
-    examination = examine(prepare(tmp_path, own, [row, row]), own)
-    assert ("null" in {one.check for one in examination.findings}) == warned
-    if warned:
-        finding = found(examination, "null")
-        assert finding.level == "warning"
-        assert "writes the null content of the assistant as the word None (first in row 1)" in finding.message
-
-
 def test_u06_what_all_rows_begin_with_is_said_at_inference_too_whatever_its_letters(
     own: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -384,7 +367,7 @@ def test_rows_without_a_prompt_do_not_repeat_each_other(own: PreTrainedTokenizer
 
 
 def test_packed_rows_that_make_no_whole_batch_are_an_error(own: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    options = {"packing": True, "max_length": 256, "dataloader_drop_last": True, "per_device_train_batch_size": 64}
+    options = {"packing": True, "max_length": 1024, "dataloader_drop_last": True, "per_device_train_batch_size": 64}
     rows = prepare(tmp_path, own, ROWS * 2, **options)
     assert len(rows.train) > 64
     finding = found(examine(rows, own), "batch")

@@ -343,7 +343,6 @@ def test_a_base_dropout_that_is_no_probability_below_1_is_refused(p: str) -> Non
         ("lora_alpha: 0", "lora_alpha 0 multiplies every adapter by 0"),
         ("packing: false\neval_packing: true", "eval_packing True: test rows are packed as training rows are"),
         ("packing: true\npacking_strategy: bfd_split", "packing_strategy=bfd_split: longer rows are dropped or trunc"),
-        ("truncation_mode: keep_end", "truncation_mode keep_end: longer rows are dropped; set on_overflow to trunc"),
         (
             "env: {HF_HUB_OFFLINE: 1}",
             "env: HF_HUB_OFFLINE was read when the libraries were imported",
@@ -371,6 +370,13 @@ def test_a_base_dropout_that_is_no_probability_below_1_is_refused(p: str) -> Non
 )
 def test_what_would_fail_after_the_base_is_loaded_or_train_nothing_is_refused(line: str, said: str) -> None:
     assert said in refusal(line + "\n")
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode")
+def test_keeping_the_end_of_rows_that_are_dropped_is_refused() -> None:
+    line = "truncation_mode: keep_end\n"
+    assert "truncation_mode keep_end: longer rows are dropped; set on_overflow to truncate" in refusal(line)
+    assert parse(f"{line}on_overflow: truncate\n")["truncation_mode"] == "keep_end"
 
 
 @pytest.mark.parametrize("metric", ["loss", "eval_loss", "perplexity", "eval_entropy", "mean_token_accuracy"])

@@ -7,7 +7,6 @@ are missing are left out. Conversations with the same outline (roles and fields)
 import json
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,9 +16,7 @@ from plainlora.data.layouts import CALLS, THINKING
 from plainlora.data.prompts import Message, render
 from plainlora.errors import UserError
 
-Kind = Literal[
-    "answer", "message", "tool call", "tools", "template options", "roles", "thinking", "fields", "quoted", "null"
-]
+Kind = Literal["answer", "message", "tool call", "tools", "template options", "roles", "thinking", "fields", "quoted"]
 QUOTED = json.dumps(json.dumps({"key": ""}))[1:-4]  # how arguments begin that were encoded as JSON twice
 THOUGHT = "</think>"  # ends the thinking of DeepSeek-R1, Qwen3 and others inside the content
 KNOWN = {"role", "content", *CALLS, *THINKING}  # a message's fields that are marked
@@ -64,7 +61,7 @@ class _Marks:
 
 def _outline(message: Message, at: int, marks: _Marks) -> Message:
     """The message with a mark in place of each text."""
-    outline = {key: value for key, value in message.items() if value is not None or key == "content"}
+    outline = {key: value for key, value in message.items() if value is not None}
     content = message.get("content")
     if isinstance(content, str) and content.strip():
         thought, end, rest = content.rpartition(THOUGHT)
@@ -139,18 +136,8 @@ class Coverage:
                 text = render(outline, self.tokenizer, options=given)
             except UserError:  # the template checks the texts, and refuses the marks
                 return []
-            lost = [*_lost(outline, marks, text, self._words(given)), *self._unread(outline, given)]
-            self.known[key] = [*lost, *self._written_nulls(outline, given, text)]
+            self.known[key] = [*_lost(outline, marks, text, self._words(given)), *self._unread(outline, given)]
         return self.known[key]
-
-    def _written_nulls(self, outline: list[Message], given: dict[str, Any], text: str) -> Iterator[tuple[Kind, str]]:
-        """Jinja writes a null as `None` where a template prints a content without looking at it."""
-        null = [message["role"] for message in outline if message.get("content", "") is None]
-        if null:
-            filled = [message | {"content": message.get("content", "") or ""} for message in outline]
-            with suppress(UserError):
-                if text.count("None") > render(filled, self.tokenizer, options=given).count("None"):
-                    yield "null", f"the chat template writes the null content of the {null[0]} as the word None"
 
     def _words(self, given: dict[str, Any]) -> set[str]:
         """The words of the template's source. The template reads no variable whose name is not among them."""

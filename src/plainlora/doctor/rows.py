@@ -22,7 +22,6 @@ OMISSIONS: dict[Kind, tuple[Level, str]] = {
     "roles": ("warning", "inference asks for the assistant, so name the roles user and assistant"),
     "thinking": ("note", "it is not trained"),
     "fields": ("note", "it changes nothing"),
-    "null": ("warning", "write an empty text there, or the word is trained"),
     "quoted": ("warning", "give them as an object: templates that expect one do not parse text"),
 }
 

@@ -32,9 +32,9 @@ NAME = "plainlora"  # in `config._attn_implementation`
 # 16 to 128 tokens, 0.90 for 256, 1.04 for 512, 1.20 for 1,024 (two cores with AVX512-BF16).
 FLOAT32_BELOW = 512
 
-# Scores from which on attention with dropout goes block by block on a CPU. For 12 heads of width 64 that took, of the
-# time of PyTorch's own, 9 to 12 times with 24 tokens and 8 or 12 rows, 1.9 with 128, 0.9 with 12 rows of 256, and 0.7 to
-# 0.8 with 8 or 12 rows of 512 (two cores). Of fewer scores there is little to save.
+# Scores from which on attention with dropout goes block by block on a CPU. With 12 heads of width 64 and 12 rows that
+# took 12 times as long as PyTorch's own for 24 tokens, twice for 128, 0.9 times for 256, 0.8 for 512 (two cores). With
+# fewer scores there is little memory to save.
 LEAST = 9 << 20
 
 

@@ -132,12 +132,12 @@ class StrictParser(TrlParser):
 
     def __init__(self, dataclass_types: Sequence[Any], **kwargs: Any) -> None:
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        self._types = {name: kind for owner in dataclass_types for name, kind in get_type_hints(owner).items()}
+        self.defaults = {action.dest: action.default for action in self._actions}
         for action in [action for action in self._actions if action.dest in READ_BY_NOTHING]:
             self._remove_action(action)
             for option in action.option_strings:
                 del self._option_string_actions[option]
-        self._types = {name: kind for owner in dataclass_types for name, kind in get_type_hints(owner).items()}
-        self.defaults = {action.dest: action.default for action in self._actions}
         self.origins: dict[str, str] = {}
         self.faults: list[Fault] = []
         self.left_out: set[str] = set()
