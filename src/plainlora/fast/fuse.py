@@ -152,7 +152,7 @@ def fuse(target: nn.Module | Trainer) -> FuseReport:
     unchanged = []
     for name, layer in _layers(target):
         if _is_covered(layer):
-            form = _forward_plainlora if isinstance(layer, LoRALinear) else _forward_peft
+            form: Callable[..., torch.Tensor] = _forward_plainlora if isinstance(layer, LoRALinear) else _forward_peft
             layer.forward = partial(form, layer)  # type: ignore[method-assign, union-attr]
             fused["LoRA layers"] += 1
         else:

@@ -113,7 +113,7 @@ class AtomicSaves(Trainer):
             "room, and resume with --resume_from_checkpoint true"
         )
 
-    def _save_rng_state(self, output_dir: str | None) -> None:
+    def _save_rng_state(self, output_dir: str) -> None:
         """As Trainer's, by which every process writes a file; the main process writes when the others have.
 
         If it fails, it removes the folder. The others must then be waiting for it, not writing there.

@@ -45,7 +45,7 @@ class _AfterStep(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.trainer.stopping and control.should_training_stop and cast(float, state.epoch) % 1:
+        if self.trainer.stopping and control.should_training_stop and state.epoch % 1:
             # In the middle of an epoch. At its end the resumed run would not evaluate it again.
             control.should_save = control.should_evaluate = control.should_log = False
 
