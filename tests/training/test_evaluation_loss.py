@@ -97,6 +97,7 @@ def test_a_routers_loss_is_trained_and_not_measured(tmp_path: Path, tokenizer: P
     assert trainer.aux_loss_enabled
 
 
+@pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")
 @pytest.mark.parametrize("options", [{"label_smoothing_factor": 0.2}, {"loss_type": "dft"}])
 def test_it_is_the_cross_entropy_whatever_the_training_loss_is(
     options: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
