@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, P
 from trl import SFTConfig
 
 from plainlora.backends import BACKENDS, attach_adapter
+from plainlora.errors import leave_if_not_first
 from plainlora.fast.loss_head import base_of
 from plainlora.parity.tiny import byte_tokenizer
 from plainlora.training.trainers import AdapterTrainer, args_for_sft
@@ -151,3 +152,4 @@ def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     evaluate(Path(sys.argv[1]))
+    leave_if_not_first()
