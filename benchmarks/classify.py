@@ -25,7 +25,7 @@ from plainlora.parity.tiny import byte_tokenizer
 from plainlora.training.trainers import ClassifierTrainer
 
 SPECIAL: dict[str, Any] = {"pad_token_id": 1}
-BF16 = "fused, bf16"
+IN_FP32 = "fused, fp32"
 
 
 def _config(model: str, full: bool) -> PretrainedConfig:
@@ -56,11 +56,11 @@ def cases(size: str, device: str) -> list[Case]:
         options |= {"adapter": adapters[model]}
         matched = {variant: {"backend": variant, "grouped": True} for variant in (FUSED, PEFT)}
         shipped: dict[str, dict[str, Any]] = {
-            FUSED: {"backend": FUSED, "grouped": True},
+            FUSED: {"backend": FUSED, "grouped": True, "bf16": has_bf16(device)},
             PEFT: {"backend": PEFT, "grouped": False},
         }
-        if has_bf16(device):  # a flag, `--bf16 true`
-            shipped[BF16] = shipped[FUSED] | {"bf16": True}
+        if has_bf16(device):  # a flag, `--precision fp32`
+            shipped[IN_FP32] = shipped[FUSED] | {"bf16": False}
         targets = () if matched_time is None else (Target("time", PEFT, matched_time),)
         found.append(Case("classify", names[model], matched, options, MATCHED, targets))
         found.append(

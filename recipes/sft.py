@@ -31,11 +31,11 @@ def main() -> None:
     found = examine_start(settings, config, tokenizer)
     found.stop()
     own_template = sft.install_template(settings, tokenizer)
-    rows = sft.prepare_rows(settings, tokenizer, run.log)
     adapter = sft.plan_adapter(settings, config)
+    rows = sft.prepare_rows(settings, tokenizer, run.log)
     examine_sft(settings, Stages(config, tokenizer, adapter, own_template), rows, found).stop_or_log(run.log)
     sft.check_resumable(run, adapter, rows)
-    questions = sft.choose_questions(settings, rows, tokenizer)
+    questions = sft.choose_questions(settings, rows, tokenizer, config)
     repository = open_run_repository(settings.training, run.log)
 
     # The order seed, base, adapter makes the same command give the same adapter.

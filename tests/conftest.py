@@ -239,17 +239,18 @@ def run_program(*command: str | Path, **environment: str) -> subprocess.Complete
     )
 
 
-def make_peft_trainer(folder: Path) -> SFTTrainer:
+def make_peft_trainer(folder: Path, **options: Any) -> SFTTrainer:
     """An existing script: TRL's trainer of a model that PEFT adapts. In the first row, 4 tokens of 16 have a label."""
     from plainlora.parity.tiny import byte_tokenizer
 
     ids = random_ids(8, 16)
     rows = [{"input_ids": row, "labels": row} for row in ids.tolist()]
     rows[0]["labels"] = [-100] * 12 + rows[0]["labels"][12:]
-    arguments = SFTConfig(
-        output_dir=str(folder), max_steps=4, per_device_train_batch_size=2, logging_steps=2, report_to="none",
-        gradient_checkpointing=False, bf16=False, use_cpu=True, save_strategy="no", disable_tqdm=True, seed=1,
-    )  # fmt: skip
+    given: dict[str, Any] = {
+        "max_steps": 4, "per_device_train_batch_size": 2, "logging_steps": 2, "report_to": "none", "bf16": False,
+        "gradient_checkpointing": False, "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "seed": 1,
+    }  # fmt: skip
+    arguments = SFTConfig(output_dir=str(folder), **(given | options))
     set_seed(1)
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.1, target_modules="all-linear")
     return SFTTrainer(

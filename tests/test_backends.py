@@ -1,5 +1,6 @@
 """Both back ends over a classifier whose head its checkpoint lacks: what is saved is what was trained (peft#876)."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
 from plainlora import inject, load_adapter, save_adapter
-from plainlora.backends import BACKENDS, attach_adapter, loaded
+from plainlora.backends import BACKENDS, attach_adapter, check_same_adapter, loaded
 from plainlora.errors import UserError
 from plainlora.lora.errors import LoRAError
 from tests.conftest import make_model, random_ids
@@ -258,3 +259,137 @@ def test_after_an_adapter_the_base_is_as_it_was(
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+@backends
+def test_of_an_adapter_that_is_trained_on_every_weight_must_be_in_the_file(
+    backend: str, tmp_path: Path, model_dirs: dict[str, Path]
+) -> None:
+    options: dict[str, Any] = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM", "r": 4}
+    adapter = Path(save_peft_adapter(tmp_path / "adapter", model_dirs["llama"], "llama", **options))
+    tensors, model = (
+        load_file(adapter / WEIGHTS),
+        attach_adapter(make_model("llama"), config(**options), BACKENDS[backend]),
+    )
+    BACKENDS[backend].reload(model, adapter)
+    for changed in (
+        {name: each for name, each in tensors.items() if "layers.1" not in name},
+        {name.replace("base_model.", "_orig_mod.base_model.", 1): each for name, each in tensors.items()},
+        {
+            name: torch.cat([each, each], -1 if "lora_A" in name else 0) for name, each in tensors.items()
+        },  # a wider base's
+    ):
+        save_file(changed, adapter / WEIGHTS)
+        with pytest.raises((LoRAError, UserError)) as caught:
+            BACKENDS[backend].reload(model, adapter)
+        assert "\n" not in str(caught.value)
+
+
+@backends
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"modules_to_save": ["lm_hed"]}, "modules_to_save: 'lm_hed' matches no module; did you mean lm_head"),
+        ({"rank_pattern": {"q_prj": 4}}, "rank_pattern: 'q_prj' matches no target module; did you mean q_proj"),
+        ({"alpha_pattern": {"q_prj": 4}}, "alpha_pattern: 'q_prj' matches no target module"),
+        ({"target_modules": ["q_proj", "k_prj"]}, "target_modules: 'k_prj' matches no module; did you mean k_proj"),
+    ],
+)
+def test_a_name_that_matches_nothing_is_named_by_every_back_end(
+    backend: str, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(LoRAError, match=said):
+        attach_adapter(make_model("llama"), config(**{"target_modules": ["q_proj"]} | options), BACKENDS[backend])
+
+
+@backends
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_without_its_adapter_a_model_has_its_biases_of_before(backend: str, bias: str) -> None:
+    expected = logits_of(make_model("gpt2"))
+    model = attach_adapter(make_model("gpt2"), config(target_modules=["c_attn"], bias=bias), BACKENDS[backend])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1
+    tuned = logits_of(model)
+    with BACKENDS[backend].disabled(model):
+        torch.testing.assert_close(logits_of(model), expected)  # GELU is fused
+    assert torch.equal(logits_of(model), tuned)
+    assert not torch.allclose(tuned, expected)
+
+
+def logits_of(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=random_ids()).logits
+
+
+def mixtral() -> MixtralForCausalLM:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    experts = {"num_key_value_heads": 2, "vocab_size": 320, "num_local_experts": 2}
+    return MixtralForCausalLM(MixtralConfig(**sizes, **experts)).eval()
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "w1", "w2", "w3"]])
+def test_a_run_with_adapted_experts_may_be_resumed(targets: str | list[str], tmp_path: Path) -> None:
+    """PEFT writes what it made of their names into the saved config."""
+
+    def asked(r: int = 4) -> LoraConfig:
+        return config(target_modules=targets, r=r, lora_alpha=8, lora_dropout=0.0)
+
+    model = attach_adapter(mixtral(), asked(), BACKENDS["peft"])
+    model.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    check_same_adapter(tmp_path, asked())
+    with pytest.raises(UserError, match="was trained with r 4, now it is 8"):
+        check_same_adapter(tmp_path, asked(8))
+    again = attach_adapter(mixtral(), asked(), BACKENDS["peft"])
+    BACKENDS["peft"].reload(again, tmp_path)
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"target_parameters": ["experts.gate_up_prj"]}, "target_parameters: 'experts.gate_up_prj' matches no param"),
+        (
+            {"target_modules": ["q_proj", "k_prj"], "target_parameters": ["experts.down_proj"]},
+            "'k_prj' matches no mod",
+        ),
+        ({"target_modules": ["q_proj", "k_prj", "w1", "w2", "w3"]}, "target_modules: 'k_prj' matches no module"),
+    ],
+)
+def test_names_beside_those_of_experts_are_checked_too(options: dict[str, Any], said: str) -> None:
+    given = config(**{"target_modules": ["q_proj"], "lora_dropout": 0.0} | options)
+    with pytest.raises(LoRAError, match=said):
+        attach_adapter(mixtral(), given, BACKENDS["peft_fused"])
+
+
+def test_an_adapter_of_experts_under_their_older_names_is_loaded(tmp_path: Path) -> None:
+    """As Transformers 4 named them, when every expert had modules of its own; PEFT puts them together on loading."""
+    config(target_modules=["w1", "w2", "w3"], r=2, lora_alpha=4, lora_dropout=0.0).save_pretrained(str(tmp_path))
+    sizes, tensors = {"w1": (48, 32), "w2": (32, 48), "w3": (48, 32)}, {}
+    for layer, expert, (name, (d_out, d_in)) in itertools.product(range(2), range(2), sizes.items()):
+        module = f"{PREFIX}model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+        tensors |= {f"{module}.lora_A.weight": torch.randn(2, d_in), f"{module}.lora_B.weight": torch.randn(d_out, 2)}
+    save_file(tensors, tmp_path / WEIGHTS)
+    expected = logits_of(PeftModel.from_pretrained(mixtral(), str(tmp_path)))
+    assert torch.equal(logits_of(BACKENDS["peft"].load(mixtral(), tmp_path)), expected)
+    assert not torch.allclose(expected, logits_of(mixtral()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+        {"use_dora": True},
+        {"trainable_token_indices": [3]},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2}},
+    ],
+)
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_what_pefts_conversion_to_the_unchanged_base_would_lose_is_refused_before_training(
+    init: str, options: dict[str, Any]
+) -> None:
+    given = config(target_modules=["q_proj"], init_lora_weights=init, **options)
+    with pytest.raises(LoRAError, match=rf": PEFT saves init_lora_weights='{init}' for the unchanged base"):
+        attach_adapter(make_model("llama"), given, BACKENDS["peft_fused"])

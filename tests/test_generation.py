@@ -10,11 +10,12 @@ from peft import LoraConfig
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from plainlora.backends import BACKENDS
+from plainlora.base.config import load_config
 from plainlora.base.loading import load_causal_lm
 from plainlora.data.encoding import Encoder
 from plainlora.data.layouts import find_schema
 from plainlora.errors import UserError
-from plainlora.generation import ExactMatch, generate
+from plainlora.generation import ExactMatch, check_prompts, generate
 
 
 @pytest.mark.parametrize("backend", ["reference", "peft"])
@@ -48,6 +49,23 @@ def test_an_answer_ends_with_the_context(
     assert len(answer) <= 8 * (context - used)
     with pytest.raises(UserError, match=rf"a prompt has \d+ tokens, and the model's context is {context}; shorten it"):
         generate(model, tokenizer, [prompt + prompt], 1)
+
+
+def test_a_prompt_near_the_end_of_the_context_shortens_no_other_answer(
+    model_dirs: dict[str, Path], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = load_causal_lm(str(model_dirs["gpt2"]))
+    model.generation_config.eos_token_id = None
+    word = len(tokenizer("word").input_ids)
+    long = "word" * ((model.config.max_position_embeddings - 3) // word)
+    alone = [generate(model, tokenizer, [prompt], 20)[0] for prompt in ("Say 1.", "Repeat", long)]
+    assert generate(model, tokenizer, ["Say 1.", "Repeat", long], 20) == alone
+    assert len(tokenizer(alone[0]).input_ids) > 4
+
+
+def test_the_refusal_of_plain_text_names_its_own_column(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="exact_match_rows needs rows with an answer of their own"):
+        ExactMatch(Dataset.from_dict({"body": ["a"]}), 1, tokenizer, "body")
 
 
 def test_a_token_without_an_embedding_is_refused(
@@ -97,3 +115,22 @@ def test_a_row_is_asked_and_expected_to_answer_as_it_trains(
     trained = own.decode(encoded["input_ids"])
     assert trained.startswith(asked.prompts[0])
     assert trained.removeprefix(asked.prompts[0]).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("", "sample_prompts: prompt 2 is empty, and there is no chat template; give some text"),
+        (
+            "word " * 300,
+            r"sample_prompts: a prompt has \d+ tokens, and .* context is 256; shorten it \(prompt 2\)",
+        ),
+    ],
+)
+def test_what_cannot_be_answered_after_training_is_said_before(
+    prompt: str, said: str, model_dirs: dict[str, Path], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    config = load_config(str(model_dirs["llama"]))
+    check_prompts("sample_prompts", ["fine", "fine"], tokenizer, config)
+    with pytest.raises(UserError, match=f"^{said}$"):
+        check_prompts("sample_prompts", ["fine", prompt], tokenizer, config)

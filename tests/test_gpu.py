@@ -44,6 +44,15 @@ def test_logits_and_gradients_on_a_gpu_are_pefts(kind: str, form: str, dtype: to
         torch.testing.assert_close(ours, theirs)
 
 
+def test_dora_by_hand_is_put_into_a_base_that_is_on_a_gpu_already() -> None:
+    sides = []
+    for attach in (inject, get_peft_model):
+        torch.manual_seed(1)
+        model = attach(make_model("llama").cuda(), LoraConfig(target_modules="all-linear", use_dora=True))
+        sides.append(model(input_ids=random_ids().cuda()).logits)
+    torch.testing.assert_close(*sides)
+
+
 def test_nf4_on_a_gpu_trains_what_peft_trains(tmp_path: Path, model_dirs: dict[str, Path], rows_file: Path) -> None:
     for backend in ("reference", "fused", "peft"):
         done = run_program(

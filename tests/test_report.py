@@ -1,6 +1,7 @@
 """What a run leaves for people says what happened."""
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from plainlora.hub.model_card import write_sft_card
 from plainlora.plots import plot_loss
-from plainlora.report import describe_samples
+from plainlora.report import describe_samples, package_versions
 from plainlora.settings.arguments import SFTArguments
 from plainlora.settings.programs import Settings
 from plainlora.tasks.summary import classifier_summary, summary
@@ -50,6 +51,12 @@ def test_the_metadata_is_the_hubs(tmp_path: Path) -> None:
     assert data.base_model == "openai-community/gpt2"
     assert data.datasets == ["vicgalle/alpaca-gpt4"]
     assert "lora" in data.tags
+
+
+def test_the_card_loads_the_revision_of_the_base_that_was_trained(tmp_path: Path) -> None:
+    text = card(tmp_path, model_revision="v2").text
+    assert text.count('from_pretrained("openai-community/gpt2", revision="v2")') == 2
+    assert "revision" not in card(tmp_path).text
 
 
 def test_no_path_is_given_for_a_hub_id(tmp_path: Path) -> None:
@@ -138,3 +145,8 @@ def test_a_classifiers_summary_says_what_memory_training_took(tmp_path: Path) ->
     assert "training took         60 s, at most 1.5 GB\n" in classifier_summary(results, str(tmp_path))
     results["peak_memory_reserved_bytes"] = 2_100_000_000
     assert ", at most 1.5 GB (2.1 GB reserved)\n" in classifier_summary(results, str(tmp_path))
+
+
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plainlora.report.PACKAGES", ("torch", "not-installed-anywhere"))
+    assert package_versions() == {"torch": version("torch")}

@@ -9,6 +9,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+from plainlora.settings.parsing import READ_BY_NOTHING
 from plainlora.settings.programs import CLASSIFY, SFT, Program
 
 PAGE = Path(__file__).parents[1] / "configuration.md"
@@ -47,7 +48,7 @@ def _table(kind: type[Any], skipped: set[str]) -> Iterator[str]:
     yield "| setting | type | default | |"
     yield "|---|---|---|---|"
     for field in fields(kind):
-        if field.name not in skipped and field.init:
+        if field.name not in skipped and field.init and field.name not in READ_BY_NOTHING:
             said = _cell(str(field.metadata.get("help", "")))
             yield f"| `{field.name}` | {_cell(_type(field.type))} | {_cell(_default(field))} | {said} |"
 

@@ -1,15 +1,16 @@
 """Learning rate, rank and variant against the final test loss, for `results.json`, `results.md` and a picture.
 
-    python -m docs.what-matters.measure [--seeds 0 1 2] [--name NAME] [-- FLAG ...]
+    python -m docs.what-matters.measure [--seeds 0 1 2] [--name NAME --recipe YAML --rates 1e-4 ...] [-- FLAG ...]
 
-Every run is the quickstart's recipe for one epoch, or that recipe with other flags, with alpha 32. A run that is in
-the results already is not made again.
+Every run is a recipe for one epoch, with other flags if there are any, and with alpha 32. A run that is in the results
+already is not made again.
 """
 
 import argparse
 import json
 import os
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +34,29 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 COLOURS = ("#fdba74", "#f97316", "#9a3412", "#7c3aed", "#1f4e79", "#0f766e", "#be185d", "#6b7280")
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-RATES_OF_FULL = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+OF_FULL = 1 / 3  # what trains every weight needs lower rates
 COMMON = (
     *("--num_train_epochs", "1", "--merge", "false", "--exact_match_rows", "0", "--eval_strategy", "no"),
     *("--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true", "--overwrite"),
 )
 
 
-def rates(method: str) -> tuple[float, ...]:
-    """Over a factor of 100 each; what trains every weight needs lower ones."""
-    return RATES_OF_FULL if method == "full" else RATES
+def rates(method: str, of_lora: Sequence[float]) -> list[float]:
+    """The rates of a method, to one digit."""
+    return [float(f"{rate * (OF_FULL if method == 'full' else 1):.0e}") for rate in of_lora]
 
 
-def train(method: str, rate: float, seed: int, folder: Path, more: tuple[str, ...]) -> dict[str, Any]:
+def rates_in(results: dict[str, Any], method: str | None = None) -> list[float]:
+    """The rates of a method, or of all, for which there are results."""
+    found = [key.rsplit(", ", 2) for key in results]
+    return sorted({float(rate) for name, rate, _ in found if method in (None, name)})
+
+
+def train(method: str, rate: float, seed: int, folder: Path, recipe: str, more: tuple[str, ...]) -> dict[str, Any]:
     """One run: the test loss of the base and of the result, in nats a token, and what it took."""
     alpha = () if method == "full" else ("--lora_alpha", "32")
     run(
-        *("recipes/sft.py", "--config", "recipes/quickstart/lora.yaml", "--output_dir", str(folder), *COMMON),
+        *("recipes/sft.py", "--config", recipe, "--output_dir", str(folder), *COMMON),
         *("--learning_rate", str(rate), "--seed", str(seed), *METHODS[method], *alpha, *more),
     )
     results = json.loads((folder / "all_results.json").read_text())
@@ -64,10 +71,10 @@ def losses(results: dict[str, Any], method: str, rate: float) -> list[float]:
 
 def write_table(name: str, results: dict[str, Any]) -> str:
     """A row a method: the median of the seeds at every rate, and the best of them."""
-    columns = sorted({*RATES, *RATES_OF_FULL})
+    columns = rates_in(results)
     rows = []
     for method in METHODS:
-        there = {rate: losses(results, method, rate) for rate in rates(method)}
+        there = {rate: losses(results, method, rate) for rate in rates_in(results, method)}
         medians = {rate: statistics.median(found) for rate, found in there.items() if found}
         if not medians:
             continue
@@ -86,8 +93,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     for axes, (name, found) in zip(panels, results.items(), strict=True):
         for method, colour in zip(METHODS, COLOURS, strict=True):
-            there = [(rate, losses(found, method, rate)) for rate in rates(method)]
-            there = [(rate, each) for rate, each in there if each]
+            there = [(rate, losses(found, method, rate)) for rate in rates_in(found, method)]
             if there:
                 x, seeds = zip(*there, strict=True)
                 axes.plot(x, list(map(statistics.median, seeds)), color=colour, marker="o", ms=4, label=method)
@@ -107,6 +113,10 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     parser.add_argument("--name", default="quickstart's base", help="of the base, in the results")
+    parser.add_argument("--recipe", default="recipes/quickstart/lora.yaml")
+    parser.add_argument(
+        "--rates", nargs="*", type=float, default=list(RATES), help="of LoRA; a third of them for full"
+    )
     parser.add_argument("--work", default="outputs/what-matters")
     parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="more of the recipe's flags")
     args = parser.parse_args()
@@ -114,11 +124,13 @@ def main() -> None:
     file = HERE / "results.json"
     results: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
     found = results.setdefault(args.name, {})
-    wanted = [(seed, method, rate) for seed in args.seeds for method in args.methods for rate in rates(method)]
+    wanted = [
+        (seed, method, rate) for seed in args.seeds for method in args.methods for rate in rates(method, args.rates)
+    ]
     for seed, method, rate in tqdm(wanted):
         key = f"{method}, {rate:g}, seed {seed}"
         if key not in found:
-            found[key] = train(method, rate, seed, ROOT / args.work, tuple(args.flags))
+            found[key] = train(method, rate, seed, ROOT / args.work, args.recipe, tuple(args.flags))
             write_json(file, results)
     tables = [write_table(name, each) for name, each in results.items()]
     (HERE / "results.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")

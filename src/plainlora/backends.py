@@ -21,14 +21,25 @@ from plainlora.lora.errors import LoRAError, UnsupportedError
 from plainlora.lora.layer import LoRALinear
 from plainlora.lora.merge import merge
 from plainlora.lora.record import replace_module
-from plainlora.lora.targets import find_targets
+from plainlora.lora.targets import find_targets, modules_to_save
 
 BackendName = Literal["fused", "reference", "peft", "peft_fused"]
 
 FIXED_BY_CHECKPOINT = (
-    *("r", "lora_alpha", "use_rslora", "lora_dropout", "bias", "rank_pattern", "alpha_pattern", "modules_to_save"),
+    *(
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "use_dora",
+        "lora_dropout",
+        "bias",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+    ),
     *("exclude_modules", "layers_to_transform", "base_model_name_or_path"),
 )
+CONVERTED_FOR_EXPERTS = ("target_parameters", "target_modules", "rank_pattern", "alpha_pattern")
 CHOSEN_BY_EVA = ("rank_pattern", "alpha_pattern", "target_modules")
 CONDENSED_FROM = 20  # names; PEFT replaces so many target_modules by shorter ones that match the same modules
 
@@ -201,9 +212,12 @@ def loaded(backend: Backend, model: PreTrainedModel, directory: str | Path) -> I
             base[name].data.copy_(value)
 
 
-def _comparable(name: str, value: Any) -> Any:
+def _comparable(name: str, config: LoraConfig) -> Any:
     """A config's value in a form in which equivalent values are equal."""
-    if name in ("modules_to_save", "exclude_modules"):
+    value = getattr(config, name)
+    if name == "modules_to_save":
+        return sorted(set(modules_to_save(config)))  # a saved config names the task's heads too
+    if name == "exclude_modules":
         return value if isinstance(value, str) else sorted(value or ())
     if name in ("rank_pattern", "alpha_pattern"):
         return value or {}
@@ -225,14 +239,14 @@ def check_same_adapter(checkpoint: str | Path, config: LoraConfig) -> None:
     """
     saved = interchange.read_config(checkpoint)
     names = [*FIXED_BY_CHECKPOINT, *sorted({*find_unsupported(saved), *find_unsupported(config)})]
-    if config.target_parameters is None and "target_parameters" in names:
-        names.remove("target_parameters")  # PEFT turned names of experts into them
+    by_peft = config.target_parameters is None and bool(saved.target_parameters)  # of names of experts
     targets = (saved.target_modules, config.target_modules)
     if all(isinstance(value, (list, set)) and len(value) < CONDENSED_FROM for value in targets):
         names.append("target_modules")
-    names = [name for name in names if config.init_lora_weights != "eva" or name not in CHOSEN_BY_EVA]
+    changed = CONVERTED_FOR_EXPERTS if by_peft else CHOSEN_BY_EVA if config.init_lora_weights == "eva" else ()
+    names = [name for name in names if name not in changed]
     for name in names:
-        before, now = (_comparable(name, getattr(one, name)) for one in (saved, config))
+        before, now = (_comparable(name, one) for one in (saved, config))
         if isinstance(before, (list, set)) and isinstance(now, (list, set)):
             before, now = sorted(before), sorted(now)
         if before != now:

@@ -1,6 +1,7 @@
 """Errors for the person who typed the command: one line each on standard error, exit code 2."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -94,3 +95,16 @@ def run_program(main: Callable[[], None]) -> None:
         if str(stopped):
             print(stopped, file=sys.stderr)
         raise SystemExit(stopped.exit_code) from stopped
+    leave_if_not_first()
+
+
+def leave_if_not_first() -> None:
+    """Ends a process that has done its part of a distributed run, without the interpreter's own end.
+
+    There PyTorch's threads were seen to abort once ("terminate called without an active exception"), for which the
+    launcher ended the first process too, before it had written its results.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

@@ -1,7 +1,8 @@
 """Writes files and folders atomically, with a manifest by which damage is found later.
 
 Everything is written to a temporary place on the same disk, flushed, and renamed, which is atomic (POSIX). After a
-power cut or a kill there is either the old content or the new.
+power cut or a kill there is either the old content or the new; a kill between the two renames that replace a folder
+leaves the old one beside its place, in a folder with a dot and its name in front.
 """
 
 import hashlib

@@ -61,6 +61,27 @@ def room_after(tokens: int, config: PretrainedConfig) -> int | None:
     return None if context is None else context - tokens
 
 
+def check_prompts(
+    setting: str, prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> None:
+    """Raises `UserError` for a rendered prompt that `generate` would refuse.
+
+    Args:
+        setting: The setting that the prompts come from, for the message.
+        prompts: Rendered prompts.
+        tokenizer: The model's tokenizer.
+        config: The model's config.
+    """
+    for number, prompt in enumerate(prompts, 1):
+        ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        if not ids:
+            raise UserError(f"{setting}: prompt {number} is empty, and there is no chat template; give some text")
+        try:
+            room_after(len(ids), config)
+        except PromptTooLong as error:
+            raise UserError(f"{setting}: {error} (prompt {number})") from error
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,
@@ -95,20 +116,19 @@ def generate(
     was_training, side = model.training, tokenizer.padding_side
     model.eval()
     tokenizer.padding_side = "left"
-    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))  # similar lengths together
     answers = [""] * len(prompts)
     device = next(model.parameters()).device
     config = cast(PreTrainedModel, model).config
     try:
-        starts = range(0, len(order), batch_size)
-        for start in tqdm(starts, desc=description, disable=None if description else True, leave=False):
-            chosen = order[start : start + batch_size]
-            batch = tokenizer(
-                [prompts[number] for number in chosen], add_special_tokens=False, padding=True, return_tensors="pt"
-            ).to(device)
+        rows = [tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids for prompt in prompts]
+        rooms = [min(max_new_tokens, room_after(len(row), config) or max_new_tokens) for row in rows]
+        batches = _batches(list(map(len, rows)), [room == max_new_tokens for room in rooms], batch_size)
+        for chosen in tqdm(batches, desc=description, disable=None if description else True, leave=False):
+            padded = tokenizer.pad({"input_ids": [rows[number] for number in chosen]}, return_tensors="pt")
+            batch = padded.to(device)
             check_known(batch["input_ids"].flatten().tolist(), tokenizer, config)
             longest = batch["input_ids"].shape[1]
-            settings.max_new_tokens = min(max_new_tokens, room_after(longest, config) or max_new_tokens)
+            settings.max_new_tokens = min(rooms[number] for number in chosen)
             with default_generation_config(model):
                 output = model.generate(  # type: ignore[operator]
                     input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=settings
@@ -123,6 +143,17 @@ def generate(
     return answers
 
 
+def _batches(lengths: Sequence[int], have_room: Sequence[bool], batch_size: int) -> list[list[int]]:
+    """Row numbers in batches of similar lengths.
+
+    A prompt whose answer ends with the model's context is alone, or the others' answers would end as early.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    together = [number for number in order if have_room[number]]
+    batches = [together[start : start + batch_size] for start in range(0, len(together), batch_size)]
+    return batches + [[number] for number in order if not have_room[number]]
+
+
 class ExactMatch:
     """Test rows whose answers are compared exactly.
 
@@ -130,6 +161,7 @@ class ExactMatch:
         rows: Test rows with separate answers (not plain text).
         count: How many of the first rows to use.
         tokenizer: A tokenizer with a chat template.
+        text_column: The column of rows of plain text.
 
     Attributes:
         questions: The questions as text.
@@ -137,8 +169,10 @@ class ExactMatch:
         expected: The expected answers.
     """
 
-    def __init__(self, rows: Dataset, count: int, tokenizer: PreTrainedTokenizerBase) -> None:
-        schema = find_schema(rows, "text", "exact_match_rows")
+    def __init__(
+        self, rows: Dataset, count: int, tokenizer: PreTrainedTokenizerBase, text_column: str = "text"
+    ) -> None:
+        schema = find_schema(rows, text_column, "exact_match_rows")
         if schema == "text":
             raise UserError("exact_match_rows needs rows with an answer of their own, not plain text")
         self.tokenizer = tokenizer

@@ -29,8 +29,18 @@ from plainlora.errors import UserError, first_line
 from plainlora.lora import interchange
 from plainlora.lora.config import check_config, check_types, find_unsupported
 from plainlora.lora.errors import LoRAError, some
+from plainlora.lora.peft_versions import convert_peft_adapter_state_dict_for_transformers
 from plainlora.lora.strength import interpolated
-from plainlora.lora.targets import check_expressions, condense, find_new_weights, find_tied, select
+from plainlora.lora.targets import (
+    check_expressions,
+    check_patterns,
+    condense,
+    find_modules_to_save,
+    find_new_weights,
+    find_tied,
+    modules_to_save,
+    select,
+)
 
 CONVERTED = ("pissa", "olora", "corda", "lora_ga")  # beginnings of init_lora_weights
 NEEDS_ROWS = ("eva", "corda", "lora_ga")
@@ -91,7 +101,11 @@ def attach(
         UserError: PEFT refuses the config or cannot compute the initial values.
     """
     check_config(config)
-    selected = select(model, config).selected
+    _check_conversion(config)
+    found = select(model, config)
+    selected = found.selected
+    check_patterns(config, [*selected, *found.selected_parameters])
+    find_modules_to_save(model, config, ())
     new = find_new_weights(model, config, new_weights)
     if _on_meta(model):
         config = _for_shapes(config)
@@ -102,7 +116,9 @@ def attach(
                 "with recipes/sft.py or recipes/classify.py"
             )
         _by_peft("cannot initialise this adapter from rows", _prepare, model, config, selected, batches)
+    biases = _copies_of_biases(model, config)
     adapted = _by_peft("refuses this adapter", get_peft_model, model, config)
+    adapted.biases = biases  # type: ignore[assignment]
     if _init_of(config) == "eva" and batches:
         _by_peft("cannot initialise this adapter from rows", _initialize_eva, adapted, batches)
     if not _on_meta(model) and find_unsupported(config):
@@ -118,6 +134,37 @@ def attach(
         save = MethodType(partial(_save_pretrained, new_weights=names), adapted)
         adapted.save_pretrained = save  # type: ignore[method-assign]
     return adapted
+
+
+def _check_conversion(config: LoraConfig) -> None:
+    """Raises `LoRAError` for what PEFT would lose, or fail on, when it converts an adapter to the unchanged base.
+
+    It keeps A and B alone, and adds a second adapter, which it does not do beside a trained bias.
+
+    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/model.py (`subtract_mutated_init`)
+    """
+    if not _init_of(config).startswith(CONVERTED):
+        return
+    patterns = config.use_rslora and (config.rank_pattern or config.alpha_pattern)
+    trained = {
+        "bias": config.bias != "none",
+        "modules_to_save": bool(modules_to_save(config)),
+        "use_dora": config.use_dora,
+        "trainable_token_indices": config.trainable_token_indices is not None,
+        "rank_pattern and alpha_pattern with use_rslora": bool(patterns),
+    }
+    if lost := [name for name, is_set in trained.items() if is_set]:
+        raise LoRAError(
+            f"{some(lost)}: PEFT saves init_lora_weights={config.init_lora_weights!r} for the unchanged base, and can "
+            "convert A and B alone; leave it out, or choose another init_lora_weights"
+        )
+
+
+def _copies_of_biases(model: nn.Module, config: LoraConfig) -> dict[nn.Parameter, torch.Tensor]:
+    """The base's biases, of which some are trained, with copies of their values; none if none is trained."""
+    if config.bias == "none" or _on_meta(model):
+        return {}
+    return {each: each.detach().cpu().clone() for name, each in model.named_parameters() if name.endswith("bias")}
 
 
 def _for_shapes(config: LoraConfig) -> LoraConfig:
@@ -206,28 +253,40 @@ def _save_pretrained(
 
 
 @contextmanager
-def _with_values(model: nn.Module, values: dict[str, torch.Tensor]) -> Iterator[None]:
-    """The model with other values of its trained parameters."""
-    parameters = {name: parameter for name, parameter in model.named_parameters() if name in values}
-    trained = {name: parameter.data for name, parameter in parameters.items()}
+def _with_values(values: dict[nn.Parameter, torch.Tensor]) -> Iterator[None]:
+    """Other values of some parameters within the block."""
+    trained = {parameter: parameter.data for parameter in values}
     try:
-        for name, parameter in parameters.items():
-            parameter.data = values[name].to(parameter.device, parameter.dtype)
+        for parameter, value in values.items():
+            parameter.data = value.to(parameter.device, parameter.dtype)
         yield
     finally:
-        for name, parameter in parameters.items():
-            parameter.data = trained[name]
+        for parameter, value in trained.items():
+            parameter.data = value
+
+
+def _initial(model: nn.Module) -> dict[nn.Parameter, torch.Tensor] | None:
+    """The values before training of what is trained, if the adapter was subtracted from the base; else `None`."""
+    initial: dict[str, torch.Tensor] | None = getattr(model, "initial", None)
+    return None if initial is None else {each: initial[n] for n, each in model.named_parameters() if n in initial}
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within the block the model computes what it computed before training.
 
-    An adapter that was subtracted from the base gets its initial values back; any other is switched off.
+    An adapter that was subtracted from the base gets its initial values back; any other is switched off, and trained
+    biases of the base, which PEFT leaves as they are, get theirs.
     """
-    initial = getattr(model, "initial", None)
-    with cast(PeftModel, model).disable_adapter() if initial is None else _with_values(model, initial):
-        yield
+    initial = _initial(model)
+    if initial is not None:
+        with _with_values(initial):
+            yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
+        with cast(PeftModel, model).disable_adapter(), _with_values(getattr(model, "biases", {})):
+            yield
 
 
 @contextmanager
@@ -246,13 +305,13 @@ def for_unchanged_base(model: nn.Module) -> Iterator[None]:
     PEFT's conversion makes a LoRA of twice the rank: `[B, -B0] [A; A0]`. KaSA and LoftQ stay adapters of a base that
     PEFT changes again on loading.
     """
-    initial, config = getattr(model, "initial", None), cast(LoraConfig, cast(PeftModel, model).active_peft_config)
+    initial, config = _initial(model), cast(LoraConfig, cast(PeftModel, model).active_peft_config)
     if initial is None or not _init_of(config).startswith(CONVERTED):
         yield
         return
     save = cast(Callable[..., None], model.save_pretrained)
     with tempfile.TemporaryDirectory() as start:
-        with _with_values(model, initial):
+        with _with_values(initial):
             PeftModel.save_pretrained(cast(PeftModel, model), start)
         cast(Any, model).save_pretrained = partial(save, path_initial_model_for_weight_conversion=start)
         try:
@@ -293,18 +352,43 @@ def load(model: PreTrainedModel, directory: str | Path) -> nn.Module:
             trained on.
         UserError: PEFT refuses the adapter.
     """
-    check_base_is_known(_check_readable(model, directory), directory)
+    config = _check_readable(model, directory)
+    check_base_is_known(config, directory)
+    biases = _copies_of_biases(model, config)
     adapted = _by_peft(f"cannot load {directory}", PeftModel.from_pretrained, model, str(directory))
-    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    if missing := sorted(set(wanted) - set(interchange.saved_shapes(directory))):
-        raise LoRAError(f"{directory}/adapter_model.safetensors lacks {some(missing)}; its saving was not finished")
+    adapted.biases = biases  # type: ignore[assignment]
+    _check_whole(adapted, directory)
     return adapted
 
 
+def _check_whole(adapted: PeftModel, directory: str | Path) -> None:
+    """Raises `LoRAError` if a weight was not in the file: PEFT leaves it as it was initialised, without a word."""
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if wanted <= set(interchange.saved_shapes(directory)):
+        return
+    renamed = (
+        convert_peft_adapter_state_dict_for_transformers(  # as on loading: an older checkpoint's names of experts
+            model=adapted.get_base_model(),
+            peft_config=interchange.read_config(directory),
+            adapter_state_dict=interchange.read_tensors(directory),
+            adapter_name="default",
+        )
+    )
+    if missing := sorted(wanted - set(renamed)):
+        raise LoRAError(f"{directory}/adapter_model.safetensors lacks {some(missing)}; its saving was not finished")
+
+
 def reload(model: nn.Module, directory: str | Path) -> None:
-    """Copies a checkpoint's adapter into a model that carries it already, to resume training."""
+    """Copies a saved adapter into a model that carries one of its config already, to train it further.
+
+    Raises:
+        LoRAError: The files cannot be read, or a weight is missing.
+        UserError: PEFT refuses the adapter, which has other shapes for one.
+    """
     _check_readable(model, directory)
-    cast(PeftModel, model).load_adapter(str(directory), "default", is_trainable=True)
+    adapted = cast(PeftModel, model)
+    _by_peft(f"cannot load {directory}", adapted.load_adapter, str(directory), "default", is_trainable=True)
+    _check_whole(adapted, directory)
 
 
 def merge(model: nn.Module) -> PreTrainedModel:

@@ -1,7 +1,8 @@
 """Plots of a run's figures."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ def plot_diff(adapters: Sequence[str], modules: dict[str, dict[str, Any]], path:
     def values_of(number: int, key: str) -> dict[str, float | None]:
         return {name: (each["adapters"][number] or {}).get(key) for name, each in modules.items()}
 
-    places = {name: _place(name) for name in modules}
+    places = _places(modules)
     layers = sorted({layer for layer, _ in places.values()})
     height, width = (
         0.36 * len({kind for _, kind in places.values()}) + 1.4,
@@ -204,8 +205,17 @@ def _draw_layers(
     return axes.imshow(cells, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
 
 
-def _place(module: str) -> tuple[int, str]:
-    """The number of a module's layer, 0 if it is in none, and its name inside the layer."""
-    parts = module.split(".")
-    at = next((number for number, part in enumerate(parts) if part.isdecimal()), None)
-    return (0, parts[-1]) if at is None else (int(parts[at]), ".".join(parts[at + 1 :]))
+def _places(modules: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """The number of each module's layer, 0 if it is in none, and its name inside the layer.
+
+    What stands before the number is kept where there are several such, as of an encoder and a decoder.
+    """
+    found = {name: re.fullmatch(r"(?:(.*?)\.)?(\d+)\.(.*)", name) for name in modules}
+    several = len({match[1] for match in found.values() if match}) > 1
+    places = {}
+    for name, match in found.items():
+        if match is None:
+            places[name] = 0, name.rpartition(".")[2]
+        else:
+            places[name] = int(match[2]), f"{match[1]}.{match[3]}" if several else match[3]
+    return places

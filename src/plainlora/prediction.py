@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from plainlora.backends import Backend
 from plainlora.base.classifier import is_classifier
-from plainlora.base.config import context_length, load_config
+from plainlora.base.config import class_names, context_length, load_config
 from plainlora.base.loading import load_pretrained, to_accelerator
 from plainlora.base.tokenizer import check_vocabulary, load_tokenizer
 from plainlora.data.classification import tokenize_texts
@@ -84,7 +84,7 @@ def load_trained_classifier(
         config, warnings = load_config(str(folder)), ()
         if not is_classifier(config):
             raise UserError(f"{folder} is not a sequence classifier (its config names {config.architectures})")
-        labels = list((config.id2label or {}).values())
+        labels = class_names(config)
         if not labels or not all(isinstance(label, str) for label in labels):
             raise UserError(f"{folder}/config.json: id2label names no classes, but {labels!r:.60}")
         whole, missing = load_pretrained(AutoModelForSequenceClassification, str(folder))

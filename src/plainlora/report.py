@@ -3,7 +3,8 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,12 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def package_versions() -> dict[str, str]:
-    """The installed versions of the packages that a result depends on."""
-    return {name: version(name) for name in PACKAGES}
+    """The versions of the packages that a result depends on; an optional one that is not installed is left out."""
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def describe_samples(samples: Sequence[Sample], trained: str = "adapter") -> str:

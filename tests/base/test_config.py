@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import (
-    Gemma3Config,
-)
+import torch
+from transformers import AutoConfig, AutoModel, Gemma3Config, LlamaConfig, XLNetConfig
 
-from plainlora.base.config import load_config
+from plainlora.base.config import class_names, context_length, load_config
 from plainlora.base.loading import load_causal_lm
 from plainlora.errors import UserError
 
@@ -57,3 +56,23 @@ def test_a_config_that_code_trips_over_is_said_to_be_damaged(
 ) -> None:
     with pytest.raises(UserError, match=r"base/config.json is damaged: the model cannot be loaded \("):
         load_causal_lm(edited("config.json", **changes))
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta", "camembert", "mpnet", "ibert", "data2vec-text"])
+def test_a_text_as_long_as_the_context_has_a_position_for_every_token_and_a_longer_one_has_not(kind: str) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = AutoConfig.for_model(kind, vocab_size=50, max_position_embeddings=20, pad_token_id=1, **sizes)
+    context, model = context_length(config), AutoModel.from_config(config)
+    assert context == (20 if kind == "bert" else 18)
+    model(input_ids=torch.full((1, context), 7))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, context + 1), 7))
+
+
+def test_a_model_without_a_limit_has_no_context_length() -> None:
+    assert context_length(XLNetConfig()) is None
+
+
+def test_classes_are_named_by_number_whatever_the_order_in_the_file() -> None:
+    names = {"0": "a", "1": "b", "10": "k", "2": "c"} | {str(number): f"{number}" for number in range(3, 10)}
+    assert class_names(LlamaConfig(id2label=names)) == ["a", "b", "c", *map(str, range(3, 10)), "k"]

@@ -11,9 +11,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast
 
+from plainlora.adapters.language_model import BASE, MODEL, TUNED, answer_names
 from plainlora.backends import BACKENDS
 from plainlora.chat.sampling import Sampling
-from plainlora.chat.session import BASE, MODEL, TUNED, Session, open_adapters, open_model
+from plainlora.chat.session import Session, open_adapters, open_model
 from plainlora.errors import UserError
 from plainlora.generation import PromptTooLong, generate
 from tests.conftest import make_model, random_ids
@@ -153,3 +154,8 @@ def test_the_model_of_a_name_is_the_base_or_the_adapter(two: list[str]) -> None:
             assert torch.equal(model(input_ids=random_ids()).logits, base(input_ids=random_ids()).logits)
         by_itself = BACKENDS["reference"].load(base, two[1])
         assert torch.equal(tuned, by_itself(input_ids=random_ids()).logits)
+
+
+def test_no_adapter_takes_the_name_of_the_base() -> None:
+    assert answer_names(["base"]) == ["tuned"]
+    assert answer_names(["base", "tuned", "runs/base"]) == ["./base", "./tuned", "runs/base"]

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from plainlora.adapters.language_model import MODEL
 from plainlora.chat.sampling import Sampling
-from plainlora.chat.session import MODEL, Session
+from plainlora.chat.session import Session
 from plainlora.chat.tokens import read_tokens
 from tests.conftest import make_model
 

@@ -115,6 +115,14 @@ def test_commands_say_what_they_did_and_what_they_cannot(chat: Chat, adapter: Pa
     assert "/exit               ends; so do Ctrl-D, and Ctrl-C at the prompt" in said
 
 
+def test_a_question_may_begin_with_a_slash_after_a_space(chat: Chat, adapter: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "chat.jsonl"
+    said = chat([" /etc/hosts: what is it?", f"/save {saved}"], "--adapter", adapter)
+    assert not any("is not a command" in line for line in said)
+    messages = json.loads(saved.read_text(encoding="utf-8"))["messages"]
+    assert messages[0] == {"role": "user", "content": "/etc/hosts: what is it?"}
+
+
 def test_several_adapters_and_a_whole_model(
     chat: Chat, adapter: Path, tmp_path: Path, model_dirs: dict[str, Path]
 ) -> None:

@@ -39,7 +39,7 @@ def test_u02_u15_a_certificate_is_the_same_bytes_twice_and_says_that_an_adapter_
         main([*command, "--base_model", base])
         shown = capfd.readouterr()
         assert "warning: the adapter changes no logit: the merged model answers as its base does\n" in shown.err
-        assert f"perplexity on the text {text} (1 rows, " in shown.out
+        assert f"perplexity on the text {text.name} (1 rows, " in shown.out
         assert re.search(r"\nmerged, reloaded +[\d.]+ +(\d+) of \1  0.0e\+00, ", shown.out)
     files = {path.name: path.read_bytes() for path in (tmp_path / "once").iterdir()}
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "twice").iterdir()}

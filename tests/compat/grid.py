@@ -47,7 +47,6 @@ def try_row(row: dict[str, str], torch: str) -> dict[str, str]:
     python, log = str(folder / "bin" / "python"), folder / "log.txt"
     wanted = [f"{name}=={row[name]}" for name in PACKAGES if name in row]
     extra = "[train]" if "trl" in row else ""
-    extras = ["bitsandbytes", "datasets"] if "trl" in row else []
     install = [
         python,
         "-m",
@@ -57,7 +56,6 @@ def try_row(row: dict[str, str], torch: str) -> dict[str, str]:
         f"torch=={torch}",
         "pytest",
         *wanted,
-        *extras,
         f"{ROOT}{extra}",
     ]
     if run(install, ROOT, log):

@@ -219,7 +219,7 @@ def test_test_texts_that_are_trained_on_are_counted(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", [("a", "ham"), (" b\n", "spam"), ("c", "ham")])
     write(tmp_path / "test.jsonl", [("b  ", "ham"), ("B", "spam"), ("c", "spam"), ("c", "ham")])
     splits = load(tmp_path)
-    assert splits.leaked == 3
+    assert splits.leaked["test"] == 3
     assert splits.line().endswith("; 3 test rows whose text is also a training row's")
 
 
@@ -537,3 +537,25 @@ def test_an_empty_text_becomes_one_token(tokenizer: PreTrainedTokenizerFast) -> 
         tokenizer_object=tokenizer.backend_tokenizer, bos_token="<|pad|>", eos_token="<|endoftext|>"
     )
     assert encode_texts(rows_of(""), begun, 4)[0]["input_ids"][:] == [[1]]
+
+
+def test_validation_texts_that_are_trained_on_are_counted_too(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [("same", "ham")] * 20 + [("other", "spam")] * 20)
+    splits = load(path, validation_size=0.1)
+    assert splits.validation is not None
+    assert splits.leaked == {"validation": len(splits.validation)}
+
+
+def test_one_file_under_two_names_is_still_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.jsonl", FEW)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="holds the train rows and the test rows"):
+        load("a.jsonl", test_name=str(tmp_path / "a.jsonl"))
+
+
+def test_a_label_in_another_unicode_form_is_the_same_class(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [("a", "caf\u00e9"), ("b", "cafe\u0301"), ("c", "th\u00e9")])
+    for labels in (None, ["cafe\u0301", "th\u00e9"]):
+        splits = load(path, labels=labels)
+        assert splits.labels == ["caf\u00e9", "th\u00e9"]
+        assert counts(splits.train) == [2, 1]

@@ -13,7 +13,14 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset
 
-from plainlora.data.datasets import check_text_columns, hub_name, is_local, load_split, load_train_and_test
+from plainlora.data.datasets import (
+    check_text_columns,
+    evenly_spaced,
+    hub_name,
+    is_local,
+    load_split,
+    load_train_and_test,
+)
 from plainlora.data.layouts import find_schema, split_row, template_options
 from plainlora.errors import UserError
 
@@ -92,7 +99,27 @@ def test_values_of_json_stay_what_they_are(tmp_path: Path) -> None:
     for name, content in (("a.jsonl", json.dumps(row)), ("a.json", json.dumps([row]))):
         rows = load_split(write(tmp_path / name, content), "train")
         assert rows is not None
-        assert rows.to_list() == [row]
+        assert [*rows] == [row]
+
+
+def test_values_inside_messages_and_tools_of_json_stay_what_they_are(tmp_path: Path) -> None:
+    """The `Json` type of `datasets` makes 0.30000000000000004 of 0.3, and a number of the text 42."""
+    call = {"function": {"name": "heat", "arguments": {"to": 0.3, "by": 1e-12, "big": 2**70, "note": None}}}
+    texts = ("42", '{"a": 1}', [{"type": "text", "text": "null"}])
+    asked = [{"role": "user", "content": text} for text in texts]
+    written = [
+        {
+            "messages": [*asked, {"role": "assistant", "tool_calls": [call]}],
+            "tools": [{"name": "heat", "default": 0.7}],
+        },
+        {"messages": [{"role": "user", "content": "a", "name": "b"}], "tools": None},
+    ]
+    rows = load_split(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, written))), "train")
+    assert rows is not None
+    assert [*rows] == written
+    parts = rows.train_test_split(test_size=1, seed=0)
+    assert sorted([*parts["train"], *parts["test"]], key=str) == sorted(written, key=str)
+    assert [*rows["tools"]] == [row["tools"] for row in written]
 
 
 def test_csv_fields_stay_text(tmp_path: Path) -> None:
@@ -168,7 +195,7 @@ def test_json_columns_keep_the_files_order_and_may_be_missing(tmp_path: Path) ->
     rows = load_split(write(tmp_path / "a.jsonl", '{"z": "1", "a": "2"}\n\n{"a": "3", "m": 4}\n'), "train")
     assert rows is not None
     assert rows.column_names == ["z", "a", "m"]
-    assert rows.to_list() == [{"z": "1", "a": "2", "m": None}, {"z": None, "a": "3", "m": 4}]
+    assert [*rows] == [{"z": "1", "a": "2", "m": None}, {"z": None, "a": "3", "m": 4}]
 
 
 def test_a_column_of_no_interest_may_mix_types(tmp_path: Path) -> None:
@@ -192,7 +219,7 @@ def test_a_folder_holds_a_file_for_each_split(tmp_path: Path) -> None:
 def test_a_share_or_a_number_of_rows_is_held_out_by_seed(tmp_path: Path) -> None:
     numbers = [f"row {number}" for number in range(20)]
     path = write(tmp_path / "a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in numbers))
-    for size, count in ((0.25, 5), (5, 5), (0.01, 1), (19, 19)):
+    for size, count in ((0.25, 5), (5, 5), (0.01, 1), (19, 19), (0.55, 11)):  # 0.55 * 20 is more than 11
         train, test = load(path, test_split_size=size)
         assert test is not None
         assert len(test) == count
@@ -202,6 +229,18 @@ def test_a_share_or_a_number_of_rows_is_held_out_by_seed(tmp_path: Path) -> None
     assert again is not None
     assert other is not None
     assert list(first["text"]) == list(again["text"]) != list(other["text"])
+
+
+def test_a_share_is_not_rounded_up_for_the_binary_fraction_that_it_is(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", ROW * 100)
+    _, test = load(path, test_split_size=0.07)  # 0.07 * 100 is a little more than 7
+    assert test is not None
+    assert len(test) == 7
+
+
+@pytest.mark.parametrize(("count", "found"), [(2, [0, 3]), (3, [0, 2, 4]), (6, [0, 1, 2, 3, 4, 5]), (99, [*range(6)])])
+def test_evenly_spaced_rows_come_from_the_whole_of_a_sorted_file(count: int, found: list[int]) -> None:
+    assert list(evenly_spaced(Dataset.from_dict({"at": range(6)}), count)["at"]) == found
 
 
 @pytest.mark.parametrize("size", [3, 9, 0.99, 1e30])
@@ -419,3 +458,15 @@ def test_rows_are_checked_before_any_are_held_out(tmp_path: Path) -> None:
             str(tmp_path / "rows.jsonl"), config=None, train_split="train", test_split="test", test_name=None,
             test_split_size=5, max_train_rows=None, seed=0, check=lambda rows, where: find_schema(rows, "text", where),
         )  # fmt: skip
+
+
+def test_the_training_rows_are_not_the_test_rows_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "rows.jsonl", ROW * 10)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"eval_dataset_name: rows.jsonl holds the training rows; give other rows"):
+        load(path, test_name="rows.jsonl")
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder" / "test.jsonl", ROW * 10)
+    assert load(tmp_path / "folder", train_split="test")[1] is None
+    train, test = load(tmp_path / "folder", train_split="test", test_split_size=2)
+    assert (len(train), len(test or ())) == (8, 2)

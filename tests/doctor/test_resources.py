@@ -1,6 +1,7 @@
 """A run that does not fit is found before it starts."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from peft import LoraConfig
@@ -55,6 +56,27 @@ def test_what_fits_is_said_to_fit_and_what_does_not_is_an_error(footprint: Footp
     assert levels(replace(footprint, memory=unknown))["memory"] == "note"
     assert levels(replace(footprint, memory=replace(unknown, at_least=2, free=1, fits=False)))["memory"] == "error"
     assert levels(replace(footprint, disk=replace(footprint.disk, fits=False)))["disk"] == "error"
+
+
+def test_memory_that_is_needed_is_told_where_the_free_one_is_not_known(footprint: Footprint) -> None:
+    examination = Examination()
+    examine_resources(replace(footprint, memory=replace(footprint.memory, free=None, fits=None)), examination)
+    assert examination.findings[0].message.endswith("GB needed; how much is free on cpu is not known")
+
+
+def test_without_rows_to_evaluate_no_evaluation_is_counted_and_with_longer_ones_theirs(tmp_path: Path) -> None:
+    training = SFTRecipeConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=1,
+        per_device_eval_batch_size=8, gradient_checkpointing=False,
+    )  # fmt: skip
+    lora = LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
+    run = {"longest": 32, "rows": 8, "tokens": 256, "backend": BACKENDS["fused"]}
+    found = [
+        estimate(Plan(CONFIGS["llama"](), lora, training, ModelConfig(), **run, **options)).memory
+        for options in ({"evaluated": 0}, {"evaluated": 8}, {"evaluated": 8, "longest_evaluated": 128})
+    ]
+    assert found[0].evaluation == 0 < found[1].evaluation < found[2].evaluation
+    assert found[0].needed <= found[1].needed < found[2].needed
 
 
 def test_what_to_do_is_said(footprint: Footprint) -> None:

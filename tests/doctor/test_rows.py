@@ -348,6 +348,45 @@ def test_u06_prompts_begin_as_the_rows_of_text_did(own: PreTrainedTokenizerFast,
     assert "beginning" not in {one.check for one in examination.findings}
 
 
+def test_u06_what_all_rows_begin_with_is_said_at_inference_too_whatever_its_letters(
+    own: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    own.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
+    lead = "Friendly bot \U0001f60a, \u00e9\u00e8.\n"
+    texts = [{"text": f"{lead}<|user|>Say {number}.<|assistant|>{number}"} for number in range(4)]
+    prepare(tmp_path, own, texts)
+    assert render_prompt("Say 1.", own) == f"{lead}<|user|>Say 1.<|assistant|>"
+    assert own(render_prompt("Say 1.", own)).input_ids
+
+
+def test_rows_without_a_prompt_do_not_repeat_each_other(own: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    rows = [{"prompt": "", "completion": f"text {number}"} for number in range(4)]
+    examination = examine(prepare(tmp_path, own, rows[:3], rows[3:]), own)
+    assert found(examination, "leaked", "test rows").level == "ok"
+    assert "repeated" not in {one.check for one in examination.findings}
+
+
+def test_packed_rows_that_make_no_whole_batch_are_an_error(own: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    options = {"packing": True, "max_length": 1024, "dataloader_drop_last": True, "per_device_train_batch_size": 64}
+    rows = prepare(tmp_path, own, ROWS * 2, **options)
+    assert len(rows.train) > 64
+    finding = found(examine(rows, own), "batch")
+    assert finding.level == "error"
+    assert "packed sequences at most make no whole batch of 64" in finding.message
+
+
+def test_without_max_length_a_row_longer_than_the_context_is_an_error(
+    own: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    context = CONFIGS["llama"]().max_position_embeddings
+    long = {"instruction": "a", "output": "b " * context}
+    finding = found(examine(prepare(tmp_path, own, [*ROWS, long], max_length=None), own), "length")
+    assert finding.level == "error"
+    assert f"tokens, and the model's context is {context}; set max_length" in finding.message
+    healthy = examine(prepare(tmp_path, own, ROWS, max_length=None), own)
+    assert "length" not in {one.check for one in healthy.findings}
+
+
 def test_u06_rows_of_text_that_begin_otherwise_than_prompts_are_a_warning(
     own: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

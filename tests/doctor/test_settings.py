@@ -9,6 +9,7 @@ import pytest
 from plainlora.doctor.finding import Examination
 from plainlora.doctor.settings import list_settings, read_settings
 from plainlora.errors import UserError
+from plainlora.settings.parsing import READ_BY_NOTHING
 from plainlora.settings.programs import CLASSIFY, SFT, Program, find_program
 from plainlora.settings.renames import RENAMES
 from tests.conftest import ROOT
@@ -16,7 +17,8 @@ from tests.gpu_host import cpu_host
 
 BASE = "model_name_or_path: m\ndataset_name: d\noutput_dir: out\n"
 NAMES = {
-    program: {field.name for kind in program.dataclass_types for field in fields(kind)} for program in (SFT, CLASSIFY)
+    program: {field.name for kind in program.dataclass_types for field in fields(kind)} - {*READ_BY_NOTHING}
+    for program in (SFT, CLASSIFY)
 }
 
 

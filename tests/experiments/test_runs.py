@@ -29,6 +29,10 @@ def test_settings_come_from_the_flags_then_the_yaml_then_the_recipe() -> None:
         (["--lora_r", "4", "--config=x"], r"--config cannot stand after the --"),
         (["--overwrite"], r"--overwrite cannot stand after the --"),
         (["--seed=3"], r"--seed cannot stand after the --: use --seeds"),
+        (
+            ["--push_to_hub", "true"],
+            r"--push_to_hub cannot stand after the --: no run is published here",
+        ),
         (["--lora_rr", "4"], r"'--lora_rr' is not a flag of recipes/classify.py"),
         (["loose"], r"'loose' is not a flag"),
         (["--lora_r", "four"], r"--lora_r.*: invalid int value: 'four'"),

@@ -383,3 +383,22 @@ def test_a_sweep_of_a_language_model_goes_by_test_loss(
     assert "The test rows chose these settings" in printed
     _, line = fail(capfd, *command, "--metric", "validation_accuracy")
     assert "a sweep of recipes/sft.py can optimise eval_loss, eval_perplexity, exact_match" in line
+
+
+def test_no_secret_is_kept_with_a_study_or_told_by_its_command(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"{(ROOT / CONFIG).read_text()}\nhub_token: hf_one\nenv:\n  WANDB_API_KEY: two\n")
+    secret = plan(config=str(recipe), flags=["--hub_token", "hf_three", "--seed", "1"])
+    assert secret.record()["flags"] == ["--hub_token", "...", "--seed", "1"]
+    open_study(secret, tmp_path, 0)
+    kept = (tmp_path / "study.db").read_bytes() + best_command(secret, {}).encode()
+    assert b"WANDB_API_KEY" in kept
+    assert not [word for word in (b"hf_one", b"two", b"hf_three") if word in kept]
+
+
+def test_the_recipes_own_values_are_tried_again_if_no_trial_has_a_result(tmp_path: Path) -> None:
+    study = open_study(plan(), tmp_path, 0)
+    first = study.ask(plan().space)
+    study.tell(first, state=TrialState.FAIL)
+    again = open_study(plan(), tmp_path, 0).ask(plan().space)
+    assert again.params == first.params

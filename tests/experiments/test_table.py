@@ -62,6 +62,21 @@ def test_an_added_method_never_takes_the_name_of_a_file(tmp_path: Path) -> None:
     ]
 
 
+def test_no_method_that_trains_the_bases_weights_is_added_to_a_recipe_in_4_or_8_bits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = folder_of(tmp_path, lora="")
+    for flags, names in (
+        (("--load_in_4bit", "true"), ["lora"]),
+        (("--load_in_4bit", "false"), ["last_layers", "lora", "full"]),
+    ):
+        assert [variant.name for variant in find_variants([given], flags)] == names
+    said = capsys.readouterr().out
+    assert said == (
+        f"last_layers, full: not compared, as {given} sets load_in_4bit, and these train the base's own weights\n"
+    )
+
+
 def test_several_configs_are_compared_as_they_are(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -156,10 +171,16 @@ def test_bad_arguments_run_nothing(
 def test_a_failing_run_loses_no_other_and_a_finished_one_is_not_run_again(
     backbone_dirs: dict[str, Path], texts_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = write_recipe(tmp_path / "tiny" / "lora.yaml", backbone_dirs["distilbert"], texts_file)
+    own = {
+        "push_to_hub": True,
+        "hub_token": "hf_secret",
+        "env": {"A": "1"},
+    }  # nothing is published
+    recipe = write_recipe(tmp_path / "tiny" / "lora.yaml", backbone_dirs["distilbert"], texts_file, **own)
     broken = write_recipe(tmp_path / "tiny" / "z.yaml", backbone_dirs["distilbert"], texts_file, lora_rank=4)
     output = tmp_path / "out"
-    command = ["table", "--config", recipe, broken, "--seeds", 0, "--output_dir", output, "--", "--weight_decay=0.01"]
+    command = ["table", "--config", recipe, broken, "--seeds", 0, "--output_dir", output]
+    command += ["--", "--weight_decay=0.01", "--hub_token=hf_secret"]
     printed, line = fail(capfd, *command)
     assert "1 of 2 runs failed, the first of them z with seed 0: " in line
     assert "lora_rank is not an option; did you mean lora_r?" in line
@@ -173,6 +194,7 @@ def test_a_failing_run_loses_no_other_and_a_finished_one_is_not_run_again(
     arguments = json.loads((output / "lora-seed0" / "run.json").read_text())["arguments"]
     assert (arguments["seed"], arguments["weight_decay"], arguments["lora_r"]) == (0, 0.01, 4)
     assert not list(output.glob("*/checkpoint-*"))
+    assert not [file for file in output.rglob("*") if file.is_file() and b"hf_secret" in file.read_bytes()]
 
     # The broken one is mended: only what is missing runs.
     write_recipe(broken, backbone_dirs["distilbert"], texts_file, method="full")

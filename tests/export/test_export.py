@@ -1,6 +1,7 @@
 """`plainlora export` where llama.cpp is not installed: what is written, what it says, and nothing half-written."""
 
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -199,3 +200,16 @@ def test_without_its_extra_the_command_says_how_to_install_it(
     monkeypatch.setitem(sys.modules, "gguf", None)  # type: ignore[arg-type]  # what makes an import fail
     line = plainlora("export", "--adapter", adapter, "--format", "gguf")
     assert line == 'error: this needs gguf: pip install "plainlora[export]"'
+
+
+def test_the_output_may_be_the_folder_in_which_the_command_is_called_and_commands_can_be_pasted(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = make_adapter(tmp_path, "llama", tokenizer).rename(tmp_path / "my run")
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    result = export_gguf(adapter, ".", merged=True)
+    assert result.file == tmp_path / "out" / "my run-f16.gguf"
+    assert result.file.is_file()
+    line = next(line for line in (tmp_path / "out" / "servers.txt").read_text().splitlines() if "llama-server" in line)
+    assert shlex.split(line)[-1] == "my run-f16.gguf"

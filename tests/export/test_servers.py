@@ -1,5 +1,6 @@
 """What servers refuse of an adapter is said with its own numbers, and what they take gets the exact command."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,13 @@ def test_vllm_gets_the_smallest_rank_that_it_allows(rank: int, allowed: int) -> 
     assert f"vllm serve org/base --enable-lora --max-lora-rank {allowed} --lora-modules 'my adapter'=" in text
     assert "/chat_template.jinja" in text
     assert f"my adapter: rank {rank} in 2 modules" in text
+
+
+def test_the_revision_of_the_base_is_in_every_command_that_names_it() -> None:
+    text = describe_servers(replace(served(), revision="v1.0"), template=False)
+    assert "vllm serve org/base --revision v1.0 --enable-lora" in text
+    assert "--model-id org/base --revision v1.0" in text
+    assert "--revision" not in describe_servers(served(), template=False)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from plainlora import fuse, unfuse
+from plainlora.fast import attention as own
 from plainlora.fast.attention import NAME, DocumentAttention, is_covered
 from plainlora.fast.isolation import collate
 from tests.conftest import BACKBONES, CONFIGS, VOCABULARY, random_ids
@@ -127,15 +128,21 @@ def test_no_mask_is_built_and_no_score_between_documents(kind: str) -> None:
     assert not [shape for shape in sizes if shape[-2:] == (length, length)]
 
 
-def test_dropout_draws_the_same_numbers_as_without() -> None:
+@pytest.mark.parametrize("least", [0, 1 << 40])
+def test_dropout_draws_the_same_numbers_as_without(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own, "LEAST", least)  # block by block, and by PyTorch
     model, batch = make("gpt2", attn_pdrop=0.3).train(), packed_batch()
     expected = results(model, batch)
     DocumentAttention(model)
     assert largest_difference(results(model, batch), expected) < 2e-6
 
 
+@pytest.mark.parametrize("least", [0, 1 << 40])
 @pytest.mark.parametrize("kind", BACKBONES)
-def test_a_fused_classifier_with_dropout_draws_the_numbers_of_one_that_is_not(kind: str) -> None:
+def test_a_fused_classifier_with_dropout_draws_the_numbers_of_one_that_is_not(
+    kind: str, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own, "LEAST", least)
     batch = {"input_ids": random_ids(3, 20), "labels": torch.tensor([0, 1, 1])}
     batch["attention_mask"] = (torch.arange(20) < torch.tensor([[20], [7], [13]])).long()
     config = BACKBONES[kind]()
@@ -224,3 +231,61 @@ def test_a_fused_trainer_packed_or_not_has_the_losses_that_it_has_without(
     assert ("attention_mask" in next(iter(trainer.get_train_dataloader()))) == (not packing)
     assert len(found[0]) > 5
     assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+def test_gpt2s_rows_stay_padded_in_a_trainer_that_counts_their_first_labels(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Without padding Transformers would divide the loss by fewer tokens, and the loss would be another one."""
+    rows = Dataset.from_dict({"input_ids": [random_ids(1, length)[0].tolist() for length in (5, 40, 17, 33)]})
+    found = []
+    for fused in (False, True):
+        args = SFTConfig(
+            output_dir=str(tmp_path), max_steps=2, logging_steps=1, learning_rate=1e-3, use_cpu=True, bf16=False,
+            report_to="none", save_strategy="no", disable_tqdm=True, per_device_train_batch_size=4,
+            gradient_checkpointing=False,
+        )  # fmt: skip
+        base = make("gpt2", attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, loss_type=None)
+        lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+        trainer = SFTTrainer(base, args, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+        assert not trainer._loss_shifts_labels
+        if fused:
+            assert "padding-free collator" not in fuse(trainer).fused
+        trainer.train()
+        found.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+def test_chunks_that_only_the_mask_tells_of_are_left_to_the_model(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Llama 4 hands its layers no window, and a document may be longer than those that are measured."""
+    rows = Dataset.from_dict({"input_ids": [random_ids(1, length)[0].tolist() for length in (30, 20, 12)]})
+    args = SFTConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", packing=True, max_length=64,
+        per_device_train_batch_size=1, gradient_checkpointing=False,
+    )  # fmt: skip
+    for chunk, documents in ((None, 1), (8, 0)):
+        lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+        model = make("llama", attention_chunk_size=chunk)
+        trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+        assert fuse(trainer).fused.get("attention over documents", 0) == documents
+
+
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
+def test_a_fused_trainer_predicts_row_by_row(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = Dataset.from_dict({"input_ids": [random_ids(1, 12)[0].tolist() for _ in range(6)]})
+    args = SFTConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", per_device_eval_batch_size=3,
+        per_device_train_batch_size=3, gradient_checkpointing=False, disable_tqdm=True,
+    )  # fmt: skip
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    trainer = SFTTrainer(make("llama"), args, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+    expected = trainer.predict(trainer.train_dataset)
+    assert "padding-free collator" in fuse(trainer).fused
+    found = trainer.predict(trainer.train_dataset)
+    assert found.label_ids.shape == expected.label_ids.shape == (6, 12)
+    torch.testing.assert_close(torch.tensor(found.predictions[0]), torch.tensor(expected.predictions[0]))
+    assert trainer.data_collator.padding_free
+    unfuse(trainer)
+    assert "predict" not in vars(trainer)

@@ -11,6 +11,7 @@ from torch import nn
 
 from plainlora import inject, load_adapter, merge, save_adapter
 from plainlora.fast.fuse import fuse, unfuse
+from plainlora.fast.head import is_covered
 from tests.conftest import fused_in_place, load_quantized, make_model, random_ids, run_program
 
 TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "llama": ["q_proj", "v_proj", "gate_proj", "down_proj"]}
@@ -203,3 +204,62 @@ def test_a_model_without_values_is_fused_without_a_word(caplog: pytest.LogCaptur
     assert said[0] == []
     (line,) = said[1]
     assert line.startswith("4 layers are not fused: ")
+
+
+def test_a_bias_of_b_that_comes_later_is_computed(tmp_path: Any) -> None:
+    model = filled(get_peft_model(make_model("llama"), config("llama")))
+    fuse(model)
+    model.add_adapter("other", config("llama", lora_bias=True))
+    for name, parameter in model.named_parameters():
+        if "other" in name:
+            nn.init.normal_(parameter, std=0.2)
+    model.set_adapter("other")
+    found = observe(model)
+    unfuse(model)
+    expected = observe(model)
+    assert any("lora_B.other.bias" in name for name in expected)
+    assert_same(expected, found)
+
+
+class Swapped(nn.Module):
+    """Hands its layer an input whose batch and length cannot be joined, as Mamba's `x_proj` gets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x.transpose(1, 2))
+
+
+def test_an_input_that_is_a_transposed_view_has_its_gradients() -> None:
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = filled(inject(Swapped(), LoraConfig(r=2, lora_dropout=0.5, target_modules=["proj"])))
+        if fused:
+            fuse(model)
+        x = torch.randn(3, 6, 5).requires_grad_()
+        torch.manual_seed(1)
+        model.train()(x).square().sum().backward()
+        found.append([x.grad, *(each.grad for each in model.parameters() if each.requires_grad)])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_a_fused_model_may_be_saved_whole_and_loaded(tmp_path: Any) -> None:
+    model = filled(get_peft_model(make_model("llama"), config("llama")))
+    fuse(model)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert all(is_fused(again))
+    assert_same(observe(model), observe(again), 0.0)
+
+
+def test_a_trained_bias_of_the_head_gets_its_gradient(tmp_path: Any) -> None:
+    """The one-pass head has none for it, so TRL's takes its place."""
+    head = make_model("llama")
+    head.lm_head = nn.Linear(64, 320)
+    assert is_covered(head.requires_grad_(False))
+    head.lm_head.bias.requires_grad_(True)
+    assert not is_covered(head)

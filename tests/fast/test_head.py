@@ -125,6 +125,20 @@ def test_without_the_fused_call_the_model_gives_its_logits() -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_answers_to_prompts_of_different_lengths_are_the_models_own(kind: str) -> None:
+    """`generate` counts a row's positions from its padding only if the model's signature names them."""
+    model, plain = make(kind, True), make_model(kind)
+    ids = random_ids(2, 8)
+    padded = {"input_ids": ids, "attention_mask": torch.tensor([[0] * 5 + [1] * 3, [1] * 8])}
+    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    found, expected = (each.generate(**padded, **options) for each in (model, plain))
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, own in zip(found.logits, expected.logits, strict=True):
+        torch.testing.assert_close(ours, own)
+    assert model._supports_logits_to_keep() == plain._supports_logits_to_keep()
+
+
 class Operations(TorchDispatchMode):
     """Names of the operations that run inside, with the dtypes of the tensors that they make."""
 

@@ -274,6 +274,19 @@ def test_one_line_more_in_an_existing_script_trains_the_models_own_loss(
     assert logged[0] != pytest.approx(own, rel=1e-3), "TRL's own head is right as well: this test could not fail"
 
 
+def test_the_figures_of_an_epoch_are_the_means_of_all_its_steps(tmp_path: Path) -> None:
+    logged = []
+    for one_pass in (False, True):
+        trainer = make_peft_trainer(tmp_path, logging_strategy="epoch", logging_steps=10)
+        if one_pass:
+            use_one_pass_head(trainer)
+        trainer.train()
+        logged.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    for found, expected in zip(*logged, strict=True):
+        assert found.keys() == expected.keys() >= {"entropy", "mean_token_accuracy"}
+        assert found["entropy"] == pytest.approx(expected["entropy"], rel=1e-5)
+
+
 def test_a_head_that_is_trained_goes_through_trls(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     model = make("llama")
     lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, Trainer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -23,6 +23,7 @@ from trl import (
 )
 
 from plainlora import fuse, unfuse
+from plainlora.lora.errors import LoRAError
 from tests.conftest import CONFIGS, make_model
 
 QUESTIONS = [f"Say the number after {number}." for number in range(8)]
@@ -110,3 +111,15 @@ def test_a_fused_trainer_trains_what_it_trains_without(
     assert len(found["own"]) == 4
     assert found["unfused"] == found["own"]
     assert found["fused"] == pytest.approx(found["own"], rel=1e-6, abs=1e-7)
+
+
+def test_a_trainer_that_would_copy_the_model_to_several_gpus_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = get_peft_model(make_model("llama"), LoraConfig(task_type="CAUSAL_LM", **LORA))
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    trainer = Trainer(model, arguments, processing_class=tokenizer)
+    arguments._n_gpu = 2  # as Transformers counts two visible GPUs
+    with pytest.raises(LoRAError, match=r"copy the model to 2 GPUs .*; start the script with accelerate launch"):
+        fuse(trainer)
+    assert not any("forward" in vars(module) for module in model.modules())

@@ -22,6 +22,7 @@ from plainlora.hub.publication import collect_publication
 from plainlora.lora.errors import LoRAError
 from tests.conftest import CONFIGS, make_model
 from tests.refusals import Run
+from tests.test_peft_model import base_of, config_of
 
 BASE = "openai-community/gpt2"
 WEIGHTS = "adapter_model.safetensors"
@@ -290,6 +291,9 @@ def test_paths_of_this_disk_stay_here(adapter: Path) -> None:
     }  # fmt: skip
     card = text_of(adapter, "README.md", BASE)
     extra = "\nTrained on `/home/ann/my/rows.jsonl` from `/home/ann/models/llama`; see [here](https://a.b/c/d).\n"
+    spaced = "\nFrom `/Users/ann/My Drive/acme/x.jsonl` and 'C:\\\\Users\\\\Ann B\\\\y.jsonl', `and/or`, `a b`.\n"
+    (adapter / "README.md").write_text(card + spaced)
+    assert text_of(adapter, "README.md", BASE).endswith("\nFrom `x.jsonl` and 'y.jsonl', `and/or`, `a b`.\n")
     (adapter / "README.md").write_text(card + extra)
     assert text_of(adapter, "README.md", BASE).endswith(
         f"\nTrained on `rows.jsonl` from `{BASE}`; see [here](https://a.b/c/d).\n"
@@ -336,3 +340,14 @@ def test_the_help_names_the_hub_and_what_each_flag_takes(capsys: pytest.CaptureF
     said = capsys.readouterr().out
     assert "Publish an adapter or a model on the Hub." in said
     assert "--model MODEL" in said
+
+
+@pytest.mark.parametrize("name", ["embeddings", "target_parameters", "use_bdlora"])
+def test_adapters_whose_matrices_are_of_other_shapes_are_published_too(name: str, tmp_path: Path) -> None:
+    """PEFT's own: an embedding's A and B have other names, those of experts and of blocks another rank."""
+    kind = "mixtral" if name == "target_parameters" else "llama"
+    model = get_peft_model(base_of(kind), config_of(name, kind))
+    model.peft_config["default"].base_model_name_or_path = BASE
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    (tmp_path / "adapter" / "README.md").unlink()
+    assert WEIGHTS in collect_publication(tmp_path / "adapter", None).files

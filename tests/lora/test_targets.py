@@ -18,6 +18,8 @@ from transformers import (
     GptOssForCausalLM,
     LagunaConfig,
     LagunaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MixtralConfig,
@@ -34,7 +36,7 @@ from transformers import (
 from plainlora import inject
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.record import adapter_state, lora_layers
-from plainlora.lora.targets import condense, find_targets
+from plainlora.lora.targets import condense, find_targets, without_unmatched
 from tests.lora.oracle import assert_same_as_peft, config, make, requires_grad, snapshot
 
 QV = ["q_proj", "v_proj"]
@@ -315,3 +317,24 @@ def test_a_rank_for_every_one_of_many_modules_takes_no_time() -> None:
 def test_names_in_one_text_and_modules_that_are_not_there_are_told_as_what_they_are() -> None:
     refused("llama", r"for several names write a list: \[q_proj, v_proj\]", target_modules="q_proj, v_proj")
     refused("llama", r"'zzz' matches no module; the modules are .*embed_tokens", modules_to_save=["zzz"])
+
+
+def test_a_wrong_name_among_many_is_an_error_too() -> None:
+    """PEFT condenses lists of twenty names and more."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 12, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=32))
+    names = [f"model.layers.{layer}.self_attn.{name}" for layer in range(12) for name in ("q_proj", "v_proj")]
+    assert len(find_targets(model, config(target_modules=names))) == 24
+    with pytest.raises(LoRAError, match=r"target_modules: 'model.layers.11.self_attn.v_prj' matches no module"):
+        find_targets(model, config(target_modules=[*names[:-1], "model.layers.11.self_attn.v_prj"]))
+
+
+def test_a_saved_config_loses_the_names_that_match_nothing_in_its_base() -> None:
+    """Tools write one list for every architecture; PEFT ignores what a base does not have."""
+    given = config(
+        target_modules=["q_proj", "gate_prj"], exclude_modules=["k_proj", "no"], rank_pattern={"q_proj": 2, "no": 3}
+    )
+    found = without_unmatched(make("llama"), given)
+    assert set(found.target_modules or ()) == {"q_proj"}
+    assert (list(found.exclude_modules or ()), found.rank_pattern) == (["k_proj"], {"q_proj": 2})
+    assert set(given.target_modules or ()) == {"q_proj", "gate_prj"}

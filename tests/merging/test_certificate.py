@@ -103,7 +103,7 @@ def test_text_is_cut_to_the_context_and_to_what_a_processor_reads_soon(
         assert max(lengths) == longest
         assert MOST_GIVEN - longest < sum(lengths) <= MOST_GIVEN
         assert eval_prompts.tokens == sum(lengths) - len(lengths)
-        assert eval_prompts.source == f"the text {file}"
+        assert eval_prompts.source == f"the text {file.name}"
 
 
 @pytest.mark.parametrize(("content", "said"), [(b"", "no text"), (b" \n\t\n", "no text"), (b"\xff\xfe\x00", "UTF-8")])

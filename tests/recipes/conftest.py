@@ -59,6 +59,7 @@ def run_classify(
             *("--num_train_epochs", "1", "--max_steps", "6", "--eval_strategy", "steps", "--eval_steps", "3"),
             *("--save_strategy", "steps", "--save_steps", "3", "--save_total_limit", "9", "--logging_steps", "1"),
             *("--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true", "--learning_rate", "5e-3"),
+            *("--precision", "fp32"),
             *flags,
         ]
         monkeypatch.chdir(ROOT)

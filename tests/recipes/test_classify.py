@@ -184,6 +184,16 @@ def test_u20_a_tuned_decoder_reads_the_last_real_token_on_either_side(run_classi
     torch.testing.assert_close(together, torch.stack(alone), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backbone", ["distilbert", "gpt2"])
+def test_u09_a_run_that_trains_the_head_whole_may_be_resumed(run_classify: RunClassify, backbone: str) -> None:
+    """The saved config also names the heads that PEFT adds for the task."""
+    flags = ["--train_head", "true", "--lora_key", "true", "--max_steps", "8", "--save_steps", "4"]
+    whole = run_classify(backbone, "whole", *flags)
+    shutil.copytree(whole / "checkpoint-4", whole.parent / "resumed" / "checkpoint-4")
+    resumed = run_classify(backbone, "resumed", *flags, "--resume_from_checkpoint", "true")
+    assert weights(resumed) == weights(whole)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_u09_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
     run_classify: RunClassify, method: str
@@ -259,7 +269,7 @@ def test_two_processes_train_what_one_process_trains_with_twice_the_batch(
 ) -> None:
     # Without length grouping, whose batches are those of one process; 20 steps are two epochs of 80 rows.
     flags = ["--method", method, "--lora_backend", backend, "--train_sampling_strategy", "random"]
-    flags += ["--lora_key", "true", "--lora_head", "true"]
+    flags += ["--lora_key", "true", "--lora_head", "true", "--precision", "fp32"]
     model = tmp_path / "no-dropout"
     shutil.copytree(backbone_dirs[kind], model)
     config = json.loads((model / "config.json").read_text())

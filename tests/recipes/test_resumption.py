@@ -99,3 +99,12 @@ def test_figures_of_a_part_are_not_reported_as_those_of_the_run(begun: Path, run
     left_out = {"train_loss", "train_samples_per_second", "train_steps_per_second"}
     assert whole.keys() - resumed.keys() == left_out
     assert resumed["eval_loss_adapter"] == whole["eval_loss_adapter"]
+
+
+def test_a_resumed_run_may_begin_to_sample(begun: Path, run_sft: RunSFT) -> None:
+    """The checkpoint knows nothing of that callback."""
+    shutil.rmtree(begun / "checkpoint-6")
+    flags = ("--packing", "false", "--resume_from_checkpoint", "true")
+    run_sft("llama", "run", *flags, "--sample_prompts", "Say 1.", "--sample_steps", "2", "--max_new_tokens", "2")
+    assert (begun / "checkpoint-6").is_dir()
+    assert "Say 1." in (begun / "samples.md").read_text()

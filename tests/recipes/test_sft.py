@@ -324,7 +324,7 @@ def test_the_instruct_recipe_renders_with_the_models_own_template_and_trains_the
 
     output = run_sft(
         *("llama", "run", "--model_name_or_path", str(base), "--dataset_name", str(rows)),
-        *("--eval_dataset_name", str(rows)),
+        *("--eval_dataset_name", str(shutil.copy(rows, tmp_path / "test.jsonl"))),
         config="recipes/instruct/lora.yaml",
     )
     printed = capfd.readouterr().out
@@ -434,7 +434,7 @@ def test_rows_of_prompt_and_completion_train_the_answers_unless_told_otherwise(
     assert 0 < answers < 0.6 * tokens
     for name, flags in (("told", ["--dataset_name", str(rows), "--completion_only_loss", "false"]), ("others", [])):
         tokens, everything = trained(name, *flags)
-        assert everything == tokens
+        assert 0 < tokens - everything < tokens / 10  # the first token of a row is not predicted
 
 
 def bytes_of(folder: Path) -> int:

@@ -36,7 +36,7 @@ def test_no_token_is_written_from_wherever_it_came(
 ) -> None:
     secrets = [f"secret{number}" for number in range(7)]
     yaml = tmp_path / "recipe.yaml"
-    yaml.write_text(f"seed: 7\nhub_token: {secrets[5]}\nenv:\n  WANDB_API_KEY: {secrets[6]}\n  OMP_NUM_THREADS: 1\n")
+    yaml.write_text(f"seed: 7\nhub_token: {secrets[5]}\nenv:\n  WANDB_API_KEY: {secrets[6]}\n  AN_OWN: 1\n")
     command = [
         *("recipes/sft.py", "--config", str(yaml)),
         *("--hub_token", secrets[0], f"--hub_token={secrets[1]}", "--hub-token", secrets[2]),
@@ -50,7 +50,7 @@ def test_no_token_is_written_from_wherever_it_came(
         *("--hub_token", "...", "--hub_token=...", "--hub-token", "...", "--push-to-hub-token=..."),
         *("--hub_model_id", "me/it", "--seed=7"),
     ]
-    assert written["config"] == {"seed": 7, "env": ["OMP_NUM_THREADS", "WANDB_API_KEY"]}
+    assert written["config"] == {"seed": 7, "env": ["AN_OWN", "WANDB_API_KEY"]}
     assert written["arguments"]["seed"] == 7
     assert written["arguments"]["model_name_or_path"] == "openai-community/gpt2"
     assert "hub_token" not in written["arguments"]

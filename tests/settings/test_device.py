@@ -39,6 +39,8 @@ def _folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         # What was typed stays.
         ("", ["--bf16", "true"], (True, False, "auto"), (True, False, "auto")),
         ("", ["--bf16", "false"], (False, False, "float32"), (False, False, "float32")),
+        ("dtype: auto\nprecision: fp32\n", [], (False, False, "float32"), (False, False, "float32")),
+        ("precision: fp32\n", ["--dtype", "auto"], (False, False, "auto"), (False, False, "auto")),
         ("", ["--dtype", "bfloat16"], (True, False, "bfloat16"), (False, True, "bfloat16")),
         ("fp16: true\n", ["--bf16=true", "--fp16=false"], (True, False, "auto"), (True, False, "auto")),
     ],
@@ -50,15 +52,32 @@ def test_mixed_precision_is_one_that_the_gpu_has(
     assert formats(T4, text, *typed) == on_t4
 
 
-@pytest.mark.parametrize(("program", "tf32"), [(SFT, None), (CLASSIFY, True)])
-def test_a_classifier_multiplies_in_tf32_where_there_is_such_a_thing(program: Program, tf32: bool | None) -> None:
-    flags = ["--model_name_or_path=m", "--dataset_name=d", "--output_dir=out"]
-    flags += ["--lora_query=true"] if program is CLASSIFY else []
+@pytest.mark.parametrize("program", [SFT, CLASSIFY])
+def test_without_mixed_precision_products_are_in_tf32_where_there_is_such_a_thing(program: Program) -> None:
+    Path("recipe.yaml").write_text("model_name_or_path: m\ndataset_name: d\noutput_dir: out\nbf16: false\n")
+    flags = ["--config", "recipe.yaml", *(["--lora_query=true"] if program is CLASSIFY else [])]
     with gpu_host(capability=A100):
-        assert program.parse(flags).training.tf32 is tf32
+        assert program.parse(flags).training.tf32 is True
         assert program.parse([*flags, "--bf16=false"]).training.tf32 is None
+        assert program.parse([*flags, "--bf16=true"]).training.tf32 is None
     with gpu_host(capability=T4):
         assert program.parse(flags).training.tf32 is None
+
+
+@pytest.mark.parametrize(
+    ("typed", "on_a100", "on_t4"),
+    [
+        ([], (True, False, "auto"), (False, True, "auto")),
+        (["--train_head=true"], (True, False, "float32"), (False, True, "float32")),
+        (["--precision=fp32"], (False, False, "float32"), (False, False, "float32")),
+    ],
+)
+def test_a_classifier_has_the_same_mixed_precision(typed: list[str], on_a100: Formats, on_t4: Formats) -> None:
+    flags = ["--model_name_or_path=m", "--dataset_name=d", "--output_dir=out", "--lora_query=true", *typed]
+    for capability, expected in ((A100, on_a100), (T4, on_t4)):
+        with gpu_host(capability=capability):
+            settings = CLASSIFY.parse(flags)
+        assert (settings.training.bf16, settings.training.fp16, settings.model.dtype) == expected
 
 
 def test_what_a_t4_trains_in_is_said_with_the_reason() -> None:
@@ -116,10 +135,11 @@ def test_the_reason_for_bfloat16_is_said_and_a_yaml_for_a_gpu_fits_such_a_cpu() 
     assert (settings.training.bf16, settings.training.fp16, settings.model.dtype) == (True, False, "bfloat16")
 
 
-def test_a_classifier_trains_in_float32_on_every_cpu() -> None:
-    with cpu_host(bf16=True):
-        settings = CLASSIFY.parse([*FLAGS, "--lora_query=true"])
-    assert (settings.training.bf16, settings.model.dtype) == (False, "float32")
+def test_a_classifier_computes_in_bfloat16_where_the_cpu_has_units_for_it() -> None:
+    for bf16, expected in ((True, (True, False, "auto")), (False, IN_FP32)):
+        with cpu_host(bf16):
+            settings = CLASSIFY.parse([*FLAGS, "--lora_query=true"])
+        assert (settings.training.bf16, settings.training.fp16, settings.model.dtype) == expected
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,9 @@ def test_u22_a_wrong_type_or_choice_is_refused_from_both_sides(name: str, value:
         ("run_name: {a: b}", "run_name takes one value, not a mapping"),
         ("seed: null", "seed has no value"),
         ("merge:", "merge has no value"),
+        ("sample_prompts: [yes, a]", "YAML reads yes, no, on and off as true and false; put the entry in quotes"),
+        ("do_train: true", "do_train is not an option; leave it out: these programs always train"),
+        ("use_peft: true", r"use_peft is not an option; did you mean method? (lora trains an adapter)"),
         ("sample_prompts: [a, null]", "an entry of the list is one value, not None"),
         ("sample_prompts: [[a]]", "an entry of the list is one value, not ['a']"),
         ("lora_layers_to_transform: [a]", "invalid literal for int()"),
@@ -338,6 +341,12 @@ def test_a_base_dropout_that_is_no_probability_below_1_is_refused(p: str) -> Non
     ("line", "said"),
     [
         ("lora_alpha: 0", "lora_alpha 0 multiplies every adapter by 0"),
+        ("packing: false\neval_packing: true", "eval_packing True: test rows are packed as training rows are"),
+        ("packing: true\npacking_strategy: bfd_split", "packing_strategy=bfd_split: longer rows are dropped or trunc"),
+        (
+            "env: {HF_HUB_OFFLINE: 1}",
+            "env: HF_HUB_OFFLINE was read when the libraries were imported",
+        ),
         ("lora_target_modules: []", "lora_target_modules is an empty list; name modules, or leave it out"),
         ("max_steps: 0", "max_steps 0 takes no step"),
         ("num_train_epochs: 0", "num_train_epochs 0 takes no step"),
@@ -345,6 +354,8 @@ def test_a_base_dropout_that_is_no_probability_below_1_is_refused(p: str) -> Non
         ("optim: galore_adamw", "optim galore_adamw: You need to install `galore_torch`"),
         ("optim_args: nonsense", "optim adamw_torch_fused: it cannot be made here ("),
         ("fsdp: full_shard", "fsdp is for several processes, and this is one"),
+        ("fsdp: full_shard\nmethod: full", "method full: FSDP2 shards the base's weights, which this method trains"),
+        ("lora_config: {init_lora_weights: pisa}", "init_lora_weights is 'pisa'; did you mean pissa?"),
         ("fsdp: full_shard\nfsdp_config: {version: 1}", "fsdp: version 1 is not supported; set fsdp_version: 2"),
         (
             "fsdp: full_shard\nfsdp_config: {cpu_ram_efficient_loading: true}",
@@ -359,6 +370,13 @@ def test_a_base_dropout_that_is_no_probability_below_1_is_refused(p: str) -> Non
 )
 def test_what_would_fail_after_the_base_is_loaded_or_train_nothing_is_refused(line: str, said: str) -> None:
     assert said in refusal(line + "\n")
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode")
+def test_keeping_the_end_of_rows_that_are_dropped_is_refused() -> None:
+    line = "truncation_mode: keep_end\n"
+    assert "truncation_mode keep_end: longer rows are dropped; set on_overflow to truncate" in refusal(line)
+    assert parse(f"{line}on_overflow: truncate\n")["truncation_mode"] == "keep_end"
 
 
 @pytest.mark.parametrize("metric", ["loss", "eval_loss", "perplexity", "eval_entropy", "mean_token_accuracy"])

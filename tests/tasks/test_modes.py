@@ -8,7 +8,7 @@ from transformers import BertConfig, DistilBertConfig, GPT2Config, LlamaConfig, 
 from trl import ModelConfig
 
 from plainlora.backends import BACKENDS, count_parameters
-from plainlora.base.classifier import build_skeleton
+from plainlora.base.classifier import build_skeleton, check_order
 from plainlora.errors import UserError
 from plainlora.lora.errors import LoRAError
 from plainlora.settings.arguments import PROJECTIONS, ClassifyArguments
@@ -158,3 +158,13 @@ def test_disabled_is_the_model_as_it_was_before_training(modules: Any) -> None:
         assert torch.equal(model(ids).logits, before)
     assert torch.equal(model(ids).logits, after)
     assert not torch.equal(after, before)
+
+
+def test_a_classifier_whose_classes_have_another_order_is_refused(tmp_path: Any) -> None:
+    """Its head would be kept, under the wrong names."""
+    config = BertConfig(id2label={0: "Positive", 1: "negative"}, architectures=["BertForSequenceClassification"])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="of these classes in another order; set labels to positive, negative"):
+        check_order(str(tmp_path), ["negative", "positive"])
+    for labels in (["positive", "negative"], ["ham", "spam"]):
+        check_order(str(tmp_path), labels)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, P
 from trl import SFTConfig
 
 from plainlora.backends import BACKENDS, attach_adapter
+from plainlora.errors import leave_if_not_first
 from plainlora.fast.loss_head import base_of
 from plainlora.parity.tiny import byte_tokenizer
 from plainlora.training.trainers import AdapterTrainer, args_for_sft
@@ -97,6 +98,17 @@ def test_a_routers_loss_is_trained_and_not_measured(tmp_path: Path, tokenizer: P
     assert trainer.aux_loss_enabled
 
 
+@pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")
+@pytest.mark.parametrize("options", [{"label_smoothing_factor": 0.2}, {"loss_type": "dft"}])
+def test_it_is_the_cross_entropy_whatever_the_training_loss_is(
+    options: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    trainer = make_trainer(make_model("llama"), tmp_path, tokenizer, per_device_eval_batch_size=4, **options)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(own_loss(base_of(trainer.adapted)), rel=1e-6)
+    assert trainer.args.loss_type == options.get("loss_type", trainer.args.loss_type)
+    assert (trainer.label_smoother is None) == ("label_smoothing_factor" not in options)
+
+
 def test_it_chooses_the_best_checkpoint(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     trainer = make_trainer(
         make_model("llama"), tmp_path, tokenizer, per_device_eval_batch_size=4, max_steps=4, eval_strategy="steps",
@@ -140,3 +152,4 @@ def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     evaluate(Path(sys.argv[1]))
+    leave_if_not_first()

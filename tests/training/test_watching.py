@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import math
 import re
 import signal
@@ -10,7 +11,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -35,7 +35,7 @@ from plainlora.run.checkpoints import newest_checkpoint
 from plainlora.run.folder import list_checkpoints
 from plainlora.settings.arguments import ClassifyConfig
 from plainlora.training.trainers import AdapterTrainer, ClassifierTrainer, args_for_sft
-from plainlora.training.watching import FirstGradients, RowsSeen, check_effect, documents, lora_matrices
+from plainlora.training.weight_checks import FirstGradients, check_effect, lora_matrices
 from tests.conftest import BACKBONES, make_model
 from tests.two_processes import in_two_processes
 
@@ -61,6 +61,7 @@ def make_trainer(
         BACKENDS[backend],
         args=args_for_sft(SFTConfig(output_dir=str(folder), **(arguments | options))),
         train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}),
+        eval_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}) if "eval_strategy" in options else None,
         processing_class=tokenizer,
     )
 
@@ -263,17 +264,6 @@ def test_u17_a_resumed_run_has_seen_the_rows_of_an_uninterrupted_one(make: Calla
     assert other.seen.digest != whole.seen.digest
 
 
-def test_u17_the_digest_of_the_rows_depends_on_their_order() -> None:
-    batches = [np.array([[1, 2]]), np.array([[3, 4]])]
-    digests = set()
-    for order in ((0, 1), (1, 0), (0,), (0, 1, 1)):
-        seen = RowsSeen()
-        for number in order:
-            seen.add(batches[number])
-        digests.add(seen.digest)
-    assert len(digests) == 4
-
-
 def digest_of_what_the_model_is_given(trainer: AdapterTrainer) -> str:
     """Trains, and takes the digest of the ids that reach the model."""
     given: list[torch.Tensor] = []
@@ -384,6 +374,41 @@ class SignalsItself(TrainerCallback):
             signal.raise_signal(signal.SIGTERM)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"save_strategy": "best"},
+        {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "load_best_model_at_end": True},
+    ],
+)
+def test_what_is_said_to_be_saved_after_a_signal_is_there(
+    options: dict[str, Any], make: Callable[..., AdapterTrainer]
+) -> None:
+    """Also if another checkpoint is the best, and Trainer would keep that one alone, or save no other."""
+    trainer = make(
+        max_steps=9, eval_strategy="steps", eval_steps=1, metric_for_best_model="loss", greater_is_better=True,
+        logging_steps=1, **options,
+    )  # fmt: skip
+    trainer.add_callback(SignalsItself())
+    with pytest.raises(Stopped, match=r"stopped after step 2 of 9; .*checkpoint-2 is saved"):
+        trainer.train()
+    assert trainer.state.best_global_step == 1
+    assert [path.name for path in list_checkpoints(trainer.args.output_dir)] == ["checkpoint-1", "checkpoint-2"]
+    assert trainer.args.load_best_model_at_end == options.get("load_best_model_at_end", False)
+
+
+def test_an_epoch_that_a_signal_ends_is_evaluated(make: Callable[..., AdapterTrainer]) -> None:
+    """The resumed run begins with the next one. Six rows in batches of three: two steps."""
+    options = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 3, "save_strategy": "epoch"}
+    trainer = make(eval_strategy="epoch", logging_steps=1, **options)
+    trainer.add_callback(SignalsItself())
+    with pytest.raises(Stopped, match="stopped after step 2 of 4"):
+        trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [2]
+    saved = json.loads((newest_checkpoint(str(trainer.args.output_dir)) / "trainer_state.json").read_text())
+    assert any("eval_loss" in entry for entry in saved["log_history"])
+
+
 def train_together(rank: int, folder: Path) -> tuple[list[str], list[str]]:
     """What ends each of two runs: one row makes the loss of one process NaN, one process is sent a signal.
 
@@ -423,12 +448,3 @@ def test_two_processes_stop_together_for_the_loss_or_the_signal_of_one(
     assert one[1].startswith(f"stopped after step 2 of 9; {tmp_path}/signalled/checkpoint-2 is saved; ")
     assert other[1] == "Stopped at 2"
     assert digests[0] == digests[1] != other_digests[0] == other_digests[1]
-
-
-def test_a_batch_is_taken_apart_into_the_rows_it_was_made_of() -> None:
-    ids = torch.tensor([[5, 6, 7, 8, 9, 1]])
-    assert documents({"input_ids": ids}) == [[5, 6, 7, 8, 9, 1]]
-    assert documents({"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])}) == [[5, 6, 7, 8, 9]]
-    assert documents({"input_ids": ids, "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]])}) == [[6, 7, 8, 9, 1]]
-    positions = torch.tensor([[0, 1, 2, 0, 1, 0]])
-    assert documents({"input_ids": ids, "position_ids": positions}) == [[5, 6, 7], [8, 9], [1]]

@@ -103,13 +103,13 @@ def compare_adapters(adapters: Sequence[str], relative: bool = False, base_model
 def _base_norms(base: Base, modules: set[str]) -> dict[str, float]:
     """The Frobenius norms of the base's weights, in fp64."""
     config = load_config(base.name, base.revision)
-    wanted = {canonical_name(f"{module}.weight", (), config): module for module in modules}
+    wanted = {canonical_name(f"{module}.weight", (), config) or f"{module}.weight": module for module in modules}
     norms = {}
     for path in find_weight_files(base.name, base.revision):
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118
-                    if (module := wanted.get(canonical_name(key, (), config))) is not None:
+                    if (module := wanted.get(canonical_name(key, (), config) or "")) is not None:
                         norms[module] = float(torch.linalg.vector_norm(file.get_tensor(key), dtype=torch.float64))
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{path}: its weights have no norm ({error}); leave --relative out") from error

@@ -12,6 +12,8 @@ from plainlora.errors import UserError
 from plainlora.run.adapter_base import class_labels
 from plainlora.run.folder import holds_adapter
 
+BASE, TUNED, MODEL = "base", "tuned", "model"  # who answers
+
 
 def check_adapters(adapters: Sequence[str]) -> None:
     """Checks that folders are adapters of language models.
@@ -50,3 +52,10 @@ def tokenizer_of_model(name: str) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(name)
     check_vocabulary(tokenizer, config)
     return tokenizer
+
+
+def answer_names(adapters: Sequence[str]) -> list[str]:
+    """The names under which adapters answer beside `base`: `tuned` if there is one, else those of their folders."""
+    if len(adapters) == 1:
+        return [TUNED]
+    return [f"./{adapter}" if adapter in (BASE, TUNED) else adapter for adapter in adapters]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
-from plainlora.base.config import load_config
+from plainlora.base.config import class_names, load_config
 from plainlora.base.loading import load_pretrained
 from plainlora.errors import UserError
 
@@ -32,6 +32,22 @@ def classifier_config(
     config.pad_token_id = pad_token_id
     config.use_cache = False  # nothing is generated
     return config
+
+
+def check_order(name: str, labels: Sequence[str], revision: str | None = None) -> None:
+    """Checks a base that is a classifier of these classes already: its head gives their logits in its own order.
+
+    Raises:
+        UserError: It has the same classes in another order.
+    """
+    config = load_config(name, revision)
+    own = [each.casefold() for each in class_names(config)] if is_classifier(config) else []
+    asked = {label.casefold(): label for label in labels}
+    if own != list(asked) and sorted(own) == sorted(asked):
+        raise UserError(
+            f"{name} is a classifier of these classes in another order; set labels to "
+            f"{', '.join(asked[each] for each in own)}"
+        )
 
 
 def is_classifier(config: PretrainedConfig) -> bool:

@@ -78,11 +78,26 @@ def _find_kernel(config: PretrainedConfig) -> str | None:
     return own if "/" in own else next(filter(None, map(_find_kernel, inner)), None)
 
 
+# Encoders that number positions from `pad_token_id + 1` on, so that many of their position embeddings are not used:
+# https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/roberta/modeling_roberta.py
+PADDED_POSITIONS = {
+    *("camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"),
+    *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+}
+
+
 def context_length(config: PretrainedConfig) -> int | None:
     """The model's context length in tokens; `None` if its config does not give one."""
     text = config.get_text_config()
     length = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    return int(length) if length else None
+    if not length or length < 0:  # as XLNet's
+        return None
+    return int(length) - (((text.pad_token_id or 0) + 1) if text.model_type in PADDED_POSITIONS else 0)
+
+
+def class_names(config: PretrainedConfig) -> list[str]:
+    """A classifier's classes by number. Its file may name them in another order."""
+    return [name for _, name in sorted((config.id2label or {}).items())]
 
 
 def check_length(max_length: int | None, config: PretrainedConfig) -> None:

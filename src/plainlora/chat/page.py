@@ -16,6 +16,7 @@ from plainlora.chat.sampling import Sampling
 from plainlora.chat.session import Session
 from plainlora.errors import UserError
 from plainlora.lora.errors import LoRAError
+from plainlora.lora.interchange import read_config
 from plainlora.run.folder import PICTURES
 
 FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # the reader's own, so that none is fetched
@@ -79,7 +80,10 @@ def _add_column(session: Session, number: int, base: str) -> tuple[gr.HTML, gr.S
             return gr.HTML(elem_id=f"answer-{number}", apply_default_css=False), None
         folder, _ = session.adapters[name]
         gr.HTML(markup.who(name, folder if name != folder else ""))
-        slider = gr.Slider(0, STRONGEST, 1, step=0.05, label=f"strength of {name}", info="0: the base, 1: as trained")
+        config = read_config(folder)
+        whole = bool(config.modules_to_save) or config.bias != "none"
+        info = "of A and B; what is trained whole stays as trained" if whole else "0: the base, 1: as trained"
+        slider = gr.Slider(0, STRONGEST, 1, step=0.05, label=f"strength of {name}", info=info)
         answer = gr.HTML(elem_id=f"answer-{number}", apply_default_css=False)
         for path in _pictures(folder):
             with gr.Accordion(f"training: {path.stem}", open=False):

@@ -16,7 +16,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from plainlora.adapters.language_model import check_adapters, tokenizer_of_model
+from plainlora.adapters.language_model import BASE, MODEL, answer_names, check_adapters, tokenizer_of_model
 from plainlora.adapters.shared_base import find_shared_base
 from plainlora.backends import Backend, loaded
 from plainlora.base.loading import load_causal_lm, to_accelerator
@@ -28,8 +28,6 @@ from plainlora.generation import default_generation_config, room_after, stop_ids
 from plainlora.lora.interchange import read_config
 from plainlora.peft_model import changes_base
 from plainlora.run.adapter_base import BaseKind, describe_original, load_base_of, load_tokenizer_of
-
-BASE, TUNED, MODEL = "base", "tuned", "model"  # who answers
 
 
 class _Stop(StoppingCriteria):
@@ -260,7 +258,7 @@ def open_adapters(
                 f"take turns on it; use plainlora generate --adapter {adapter}, or the final adapter of its run"
             )
     bases = find_shared_base(adapters, base_model, allow_other_base)
-    names = [TUNED] if len(adapters) == 1 else list(adapters)
+    names = answer_names(adapters)
     own = {name: load_tokenizer_of(*each) for name, each in zip(names, zip(adapters, bases, strict=True), strict=True)}
     return Session(
         lambda: load_base_of(adapters[0], bases[0], kind, dtype),

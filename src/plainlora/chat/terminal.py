@@ -8,9 +8,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from plainlora.adapters.language_model import BASE, MODEL, TUNED
 from plainlora.chat.conversation import Conversation, check_system
 from plainlora.chat.sampling import Sampling
-from plainlora.chat.session import BASE, MODEL, TUNED, Session
+from plainlora.chat.session import Session
 from plainlora.errors import UserError, first_line
 from plainlora.folders import write_durably
 from plainlora.generation import PromptTooLong
@@ -72,13 +73,13 @@ class Terminal:
         """Does what a line asks for; what cannot be done is said in a sentence."""
         try:
             line.encode("utf-8")
-            word, _, rest = line.strip().partition(" ")
+            word, _, rest = line.rstrip().partition(" ")
             if word in self.commands:
                 self.commands[word][0](rest.strip())
             elif word.startswith("/"):
                 raise UserError(f"{word} is not a command; /help lists them, and a space before the / asks it")
-            elif word:
-                self._ask(line)
+            elif line.strip():
+                self._ask(line.strip())
         except UnicodeEncodeError:
             print("that line is not UTF-8 text; type it again")
         except PromptTooLong as error:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
 from typing import Any, NoReturn
 
 import plainlora
@@ -172,10 +173,24 @@ def ended_with_its_reader() -> Iterator[None]:
         raise SystemExit(128 + signal.SIGPIPE) from error  # a shell's exit code for it
 
 
+@contextmanager
+def cleared_up_on_sigterm() -> Iterator[None]:
+    """Makes SIGTERM raise `SystemExit`, so that what is half-written is removed; by default Python ends at once."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)  # a shell's exit code for it
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `plainlora` command. Without a verb it prints the help."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    with ended_with_its_reader(), one_line_errors():
+    with cleared_up_on_sigterm(), ended_with_its_reader(), one_line_errors():
         if not arguments:
             build_parser().print_help(sys.stderr)
             raise SystemExit(2)

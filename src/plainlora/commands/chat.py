@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from plainlora.commands.generate import add_base_flags, add_trained, count, refuse_flags_of_adapters
+from plainlora.commands.model_flags import add_adapter_or_model, add_base_flags, count, refuse_flags_of_adapters
 
 if TYPE_CHECKING:
     from plainlora.chat.session import Session
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    add_trained(parser)
+    add_adapter_or_model(parser)
     parser.add_argument("--system", default="", metavar="TEXT", help="the system prompt")
     sampling = parser.add_argument_group("sampling, as Transformers names it")
     sampling.add_argument("--do_sample", action="store_true", help="draw tokens at random; greedy if left out")

@@ -5,6 +5,12 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from plainlora.commands.model_flags import (
+    add_adapter_or_model,
+    add_base_flags,
+    count,
+    refuse_flags_of_adapters,
+)
 from plainlora.errors import UserError
 
 if TYPE_CHECKING:
@@ -13,63 +19,14 @@ if TYPE_CHECKING:
     from plainlora.run.adapter_base import Base
 
 
-def count(text: str) -> int:
-    """A flag's whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    add_trained(parser)
+    add_adapter_or_model(parser)
     parser.add_argument("--prompt", required=True, action="append", help="rendered as in training; repeatable")
     parser.add_argument("--input", default="", help="Alpaca's optional input, for every prompt")
     parser.add_argument("--max_new_tokens", type=count, default=128, help="longest answer, in tokens (default: 128)")
     parser.add_argument("--with_peft", action="store_true", help="also answer with PEFT's, on a base of its own")
     add_base_flags(parser)
-
-
-def add_trained(parser: argparse.ArgumentParser) -> None:
-    """Declares `--adapter` and `--model`, one of which is to be given."""
-    trained = parser.add_mutually_exclusive_group(required=True)
-    trained.add_argument(
-        "--adapter",
-        nargs="+",
-        action="extend",
-        help="folder of an adapter that training wrote, or several",
-    )
-    trained.add_argument("--model", help="folder of a whole model, such as `--method full` or a merge writes")
-
-
-def add_base_flags(parser: argparse.ArgumentParser) -> None:
-    """Declares which base an adapter is loaded onto, and how."""
-    parser.add_argument(
-        "--base",
-        default="16bit",
-        choices=["16bit", "dequantized"],
-        help="for an adapter trained on 4 or 8 bits: answer on the original checkpoint (16bit, the default), or on "
-        "the dequantised weights of training (dequantized)",
-    )
-    parser.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"], help="precision of the base"
-    )
-    parser.add_argument(
-        "--base_model", metavar="PATH_OR_ID", help="this copy of the base, not the one the adapter names"
-    )
-    parser.add_argument("--allow_other_base", action="store_true", help="accept other weights of the same shapes")
-
-
-OF_AN_ADAPTER = {"with_peft": False, "base": "16bit", "base_model": None, "allow_other_base": False}
-
-
-def refuse_flags_of_adapters(arguments: argparse.Namespace) -> None:
-    """Refuses flags that mean nothing for a whole model."""
-    for flag, default in OF_AN_ADAPTER.items():
-        if getattr(arguments, flag, default) != default:
-            raise UserError(
-                f"--{flag} is for an adapter, and --model {arguments.model} is a whole model; leave it out"
-            )
 
 
 def _answer_by_model(arguments: argparse.Namespace) -> None:
@@ -168,7 +125,7 @@ def run(arguments: argparse.Namespace) -> None:
         _answer_by_model(arguments)
         return
     import plainlora.quiet  # noqa: F401
-    from plainlora.adapters.language_model import check_adapters
+    from plainlora.adapters.language_model import BASE, answer_names, check_adapters
     from plainlora.adapters.shared_base import find_shared_base
     from plainlora.backends import BACKENDS
     from plainlora.base.loading import to_accelerator
@@ -195,8 +152,8 @@ def run(arguments: argparse.Namespace) -> None:
         return to_accelerator(load_base_of(adapters[0], base, arguments.base, dtype))
 
     model = load_base()
-    shown = {"base": generate(model, tokenizers[0], prompts[0], longest)}
-    names = {adapter: "tuned" if len(adapters) == 1 else adapter for adapter in adapters}
+    shown = {BASE: generate(model, tokenizers[0], prompts[0], longest)}
+    names = dict(zip(adapters, answer_names(adapters), strict=True))
     answers = {}
     for adapter, base, tokenizer, rendered in zip(adapters, bases, tokenizers, prompts, strict=True):
         answers[adapter] = _answer(model, adapter, base, tokenizer, rendered, longest)

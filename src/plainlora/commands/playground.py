@@ -7,7 +7,7 @@ import sys
 from time import sleep
 
 from plainlora.commands.chat import open_session
-from plainlora.commands.generate import add_base_flags
+from plainlora.commands.model_flags import add_base_flags
 from plainlora.errors import UserError
 
 

@@ -51,10 +51,10 @@ def compare_beginnings(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase)
     prompt = _beginning(tokenizer)
     lead = texts[0][: max(texts[0].find(prompt), 0)]
     if lead and all(text.startswith(lead + prompt) for text in texts):
-        source, spelled = str(tokenizer.chat_template), ""
+        source, spelled = tokenizer.get_chat_template(), ""
         if source.startswith(BOS):
             source, spelled = source.removeprefix(BOS), BOS
-        tokenizer.chat_template = f"{spelled}{{{{- {json.dumps(lead)} -}}}}{source}"
+        tokenizer.chat_template = f"{spelled}{{{{- {json.dumps(lead, ensure_ascii=False)} -}}}}{source}"
         prompt = _beginning(tokenizer)
     others = [number for number, text in enumerate(texts, 1) if not text.startswith(prompt)]
     found = [SPECIAL.match(text) for text in texts]

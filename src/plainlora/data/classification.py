@@ -1,6 +1,5 @@
 """Rows of text and label -> token ids and class numbers, with a count of every row that is left out."""
 
-import math
 import random
 import statistics
 from collections import Counter
@@ -12,7 +11,15 @@ from typing import Any, Literal
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from plainlora.data.datasets import check_text_columns, find_local_file, is_local, load_split, no_training_split
+from plainlora.data.datasets import (
+    check_text_columns,
+    find_local_file,
+    held_out_rows,
+    is_local,
+    is_same_file,
+    load_split,
+    no_training_split,
+)
 from plainlora.data.labels import Classes, Table, listed
 from plainlora.data.lengths import percentile_95
 from plainlora.errors import UserError
@@ -33,7 +40,8 @@ class LabelledSplits:
         labels: Name of each class, by number.
         dropped_empty: Number of rows dropped because their text was empty or white space, over all files read.
         kept_empty: Number of such rows that were kept.
-        leaked: Number of test rows whose text, apart from surrounding white space, is also in a training row.
+        leaked: Number of validation and of test rows whose text, apart from surrounding white space, is also in a
+            training row.
         contradicting: Number of training rows whose text another training row gives another class.
     """
 
@@ -43,7 +51,7 @@ class LabelledSplits:
     labels: list[str]
     dropped_empty: int
     kept_empty: int
-    leaked: int
+    leaked: dict[str, int]
     contradicting: int
 
     def class_counts(self) -> dict[str, dict[str, int]]:
@@ -61,7 +69,7 @@ class LabelledSplits:
         for count, what in (
             (self.dropped_empty, "without text dropped"),
             (self.kept_empty, "without text kept"),
-            (self.leaked, "test rows whose text is also a training row's"),
+            *((count, f"{part} rows whose text is also a training row's") for part, count in self.leaked.items()),
         ):
             if count:
                 parts.append(f"{count:,} {what}")
@@ -137,7 +145,7 @@ def _find_tables(
                 raise UserError(f"{NAME_FLAGS[part]}: {own} has neither a split {split!r} nor 'train'")
         if table is not None:
             for other, read in tables.items():
-                if table.where == read.where:
+                if table.where == read.where or is_same_file(table.where, read.where):
                     raise UserError(
                         f"{table.where} holds the {other} rows and the {part} rows; give other rows for one of them, "
                         f"or hold some out with {part}_split_size"
@@ -191,7 +199,7 @@ def _row_count(part: str, size: float, total: int) -> int:
         raise UserError(
             f"{part}_split_size: {size:g} is neither a share of the rows below 1 nor a whole number of them"
         )
-    return int(size) if size >= 1 else math.ceil(round(size * total, 6))  # rounded: 0.07 * 100 is more than 7
+    return held_out_rows(size, total)
 
 
 def _check_classes(rows: Dataset, names: list[str], what: str, advice: str) -> None:
@@ -346,7 +354,7 @@ def load_labelled(
         labels=classes.names,
         dropped_empty=empty if on_empty == "drop" else 0,
         kept_empty=empty if on_empty == "keep" else 0,
-        leaked=_leaked(parts["train"], parts["test"]) if "test" in parts else 0,
+        leaked={part: _leaked(parts["train"], rows) for part, rows in parts.items() if part != "train"},
         contradicting=_contradicting(parts["train"]),
     )
 

@@ -10,6 +10,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -119,11 +120,30 @@ def _read_json(path: Path) -> Dataset:
             columns.setdefault(name, [None] * number)
         for name, values in columns.items():
             values.append(row.get(name))
+    as_text = tuple(name for name, values in columns.items() if not _has_one_type(values))
+    for name in as_text:
+        columns[name] = [json.dumps(value, ensure_ascii=False) for value in columns[name]]
     try:
-        # Mixed types in a column are allowed: the checks of rows name them, and the column may not be read at all.
-        return Dataset.from_dict(columns, on_mixed_types="use_json")
+        rows = Dataset.from_dict(columns)
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: {_unstorable(columns)} cannot be stored ({error})") from error
+    return rows.with_transform(partial(_parsed, as_text)) if as_text else rows
+
+
+def _has_one_type(values: Sequence[Any]) -> bool:
+    """Whether a column holds texts alone, or numbers of one type alone, or nulls.
+
+    Other columns are kept as JSON. Arrow would fill messages up with the fields that others have, and the `Json` type
+    of `datasets` (5.2.0) rounds numbers to ten digits, and reads a text such as `42` as a number:
+    https://github.com/huggingface/datasets/blob/5.2.0/src/datasets/utils/json.py
+    """
+    types = {type(value) for value in values} - {type(None)}
+    return len(types) <= 1 and not types & {list, dict}
+
+
+def _parsed(names: Sequence[str], batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """A batch with the values of these columns read from JSON."""
+    return {name: list(map(json.loads, values)) if name in names else values for name, values in batch.items()}
 
 
 def _unstorable(columns: dict[str, list[Any]]) -> str:
@@ -131,7 +151,7 @@ def _unstorable(columns: dict[str, list[Any]]) -> str:
     for name, values in columns.items():
         for number, value in enumerate(values, 1):
             try:
-                Dataset.from_dict({name: [value]}, on_mixed_types="use_json")
+                Dataset.from_dict({name: [value]})
             except (TypeError, ValueError, OverflowError):
                 return f"row {number}: {name!r}"
     return "a value"
@@ -321,13 +341,18 @@ def load_train_and_test(
     if check is not None:
         check(train, f"{name} (train)")
     if test_name is not None:
+        if is_same_file(name, test_name):
+            raise UserError(
+                f"eval_dataset_name: {test_name} holds the training rows; give other rows, or hold some out with "
+                "test_split_size"
+            )
         test = load_split(test_name, test_split, config) or load_split(test_name, "train", config)
         if test is None:
             raise UserError(f"eval_dataset_name: {test_name} has neither a split {test_split!r} nor 'train'")
     else:
-        test = load_split(name, test_split, config)
+        test = None if test_split == train_split else load_split(name, test_split, config)
     if test is None and test_split_size:
-        held_out = int(test_split_size) if test_split_size >= 1 else math.ceil(test_split_size * len(train))
+        held_out = held_out_rows(test_split_size, len(train))
         if not 0 < held_out < len(train):
             raise UserError(f"test_split_size: {test_split_size:g} of {len(train)} rows leaves none to train on")
         parts = train.train_test_split(test_size=held_out, seed=seed)
@@ -335,6 +360,23 @@ def load_train_and_test(
     if max_train_rows is not None:
         train = train.select(range(min(max_train_rows, len(train))))
     return train, test
+
+
+def evenly_spaced(rows: Dataset, count: int) -> Dataset:
+    """So many rows of a data set, or all it has, at even distances: it may be sorted by class."""
+    kept = min(count, len(rows))
+    return rows.select([number * len(rows) // kept for number in range(kept)])
+
+
+def held_out_rows(size: float, total: int) -> int:
+    """How many of `total` rows a held-out set has: a number of rows, or a share below 1."""
+    return int(size) if size >= 1 else math.ceil(round(size * total, 6))  # rounded: 0.07 * 100 is more than 7
+
+
+def is_same_file(first: str, second: str) -> bool:
+    """Whether two names are those of one file on this disk."""
+    paths = [os.path.expanduser(name) for name in (first, second)]
+    return all(map(os.path.isfile, paths)) and os.path.samefile(*paths)
 
 
 def row_numbers(rows: Dataset) -> Sequence[int]:

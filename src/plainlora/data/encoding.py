@@ -61,7 +61,7 @@ class EncodingReport:
         median: Median length.
         percentile_95: Length that 95 % of the rows do not exceed.
         tokens: Number of tokens in the kept rows.
-        trained_tokens: Number of trained tokens among them.
+        trained_tokens: Number of trained tokens among them; the first one of a row is never predicted.
         largest_id: The largest token id in the rows.
         losses: What the chat template leaves out of the rows.
     """
@@ -418,7 +418,7 @@ def encode_rows(
         median=statistics.median(lengths),
         percentile_95=percentile_95(lengths),
         tokens=sum(len(ids) for ids in trainable["input_ids"]),
-        trained_tokens=sum(label != IGNORED for labels in trainable["labels"] for label in labels),
+        trained_tokens=sum(label != IGNORED for labels in trainable["labels"] for label in labels[1:]),
         largest_id=max(encoded["largest"]),
         losses=_count_omissions(encoded["lost"], numbers),
     )

@@ -1,6 +1,7 @@
 """Labels as written in the rows -> class numbers."""
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,11 @@ def listed(names: list[str]) -> str:
 
 def _own_names(table: Table, column: str) -> list[str]:
     feature = table.rows.features[column]
-    return [name.strip() for name in feature.names] if isinstance(feature, ClassLabel) else []
+    return (
+        [unicodedata.normalize("NFC", name.strip()) for name in feature.names]
+        if isinstance(feature, ClassLabel)
+        else []
+    )
 
 
 def _spell(table: Table, column: str) -> Iterator[tuple[int, Any, str | None]]:
@@ -34,7 +39,7 @@ def _spell(table: Table, column: str) -> Iterator[tuple[int, Any, str | None]]:
     for row, value in enumerate(table.rows[column], 1):
         name = None
         if isinstance(value, str):
-            name = value.strip() or None
+            name = unicodedata.normalize("NFC", value.strip()) or None
         elif isinstance(value, int) and not isinstance(value, bool):
             name = own[value] if 0 <= value < len(own) else str(value)
         yield row, value, name
@@ -77,7 +82,8 @@ class Classes:
 
     def __init__(self, table: Table, column: str, given: list[str] | None) -> None:
         own = _own_names(table, column)
-        names = [name.strip() for name in given] if given else own or _distinct(table, column)
+        given = [unicodedata.normalize("NFC", name.strip()) for name in given or ()]
+        names = given or own or _distinct(table, column)
         if len(set(names)) < len(names) or "" in names:
             raise UserError(f"labels: a class name is empty or given twice ({listed(names)})")
         if len(names) < 2:

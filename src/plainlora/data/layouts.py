@@ -178,11 +178,12 @@ def has_answer(row: dict[str, Any], schema: Schema) -> bool:
 
 
 def prompts_of(rows: Dataset, schema: Schema, text_column: str) -> list[str]:
-    """The prompt of each row, to compare rows; the whole text if prompt and answer are not separate."""
+    """The prompt of each row, to compare rows; the answer if it is empty, the whole text if both are not separate."""
     if schema == "text":
         return [text.strip() for text in rows[text_column]]
     asked = []
     for row in rows:
-        texts = text_pair(row, schema)
-        asked.append(json.dumps(split_row(row, schema)[0], sort_keys=True) if texts is None else texts[0])
+        prompt, answer = text_pair(row, schema) or split_row(row, schema)
+        shown = prompt or answer
+        asked.append(shown if isinstance(shown, str) else json.dumps(shown, sort_keys=True))
     return asked

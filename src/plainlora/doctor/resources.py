@@ -25,6 +25,10 @@ def examine_resources(footprint: Footprint, examination: Examination) -> None:
 
 
 def _examine_memory(memory: MemoryNeed, device: str, examination: Examination) -> None:
+    if memory.free is None and memory.needed is not None:
+        message = f"{memory.needed / 1e9:.1f} GB needed; how much is free on {device} is not known"
+        examination.add("note", "resources", "memory", message)
+        return
     if memory.fits is None or memory.free is None:
         least = f"the run needs at least {memory.at_least / 1e9:.1f} GB"
         message = f"the memory of a step on {device} could not be counted; {least}"

@@ -2,6 +2,7 @@
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from plainlora.base.config import context_length
 from plainlora.data.beginnings import Beginnings
 from plainlora.data.coverage import Kind
 from plainlora.data.encoding import EncodingReport
@@ -44,6 +45,8 @@ def examine_rows(
         _examine_split(f"{split} rows", report, rows.rendered, examination)
         _examine_losses(f"{split} rows", report, examination)
         examine_ids(report.largest_id, f"{split} rows", config, examination)
+        if report.max_length is None and config is not None:
+            _examine_length(f"{split} rows", report.longest, config, examination)
     if rows.beginnings is not None:
         _examine_beginnings(rows.beginnings, tokenizer, examination)
     if rows.unread:
@@ -107,6 +110,16 @@ def _examine_split(subject: str, report: EncodingReport, rendered: bool, examina
     else:
         prefix = "the inference prompt's tokens begin every row" if rendered else "no prompt merges with its answer"
         examination.add("ok", subject, "prompt is prefix", prefix)
+
+
+def _examine_length(subject: str, longest: int, config: PretrainedConfig, examination: Examination) -> None:
+    context = context_length(config)
+    if context is not None and longest > context:
+        message = (
+            f"the longest of the {subject} has {longest:,} tokens, and the model's context is {context:,}; set "
+            "max_length"
+        )
+        examination.add("error", subject, "length", message, longest=longest)
 
 
 def _examine_losses(subject: str, report: EncodingReport, examination: Examination) -> None:

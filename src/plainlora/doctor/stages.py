@@ -80,6 +80,8 @@ def examine_sft(settings: SFTSettings, stages: Stages, rows: PreparedRows | None
         found.ask("tokenizer", "own template", examine_template, tokenizer, template, own, found)
         if rows is not None:
             found.findings += examine_rows(rows, tokenizer, stages.config).findings
+            if stages.config is not None:
+                found.ask("prompts", "room", sft.choose_questions, settings, rows, tokenizer, stages.config)
         if rows is not None and len(rows.train) and stages.adapter is not None:
             steps = sft.plan_run(settings, stages.adapter, tokenizer, rows).steps
             examine_steps(steps, settings.training, found)

@@ -71,12 +71,10 @@ def _examine_texts_as_read(texts: PreparedTexts, examination: Examination) -> No
         examination.add("warning", "train rows", "contradicting", message, contradicting=read.contradicting)
     else:
         examination.add("ok", "train rows", "contradicting", "no text has two classes")
-    if texts.test is None:
-        return
-    if read.leaked:
-        message = (
-            f"{read.leaked:,} of {len(texts.test):,} have the text of a training row, so the test figures are too good"
-        )
-        examination.add("warning", "test rows", "leaked", message, leaked=read.leaked)
-    else:
-        examination.add("ok", "test rows", "leaked", "none has the text of a training row", leaked=0)
+    for split, leaked in read.leaked.items():
+        if leaked:
+            rows = len(texts.by_split[split] or ())
+            message = f"{leaked:,} of {rows:,} have the text of a training row, so the {split} figures are too good"
+            examination.add("warning", f"{split} rows", "leaked", message, leaked=leaked)
+        else:
+            examination.add("ok", f"{split} rows", "leaked", "none has the text of a training row", leaked=0)

@@ -23,15 +23,19 @@ from plainlora.run.folder import list_checkpoints
 from plainlora.settings.checks import check_writable
 from plainlora.settings.parsing import read_yaml
 from plainlora.settings.programs import find_program
+from plainlora.settings.secrets import without_secrets
 
 FINETUNING_MODES = ("last_layers", "lora", "full")
 RESULTS, RECORD = "all_results.json", "command.json"
-QUIET = ("--disable_tqdm=true", "--report_to=none", "--merge=false")  # overridden by later flags
+QUIET = (  # overridden by later flags
+    *("--disable_tqdm=true", "--report_to=none", "--merge=false", "--push_to_hub=false"),
+)
 OWN_FLAGS = {
     "config": "give it before the --",
     "output_dir": "give it before the --; every run has a folder of its own in it",
     "overwrite": "runs that are not finished always start from the beginning",
     "resume_from_checkpoint": "runs that are not finished always start from the beginning",
+    "push_to_hub": "no run is published here; publish the one that you keep with plainlora push",
 }
 
 
@@ -101,7 +105,7 @@ def run_recipe(config: str, flags: Sequence[str], output_dir: Path) -> Outcome:
         digest = hashlib.sha256(Path(config).read_bytes()).hexdigest()
     except OSError as error:
         raise UserError(f"{config} cannot be read: {error.strerror}") from error
-    asked = {"config_sha256": digest, "flags": list(flags)}
+    asked = {"config_sha256": digest, "flags": without_secrets(flags)}
     results, record = output_dir / RESULTS, output_dir / RECORD
     if _read(record) == asked and (found := _read(results)):
         return Outcome(found, None)

@@ -26,8 +26,8 @@ from plainlora.experiments.search import default_search, no_projection, own_valu
 from plainlora.markdown import table
 from plainlora.plots import plot_trials
 from plainlora.report import package_versions, write_json
-from plainlora.settings.parsing import read_yaml
 from plainlora.settings.programs import Program, find_program
+from plainlora.settings.secrets import config_without_secrets, without_secrets
 
 FAILURES_IN_A_ROW = 3  # then the config or the machine is at fault, not the trial's values
 
@@ -59,7 +59,8 @@ class Plan:
 
     def record(self) -> dict[str, Any]:
         """The settings that must not change between two calls, as read back from JSON."""
-        record = {"config": read_yaml(self.config), "search": self.search, "metric": self.metric, "flags": self.flags}
+        config, flags = config_without_secrets(self.config), without_secrets(self.flags)
+        record = {"config": config, "search": self.search, "metric": self.metric, "flags": flags}
         return dict(json.loads(json.dumps(record, default=str)))
 
     def differences(self, then: dict[str, Any]) -> list[str]:
@@ -80,7 +81,7 @@ def _plain(value: object) -> str:
 
 
 def open_study(plan: Plan, output: Path, seed: int) -> optuna.Study:
-    """Opens the folder's study, or makes a new one, which tries the config's own values first.
+    """Opens the folder's study, or makes a new one. The config's own values are tried first.
 
     A trial that a killed sweep left running is marked as failed, and its values are tried again.
 
@@ -110,11 +111,12 @@ def open_study(plan: Plan, output: Path, seed: int) -> optuna.Study:
         raise UserError(f"{output / 'study.db'} cannot be read ({reason}); give another --output_dir") from error
     if not study.trials:
         study.set_user_attr("plan", plan.record())
-        study.enqueue_trial(own_values(plan.program, plan.space, plan.settings))
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         study.enqueue_trial(trial.params)
         study.tell(trial.number, state=TrialState.FAIL)
         shutil.rmtree(output / _folder(trial.number), ignore_errors=True)
+    if not study.get_trials(states=(TrialState.WAITING, TrialState.COMPLETE)):
+        study.enqueue_trial(own_values(plan.program, plan.space, plan.settings))
     study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
     return study
 
@@ -226,6 +228,8 @@ def _value(outcome: Outcome, plan: Plan, folder: Path) -> float:
     if value is None:
         advice = judging_of(plan.program).advice
         raise UserError(f"{folder}/all_results.json has no {plan.metric}; {advice}")
+    if not math.isfinite(value):
+        raise UserError(f"{plan.metric} is {value}, not a finite number")
     return float(value)
 
 
@@ -242,7 +246,8 @@ def _short(value: object) -> str:
 def best_command(plan: Plan, parameters: dict[str, Any]) -> str:
     """The command line of one trial."""
     launch = ["accelerate", "launch", "--config_file", "accelerate_configs/single_gpu.yaml"]
-    words = [str(plan.program.path), "--config", plan.config, *plan.flags, *to_flags(plan.program, parameters)]
+    flags = [*without_secrets(plan.flags), *to_flags(plan.program, parameters)]
+    words = [str(plan.program.path), "--config", plan.config, *flags]
     return shlex.join([*launch, *words])
 
 

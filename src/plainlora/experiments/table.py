@@ -17,9 +17,10 @@ from plainlora.experiments.scores import Score, judging_of, read_figure
 from plainlora.markdown import table
 from plainlora.plots import plot_against_size
 from plainlora.report import package_versions, write_json
-from plainlora.settings.checks import OF_AN_ADAPTER
+from plainlora.settings.checks import ADAPTER_SETTINGS
 from plainlora.settings.parsing import read_yaml
 from plainlora.settings.programs import find_program
+from plainlora.settings.secrets import without_secrets
 
 CONFIDENCE = 0.95
 REFUSED_FLAGS = {"seed": "use --seeds", "method": "every method is compared; to compare some, give several --config"}
@@ -39,7 +40,7 @@ def find_variants(configs: Sequence[str], flags: Sequence[str] = ()) -> list[Var
     """The variants to compare, with all configs and flags checked.
 
     Several configs are one variant each. A single config stands for all YAMLs of its folder; each method that none of
-    these has is added as the given config with that `--method`.
+    these has is added as the given config with that `--method`, unless that config loads its base in 4 or 8 bits.
 
     Raises:
         UserError: A config cannot be read or is given twice, or a flag is refused.
@@ -49,24 +50,36 @@ def find_variants(configs: Sequence[str], flags: Sequence[str] = ()) -> list[Var
     if len(configs) == 1:
         beside = [str(path) for path in given.parent.glob("*.yaml") if path.name != given.name]
     variants = [Variant(name, config) for name, config in _named([*configs, *beside])]
-    methods = {variant.name: resolve(variant.config, flags, REFUSED_FLAGS)["method"] for variant in variants}
+    settings = {variant.name: resolve(variant.config, flags, REFUSED_FLAGS) for variant in variants}
+    methods = {name: its["method"] for name, its in settings.items()}
     programs = {find_program(variant.config, flags).path: variant.config for variant in variants}
     if len(programs) > 1:
         (one, its), (other, others) = programs.items()
         raise UserError(f"--config: {its} is a recipe of {one} and {others} of {other}; compare those of one program")
-    for method in FINETUNING_MODES if len(configs) == 1 else ():
-        if method not in methods.values():
-            name = method if method not in methods else f"{given.stem}-{method}"
-            variants.append(Variant(name, configs[0], (f"--method={method}",)))
-            methods[name] = method
+    missing = [method for method in FINETUNING_MODES if len(configs) == 1 and method not in methods.values()]
+    if missing and (quantized := _quantization(settings[given.stem])):
+        print(
+            f"{', '.join(missing)}: not compared, as {given} sets {quantized}, and these train the base's own weights",
+            flush=True,
+        )
+        missing = []
+    for method in missing:
+        name = method if method not in methods else f"{given.stem}-{method}"
+        variants.append(Variant(name, configs[0], (f"--method={method}",)))
+        methods[name] = method
     _check_adapters(methods, flags)
     return variants if len(configs) > 1 else sorted(variants, key=lambda each: (_place(each.name), each.name))
+
+
+def _quantization(settings: Mapping[str, Any]) -> str | None:
+    """The setting that loads the base in 4 or 8 bits, if one does."""
+    return next((name for name in ("load_in_4bit", "load_in_8bit") if settings[name]), None)
 
 
 def _check_adapters(methods: Mapping[str, str], flags: Sequence[str]) -> None:
     """Raises `UserError` if a flag of every run is for an adapter, and some variant trains none."""
     others = [name for name, method in methods.items() if method != "lora"]
-    for name in OF_AN_ADAPTER:
+    for name in ADAPTER_SETTINGS:
         if others and name in flag_names(flags):
             raise UserError(
                 f"--{name} cannot stand after the --: {', '.join(others)} train no adapter; set it in a recipe with "
@@ -78,7 +91,7 @@ def _without_adapter(variants: Sequence[Variant], output: Path) -> list[Variant]
     """The variants, where an added method has a copy of the recipe without the settings of an adapter, in `output`."""
     added = [variant for variant in variants if variant.flags and "--method=lora" not in variant.flags]
     content = read_yaml(added[0].config) if added else {}
-    names = [name for name in OF_AN_ADAPTER if name in content]
+    names = [name for name in ADAPTER_SETTINGS if name in content]
     if not names:
         return list(variants)
     print(
@@ -88,6 +101,7 @@ def _without_adapter(variants: Sequence[Variant], output: Path) -> list[Variant]
     )
     copy = output / "no_adapter.yaml"
     kept = {name: value for name, value in content.items() if name not in names}
+    copy.touch(mode=0o600)  # `env` may hold passwords
     copy.write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
     return [replace(variant, config=str(copy)) if variant in added else variant for variant in variants]
 
@@ -258,6 +272,7 @@ def _write(
 ) -> None:
     by_variant = {variant.name: [run for run in runs if run["variant"] == variant.name] for variant in variants}
     rows = [summarise(name, own, scores) for name, own in by_variant.items() if own]
+    flags = without_secrets(flags)
     commands = {variant.name: {"config": variant.config, "flags": [*flags, *variant.flags]} for variant in variants}
     versions = package_versions() | {"python": platform.python_version()}
     write_json(

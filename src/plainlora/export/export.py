@@ -6,7 +6,7 @@ it answers beside Transformers, and the certificate has the figures; elsewhere t
 
 import shlex
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -94,7 +94,8 @@ def _served(adapter: Path, base: Base, layout: Layout) -> Served:
         deltas, others = None, []
     others = [name for name in others if not name.endswith(COPY)]
     layers = int(layout.config.num_hidden_layers)
-    return Served(adapter, base.name, layout.config.model_type, layers, config, deltas, tuple(others))
+    revision = None if base.revision in (None, "main") else base.revision
+    return Served(adapter, base.name, layout.config.model_type, layers, config, deltas, tuple(others), revision)
 
 
 def export_gguf(
@@ -123,6 +124,7 @@ def export_gguf(
     """
     adapter, output = Path(adapter), Path(output)
     check_output(output, [str(adapter)])
+    output = output.resolve()  # `.` cannot be renamed
     base = find_base(adapter, base_model, allow_other_base)
     if class_labels(adapter) is not None:
         raise UserError(
@@ -159,12 +161,16 @@ class _Work:
     def name(self) -> str:
         return self.folder.resolve().name
 
-    def load(self) -> PreTrainedModel:
-        """The base in fp32, as whatever is rounded is to be rounded once."""
+    def load(self, written: Sequence[Quantization]) -> PreTrainedModel:
+        """The base in fp32, as whatever is rounded is to be rounded once.
+
+        Args:
+            written: The types of the files that are written of it, for which there must be room.
+        """
         model = load_base_of(self.folder, self.base, "16bit", torch.float32)
         size = sum(parameter.numel() for parameter in model.parameters())
-        kept = sum(WIDTHS[kind] for kind in ("f16", *COSTS)) if find_llama_cpp() else WIDTHS["f16"]
-        check_disk(self.scratch.parent, int(size * kept), f"the export of {self.folder}")
+        needed = int(size * sum(WIDTHS[kind] for kind in written))
+        check_disk(self.scratch.parent, needed, f"the export of {self.folder}")
         return model
 
     def adapter_alone(self, deltas: Mapping[str, Delta]) -> tuple[Path, dict[str, Any]]:
@@ -179,11 +185,12 @@ class _Work:
             "proof": None,
         }
         if find_llama_cpp():
-            reference = ask_transformers(self.base.backend.load(self.load(), self.folder), self.tokenizer)
+            kinds = ("f16", *COSTS)
+            reference = ask_transformers(self.base.backend.load(self.load(kinds), self.folder), self.tokenizer)
             release_memory()
             with tempfile.TemporaryDirectory(dir=self.scratch, prefix="base.") as folder:
-                base = _model_tensors(self.load(), self.layout)
-                files = {kind: Path(folder) / f"base-{kind}.gguf" for kind in ("f16", *COSTS)}
+                base = _model_tensors(self.load(kinds), self.layout)
+                files = {kind: Path(folder) / f"base-{kind}.gguf" for kind in kinds}
                 for kind, path in files.items():
                     _write_model(path, base, self.layout, self.vocabulary, kind)
                 del base
@@ -194,7 +201,8 @@ class _Work:
     def merged(self, quantization: Quantization) -> tuple[Path, dict[str, Any]]:
         """Writes the merged model's file, and lets llama.cpp answer with it."""
         file = self.scratch / f"{self.name}-{quantization}.gguf"
-        model = self.base.backend.load(self.load(), self.folder)
+        kinds = dict.fromkeys((quantization, *(("f16", *COSTS) if find_llama_cpp() else ())))
+        model = self.base.backend.load(self.load(list(kinds)), self.folder)
         reference = ask_transformers(model, self.tokenizer) if find_llama_cpp() else None
         tensors = _model_tensors(self.base.backend.merge(model), self.layout)
         del model
@@ -202,7 +210,6 @@ class _Work:
         found: dict[str, Any] = {"type": quantization, "rounding": rounding, "proof": None}
         if reference is not None:
             with tempfile.TemporaryDirectory(dir=self.scratch, prefix="others.") as folder:
-                kinds = dict.fromkeys(("f16", *COSTS, quantization))
                 files = {kind: Path(folder) / f"{kind}.gguf" for kind in kinds} | {quantization: file}
                 for kind, path in files.items():
                     if kind != quantization:
@@ -222,10 +229,10 @@ class _Work:
         text = describe_servers(served, template)
         create = f"ollama create {shlex.quote(self.name)} -f Modelfile"
         if merged:
-            llama = f"llama-server --jinja --model {file.name}"
+            llama = f"llama-server --jinja --model {shlex.quote(file.name)}"
             written = modelfile(f"./{file.name}", None, self.tokenizer, create)
         else:
-            llama = f"llama-server --jinja --model BASE.gguf --lora {file.name}"
+            llama = f"llama-server --jinja --model BASE.gguf --lora {shlex.quote(file.name)}"
             if template:
                 llama += f" --chat-template-file {shlex.quote(f'{self.folder.resolve()}/chat_template.jinja')}"
             comment = f"BASE.gguf is a GGUF of {self.base.name}; then {create}"

@@ -1,6 +1,6 @@
 """The questions on which llama.cpp is compared with Transformers."""
 
-CHATS = (  # one message of a user each
+QUESTIONS = (  # one message of a user each
     "Name three primary colours.",
     "What is the capital of France?",
     "2 + 2 =",

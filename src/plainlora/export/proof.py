@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from plainlora.data.prompts import render_prompt
 from plainlora.errors import UserError
 from plainlora.export.gguf_file import Quantization
-from plainlora.export.prompts import CHATS, TEXTS
+from plainlora.export.prompts import QUESTIONS, TEXTS
 from plainlora.export.vocabulary import Vocabulary
 from plainlora.generation import generate
 from plainlora.merging.eval_prompts import answered
@@ -63,12 +63,12 @@ class Reference:
 
 def chats() -> list[list[dict[str, str]]]:
     """The chats as messages."""
-    return [[{"role": "user", "content": text}] for text in CHATS]
+    return [[{"role": "user", "content": text}] for text in QUESTIONS]
 
 
 def ask_transformers(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Reference:
     """Runs a model with its adapter, or merged, on all questions."""
-    rendered = [render_prompt(text, tokenizer) for text in CHATS]
+    rendered = [render_prompt(text, tokenizer) for text in QUESTIONS]
     answers = generate(model, tokenizer, rendered, NEW_TOKENS)
     prompts, logits = answered(tokenizer, rendered, answers)["prompts"], {}
     for number, prompt in enumerate(prompts):
@@ -186,7 +186,7 @@ def prove(
     if not all(prompts):
         raise UserError(
             f"the chat call of llama-cpp-python gives the model another prompt than Transformers for "
-            f"{CHATS[prompts.index(False)]!r:.60}; nothing was written"
+            f"{QUESTIONS[prompts.index(False)]!r:.60}; nothing was written"
         )
     eos = vocabulary.ids["eos"]
     if found["eos"] != eos:

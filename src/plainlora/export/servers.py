@@ -25,6 +25,7 @@ class Served:
     Attributes:
         adapter: Its folder.
         base: The base's name or folder.
+        revision: Its branch, tag or commit; `None` for a folder and for the main branch.
         model_type: The base's family.
         layers: The base's number of layers.
         config: Its config.
@@ -39,6 +40,7 @@ class Served:
     config: LoraConfig
     deltas: Mapping[str, Delta] | None
     others: tuple[str, ...] = ()
+    revision: str | None = None
 
     @property
     def rank(self) -> int:
@@ -108,11 +110,12 @@ def describe_servers(served: Served, template: bool) -> str:
     shape = f"{served.name}: rank {served.rank}" + (f" in {len(served.deltas)} modules" if served.deltas else "")
     place = shlex.quote(str(served.adapter.resolve()))
     base = shlex.quote(served.base)
+    revision = f" --revision {shlex.quote(served.revision)}" if served.revision else ""
     rank = next((allowed for allowed in VLLM_RANKS if allowed >= served.rank), VLLM_RANKS[-1])
     jinja = f" --chat-template {place}/chat_template.jinja" if template else ""
     name = shlex.quote(served.name)
-    vllm = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={place}{jinja}"
-    tgi = f"LORA_ADAPTERS={name}={place} text-generation-launcher --model-id {base}"
+    vllm = f"vllm serve {base}{revision} --enable-lora --max-lora-rank {rank} --lora-modules {name}={place}{jinja}"
+    tgi = f"LORA_ADAPTERS={name}={place} text-generation-launcher --model-id {base}{revision}"
     sections = (
         ("vLLM", vllm, served.vllm_faults(), f"vllm serve {shlex.quote(merged)}"),
         (

@@ -4,9 +4,10 @@ The rows of a batch are then concatenated, as packed rows are: `(1, n_1 + n_2 + 
 Memory and time depend on the number of tokens, not on the longest row. The loss is the same: it is a sum over tokens.
 """
 
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
+from transformers import PreTrainedModel
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -32,23 +33,52 @@ class Documents:
         """Makes the trainer's collator concatenate the rows of a batch."""
         collator = cast(DataCollatorForLanguageModeling, self._trainer.data_collator)
         self.collator, collator.padding_free, self._trainer.padding_free = collator, True, True
+        own = self._trainer.predict
+
+        def predict(*args: Any, **kwargs: Any) -> Any:
+            """Trainer's, with padding: it returns the logits of each row."""
+            self._pad(True)
+            try:
+                return own(*args, **kwargs)
+            finally:
+                self._pad(False)
+
+        vars(self._trainer)["predict"] = predict
+
+    def _pad(self, padded: bool) -> None:
+        if self.collator is not None:
+            self.collator.padding_free = self._trainer.padding_free = not padded
 
     def undo(self) -> None:
         """Restores the model's own attention, and padding."""
         self.attention.undo()
         if self.collator is not None:
-            self.collator.padding_free = self._trainer.padding_free = False
+            self._pad(True)
+            del vars(self._trainer)["predict"]
 
 
 def _pads(trainer: SFTTrainer) -> bool:
     """Whether the trainer pads rows and would train the same without padding.
 
-    `compute_metrics` needs the logits of padded rows, and with `pad_to_multiple_of` the user asks for padding.
+    `compute_metrics` needs the logits of padded rows, and with `pad_to_multiple_of` the user asks for padding. GPT-2's
+    padded rows count one label too many, see `plainlora.training.trainers.PredictedTokensCounted`.
     """
+    counts_alike = getattr(trainer, "_loss_shifts_labels", True)
     args, collator = trainer.args, trainer.data_collator
     several = max(args.per_device_train_batch_size, args.per_device_eval_batch_size) > 1
     plain = type(collator) is DataCollatorForLanguageModeling and collator.pad_to_multiple_of is None
-    return several and plain and not trainer.padding_free and trainer.compute_metrics is None
+    return several and plain and counts_alike and not trainer.padding_free and trainer.compute_metrics is None
+
+
+def _attends_within_windows(model: PreTrainedModel) -> bool:
+    """Whether a layer attends to all earlier tokens of its document, or within the window that it passes on.
+
+    Llama 4 attends in chunks, and PhiMoE does not pass its window on. Measured on short documents, both look causal.
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/llama4/modeling_llama4.py
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/phimoe/modeling_phimoe.py
+    """
+    config = model.config.get_text_config()
+    return getattr(config, "attention_chunk_size", None) is None and config.model_type != "phimoe"
 
 
 def use_documents(trainer: SFTTrainer, isolation: Isolation) -> Documents | None:
@@ -64,7 +94,8 @@ def use_documents(trainer: SFTTrainer, isolation: Isolation) -> Documents | None
         What the trainer was given; `None` if it is unchanged.
     """
     pads, model = _pads(trainer), base_of(cast(nn.Module, trainer.model))
-    if not (pads or trainer.padding_free) or not is_covered(model) or not _is_apart(isolation):
+    covered = is_covered(model) and _attends_within_windows(model)
+    if not (pads or trainer.padding_free) or not covered or not _is_apart(isolation):
         return None
     found = Documents(trainer)
     if not _is_apart(isolation):

@@ -5,7 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,7 @@ from plainlora.fast import attention
 from plainlora.fast.activations import swiglu
 from plainlora.fast.lora import fused_forward
 from plainlora.lora import storage
-from plainlora.lora.errors import some
+from plainlora.lora.errors import LoRAError, some
 from plainlora.lora.layer import LoRALinear
 
 GATED = (LlamaMLP, MistralMLP, Qwen2MLP)  # down(act(gate(x)) * up(x))
@@ -50,7 +50,8 @@ def _forward_peft(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> tor
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     p = max([0.0, *[_probability(layer.lora_dropout[name]) for name in names]])  # a list, for torch.compile
     plain = not (args or kwargs or layer.disable_adapters or layer.merged or not names)
-    if not plain or any(name in layer.lora_variant for name in names) or (p > 0 and len(names) > 1):
+    own = any(name in layer.lora_variant or getattr(layer, "lora_bias", {}).get(name) for name in names)
+    if not plain or own or (p > 0 and len(names) > 1):
         return type(layer).forward(layer, x, *args, **kwargs)
     lora_a, lora_b = layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight
     scaling = layer.scaling[names[0]]
@@ -141,6 +142,9 @@ def fuse(target: nn.Module | Trainer) -> FuseReport:
 
     Returns:
         How much is fused, and which LoRA layers are left unchanged.
+
+    Raises:
+        LoRAError: The trainer would train on several GPUs in one process.
     """
     if not isinstance(target, nn.Module):
         return _fuse_trainer(target)
@@ -148,13 +152,13 @@ def fuse(target: nn.Module | Trainer) -> FuseReport:
     unchanged = []
     for name, layer in _layers(target):
         if _is_covered(layer):
-            form = _forward_plainlora if isinstance(layer, LoRALinear) else _forward_peft
-            layer.forward = MethodType(form, layer)  # type: ignore[method-assign, union-attr]
+            form: Callable[..., torch.Tensor] = _forward_plainlora if isinstance(layer, LoRALinear) else _forward_peft
+            layer.forward = partial(form, layer)  # type: ignore[method-assign, union-attr]
             fused["LoRA layers"] += 1
         else:
             unchanged.append(name)
     for module, forward in _activations(target):
-        module.forward = MethodType(forward, module)
+        module.forward = partial(forward, module)
         fused["GELU" if forward is _gelu else "SwiGLU"] += 1
     base = _base_of(target)
     if base is not None and attention.is_covered(base) and attention.has_attention_dropout(base):
@@ -166,13 +170,20 @@ def fuse(target: nn.Module | Trainer) -> FuseReport:
 
 
 def _fuse_trainer(trainer: Trainer) -> FuseReport:
+    if trainer.args.n_gpu > 1:
+        raise LoRAError(
+            f"Trainer would copy the model to {trainer.args.n_gpu} GPUs (nn.DataParallel), and the copies' forward "
+            "passes would use the first one's weights; start the script with accelerate launch"
+        )
     report = fuse(cast(nn.Module, trainer.model))
     trl = sys.modules.get("trl")  # imported already if this is a trainer of TRL
     if trl is None or not isinstance(trainer, trl.SFTTrainer):
         return report
-    from plainlora.fast.documents import choose_documents  # noqa: PLC0415
-    from plainlora.fast.loss_head import use_one_pass_head  # noqa: PLC0415
-
+    try:
+        from plainlora.fast.documents import choose_documents  # noqa: PLC0415
+        from plainlora.fast.loss_head import use_one_pass_head  # noqa: PLC0415
+    except ImportError:  # a TRL from before it had a fused head
+        return report
     given = vars(trainer)  # each is given once only, so that `unfuse` restores the trainer's own
     if "loss_choice" not in given:
         use_one_pass_head(trainer)

@@ -186,7 +186,9 @@ class LabelledTokens:
 def is_covered(model: PreTrainedModel) -> bool:
     """Whether the output embedding is a frozen `nn.Linear`. `fast.loss_head` checks that it gives the logits."""
     head = model.get_output_embeddings()
-    return type(head) is nn.Linear and not head.weight.requires_grad and head.weight.is_floating_point()
+    if type(head) is not nn.Linear or any(parameter.requires_grad for parameter in head.parameters()):
+        return False
+    return head.weight.is_floating_point()
 
 
 def one_pass_output(

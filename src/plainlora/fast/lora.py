@@ -103,7 +103,7 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     kept = x.reshape(-1, x.shape[-1]).to(grad.dtype)  # (N, d_in)
     if mask is not None:
         # 0 and 1, for both products below. From bytes, because from booleans it takes a CPU eight times as long.
-        weights = mask.view(torch.uint8).view_as(kept).to(grad.dtype)
+        weights = mask.view(torch.uint8).reshape(kept.shape).to(grad.dtype)
         kept = kept * weights
     if needs_a:
         grad_a = (through_b.T @ kept).to(lora_a.dtype)

@@ -6,6 +6,7 @@ the loss. So each head is compared with the model's own forward pass on tokens o
 head that gives another loss is not used.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,7 +63,12 @@ class LossHead:
     def __init__(self, model: PreTrainedModel, form: Form = "one pass") -> None:
         self.form, self.with_statistics, self.extra, self.router = form, True, False, False
         self._theirs: Callable[..., Any] = model.forward
-        model.forward = MethodType(self._forward, model)
+
+        @functools.wraps(type(model).forward)  # `generate` computes positions and masks for what the signature names
+        def forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+            return self._forward(model, *args, **kwargs)
+
+        model.forward = MethodType(forward, model)
 
     def undo(self, model: PreTrainedModel) -> None:
         """Restores the head that the model had before."""
@@ -199,12 +205,16 @@ class LossChoice:
     def __init__(self, trainer: SFTTrainer, one_pass: bool) -> None:
         self.trainer, self.model = trainer, base_of(cast(nn.Module, trainer.model))
         self.head, self.made = LossHead(self.model, "TRL"), False
+        self._aux = trainer.aux_loss_enabled, getattr(trainer, "router_aux_loss_coef", None)
         self._tried: list[Form] = ["one pass", "TRL"] if one_pass and is_covered(self.model) else ["TRL"]
 
     def undo(self) -> None:
         """Restores the model's head and the trainer's own loss."""
         self.head.undo(self.model)
         del self.trainer.compute_loss
+        self.trainer.aux_loss_enabled, coefficient = self._aux
+        if coefficient is not None:
+            self.trainer.router_aux_loss_coef = coefficient
 
     def make(self, model: nn.Module, ids: Sequence[int]) -> None:
         """Compares the heads with the model's own forward; prints a line if no head gives the same loss.
@@ -270,6 +280,8 @@ def use_own_loss(trainer: SFTTrainer, one_pass: bool) -> LossChoice:
     head = choice.head
 
     def is_logged() -> bool:
+        if trainer.args.logging_strategy == "epoch":  # then the means of all steps are logged
+            return True
         step, every = trainer.state.global_step + 1, int(trainer.state.logging_steps)
         return step % max(every, 1) == 0 or (step == 1 and trainer.args.logging_first_step)
 

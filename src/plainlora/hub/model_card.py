@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, SchedulerType, TrainingArguments
 from trl import ModelConfig, SFTConfig
 
 from plainlora.base.classifier import is_classifier
+from plainlora.base.config import class_names
 from plainlora.data.datasets import hub_name, is_local
 from plainlora.lora.config import find_unsupported
 from plainlora.lora.interchange import read_config
@@ -192,6 +193,11 @@ def _write(
     (Path(output_dir) / "README.md").write_text(text, encoding="utf-8")
 
 
+def _quoted(base: str, revision: str | None) -> str:
+    """The arguments of `from_pretrained` for a base."""
+    return f'"{base}"' + (f', revision="{revision}"' if revision not in (None, "main") else "")
+
+
 def _loading_by_hand(base: str) -> str:
     return f"""
 With PlainLoRA, from a local folder:
@@ -200,7 +206,7 @@ With PlainLoRA, from a local folder:
 from plainlora import load_adapter
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = AutoModelForCausalLM.from_pretrained({base})
 model = load_adapter(base, "PATH OF THIS ADAPTER")
 ```
 """
@@ -231,6 +237,7 @@ def write_sft_card(
     """
     recipe, script, training, model = run.parts
     base, dataset = str(model.model_name_or_path), str(script.dataset_name)
+    quoted = _quoted(base, model.model_revision)
     lora = None if recipe.method != "lora" else read_config(output_dir)
     settings: dict[str, Any] = {"method": recipe.method.replace("_", " ")}
     settings |= {} if lora is None else _adapter_settings(backend or recipe.lora_backend, lora)
@@ -251,10 +258,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{HERE}")
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = AutoModelForCausalLM.from_pretrained({quoted})
 model = PeftModel.from_pretrained(base, "{HERE}")
 ```
-{"" if find_unsupported(lora) else _loading_by_hand(base)}"""
+{"" if find_unsupported(lora) else _loading_by_hand(quoted)}"""
     _write(
         output_dir,
         _metadata(
@@ -308,12 +315,13 @@ def write_classifier_card(
     """
     recipe, script, training, model = run.parts
     base, dataset = str(model.model_name_or_path), str(script.dataset_name)
+    quoted = _quoted(base, model.model_revision)
     head = "trained whole" if recipe.train_head else "LoRA" if recipe.lora_head else "frozen as it started"
     settings: dict[str, Any] = {"method": recipe.method.replace("_", " ")}
     if lora is not None:
         settings |= _adapter_settings(backend or recipe.lora_backend, lora) | {"head": head}
     settings |= {"base weights": _base_weights(model)} | _training_settings(training, results)
-    names = ", ".join(f"`{label}`" for label in (config.id2label or {}).values())
+    names = ", ".join(f"`{label}`" for label in class_names(config))
     if lora is not None:
         load = f"""{_head_sentence(head, is_classifier(config))}
 
@@ -323,7 +331,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{HERE}")
 base = AutoModelForSequenceClassification.from_pretrained(
-    "{base}",
+    {quoted},
     id2label={config.id2label},
     pad_token_id={config.pad_token_id},
 )

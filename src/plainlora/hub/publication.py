@@ -22,6 +22,7 @@ from plainlora.folders import find_damage
 from plainlora.hub.model_card import HERE, plain_card
 from plainlora.hub.repository import words_of
 from plainlora.json_files import read_mapping
+from plainlora.lora.config import find_unsupported
 from plainlora.lora.interchange import LORA_WEIGHTS, PREFIX, read_config, saved_shapes
 from plainlora.lora.numerics import is_finite
 from plainlora.run.adapter_base import class_labels
@@ -34,12 +35,17 @@ TOKENIZER = (
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
+# PEFT's names of an adapted embedding's A and B, and the fields of adapters whose A and B are not of rank r:
+# https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/layer.py (`Embedding`, `ParamWrapper`)
+EMBEDDING_WEIGHTS = (".lora_embedding_A", ".lora_embedding_B")
+OF_OTHER_SHAPE = {"target_parameters", "use_bdlora"}
 PNG = b"\x89PNG\r\n\x1a\n"  # the beginning of a PNG file
 CERTIFICATE, RUN = "certificate.json", "run.json"
 REPORTS = ("all_results.json", CERTIFICATE, RUN)
 
 # An absolute path of two or more parts inside a text; its last part is kept. Web addresses do not match.
 LOCAL_PATH = re.compile(r"""(?<![\w./:~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\`'"=,;()]+[/\\])+([^\s/\\`'"=,;()]*)""")
+QUOTED_PATH = re.compile(r"""([`"'])((?:~|[A-Za-z]:)?[/\\][^`"'\n]*[^`"'\n/\\])\1""")  # in quotes with spaces too
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 
 
@@ -189,13 +195,15 @@ def _find_adapter(folder: Path) -> _Weights:
     if strange := [name for name in shapes if not name.startswith(PREFIX)]:
         raise UserError(f"{path}: {strange[0]} is not a name that PEFT gives; save the adapter again")
     modules = {name.removesuffix(end) for name in shapes for end in LORA_WEIGHTS if name.endswith(end)}
+    of_other_shape = find_unsupported(config).keys() & OF_OTHER_SHAPE
     for module in sorted(modules):
         a, b = (shapes.get(module + end) for end in LORA_WEIGHTS)
         if a is None or b is None:
             raise UserError(f"{path}: {module} has lora_{'B' if a is None else 'A'} alone; save the adapter again")
         fits = min(len(a), len(b)) > 1 and a[0] == b[1] and (config.rank_pattern or a[0] == config.r)
-        if not fits:
+        if not (fits or of_other_shape):
             raise UserError(f"{path}: {module} has A {a} and B {b}, which do not fit r={config.r} of {ADAPTER[0]}")
+    modules |= {name.removesuffix(end) for name in shapes for end in EMBEDDING_WEIGHTS if name.endswith(end)}
     targets = config.target_modules
     for target in [] if targets is None or isinstance(targets, str) else sorted(targets):
         if not any(module == PREFIX + target or module.endswith(f".{target}") for module in modules):
@@ -325,7 +333,9 @@ def _for_others(content: Any, named: str | None, base: str) -> Any:
     flag, equals, value = content.rpartition("=")  # of a command, as in --model_name_or_path=PATH
     if named and value == named:
         value = base
-    elif "\n" not in value and (Path(value).is_absolute() or value.startswith("~")):  # may contain spaces
+    elif named and Path(named).is_absolute():
+        value = value.replace(named, base)
+    if "\n" not in value and (Path(value).is_absolute() or value.startswith("~")):  # may contain spaces
         value = Path(value).name
     return LOCAL_PATH.sub(r"\1", flag + equals + value)
 
@@ -374,6 +384,7 @@ def _card(folder: Path, weights: _Weights, base: str, renamed: bool) -> str:
         text = str(card)
     for quote in '`"':
         text = text.replace(f"{quote}{weights.base}{quote}", f"{quote}{base}{quote}")
+    text = QUOTED_PATH.sub(lambda match: match[1] + re.split(r"[/\\]", match[2])[-1] + match[1], text)
     return LOCAL_PATH.sub(r"\1", text)
 
 

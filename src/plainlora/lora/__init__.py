@@ -2,7 +2,7 @@
 
 Best read in this order:
 
-    layer.py         h = W0 x + (alpha / r) B A x: the only place that knows A and B
+    layer.py         h = W0 x + (alpha / r) B A x: what A and B compute
     dora.py          DoRA, a variant of it
     storage/         how a base layer stores W0, one file a kind
     config.py        which fields of a `LoraConfig` are implemented

@@ -85,7 +85,8 @@ class DoRALinear(LoRALinear):
         Args:
             weight: W0, `(d_out, d_in)`.
         """
-        return torch.linalg.vector_norm(weight + LoRALinear.delta_weight(self), dim=1)
+        delta = LoRALinear.delta_weight(self).to(weight.device)  # before A and B are placed they are on the CPU
+        return torch.linalg.vector_norm(weight + delta, dim=1)
 
     @torch.no_grad()
     def _merged(self, weight: torch.Tensor) -> torch.Tensor:

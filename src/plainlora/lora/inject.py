@@ -201,7 +201,7 @@ def disabled(model: ModelT) -> Iterator[ModelT]:
     trained = {bias: bias.data for bias in biases}
     try:
         for bias, value in biases.items():
-            bias.data = value.to(bias.device)
+            bias.data = value.to(bias.device, bias.dtype)
         for module in switched:
             module.enabled = False
         yield model

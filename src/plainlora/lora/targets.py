@@ -23,6 +23,7 @@ from plainlora.lora.errors import LoRAError, UnsupportedError, some
 from plainlora.lora.peft_versions import (
     NoMatchingPeftModuleError,
     convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
 )
 from plainlora.lora.storage import find_storage, is_quantized, is_supported
 
@@ -55,6 +56,7 @@ class Selection(LoraModel):
         selected_parameters: Full names of the parameters that PEFT adapts outside linear layers.
         target_parameters: The config's entries that select those. For some mixtures of experts PEFT turns the names of
             projections into such entries, even if a model has no experts, and then skips the projections.
+        converted: These names of projections.
 
     Raises:
         ValueError: PEFT refuses the config.
@@ -69,6 +71,7 @@ class Selection(LoraModel):
             warnings.simplefilter("ignore")  # PEFT's, about what is an error here
             super().__init__(model, resolved, "default")
         self.target_parameters = set(resolved.target_parameters or ())
+        self.converted = _converted(model, config)
 
     def _create_and_replace(self, *_: Any, current_key: str, parameter_name: str | None = None, **__: Any) -> None:  # type: ignore[override]
         (self.selected if parameter_name is None else self.selected_parameters).append(current_key)
@@ -85,6 +88,15 @@ class Selection(LoraModel):
     def set_adapter(self, *_: Any, **__: Any) -> NoReturn:
         """PEFT calls this first after all targets are matched."""
         raise _Matched
+
+
+def _converted(model: nn.Module, config: LoraConfig) -> set[str]:
+    """The names in `target_modules` that PEFT turns into entries of `target_parameters`."""
+    given, resolved = config.target_modules, deepcopy(config)
+    if not isinstance(given, (list, set)):
+        return set()
+    convert_peft_config_for_transformers(resolved, model, None)
+    return set(given) - set(resolved.target_modules or ())
 
 
 def _leaf(name: str) -> str:
@@ -113,6 +125,33 @@ def _matches(name: str, **fields: Any) -> object:
     return check_target_module_exists(
         SimpleNamespace(**{"target_modules": [], "target_parameters": None} | fields), name
     )
+
+
+def without_unmatched(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """A saved adapter's config without the names and patterns that match nothing in its base, which PEFT ignores.
+
+    Args:
+        model: The base.
+        config: The adapter's config.
+    """
+    check_expressions(model, config)
+    names, config = [name for name, _ in model.named_modules() if name], deepcopy(config)
+    try:
+        found = Selection(model, config)
+    except ValueError:  # PEFT refuses it, and is to say why
+        return config
+    adapted = [*found.selected, *found.selected_parameters]
+    for field in ("target_modules", "exclude_modules"):
+        entries = getattr(config, field)
+        if isinstance(entries, (list, set)):
+            kept = [e for e in entries if e in found.converted or any(_names(e, name) for name in names)]
+            setattr(config, field, kept)
+    for field in ("rank_pattern", "alpha_pattern"):
+        given = getattr(config, field) or {}
+        setattr(config, field, {key: number for key, number in given.items() if any(map(_end(key).match, adapted))})
+    if config.target_parameters is not None:
+        config.target_parameters = [e for e in config.target_parameters if any(_names(e, name) for name in adapted)]
+    return config
 
 
 def _check_layers(matched: list[str], config: LoraConfig) -> None:
@@ -152,14 +191,30 @@ def check_expressions(model: nn.Module, config: LoraConfig) -> None:
             raise LoRAError(f"{field}: it cannot be matched with names of modules ({error})") from error
 
 
-def _check_names(model: nn.Module, config: LoraConfig, linear: list[str]) -> None:
-    """Raises `LoRAError` for a name or a layer number that matches nothing; PEFT ignores it (peft#3693)."""
+def _check_parameters(model: nn.Module, config: LoraConfig, selected: list[str]) -> None:
+    """Raises `LoRAError` for an entry of `target_parameters` that matches nothing; PEFT only warns of it."""
+    for entry in sorted(config.target_parameters or ()):
+        if not any(_names(entry, name) for name in selected):
+            near = _near_misses(entry, [name for name, _ in model.named_parameters()], "parameters")
+            raise LoRAError(f"target_parameters: {entry!r} matches no parameter; {near}")
+
+
+def _check_names(model: nn.Module, config: LoraConfig, linear: list[str], converted: set[str]) -> None:
+    """Raises `LoRAError` for a name or a layer number that matches nothing; PEFT ignores it (peft#3693).
+
+    Args:
+        model: The base.
+        config: The adapter's config.
+        linear: Names of the base's linear layers.
+        converted: Names that PEFT has turned into `target_parameters`.
+    """
     names, wanted = [name for name, _ in model.named_modules() if name], config.target_modules
     if wanted is not None and not isinstance(wanted, str):
-        for entry in sorted(wanted):
+        for entry in sorted({*wanted} - converted):
             if not any(_names(entry, name) for name in names):
                 raise LoRAError(f"target_modules: {entry!r} matches no module; {_near_misses(entry, linear)}")
-        _check_layers([name for name in names if any(_names(entry, name) for entry in wanted)], config)
+        if not converted:
+            _check_layers([name for name in names if any(_names(entry, name) for entry in wanted)], config)
     excluded = config.exclude_modules
     for entry in () if isinstance(excluded, str) else excluded or ():
         if not any(_names(entry, name) for name in names):
@@ -254,12 +309,13 @@ def select(model: nn.Module, config: LoraConfig, strict: bool = True) -> Selecti
         raise
     except ValueError as error:
         if strict:
-            _check_names(model, config, linear)
+            _check_names(model, config, linear, set())
         if isinstance(error, NoMatchingPeftModuleError):
             raise _explain_none(model, config, linear) from error
         raise LoRAError(f"target_modules: PEFT refuses this adapter: {error}") from error
-    if strict and not found.target_parameters:  # into which PEFT may have turned names of experts
-        _check_names(model, config, linear)
+    if strict:
+        _check_names(model, config, linear, found.converted)
+        _check_parameters(model, config, found.selected_parameters)
     if lost := _renamed_by_peft(model, config, found.selected):
         ends = ", ".join(map(repr, condense(lost, model)))
         raise LoRAError(

@@ -5,11 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from plainlora.data.classification import load_labelled, tokenize_texts
-from plainlora.data.datasets import load_train_and_test
+from plainlora.data.datasets import evenly_spaced, load_train_and_test
 from plainlora.data.encoding import IGNORED, Encoder, trains_answers_only
 from plainlora.data.layouts import find_schema
 from plainlora.data.prompts import render_prompt
@@ -95,7 +94,7 @@ def language_prompts(
     longest = min(LONGEST, context or LONGEST)
     rows: Iterable[dict[str, list[int]]]
     if text is not None:
-        source, most = f"the text {text}", MOST_GIVEN
+        source, most = f"the text {Path(text).name}", MOST_GIVEN
         rows = _windows("\n".join(read_text(text)), tokenizer, longest)
     else:
         source, rows = _test_rows(run, tokenizer) or ("a built-in passage", _plain(PASSAGE, tokenizer))
@@ -162,11 +161,6 @@ def _trained(row: dict[str, list[int]]) -> int:
     return sum(label != IGNORED for label in row["labels"][1:])
 
 
-def _spread(rows: Dataset) -> Dataset:
-    """Evenly spaced rows of a data set, which may be sorted by class."""
-    return rows.select(range(0, len(rows), max(1, len(rows) // ROWS))[:ROWS])
-
-
 def _test_rows(
     run: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, Iterable[dict[str, list[int]]]] | None:
@@ -190,7 +184,9 @@ def _test_rows(
         answers_only = trains_answers_only(schema, arguments["completion_only_loss"])
         assistant_only = bool(arguments.get("assistant_only_loss"))
         encode = Encoder(tokenizer, schema, arguments["dataset_text_field"], answers_only, assistant_only)
-        return f"test rows of {arguments['eval_dataset_name'] or name}", [encode(row) for row in _spread(test)]
+        return f"test rows of {arguments['eval_dataset_name'] or name}", [
+            encode(row) for row in evenly_spaced(test, ROWS)
+        ]
     except (UserError, KeyError, TypeError):
         return None
 
@@ -224,4 +220,4 @@ def _test_texts(run: dict[str, Any]) -> tuple[str, list[str]] | None:
         return None
     if read.test is None:
         return None
-    return f"test rows of {arguments['eval_dataset_name'] or name}", list(_spread(read.test)["text"])
+    return f"test rows of {arguments['eval_dataset_name'] or name}", list(evenly_spaced(read.test, ROWS)["text"])

@@ -76,7 +76,7 @@ def _parse(
         UserError: The settings are refused, two back ends are given, or the recipe uses PEFT's LoRA.
     """
     defaults: dict[str, Any] = {"lora_backend": None}  # shows whether the recipe sets it
-    if SFTArguments in program.dataclass_types and trains_on_cpu(use_cpu=False):
+    if trains_on_cpu(use_cpu=False):
         defaults["precision"] = "fp32"  # in which the two sides can be compared most closely
     settings = program.parse(["--config", config, *flags], **defaults)
     given = settings.recipe.lora_backend

@@ -40,19 +40,20 @@ class DiskNeed:
     fits: bool
 
 
-def count_saves(training: TrainingArguments, steps: int) -> int:
+def count_saves(training: TrainingArguments, steps: int, steps_an_epoch: int) -> int:
     """The most checkpoints that exist at a time: an old one is removed only when a new one is whole.
 
     Args:
         training: When to save, and how many checkpoints to keep.
         steps: Number of optimizer steps of the run.
+        steps_an_epoch: Of these, in one epoch.
     """
     strategy = str(getattr(training.save_strategy, "value", training.save_strategy))
     every = training.eval_steps if strategy == "best" else training.save_steps
     if strategy == "no" or not steps:
         return 0
     if strategy == "epoch":
-        saves = math.ceil(training.num_train_epochs)
+        saves = math.ceil(steps / max(1, steps_an_epoch))
     else:
         interval = float(every or training.logging_steps)
         saves = math.ceil(steps / max(1, math.ceil(steps * interval) if interval < 1 else interval))
@@ -113,6 +114,6 @@ def count_disk(plan: Plan, base: PreTrainedModel, model: PreTrainedModel, optimi
     if plan.merge:
         parameters = sum(parameter.numel() for parameter in base.parameters())
         merged = merged_bytes(parameters, plan.config, plan.tokenizer)
-    checkpoints = count_saves(training, steps)
+    checkpoints = count_saves(training, steps, plan.steps_an_epoch)
     needed, free = checkpoints * checkpoint + result + merged, free_on_disk(str(training.output_dir))
     return DiskNeed(checkpoint, checkpoints, result, merged, needed, free, needed <= free)

@@ -99,7 +99,7 @@ def _count_activations(plan: Plan) -> _Activations:
         return _Activations(
             count_peak_bytes(step),
             count_peak_bytes(step, checkpointing=True),
-            count_evaluation_bytes(plan.step(evaluates=True)),
+            0 if plan.evaluated == 0 else count_evaluation_bytes(plan.step(evaluates=True)),
             None if step.classifies else count_head_bytes(step),
         )
     except Exception:  # whatever a model's code raises when its tensors have no values

@@ -44,6 +44,7 @@ class Plan:
         merge: Whether the merged model is written too.
         tokenizer: The tokenizer, which every checkpoint contains.
         evaluated: Number of rows of the largest split that is evaluated; the training rows if left out.
+        longest_evaluated: Length of the longest of these rows in tokens; `longest` if left out.
     """
 
     config: PretrainedConfig
@@ -62,6 +63,7 @@ class Plan:
     merge: bool = False
     tokenizer: PreTrainedTokenizerBase | None = None
     evaluated: int | None = None
+    longest_evaluated: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -90,12 +92,12 @@ class Plan:
         """Number of optimizer steps, as Trainer counts them."""
         if self.training.max_steps > 0:
             return self.training.max_steps
-        return math.ceil(self.training.num_train_epochs * self._steps_an_epoch)
+        return math.ceil(self.training.num_train_epochs * self.steps_an_epoch)
 
     @property
     def all_tokens(self) -> int:
         """Number of tokens that are trained on, over all epochs."""
-        return math.ceil(self.tokens * self.steps / self._steps_an_epoch)
+        return math.ceil(self.tokens * self.steps / self.steps_an_epoch)
 
     def tokens_per_step(self, processes: int) -> int:
         """Number of tokens of one optimizer step on this many processes, on average."""
@@ -109,9 +111,11 @@ class Plan:
         return math.ceil(self.tokens / self.longest) if getattr(self.training, "packing", False) else self.rows
 
     @property
-    def _steps_an_epoch(self) -> int:
+    def steps_an_epoch(self) -> int:
+        """Number of optimizer steps of one epoch, at least 1."""
         training = self.training
-        batches = math.ceil(self._sequences / (training.per_device_train_batch_size * training.world_size))
+        whole = math.floor if training.dataloader_drop_last else math.ceil
+        batches = whole(self._sequences / (training.per_device_train_batch_size * training.world_size))
         return max(1, math.ceil(batches / training.gradient_accumulation_steps))
 
     def build(self) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -126,12 +130,14 @@ class Plan:
             evaluates: Whether it is a step of an evaluation.
         """
         rows, present = self.training.per_device_train_batch_size, self._sequences
+        longest = self.longest
         if evaluates:
-            rows, present = self.training.per_device_eval_batch_size, self.evaluated or self.rows
+            rows, longest = self.training.per_device_eval_batch_size, self.longest_evaluated or self.longest
+            present = self.rows if self.evaluated is None else self.evaluated
         return Step(
             config=self._trained_config(),
             prepare=self._prepare,
-            batch=largest_batch(self.training, self.longest, min(rows, present)),
+            batch=largest_batch(self.training, longest, min(rows, present)),
             device=self.device,
             dtype=self.dtype,
             autocast=precision(self.training),

@@ -22,34 +22,14 @@ from torch import nn
 from plainlora.folders import sha256_of
 from plainlora.report import package_versions, write_json
 from plainlora.run.folder import weight_files
-from plainlora.settings.parsing import read_yaml
-
-SECRETS = ("hub_token", "push_to_hub_token")
-
-
-def _without_secrets(command: Sequence[str]) -> list[str]:
-    """The command without the values of secret flags, written `--flag value` or `--flag=value`."""
-    kept: list[str] = []
-    for word in command:
-        flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        follows = kept and kept[-1].removeprefix("--").replace("-", "_") in SECRETS
-        kept.append("..." if follows else word.partition("=")[0] + "=..." if "=" in word and flag in SECRETS else word)
-    return kept
+from plainlora.settings.secrets import SECRETS, config_without_secrets, without_secrets
 
 
 def _config_of(command: Sequence[str]) -> dict[str, Any] | None:
-    """The content of a command's YAML, because the file may change later.
-
-    Tokens are left out, and so are the values of environment variables, which may hold passwords.
-    """
+    """The content of a command's YAML without secrets, because the file may change later."""
     paths = [word.removeprefix("--config=") for word in command if word.startswith("--config=")]
     paths += [value for flag, value in itertools.pairwise(command) if flag == "--config"]
-    if not paths:
-        return None
-    content = {name: value for name, value in read_yaml(paths[0]).items() if name not in SECRETS}
-    if "env" in content:
-        content["env"] = sorted(map(str, content["env"] or ()))
-    return content
+    return config_without_secrets(paths[0]) if paths else None
 
 
 def _git_commit() -> str | None:
@@ -120,7 +100,7 @@ def write_run(
         backend: The name of the back end that trains the adapter.
     """
     content = {
-        "command": _without_secrets(sys.argv),
+        "command": without_secrets(sys.argv),
         "config": _config_of(sys.argv),
         "arguments": resolve_arguments(arguments),
         "quantization_config": quantization,
@@ -150,7 +130,7 @@ def complete_run(path: str | Path, run: dict[str, Any], order: str, steps: int) 
     Args:
         path: The file; it may have been deleted meanwhile.
         run: The record from `write_run`.
-        order: Digest of the batches in the order of training, from `training.watching.RowsSeen`.
+        order: Digest of the batches in the order of training, from `training.rows_seen.RowsSeen`.
         steps: Number of optimizer steps.
     """
     weights = describe_weights(Path(path).parent)

@@ -15,19 +15,20 @@ from plainlora.run.record import digest_of_rows, resolve_arguments
 # Settings that may not change. The run's length, logging and output may. Rows are compared by their digest, the
 # adapter's own settings with the checkpoint's config.
 WHAT_IS_TRAINED = (
-    *("method", "model_name_or_path", "last_layers", "train_head", "base_dropout", "adapter_dtype"),
-    *("adapter_name_or_path", "loraplus_lr_ratio"),
+    *("method", "model_name_or_path", "model_revision", "last_layers", "train_head", "base_dropout", "adapter_dtype"),
+    *("adapter_name_or_path", "loraplus_lr_ratio", "model_init_kwargs"),
     *("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head"),
     *("lora_target_modules", "lora_exclude_modules", "lora_layers_to_transform"),
 )
 WHICH_ROWS = (
     *("seed", "data_seed", "validation_split_size", "test_split_size", "balance_classes"),
-    *("packing", "packing_strategy", "padding_free", "train_sampling_strategy"),
+    *("packing", "packing_strategy", "padding_free", "train_sampling_strategy", "dataloader_drop_last"),
 )
 HOW_IT_LEARNS = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "loss_type", "bf16", "fp16"),
     *("label_smoothing_factor", "neftune_noise_alpha", "dtype", "load_in_4bit", "load_in_8bit"),
+    *("bnb_4bit_quant_type", "use_bnb_nested_quant"),
 )
 ADVICE = "give the same settings, or start anew in another --output_dir"
 
@@ -49,7 +50,8 @@ def check_same_settings(checkpoint: str | Path, arguments: Sequence[Any], labels
         check_same_labels(checkpoint, run.get("labels"), labels)
     if (rows := _rows_a_step(then, run.get("processes"))) is not None:
         then["rows a step"], now["rows a step"] = rows, _rows_a_step(now, PartialState().num_processes)
-    for name in (*WHAT_IS_TRAINED, *WHICH_ROWS, "rows a step", *HOW_IT_LEARNS):
+    packs = ("max_length",) if now.get("packing") else ()  # other rows are compared as they are cut
+    for name in (*WHAT_IS_TRAINED, *WHICH_ROWS, *packs, "rows a step", *HOW_IT_LEARNS):
         if name in then and name in now and _comparable(name, then[name]) != _comparable(name, now[name]):
             raise _another(checkpoint, name, then[name], now[name])
 

@@ -1,10 +1,11 @@
 """A recipe's settings -> the `peft.LoraConfig` of its adapter, and the faults that do not depend on the model."""
 
 import difflib
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from peft import LoraConfig
 from trl import ModelConfig
@@ -81,6 +82,24 @@ def _own_fields(model: ModelConfig, recipe: RecipeArguments) -> dict[str, Any]:
     return given
 
 
+def _unknown_init(config: LoraConfig) -> Iterator[str]:
+    """Yields what is wrong with an `init_lora_weights` that PEFT does not know; it fails only when layers are made.
+
+    Its annotation leaves `lora_ga` out.
+
+    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/config.py
+    """
+    value = config.init_lora_weights
+    if isinstance(value, bool) or (isinstance(value, str) and re.fullmatch(r"pissa_niter_\d+", value)):
+        return
+    _, literals = get_args(get_type_hints(LoraConfig)["init_lora_weights"])
+    known = [*get_args(literals), "lora_ga"]
+    if str(value).lower() not in known:
+        near = difflib.get_close_matches(str(value), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"PEFT knows {', '.join(known)}"
+        yield f"lora_config: init_lora_weights is {value!r}; {hint}"
+
+
 def _make_config(values: dict[str, Any]) -> LoraConfig:
     """The config.
 
@@ -111,6 +130,8 @@ def adapter_faults(model: ModelConfig, recipe: RecipeArguments) -> Iterator[tupl
             "lora_backend",
             f"lora_backend reference does not implement {some(names)}; use peft_fused, or leave it out",
         )
+    for fault in _unknown_init(config):
+        yield "lora_config", fault
     settings: dict[str, Any] = vars(model) | vars(recipe)
     for field, fault in find_faults(config):
         flag = f"lora_{field}" if f"lora_{field}" in settings else field

@@ -78,6 +78,14 @@ class RecipeArguments:
     adapter_dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "Precision of the trained adapter, whatever the base is stored in."}
     )
+    precision: Literal["auto", "fp32", "bf16"] = field(
+        default="auto",
+        metadata={
+            "help": "`bf16`: the base as it is stored, its products in bfloat16, adapter and softmax in float32; "
+            "`fp32`: everything in float32; `auto`: bf16 if the CPU or GPU has units for it. What --bf16, --fp16 and "
+            "--dtype say on the command line is kept."
+        },
+    )
     base_dropout: float | None = field(
         default=None,
         metadata={
@@ -119,14 +127,6 @@ class RecipeArguments:
 class SFTArguments(RecipeArguments):
     """The flags of `recipes/sft.py` beyond TRL's `ScriptArguments`, `SFTConfig` and `ModelConfig`."""
 
-    precision: Literal["auto", "fp32", "bf16"] = field(
-        default="auto",
-        metadata={
-            "help": "`bf16`: the base as it is stored, its products in bfloat16, adapter and softmax in float32; "
-            "`fp32`: everything in float32; `auto`: bf16 if the CPU or GPU has units for it. What --bf16, --fp16 and "
-            "--dtype say on the command line is kept."
-        },
-    )
     max_train_rows: int | None = field(default=None, metadata={"help": "Train on the first rows only, for a trial."})
     prompt_template: str | None = field(
         default=None,
@@ -254,6 +254,13 @@ class ClassifyConfig(TrainingArguments):
     hub_strategy: str = field(
         default="end", metadata={"help": "When --push_to_hub publishes: at the end, because checkpoints are not."}
     )
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Mixed precision in bfloat16; as `precision` says if left out."}
+    )
+
+    def __post_init__(self) -> None:
+        self.bf16 = bool(self.bf16)
+        super().__post_init__()
 
 
 def check_size(name: str, size: float | None) -> None:

@@ -35,7 +35,7 @@ from plainlora.settings.arguments import (
     parse_mapping,
 )
 from plainlora.settings.device import trains_on_cpu
-from plainlora.settings.launcher import asks_for_fsdp
+from plainlora.settings.launcher import asks_for_fsdp, sharding_engine
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -68,7 +68,7 @@ BELOW_1 = ("base_dropout", "adam_beta1", "adam_beta2")  # and at least 0
 OWN_FLAGS = {"revision", "dtype", "quantization", "attn_implementation", "trust_remote_code", "dropout"}
 
 # Settings that no method but lora takes; no recipe has them by default.
-OF_AN_ADAPTER = ("adapter_name_or_path", "lora_config", "loraplus_lr_ratio")
+ADAPTER_SETTINGS = ("adapter_name_or_path", "lora_config", "loraplus_lr_ratio")
 
 # Metrics beside the loss: of a classifier's validation rows, and of a language model's test rows.
 SCORES = ("accuracy", "f1")
@@ -96,6 +96,10 @@ def sft_faults(
             "packing_strategy=wrapped is refused: it cuts rows in two and lets examples attend to each other "
             "(trl#1230); use bfd"
         )
+    if training.packing and training.packing_strategy == "bfd_split":
+        yield "packing_strategy=bfd_split: longer rows are dropped or truncated (on_overflow) before packing; use bfd"
+    if training.truncation_mode == "keep_end" and recipe.on_overflow != "truncate":
+        yield "truncation_mode keep_end: longer rows are dropped; set on_overflow to truncate, or leave it out"
     if training.packing and training.max_length is None:
         yield "packing needs max_length: give the length of a packed sequence"
     if (training.packing or training.padding_free) and "alora_invocation_tokens" in parse_mapping(
@@ -157,6 +161,8 @@ def _refused_by_trainer(training: SFTConfig) -> Iterator[str]:
     """
     if training.padding_free and not training.packing and training.max_length is not None:
         yield "padding_free without packing enforces no max_length: set packing, or max_length to null"
+    if training.eval_packing is not None and training.eval_packing != training.packing:
+        yield f"eval_packing {training.eval_packing}: test rows are packed as training rows are; leave it out"
     kwargs = training.gradient_checkpointing_kwargs or {}
     if isinstance(kwargs, dict) and kwargs.get("selective"):
         if not training.gradient_checkpointing:
@@ -178,7 +184,7 @@ def common_faults(
     if not refused:
         yield from _fault_of(check_schedule, training)
     if recipe.method != "lora":
-        for name in OF_AN_ADAPTER:
+        for name in ADAPTER_SETTINGS:
             if getattr(recipe, name) is not None:
                 yield f"{name} is for an adapter, and method {recipe.method} trains none; leave it out"
     yield from _unsupported(
@@ -188,7 +194,7 @@ def common_faults(
         }
     )
     yield from _misplaced(recipe, script, model)
-    yield from _method_faults(recipe, model)
+    yield from _method_faults(recipe, training, model)
     yield from _fsdp_faults(training)
     if training.save_strategy == "best" and not training.metric_for_best_model:
         yield "save_strategy best needs metric_for_best_model: give one, such as loss"
@@ -198,10 +204,15 @@ def common_faults(
         yield from _fault_of(check_tracker, tracker)
 
 
-def _method_faults(recipe: RecipeArguments, model: ModelConfig) -> Iterator[str]:
+def _method_faults(recipe: RecipeArguments, training: TrainingArguments, model: ModelConfig) -> Iterator[str]:
     """Yields the settings that contradict `method`."""
     if recipe.method != "lora" and (model.load_in_4bit or model.load_in_8bit):
         yield f"method {recipe.method} trains the base's own weights, which is not possible in 4 or 8 bits; use lora"
+    if recipe.method != "lora" and (engine := sharding_engine(training)):
+        yield (
+            f"method {recipe.method}: {engine} shards the base's weights, which this method trains; use "
+            "accelerate_configs/ddp.yaml, or method lora"
+        )
     if recipe.method != "lora" and recipe.merge:
         yield f"merge: method {recipe.method} leaves a whole model, so there is nothing to merge"
     if recipe.last_layers and recipe.method != "last_layers":
@@ -374,7 +385,7 @@ def _clashing_precisions(recipe: RecipeArguments, training: TrainingArguments, m
             f"adapter_dtype {recipe.adapter_dtype}: fp16 scales the loss, and PyTorch unscales float32 gradients "
             "only; leave it out, or give --bf16 true --fp16 false"
         )
-    precision = getattr(recipe, "precision", "auto")
+    precision = recipe.precision
     if precision == ("fp32" if training.bf16 or training.fp16 else "bf16" if not training.bf16 else None):
         flags = f"bf16 {training.bf16} and fp16 {training.fp16}".lower()
         yield f"precision {precision} contradicts {flags}; leave either out"

@@ -64,14 +64,13 @@ def fit_formats(
     """
     if device.kind not in ("cpu", "cuda"):
         return {}
-    precision = getattr(parsed, "precision", None)  # a classifier has none: it is trained in float32, on a GPU in TF32
-    if precision == "fp32":
+    if parsed.precision == "fp32":
         changes = _in_float32(parsed, typed, "precision fp32")
-    elif precision == "bf16":
+    elif parsed.precision == "bf16":
         changes = _in_bfloat16(parsed, given, typed, "precision bf16")
     elif device.kind == "cuda":
         changes = _on_cuda(parsed, given, typed, device)
-    elif precision is None or not device.bf16 or parsed.bf16 is False or (parsed.fp16 and "fp16" in typed):
+    elif not device.bf16 or parsed.bf16 is False or (parsed.fp16 and "fp16" in typed):
         changes = _in_float32(parsed, typed, "no GPU here")  # Accelerate refuses fp16 on a CPU
     else:
         changes = _in_bfloat16(parsed, given, typed, "this CPU computes in bfloat16")
@@ -82,7 +81,7 @@ def fit_formats(
 def _in_float32(parsed: Namespace, typed: Collection[str], why: str) -> dict[str, tuple[Any, str]]:
     """Every number in float32."""
     changes: dict[str, Any] = {name: False for name in ("bf16", "fp16") if name not in typed}
-    if parsed.dtype in HALF and "dtype" not in typed:
+    if parsed.dtype in (*HALF, "auto") and "dtype" not in typed:
         changes["dtype"] = "float32"
     return {name: (value, why) for name, value in changes.items()}
 
@@ -106,7 +105,7 @@ def _dtype_of_base(parsed: Namespace, compute: str) -> tuple[str, str]:
     TRL's 4-bit layers compute in `dtype`, so it must be the format of mixed precision. Weights that are trained are in
     float32, in which a small step is not rounded away.
     """
-    if getattr(parsed, "method", "lora") != "lora":
+    if parsed.method != "lora" or getattr(parsed, "train_head", False):
         return "float32", "its own weights are trained"
     return (compute, "mixed precision") if parsed.load_in_4bit else ("auto", "as it is stored")
 
@@ -116,13 +115,15 @@ def _on_cuda(
 ) -> dict[str, tuple[Any, str]]:
     """A mixed precision that the card supports."""
     changes: dict[str, tuple[Any, str]] = {}
-    bf16 = parsed.bf16 or (parsed.bf16 is None and not parsed.fp16)  # SFTConfig's default
+    bf16 = parsed.bf16 or (parsed.bf16 is None and not parsed.fp16)
     if bf16 and not device.bf16 and not {"bf16", "fp16"} & {*typed}:
         why = "this GPU has no bfloat16"
         changes = {"bf16": (False, why), "fp16": (True, why)}
         if parsed.dtype == "bfloat16" and "dtype" not in typed:
             changes["dtype"] = ("float16", why)
         bf16 = False
+    if bf16 and parsed.bf16 is None:
+        changes["bf16"] = (True, "this GPU has bfloat16")
     fp16 = parsed.fp16 or "fp16" in changes
     if (bf16 or fp16) and "dtype" not in given:
         changes["dtype"] = _dtype_of_base(parsed, "bfloat16" if bf16 else "float16")

@@ -78,15 +78,21 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
+# Beginnings of the names of variables that torch and Hugging Face's libraries read once, when they are imported.
+READ_AT_IMPORT = ("HF_HOME", "HF_HUB_", "HF_DATASETS_", "TRANSFORMERS_", "OMP_", "MKL_", "KMP_")
+
+
 def set_environment(path: str, variables: object) -> None:
     """Exports the `env:` block of a YAML.
 
     Raises:
-        UserError: It is not a mapping, or the system refuses a name or a value.
+        UserError: It is not a mapping, a variable comes too late, or the system refuses a name or a value.
     """
     if not isinstance(variables, dict):
         raise UserError(f"{path}: env must be a mapping of variables, not a {type(variables).__name__}")
     for name, value in variables.items():
+        if str(name).startswith(READ_AT_IMPORT):
+            raise UserError(f"{path}: env: {name} was read when the libraries were imported; set it in the shell")
         try:
             os.environ[str(name)] = "" if value is None else str(value)
         except (ValueError, OSError) as error:
@@ -108,6 +114,10 @@ class Fault:
     read_as: str = ""
 
 
+# Fields of Transformers' and TRL's dataclasses that are for scripts of another kind; see `RENAMES` for what to do.
+READ_BY_NOTHING = ("do_train", "do_eval", "do_predict", "use_peft")
+
+
 class StrictParser(TrlParser):
     """`TrlParser` in which nothing is ignored: unknown keys, wrong types and bad choices are errors (trl#1564).
 
@@ -124,6 +134,10 @@ class StrictParser(TrlParser):
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self._types = {name: kind for owner in dataclass_types for name, kind in get_type_hints(owner).items()}
         self.defaults = {action.dest: action.default for action in self._actions}
+        for action in [action for action in self._actions if action.dest in READ_BY_NOTHING]:
+            self._remove_action(action)
+            for option in action.option_strings:
+                del self._option_string_actions[option]
         self.origins: dict[str, str] = {}
         self.faults: list[Fault] = []
         self.left_out: set[str] = set()
@@ -205,6 +219,8 @@ class StrictParser(TrlParser):
         for value in values:
             if value is None or isinstance(value, (list, dict)):
                 raise UserError(f"{where}: an entry of the list is one value, not {value!r}")
+            if isinstance(value, bool):
+                raise UserError(f"{where}: YAML reads yes, no, on and off as true and false; put the entry in quotes")
             try:
                 converted.append(kind(str(value)) if callable(kind) else str(value))
             except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
@@ -326,7 +342,9 @@ class StrictParser(TrlParser):
         self.left_out -= self.origins.keys()
         settings = vars(self.parse_known_args([*from_yaml, *words, *typed])[0])
         return tuple(
-            self._make_accepted(kind, {field.name: settings[field.name] for field in fields(kind) if field.init})
+            self._make_accepted(
+                kind, {field.name: settings[field.name] for field in fields(kind) if field.name in settings}
+            )
             for kind in self.dataclass_types
         )
 

@@ -108,6 +108,10 @@ RENAMES = {
     "fsdp_transformer_layer_cls_to_wrap": _FSDP,
     "torchdynamo": Rename("torch_compile_backend"),
     "include_tokens_per_second": Rename("include_num_input_tokens_seen", "it has other values", None),
+    "do_train": Rename(None, "these programs always train"),
+    "do_eval": Rename("eval_strategy", translate=_if_set("steps")),
+    "do_predict": Rename(None, "test rows are measured in any case; plainlora predict takes other texts"),
+    "use_peft": Rename("method", "lora trains an adapter", _if_set("lora")),
     # output
     "overwrite_output_dir": Rename("overwrite"),
     "save_safetensors": Rename(None, "weights are always saved as safetensors"),

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from plainlora.backends import BACKENDS, count_parameters
-from plainlora.base.classifier import build_skeleton, classifier_config, load_classifier
+from plainlora.base.classifier import build_skeleton, check_order, classifier_config, load_classifier
 from plainlora.base.config import context_length, load_config
 from plainlora.base.loading import loading_options
 from plainlora.base.tokenizer import load_tokenizer
@@ -113,6 +113,8 @@ def plan_adapter(settings: ClassifySettings, labels: Sequence[str], pad_token_id
     """
     recipe, name = settings.recipe, settings.base
     config = classifier_config(name, labels, pad_token_id, settings.model.model_revision)
+    if recipe.adapter_name_or_path is None:  # which keeps the order that it was trained with
+        check_order(name, labels, settings.model.model_revision)
     check_dense(name, config, recipe.method)
     skeleton = build_skeleton(config)
     build = partial(build_skeleton, config)
@@ -142,6 +144,7 @@ def plan_run(
 ) -> Plan:
     """The figures of the run on which memory, disk space and time depend."""
     recipe, lengths = settings.recipe, texts.train["length"][:]
+    evaluated = list(texts.splits(recipe.measured_train_rows).values())
     return Plan(
         adapter.config,
         adapter.lora,
@@ -157,7 +160,8 @@ def plan_run(
         trained_modules=adapter.modules,
         merge=recipe.merge,
         tokenizer=tokenizer,
-        evaluated=max(len(rows) for rows in texts.splits(recipe.measured_train_rows).values()),
+        evaluated=max(map(len, evaluated)),
+        longest_evaluated=max(length for rows in evaluated for length in rows["length"]),
     )
 
 

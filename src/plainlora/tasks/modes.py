@@ -1,6 +1,5 @@
 """What the finetuning modes train: a classifier's adapter, or the last layers or every weight of any model."""
 
-import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from trl import ModelConfig
 
 from plainlora.backends import Backend, attach_adapter
-from plainlora.base.config import load_config, quantization_method
+from plainlora.base.config import class_names, load_config, quantization_method
 from plainlora.base.loading import describe_quantization
 from plainlora.errors import UserError
 from plainlora.lora.config import check_config
@@ -115,20 +114,7 @@ def train_adapter(
     """
     quantization = describe_quantization(model)
     adapted = attach_adapter(model, config, backend, adapter_dtype, new_weights, batches)
-    biases = {}
-    if config.bias != "none":
-        trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-        biases = {value: value.detach().cpu().clone() for name, value in trained.items() if name.endswith("bias")}
-    return TrainableModel(adapted, backend, partial(_before_training, backend, adapted, biases), quantization)
-
-
-@contextmanager
-def _before_training(backend: Backend, model: nn.Module, biases: dict[nn.Parameter, torch.Tensor]) -> Iterator[None]:
-    """Switches the adapters off and restores initial biases. PEFT does not restore them; it only warns."""
-    with _initial_values(biases), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
-        with backend.disabled(model):
-            yield
+    return TrainableModel(adapted, backend, partial(backend.disabled, adapted), quantization)
 
 
 def check_same_method(checkpoint: str | Path, method: str, labels: Sequence[str] | None = None) -> None:
@@ -153,4 +139,4 @@ def _labels_of(checkpoint: str | Path) -> list[str] | None:
     """A whole model's classes, from its config; `None` for an adapter, whose classes are only in `run.json`."""
     if holds_adapter(checkpoint):
         return None
-    return list((load_config(str(checkpoint)).id2label or {}).values())
+    return class_names(load_config(str(checkpoint)))

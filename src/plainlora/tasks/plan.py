@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from plainlora.backends import Backend, BackendName, choose_backend, count_parameters, fields_on_whole_weights
 from plainlora.errors import UserError
 from plainlora.lora.errors import some
+from plainlora.lora.targets import without_unmatched
 from plainlora.resources.disk import merged_bytes
 from plainlora.run.adapter_base import class_labels, read_run
 from plainlora.run.parent import Parent, find_parent
@@ -88,8 +89,9 @@ def plan_lora(
         if labels is not None:
             _check_classes(parent, labels)
         notes.append(parent.line(lora))
-        lora = parent.config
-    _check_engine("FSDP2" if settings.training.fsdp else sharding_engine(), lora)
+        skeleton = build()
+        lora = parent.config if skeleton is None else without_unmatched(skeleton, parent.config)
+    _check_engine(sharding_engine(settings.training), lora)
     backend, only_peft = choose_backend(recipe.lora_backend, lora, build())
     if only_peft is not None:
         notes.append(f"PEFT's own code trains this adapter: {only_peft}")

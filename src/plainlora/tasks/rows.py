@@ -10,7 +10,7 @@ from trl import SFTConfig
 
 from plainlora.data.beginnings import Beginnings, compare_beginnings
 from plainlora.data.classification import LabelledSplits, TextReport, encode_texts, load_labelled
-from plainlora.data.datasets import load_train_and_test
+from plainlora.data.datasets import evenly_spaced, load_train_and_test
 from plainlora.data.encoding import EncodingReport, encode_rows, trains_answers_only
 from plainlora.data.layouts import find_schema, is_rendered, prompts_of, unread_columns
 from plainlora.settings.programs import ClassifySettings, SFTSettings
@@ -25,7 +25,7 @@ class PreparedRows:
         test: Test rows as `input_ids` and `labels`, if there are any.
         raw_test: The test rows as read, for questions and answers.
         reports: The counts of each split's encoding.
-        answers_only: Whether only answers are trained.
+        answers_only: Whether `completion_only_loss` holds.
         rendered: Whether the rows are rendered by the chat template.
         beginnings: How rows of plain text begin; `None` for rendered ones.
         unread: Columns that are not used.
@@ -133,23 +133,26 @@ def prepare_rows(
         *encoded,
         raw_test=test,
         reports=reports,
-        answers_only=answers_only or training.assistant_only_loss,
+        answers_only=answers_only,
         rendered=rendered,
         beginnings=None if rendered else compare_beginnings(train[column] if schema == "text" else asked, tokenizer),
         unread=unread,
         repeated=len(asked) - len(trained),
         leaked=sum(prompt in trained for prompt in tested),
         missing=missing,
-        too_few=_too_few(training, len(encoded[0])),
+        too_few=_too_few(training, len(encoded[0]), reports["train"].tokens),
     )
 
 
-def _too_few(training: SFTConfig, rows: int) -> str | None:
-    batch = training.per_device_train_batch_size * training.world_size
+def _too_few(training: SFTConfig, rows: int, tokens: int) -> str | None:
+    batch, what = training.per_device_train_batch_size * training.world_size, "rows"
+    if training.packing and training.max_length and rows >= batch:
+        # Best fit leaves no two sequences that would fit into one, so all but one are half full on average.
+        rows, what = 2 * tokens // training.max_length + 1, "packed sequences at most"
     if not training.dataloader_drop_last or rows >= batch:
         return None
     return (
-        f"{rows:,} rows make no whole batch of {batch:,}, and dataloader_drop_last drops an incomplete one, so no "
+        f"{rows:,} {what} make no whole batch of {batch:,}, and dataloader_drop_last drops an incomplete one, so no "
         "step would be taken; leave it out, or lower per_device_train_batch_size"
     )
 
@@ -182,8 +185,8 @@ class PreparedTexts:
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
     def splits(self, measured_train_rows: int) -> dict[str, Dataset]:
-        """The rows on which accuracy is measured. Training rows are shuffled, so the first are a random sample."""
-        train = self.train.select(range(min(measured_train_rows, len(self.train))))
+        """The rows on which accuracy is measured; of the training rows so many, evenly spaced."""
+        train = evenly_spaced(self.train, measured_train_rows)
         found = {"training": train, "validation": self.validation, "test": self.test}
         return {name: rows for name, rows in found.items() if rows is not None}
 

@@ -1,6 +1,6 @@
 """Supervised fine-tuning of a causal language model, stage by stage.
 
-    settings -> config, tokenizer -> rows -> adapter -> model -> trainer -> results
+    settings -> config, tokenizer -> adapter -> rows -> model -> trainer -> results
 
 `recipes/sft.py` calls the stages in this order; `plainlora doctor` calls those that need no weights, `plainlora
 compare` those that it compares. A stage raises if it has no result. Whether the result should be trained on is checked
@@ -22,7 +22,7 @@ from plainlora.base.remote_code import describe_remote_code
 from plainlora.base.tokenizer import load_tokenizer
 from plainlora.data import prompts
 from plainlora.errors import UserError
-from plainlora.generation import ExactMatch
+from plainlora.generation import ExactMatch, check_prompts
 from plainlora.hub.model_card import write_sft_card
 from plainlora.peft_model import needs_rows
 from plainlora.plots import plot_loss
@@ -159,20 +159,27 @@ def plan_run(
         trained_modules=adapter.modules,
         merge=recipe.merge,
         tokenizer=tokenizer,
-        evaluated=None if rows.test is None else len(rows.test),
+        evaluated=0 if rows.test is None else len(rows.test),
+        longest_evaluated=packed if rows.test is None else packed or max(map(len, rows.test["input_ids"]), default=1),
     )
 
 
 def choose_questions(
-    settings: SFTSettings, rows: PreparedRows, tokenizer: PreTrainedTokenizerBase
+    settings: SFTSettings, rows: PreparedRows, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
 ) -> ExactMatch | None:
-    """The test rows for exact matches, if any.
+    """The test rows for exact matches, if any; they and the sample prompts are checked.
 
     Raises:
-        UserError: They have no separate answers.
+        UserError: The rows have no separate answers, or a prompt is empty or fills the model's context.
     """
     count = settings.recipe.exact_match_rows
-    return ExactMatch(rows.raw_test, count, tokenizer) if count and rows.raw_test is not None else None
+    questions = None
+    if count and rows.raw_test is not None:
+        questions = ExactMatch(rows.raw_test, count, tokenizer, settings.training.dataset_text_field)
+    sampled = [prompts.render_prompt(each, tokenizer) for each in settings.recipe.sample_prompts]
+    check_prompts("sample_prompts", sampled, tokenizer, config)
+    check_prompts("exact_match_rows", questions.prompts if questions else [], tokenizer, config)
+    return questions
 
 
 def load_weights(settings: SFTSettings, **options: Any) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from typing import Any, cast
 from accelerate.utils import gather_object
 from torch import nn
 from transformers.trainer_utils import EvalLoopOutput
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from plainlora.training.last_batch import with_unlabelled
 
@@ -34,12 +34,14 @@ class TokenEvaluation(SFTTrainer):
         return super().get_eval_dataloader(with_unlabelled(rows, -len(rows) % whole if uneven else 0))
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As SFTTrainer's; the loss is the cross entropy alone, without a router's auxiliary loss."""
-        enabled, self.aux_loss_enabled = self.aux_loss_enabled, False
+        """As SFTTrainer's; the loss is the cross entropy alone: not smoothed, reweighted, or with a router's loss."""
+        config = cast(SFTConfig, self.args)
+        before = self.aux_loss_enabled, self.label_smoother, config.loss_type
+        self.aux_loss_enabled, self.label_smoother, config.loss_type = False, None, "nll"
         try:
             loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
         finally:
-            self.aux_loss_enabled = enabled
+            self.aux_loss_enabled, self.label_smoother, config.loss_type = before
         tokens = int((inputs["labels"][:, 1:] != -100).sum())
         self._losses.append((float(cast(Any, loss)) * tokens, tokens))
         return loss, *rest

@@ -106,11 +106,25 @@ class AtomicSaves(Trainer):
         return scratch
 
     def _failed(self, what: str, error: Exception) -> UserError:
-        shutil.rmtree(self._run_dir() / UNFINISHED, ignore_errors=True)
+        if self.args.should_save:
+            shutil.rmtree(self._run_dir() / UNFINISHED, ignore_errors=True)
         return UserError(
             f"{what} could not be written ({first_line(error)}); what was saved before is untouched; make "
             "room, and resume with --resume_from_checkpoint true"
         )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As Trainer's, by which every process writes a file; the main process writes when the others have.
+
+        If it fails, it removes the folder. The others must then be waiting for it, not writing there.
+        """
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.accelerator.wait_for_everyone()
+            super()._save_rng_state(output_dir)
+        else:
+            super()._save_rng_state(output_dir)
+            self.accelerator.wait_for_everyone()
 
     def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

@@ -29,7 +29,8 @@ from plainlora.training.evaluation_loss import TokenEvaluation
 from plainlora.training.last_batch import TrainsRowsOnce
 from plainlora.training.loraplus import WithLoRAPlus
 from plainlora.training.saving import AtomicSaves
-from plainlora.training.watching import Watched, check_effect, check_values
+from plainlora.training.watching import Watched
+from plainlora.training.weight_checks import check_effect, check_values
 
 
 @contextmanager
@@ -104,7 +105,7 @@ class PredictedTokensCounted(Trainer):
         self._loss_shifts_labels = True
 
 
-class _TrainerOverrides(Watched, AtomicSaves, RowsInOrder, WithLoRAPlus):
+class _TrainerOverrides(AtomicSaves, Watched, RowsInOrder, WithLoRAPlus):
     """The overrides of both trainers.
 
     Args:
@@ -130,11 +131,6 @@ class _TrainerOverrides(Watched, AtomicSaves, RowsInOrder, WithLoRAPlus):
             trained_in_float32(model)
         with accepted_as_adapter_model(model), adapter_precision_kept(model):
             super().__init__(cast(PreTrainedModel, model), *args, **kwargs)
-        if backend is None and self.engine.shards_base:
-            raise UserError(
-                f"{self.engine.name} shards the base's weights, which this method trains: use accelerate_configs/"
-                "ddp.yaml, or train an adapter"
-            )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Takes no step if none is left, or if the run had stopped early.

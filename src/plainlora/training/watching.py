@@ -1,15 +1,10 @@
-"""Checks during training: trained weights get gradients, frozen ones do not change, losses and gradients are finite.
+"""Trainer that stops as soon as training goes wrong, and on a signal, with what was saved before in place.
 
-Each of these has failed silently in other projects: layers without gradients under gradient checkpointing
-(open-unlearning#178), an adapter without effect (peft#2566), a loss that became NaN and was logged as 0.
+A loss that became NaN has been logged as 0 in other projects.
 """
 
-import hashlib
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NoReturn, cast
 
 import numpy as np
@@ -27,266 +22,13 @@ from transformers.trainer_callback import ExportableState
 
 from plainlora.errors import UserError
 from plainlora.interruption import Stopped, StopRequest, stop_at_once
-from plainlora.lora.errors import some
-from plainlora.lora.numerics import is_finite
-from plainlora.lora.storage.tensors import inner_tensors
 from plainlora.lost_process import describe_lost, is_of_another_process
 from plainlora.run.checkpoints import newest_checkpoint
-from plainlora.training.engines.engine import shard_of
 from plainlora.training.engines.trainer import EngineTrainer
+from plainlora.training.rows_seen import ROWS, KeepsRowsOnHost, RowsSeen, describe_rows, rows_on_host
+from plainlora.training.weight_checks import FirstGradients, FrozenWeights
 
-OF_ALL_STEPS = ("train_loss", "train_samples_per_second", "train_steps_per_second")  # Trainer's names
-SAMPLED = 64  # values of each frozen weight that are compared
-ROWS = "rows_on_host"  # the entry of a training batch that stays on the host
-ROW_PARTS = ("input_ids", "attention_mask", "position_ids")  # from which a batch's rows are recovered
-
-
-@dataclass(frozen=True)
-class Matrices:
-    """The trained weights of one LoRA layer: A, `(r, d_in)`, and B, `(d_out, r)`."""
-
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-
-
-def lora_matrices(model: nn.Module) -> dict[str, Matrices]:
-    """Every LoRA layer's A and B by the layer's name, for any back end: PEFT's names contain `default`."""
-    found: dict[str, dict[str, nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if match := re.fullmatch(r"(.*)\.(lora_[AB])(\.default)?\.weight", name):
-            found.setdefault(match[1], {})[match[2]] = parameter
-    return {layer: Matrices(**sides) for layer, sides in found.items()}
-
-
-def _are_zero(tensors: Sequence[torch.Tensor]) -> list[bool]:
-    """Whether each tensor is all zeros, with one transfer from the device."""
-    if not tensors:
-        return []
-    norms = torch._foreach_norm([tensor.detach().float() for tensor in tensors], torch.inf)
-    return [norm == 0 for norm in torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()]
-
-
-class FirstGradients:
-    """Checks in the first step that every trained weight gets a gradient, by hooks in the backward pass.
-
-    B is 0 then, so the gradient of A is 0, and that of B must not be. Without an adapter a trained weight of the base
-    may have a gradient of 0, but the loss must depend on it. Hooks are needed because an engine that shards gradients
-    leaves none on the parameters after the backward pass.
-
-    Args:
-        model: The model before training.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._layers = lora_matrices(model)
-        self._largest: dict[int, torch.Tensor] = {}  # absolute value of each weight's gradient
-        trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
-        self._own = {} if self._layers else trained
-        sides = [side for layer in self._layers.values() for side in (layer.lora_A, layer.lora_B)]
-        sides += self._own.values()
-        self._hooks = [side.register_hook(partial(self._note, id(side))) for side in sides if side.requires_grad]
-
-    def _note(self, side: int, gradient: torch.Tensor) -> None:
-        largest = gradient.detach().abs().max().float()
-        self._largest[side] = torch.maximum(largest, self._largest.get(side, largest))
-
-    def check(self, of_all_processes: Callable[..., list[list[float]]]) -> None:
-        """Raises `UserError` if an adapter or a weight would not be trained; the error names the first ones.
-
-        Args:
-            of_all_processes: Returns the given numbers of every process.
-        """
-        for hook in self._hooks:
-            hook.remove()
-        if self._own:
-            self._check_own(of_all_processes)
-        if not self._layers:
-            return
-        sides = [side for layer in self._layers.values() for side in (layer.lora_A, layer.lora_B)]
-        here = [self._largest.get(id(side), 0.0) for side in sides]  # read with one transfer from the device
-        found = [max(column) for column in zip(*of_all_processes(*here), strict=True)]
-        without = [name for at, name in enumerate(self._layers) if found[2 * at] == found[2 * at + 1] == 0]
-        if without:
-            raise UserError(
-                f"{len(without)} of {len(self._layers)} adapters got no gradient in the first step ({some(without)}), "
-                "so they would not be trained: the loss does not depend on them; leave them out with "
-                "lora_exclude_modules"
-            )
-
-    def _check_own(self, of_all_processes: Callable[..., list[list[float]]]) -> None:
-        here = [float(id(each) in self._largest) for each in self._own.values()]
-        found = [max(column) for column in zip(*of_all_processes(*here), strict=True)]
-        if without := [name for name, reached in zip(self._own, found, strict=True) if not reached]:
-            raise UserError(
-                f"{len(without)} of {len(found)} weights got no gradient in the first step ({some(without)}), so they "
-                "would not be trained: the loss does not depend on them; name the modules that are to be trained with "
-                "--method last_layers --last_layers"
-            )
-
-
-def check_effect(model: nn.Module, steps: int) -> None:
-    """Checks after training that every adapter has an effect: neither A nor B is all zeros.
-
-    Args:
-        model: A model with or without adapters.
-        steps: Number of optimizer steps taken.
-
-    Raises:
-        UserError: An adapter has no effect; the error names its layer.
-    """
-    layers = lora_matrices(model)
-    zero = _are_zero([side for layer in layers.values() for side in (layer.lora_A, layer.lora_B)])
-    without = [name for at, name in enumerate(layers) if zero[2 * at] or zero[2 * at + 1]]
-    if without:
-        raise UserError(
-            f"after {steps} step{'s' * (steps != 1)} {len(without)} of {len(layers)} adapters change nothing "
-            f"({some(without)}), so nothing was saved; raise learning_rate, or train for longer: a warm-up begins "
-            "with a rate of 0"
-        )
-
-
-def check_values(model: nn.Module) -> None:
-    """Checks before a save that every trained weight is finite and not empty (empty ones were saved in peft#1443).
-
-    Raises:
-        UserError: A weight is not; the error names the first.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not (parameter.numel() and is_finite(parameter.detach())):
-            fault = "holds values that are not finite" if parameter.numel() else "is empty"
-            raise UserError(
-                f"{name} {fault}, so the model was not saved; what was saved before is untouched; lower "
-                "learning_rate, or train in float32"
-            )
-
-
-class FrozenWeights:
-    """Digests of some values of every frozen weight, or of this process's part, to check later that none has changed.
-
-    Args:
-        model: The model before training.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._before = self._digests(model)
-
-    @staticmethod
-    @torch.no_grad()
-    def _digests(model: nn.Module) -> dict[str, str]:
-        digests = {}
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad and shard_of(parameter).numel():
-                digest = hashlib.sha256()
-                for values in inner_tensors(shard_of(parameter)):
-                    flat = values.flatten()
-                    sample = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].contiguous().cpu()
-                    digest.update(sample.view(torch.uint8).numpy().tobytes())
-                digests[name] = digest.hexdigest()
-        return digests
-
-    def check(self, model: nn.Module) -> None:
-        """Raises `UserError` if a frozen weight has changed; the error names it."""
-        now = self._digests(model)
-        moved = [name for name, digest in self._before.items() if now.get(name, digest) != digest]
-        if moved:
-            raise UserError(
-                f"{len(moved)} of {len(self._before)} frozen weights changed in the first step ({some(moved)}); "
-                "this is a fault of the program: please report it with the command"
-            )
-
-
-def rows_on_host(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Copies of the tensors from which a batch's rows are recovered; a transfer each if they are on a device.
-
-    Not views: a loader's worker moves the tensors to shared memory, which frees their own.
-    """
-    return {name: batch[name].cpu().numpy().copy() for name in ROW_PARTS if name in batch}
-
-
-@dataclass(frozen=True)
-class KeepsRowsOnHost:
-    """A collator that adds `rows_on_host` to its batches, as the entry `ROWS`.
-
-    PyTorch's memory pinning and Accelerate leave arrays on the host. Otherwise the ids would be copied back from the
-    device in every batch, and the host would wait until the device has finished all its work.
-
-    Attributes:
-        collator: The collator that makes the batch.
-    """
-
-    collator: Callable[[list[Any]], Any]
-
-    def __call__(self, examples: list[Any]) -> Any:
-        """The collator's batch with the rows on the host."""
-        batch = self.collator(examples)
-        batch[ROWS] = rows_on_host(batch)
-        return batch
-
-
-def documents(batch: Mapping[str, Any]) -> list[list[int]]:
-    """The rows of a batch as token ids, without padding and unpacked.
-
-    Args:
-        batch: A batch of tensors, or its `rows_on_host`.
-    """
-    found: list[list[int]] = []
-    ids = batch["input_ids"]
-    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
-    for at, row in enumerate(ids.tolist()):
-        if positions is not None:
-            starts = [number for number, position in enumerate(positions[at].tolist()) if position == 0]
-            found += [row[start:end] for start, end in zip(starts, [*starts[1:], len(row)], strict=True)]
-        elif mask is not None and mask.ndim == 2:
-            found.append([token for token, kept in zip(row, mask[at].tolist(), strict=True) if kept])
-        else:
-            found.append(row)
-    return found
-
-
-def describe_rows(
-    batches: Iterable[Mapping[str, Any]], rows: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase | None
-) -> str:
-    """The training rows of some batches, for a message: their numbers from 1, and the beginnings of the first ones.
-
-    Args:
-        batches: Collated batches, or their `rows_on_host`.
-        rows: Token ids of the training rows, in order.
-        tokenizer: Decodes the beginnings; `None` to leave them out.
-    """
-    number_of: dict[tuple[int, ...], int] = {}
-    for number, row in enumerate(rows, 1):
-        number_of.setdefault(tuple(row), number)
-    texts = []
-    for document in (each for batch in batches for each in documents(batch)):
-        found = number_of.get(tuple(document))
-        beginning = "" if tokenizer is None else " ".join(str(tokenizer.decode(document[:40])).split())[:60]
-        texts.append(f"{found or '?'} {beginning!r}" if beginning else str(found or "?"))
-    return f"row{'s' * (len(texts) != 1)} {some(texts)}"
-
-
-class RowsSeen(TrainerCallback, ExportableState):
-    """A digest of the batches in the order in which this process trained on them. It is saved in checkpoints.
-
-    d <- SHA-256(d, token ids of the batch)
-    """
-
-    def __init__(self) -> None:
-        self.digest = ""
-
-    def add(self, ids: np.ndarray) -> None:
-        """Adds a batch, `(rows, length)`."""
-        self.digest = hashlib.sha256(self.digest.encode() + ids.tobytes()).hexdigest()
-
-    def state(self) -> dict[str, Any]:
-        """The content for a checkpoint, in Trainer's format."""
-        return {"args": {}, "attributes": {"digest": self.digest}}
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Reads the digest of the checkpoint that is resumed."""
-        saved: Any = cast(dict[str, Any], state.stateful_callbacks).get(type(self).__name__) or {}
-        self.digest = saved.get("attributes", {}).get("digest", "")
+OF_A_PART = ("train_loss", "train_samples_per_second", "train_steps_per_second")  # Trainer's names
 
 
 class _AfterStep(TrainerCallback):
@@ -303,7 +45,8 @@ class _AfterStep(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if control.should_training_stop and self.trainer.stopping:  # stopped in the middle of an epoch
+        if self.trainer.stopping and control.should_training_stop and state.epoch % 1:
+            # In the middle of an epoch. At its end the resumed run would not evaluate it again.
             control.should_save = control.should_evaluate = control.should_log = False
 
 
@@ -350,8 +93,8 @@ class Watched(EngineTrainer):
             except Stopped as stopped:
                 stopped.advice = self._advice()
                 raise
-        if self._steps < self.state.global_step:  # resumed: Trainer divides this part's figures by the steps of all
-            for name in OF_ALL_STEPS:
+        if self._steps < self.state.global_step:  # resumed: these figures are of this part of the run alone
+            for name in OF_A_PART:
                 outcome.metrics.pop(name, None)
         if self._request.number and not self.stopping:  # a signal after the last step
             stop_at_once(self._request.number)
@@ -371,6 +114,36 @@ class Watched(EngineTrainer):
             if self.accelerator.num_processes == 1 or not is_of_another_process(error):
                 raise
             raise UserError(f"{describe_lost(error)}, so training stopped; {self._advice()}") from error
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, which fails at the next checkpoint if the one that is resumed knows fewer callbacks.
+
+        https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer.py (`_save_checkpoint`)
+        """
+        found = super()._init_training_state(*args, **kwargs)
+        known = cast(dict[str, Any], self.state.stateful_callbacks)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                known.setdefault(type(callback).__name__, callback.state())
+        return found
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's. A run that was stopped keeps its newest checkpoint, and loads no other.
+
+        With `save_total_limit: 1` Trainer keeps the best one alone.
+        """
+        if not self.stopping:
+            return super()._finalize_training(*args, **kwargs)
+        before = self.args.save_total_limit, self.args.load_best_model_at_end
+        self.args.save_total_limit, self.args.load_best_model_at_end = None, False
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit, self.args.load_best_model_at_end = before
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """As Trainer's, which with `save_strategy: best` saves only then; a run that is stopped saves in any case."""
+        return super()._determine_best_metric(*args, **kwargs) or bool(self.stopping)
 
     def _advice(self) -> str:
         """How to continue from the newest checkpoint, if there is one, in one clause."""
