@@ -26,18 +26,8 @@ from plainlora.lora.targets import find_targets, modules_to_save
 BackendName = Literal["fused", "reference", "peft", "peft_fused"]
 
 FIXED_BY_CHECKPOINT = (
-    *(
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "use_dora",
-        "lora_dropout",
-        "bias",
-        "rank_pattern",
-        "alpha_pattern",
-        "modules_to_save",
-    ),
-    *("exclude_modules", "layers_to_transform", "base_model_name_or_path"),
+    *("r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout", "bias", "rank_pattern", "alpha_pattern"),
+    *("modules_to_save", "exclude_modules", "layers_to_transform", "base_model_name_or_path"),
 )
 CONVERTED_FOR_EXPERTS = ("target_parameters", "target_modules", "rank_pattern", "alpha_pattern")
 CHOSEN_BY_EVA = ("rank_pattern", "alpha_pattern", "target_modules")

@@ -101,7 +101,7 @@ def run_program(main: Callable[[], None]) -> None:
 def leave_if_not_first() -> None:
     """Ends a process that has done its part of a distributed run, without the interpreter's own end.
 
-    There PyTorch's threads were seen to abort once ("terminate called without an active exception"), for which the
+    There PyTorch's threads were seen to abort twice ("terminate called without an active exception"), for which the
     launcher ended the first process too, before it had written its results.
     """
     if os.environ.get("RANK", "0") != "0":
