@@ -520,6 +520,20 @@ def test_u12_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_checkpo
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
+def test_a_last_step_that_diverges_ends_in_an_error_and_gives_no_figures(
+    run_sft: RunSFT, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--max_steps", "1", "--learning_rate", "1e30", "--warmup_steps", "0", "--eval_strategy", "no"]
+    with pytest.raises(SystemExit) as stopped:
+        run_sft("llama", "run", *flags)
+    assert stopped.value.code == 2
+    message = capfd.readouterr().err.strip().splitlines()[-1]
+    assert re.match(
+        r"error: the test loss after training is (nan|inf), so .* lower learning_rate \(now 1e\+30", message
+    )
+    assert not (tmp_path / "run" / "all_results.json").exists()
+
+
 def test_another_runs_folder_is_kept_unless_overwriting_is_asked_for(
     run_sft: RunSFT, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -228,8 +228,6 @@ def _value(outcome: Outcome, plan: Plan, folder: Path) -> float:
     if value is None:
         advice = judging_of(plan.program).advice
         raise UserError(f"{folder}/all_results.json has no {plan.metric}; {advice}")
-    if not math.isfinite(value):
-        raise UserError(f"{plan.metric} is {value}, not a finite number")
     return float(value)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from plainlora.data.prompts import render_prompt
+from plainlora.errors import UserError
 from plainlora.generation import ExactMatch, generate
 from plainlora.training.trainers import AdapterTrainer
 
@@ -66,6 +67,9 @@ class Evaluator:
         Args:
             model: The model, with the adapter switched off for `base`.
             side: `base` or `adapter`.
+
+        Raises:
+            UserError: The test loss after training is not finite, as after a last step that diverged.
         """
         found = Measurement()
         if self.trainer.eval_dataset is not None:
@@ -73,6 +77,12 @@ class Evaluator:
             known = self.trainer.last_evaluation() if side == "adapter" else None
             metrics = known.metrics if known is not None else self.trainer.evaluate(metric_key_prefix=prefix)
             found.loss = float((metrics or {})[f"{prefix}_loss"])
+            if side == "adapter" and not math.isfinite(found.loss):
+                args = self.trainer.args
+                raise UserError(
+                    f"the test loss after training is {found.loss}, so what {args.output_dir} holds is of no use; "
+                    f"lower learning_rate (now {args.learning_rate:g}) or train in float32"
+                )
         if self.exact_match:
             answers = self._answer(model, self.exact_match.prompts, f"Answering test rows ({side})")
             found.exact_match = self.exact_match.score(answers)
