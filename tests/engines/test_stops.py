@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from plainlora.folders import MANIFEST, find_damage
 from plainlora.run.checkpoints import find_problem
 from plainlora.run.folder import UNFINISHED, list_checkpoints
 from tests.engines import kills, matrix
@@ -90,6 +91,8 @@ def test_u10_two_processes_that_are_stopped_twice_go_on_to_the_same_bytes(config
     assert 0 < steps[1] < steps[2] < STEPS
     assert carry_out(launch_of(config, output.name, *RESUME), folder) == ""
     assert same(output, whole(config, folder))
+    assert (output / MANIFEST).is_file()
+    assert find_damage(output) is None
 
 
 @pytest.mark.integration

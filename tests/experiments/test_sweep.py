@@ -14,6 +14,7 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
+from transformers import AutoConfig
 
 from plainlora.commands import main
 from plainlora.errors import UserError
@@ -333,13 +334,18 @@ def language_defaults(base: Path, *flags: str) -> dict[str, str]:
     return default_search(SFT, resolve("recipes/quickstart/lora.yaml", given, {}), fixed)
 
 
-def test_of_a_language_model_the_rate_the_rank_and_the_targets_are_searched(model_dirs: dict[str, Path]) -> None:
+def test_of_a_language_model_the_rate_the_rank_and_the_targets_are_searched(
+    model_dirs: dict[str, Path], tmp_path: Path
+) -> None:
     found = language_defaults(model_dirs["llama"])
     assert list(found) == ["learning_rate", "lora_r", "lora_target_modules"]
     assert parse_spec("learning_rate", found["learning_rate"]) == FloatDistribution(1e-5, 5e-3, log=True)
     assert found["lora_target_modules"] == "all-linear|q_proj,v_proj"
     assert language_defaults(model_dirs["gpt2"])["lora_target_modules"] == "all-linear|c_attn"
-    assert list(language_defaults(model_dirs["llama"], "--method=full")) == ["learning_rate"]
+    for method in ("last_layers", "full"):
+        assert list(language_defaults(model_dirs["llama"], f"--method={method}")) == ["learning_rate"]
+    AutoConfig.for_model("gpt_neox").save_pretrained(tmp_path)
+    assert language_defaults(tmp_path)["lora_target_modules"] == "all-linear|query_key_value"
     assert list(language_defaults(model_dirs["llama"], "--lora_r=4")) == ["learning_rate", "lora_target_modules"]
     assert parse_search(SFT, [f"{name}={spec}" for name, spec in found.items()], set()) == found
     space = {name: parse_spec(name, spec) for name, spec in found.items()}
@@ -349,6 +355,18 @@ def test_of_a_language_model_the_rate_the_rank_and_the_targets_are_searched(mode
     assert to_flags(SFT, {"lora_target_modules": "q_proj,v_proj", "optim_args": "a=1,b=2"}) == [
         "--lora_target_modules", "q_proj", "v_proj", "--optim_args=a=1,b=2",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flag", "names"),
+    [
+        ("--lora_layers_to_transform=0", ["learning_rate", "lora_r"]),  # all-linear would be refused
+        ('--lora_rank_pattern={"gate_proj": 2}', ["learning_rate", "lora_r"]),  # a name that other targets lack
+        ("--adapter_name_or_path=outputs/quickstart", ["learning_rate"]),  # keeps its own rank and targets
+    ],
+)
+def test_what_other_settings_fix_is_not_searched(flag: str, names: list[str], model_dirs: dict[str, Path]) -> None:
+    assert list(language_defaults(model_dirs["llama"], flag)) == names
 
 
 def test_a_sweep_of_a_language_model_goes_by_test_loss(

@@ -1,16 +1,22 @@
 """Samples during training: what is kept, that it goes on when resumed, and that it changes nothing of training."""
 
 import json
+import os
 import re
 import shutil
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from plainlora.training.samples import undisturbed
-from tests.conftest import make_model, random_ids
+from tests.conftest import ROOT, make_model, random_ids
 from tests.recipes.conftest import RunSFT, run_sft  # noqa: F401  # fixtures
 
 PROMPTS = ["--sample_prompts", "Say 1.", "Say 2.", "--max_new_tokens", "6"]
@@ -82,6 +88,51 @@ def test_tensorboard_gets_them_as_text(run_sft: RunSFT) -> None:  # noqa: F811
         found = events.Tensors(f"samples/{number}/text_summary")
         assert [event.step for event in found] == [0, 2, 4, 6]
         assert found[0].tensor_proto.string_val[0].decode().startswith(f"Say {number}.\n\n---\n\n")
+
+
+def by_step(output: Path) -> list[list[str]]:
+    """Step, prompt and answer, as `samples.md` has them."""
+    _, text = (output / "samples.md").read_text().split("## By step\n")
+    blocks = re.findall(r"```text\n(.*?)\n```", text, re.DOTALL)
+    steps = ["base", "2", "4", "6"]
+    return [[step, blocks[at], blocks[at + 1 + number]] for number, step in enumerate(steps) for at in (0, 5)]
+
+
+def test_wandb_gets_a_table_of_them(
+    run_sft: RunSFT,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    output = run_sft("llama", "run", *PROMPTS, *STEPS, "--report_to", "wandb")
+    wandb.finish()
+    tables = [json.loads(path.read_text()) for path in tmp_path.glob("wandb/offline-run-*/files/media/table/*.json")]
+    assert sorted(len(each["data"]) for each in tables) == [2, 4, 6, 8]
+    last = max(tables, key=lambda each: len(each["data"]))
+    assert last["columns"] == ["step", "prompt", "answer"]
+    assert last["data"] == by_step(output)
+
+
+def test_trackio_gets_a_table_of_them_and_keeps_a_named_run_in_one(tmp_path: Path) -> None:
+    """In a process of its own: trackio reads its folder when it is imported."""
+    output = tmp_path / "run"
+    flags = [*PROMPTS, *STEPS, "--max_steps", "6", "--report_to", "trackio", "--run_name", "mine", "--project", "all"]
+    subprocess.run(
+        [
+            *(sys.executable, "recipes/sft.py", "--config", "recipes/quickstart/lora.yaml", "--merge", "false"),
+            *("--exact_match_rows", "0", "--output_dir", str(output), *flags),
+        ],
+        cwd=ROOT, env=os.environ | {"TRACKIO_DIR": str(tmp_path)}, check=True, capture_output=True,
+    )  # fmt: skip
+    with closing(sqlite3.connect(tmp_path / "all.db")) as database:
+        logged = database.execute("SELECT run_name, metrics FROM metrics ORDER BY step").fetchall()
+    assert {name for name, _ in logged} == {"mine"}
+    metrics = [json.loads(each) for _, each in logged]
+    tables = [each["samples"]["_value"] for each in metrics if "samples" in each]
+    assert [each["train/global_step"] for each in metrics if "samples" in each] == [0, 2, 4, 6]
+    assert [list(row.values()) for row in tables[-1]] == by_step(output)
+    assert any("eval/loss" in each for each in metrics)
 
 
 def test_without_a_prompt_it_is_refused(run_sft: RunSFT, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: F811

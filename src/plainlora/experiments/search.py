@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 
 from plainlora.base.config import load_config
 from plainlora.errors import UserError
@@ -22,7 +23,7 @@ WEIGHTS = {
     "last_layers": {"learning_rate": "1e-5..1e-2", "weight_decay": "0..0.1"},
     "full": {"learning_rate": "5e-6..2e-4", "weight_decay": "0..0.1"},
 }
-# Of a language model: the learning rate, which matters most, then the rank and, by architecture, the targets.
+# Of a language model: the learning rate, which matters most, then the rank and, where PEFT knows them, the targets.
 LANGUAGE = {
     "lora": {"learning_rate": "1e-5..5e-3", "lora_r": "4|8|16|32|64"},
     "last_layers": {"learning_rate": "1e-5..5e-3"},
@@ -73,28 +74,28 @@ def default_search(program: Program[Any], settings: dict[str, Any], fixed: set[s
         search = dict(WEIGHTS[settings["method"]])
     else:
         search = LORA | ({} if settings["lora_target_modules"] else _projections(settings))
+    if settings["adapter_name_or_path"]:  # which keeps its own rank, alpha and targets
+        search = {"learning_rate": search["learning_rate"]}
     return {name: spec for name, spec in search.items() if not fixed & set(name.split("+"))}
 
 
-def _table_of(settings: dict[str, Any]) -> dict[str, str]:
-    """The names of the base's projections; empty if they are not known."""
+def _architecture(settings: dict[str, Any]) -> str | None:
+    """The base's `model_type`, if the settings name a base."""
     name = settings["model_name_or_path"]
-    if not name:
-        return {}
     trust = bool(settings.get("trust_remote_code"))
-    return ARCHITECTURES.get(load_config(str(name), settings["model_revision"], trust).model_type, {})
+    return load_config(str(name), settings["model_revision"], trust).model_type if name else None
 
 
 def _targets(settings: dict[str, Any]) -> dict[str, str]:
-    """Every linear layer, or the projections of query and value."""
-    table = _table_of(settings)
-    names = dict.fromkeys(table[part].rpartition(".")[2] for part in ("query", "value") if part in table)
-    return {"lora_target_modules": f"all-linear|{','.join(names)}"} if names else {}
+    """Every linear layer, or PEFT's default targets; nothing if these are not known, or other settings name layers."""
+    names = DEFAULT_TARGETS.get(_architecture(settings) or "")
+    named = any(settings[f"lora_{name}"] for name in ("layers_to_transform", "rank_pattern", "alpha_pattern"))
+    return {"lora_target_modules": f"all-linear|{','.join(names)}"} if names and not named else {}
 
 
 def _projections(settings: dict[str, Any]) -> dict[str, str]:
     """Every projection on or off; projections that share a weight (GPT-2's query, key, value) together."""
-    table = _table_of(settings)
+    table = ARCHITECTURES.get(_architecture(settings) or "", {})
     groups: dict[str, list[str]] = {}
     for projection in PROJECTIONS:
         if not (projection == "head" and settings["train_head"]):

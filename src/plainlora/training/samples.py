@@ -1,4 +1,4 @@
-"""Answers to the sample prompts during training: kept by step, written to a file, sent to TensorBoard.
+"""Answers to the sample prompts during training: kept by step, written to a file, sent to the tracker.
 
 Training is not changed: modes and random streams are restored.
 """
@@ -8,10 +8,11 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import pandas  # type: ignore[import-untyped]
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.trainer_callback import ExportableState
 
 from plainlora.fast.loss_head import evaluating
@@ -60,7 +61,7 @@ class SamplesByStep(TrainerCallback, ExportableState):
         answers = found["answers"] if found.get("prompts") == self.evaluate.prompts else {}
         steps = sorted((name for name in answers if name != BASE), key=int)  # Trainer's file sorts them as text
         self.answers = {name: answers[name] for name in [BASE, *steps] if name in answers}
-        trackers = [name for name in args.report_to or [] if name != "tensorboard"]
+        trackers = [name for name in args.report_to or [] if name not in ("tensorboard", "trackio", "wandb")]
         if trackers and state.is_world_process_zero:
             print(f"samples: in {self.path}, and not sent to {', '.join(trackers)}")
         if BASE not in self.answers:
@@ -84,12 +85,24 @@ class SamplesByStep(TrainerCallback, ExportableState):
             self._send(step)
 
     def _send(self, step: int) -> None:
-        """Sends the newest answers to TensorBoard, if the run reports to it."""
-        newest = list(self.answers.values())[-1]
+        """Sends TensorBoard the newest answers, and wandb and trackio a table of all, if the run reports to them."""
+        prompts, newest = self.evaluate.prompts, list(self.answers.values())[-1]
+        table = pandas.DataFrame(
+            [(at, *pair) for at, answers in self.answers.items() for pair in zip(prompts, answers, strict=True)],
+            columns=["step", "prompt", "answer"],
+        )
         for callback in self.evaluate.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                for number, (prompt, answer) in enumerate(zip(self.evaluate.prompts, newest, strict=True), 1):
+                for number, (prompt, answer) in enumerate(zip(prompts, newest, strict=True), 1):
                     callback.tb_writer.add_text(f"samples/{number}", f"{prompt}\n\n---\n\n{answer}", step)
+            elif isinstance(callback, WandbCallback):
+                import wandb  # noqa: PLC0415
+
+                wandb.log({"samples": wandb.Table(dataframe=table), "train/global_step": step})
+            elif isinstance(callback, TrackioCallback):
+                import trackio  # noqa: PLC0415
+
+                trackio.log({"samples": trackio.Table(dataframe=table), "train/global_step": step})
 
 
 @contextmanager
