@@ -20,6 +20,7 @@ from plainlora.merging.merge import merge_adapter
 from plainlora.run.run import Run
 from plainlora.settings.programs import CLASSIFY
 from plainlora.tasks import classify
+from plainlora.tasks.summary import merge_figures, merge_summary
 
 
 def main() -> None:
@@ -50,12 +51,13 @@ def main() -> None:
     trainer.end()  # other processes would time out during a long merge
     if is_main:
         classify.report(run, results, adapter)
+        print(classify.summarize(run, results), flush=True)
         if settings.recipe.merge:
             del model, trainer
             release_memory()
-            results.figures["merge_max_abs_diff"] = merge_adapter(run.folder, run.merged, overwrite=True).max_abs_diff
-            classify.report(run, results, adapter)  # again, with the merge's figure
-        print(classify.summarize(run, results))
+            results.figures |= merge_figures(merge_adapter(run.folder, run.merged, overwrite=True))
+            classify.report(run, results, adapter)  # again, with the merge's figures
+            print(merge_summary(results.figures, run.merged))
     if repository is not None:
         print(push_run(run.folder, repository, settings.recipe.hub_base_model))
 

@@ -20,6 +20,7 @@ from plainlora.merging.merge import merge_adapter
 from plainlora.run.run import Run
 from plainlora.settings.programs import SFT
 from plainlora.tasks import sft
+from plainlora.tasks.summary import merge_figures, merge_summary
 
 
 def main() -> None:
@@ -53,12 +54,13 @@ def main() -> None:
     trainer.end()  # other processes would time out during a long merge
     if is_main:
         sft.report(run, results, adapter)
+        print(sft.summarize(run, results), flush=True)
         if settings.recipe.merge:
             del model, trainer
             release_memory()
-            results.figures["merge_max_abs_diff"] = merge_adapter(run.folder, run.merged, overwrite=True).max_abs_diff
-            sft.report(run, results, adapter)  # again, with the merge's figure
-        print(sft.summarize(run, results))
+            results.figures |= merge_figures(merge_adapter(run.folder, run.merged, overwrite=True))
+            sft.report(run, results, adapter)  # again, with the merge's figures
+            print(merge_summary(results.figures, run.merged))
     if repository is not None:
         print(push_run(run.folder, repository, settings.recipe.hub_base_model))
 

@@ -1,18 +1,35 @@
 """Every field of `peft.LoraConfig` through PEFT's own model: the oracle is a plain script of PEFT and TRL."""
 
 import copy
+import os
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    initialize_lora_eva_weights,
+)
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    SqueezeBertConfig,
+    TrainerCallback,
+)
 from trl import SFTConfig, SFTTrainer
 
 from plainlora.backends import BACKENDS, attach_adapter, choose_backend, choose_loader
@@ -22,7 +39,7 @@ from plainlora.lora.config import BOOKKEEPING_FIELDS, SUPPORTED_FIELDS
 from plainlora.lora.errors import LoRAError
 from plainlora.parity.tiny import byte_tokenizer
 from plainlora.training.trainers import AdapterTrainer, PredictedTokensCounted, args_for_sft
-from tests.conftest import CONFIGS, make_model
+from tests.conftest import CONFIGS, load_quantized, make_model
 
 pytestmark = [
     pytest.mark.integration,
@@ -30,39 +47,76 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
 ]
 BD = {"nblocks": 2, "target_modules_bd_a": ["o_proj", "down_proj"]}
-BD["target_modules_bd_b"] = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
+BD["target_modules_bd_b"] = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "c_attn"]
 ON_ALL = {"target_modules": "all-linear"}
+EXPERTS = "mixtral mixtral+nf4 mixtral+int8"
+NOWHERE = ""
+EVERYWHERE = "llama gpt2 llama+nf4 llama+int8"
+DENSE = "llama gpt2"
+QUANTIZED = ("llama+nf4", "llama+int8")
+LLAMA = "llama"
 
-# What each field is set to here, and on which models it is trained; elsewhere PEFT refuses it.
-CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "use_dora": ({"use_dora": True}, ("llama", "gpt2")),
-    "pissa": ({"init_lora_weights": "pissa"}, ("llama", "gpt2")),
-    "pissa_niter_4": ({"init_lora_weights": "pissa_niter_4"}, ("llama", "gpt2")),
-    "olora": ({"init_lora_weights": "olora"}, ("llama",)),
-    "orthogonal": ({"init_lora_weights": "orthogonal"}, ("llama", "gpt2")),
-    "eva_config": ({"init_lora_weights": "eva"}, ("llama", "gpt2")),
-    "corda_config": ({"init_lora_weights": "corda"}, ("llama", "gpt2")),
-    "lora_ga_config": ({"init_lora_weights": "lora_ga", "lora_ga_config": {}}, ("llama", "gpt2")),
-    "loftq_config": ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}}, ()),
-    "megatron_config": ({"megatron_config": {"tensor_model_parallel_size": 1}}, ()),
-    "trainable_token_indices": ({"trainable_token_indices": [5, 6]}, ("llama", "gpt2", "qwen2")),
-    "velora_config": ({"velora_config": {"num_groups": 16}}, ("llama",)),
-    "alora_invocation_tokens": ({"alora_invocation_tokens": [7]}, ("llama", "gpt2")),
-    "use_qalora": ({"use_qalora": True, "qalora_group_size": 16}, ()),
-    "monteclora_config": ({"monteclora_config": {}}, ("llama",)),
-    "layer_replication": ({"layer_replication": [[0, 2], [1, 2]]}, ("llama",)),
-    "lora_bias": ({"lora_bias": True}, ("llama", "gpt2")),
-    "target_parameters": ({"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}, ("mixtral",)),
-    "all-linear on experts": (ON_ALL, ("mixtral",)),
-    "use_bdlora": ({"use_bdlora": BD}, ("llama",)),
-    "arrow_config": ({"arrow_config": {}}, ()),
-    "kasa_config": ({"kasa_config": {}}, ("llama",)),
-    "ensure_weight_tying": ({"ensure_weight_tying": True, "modules_to_save": ["embed_tokens"]}, ("qwen2",)),
-    "embeddings": ({"target_modules": ["embed_tokens", "q_proj"]}, ("llama",)),
+# What each field is set to here, and on which models it is trained; on the others of EVERYWHERE it is refused.
+CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "true": ({"init_lora_weights": True}, EVERYWHERE),
+    "false": ({"init_lora_weights": False}, EVERYWHERE),
+    "gaussian": ({"init_lora_weights": "gaussian"}, EVERYWHERE),
+    "use_dora": ({"use_dora": True}, "llama gpt2 llama+nf4"),
+    "pissa": ({"init_lora_weights": "pissa"}, DENSE),
+    "pissa_niter_4": ({"init_lora_weights": "pissa_niter_4"}, DENSE),
+    "olora": ({"init_lora_weights": "olora"}, LLAMA),
+    "orthogonal": ({"init_lora_weights": "orthogonal"}, DENSE),
+    "mica": ({"init_lora_weights": "mica"}, DENSE),
+    "eva_config": ({"init_lora_weights": "eva"}, EVERYWHERE),
+    "corda_config": ({"init_lora_weights": "corda"}, DENSE),
+    "lora_ga_config": ({"init_lora_weights": "lora_ga", "lora_ga_config": {}}, DENSE),
+    "loftq_config": ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}}, NOWHERE),
+    "megatron_config": ({"megatron_config": {"tensor_model_parallel_size": 1}}, NOWHERE),
+    "trainable_token_indices": ({"trainable_token_indices": [5, 6]}, f"{EVERYWHERE} qwen2"),
+    "velora_config": ({"velora_config": {"num_groups": 16}}, DENSE),
+    "alora_invocation_tokens": ({"alora_invocation_tokens": [7]}, EVERYWHERE),
+    "use_qalora": ({"use_qalora": True, "qalora_group_size": 16}, NOWHERE),
+    "monteclora_config": ({"monteclora_config": {}}, DENSE),
+    "layer_replication": ({"layer_replication": [[0, 2], [1, 2]]}, "llama llama+nf4"),
+    "lora_bias": ({"lora_bias": True}, EVERYWHERE),
+    "target_parameters": ({"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}, EXPERTS),
+    "all-linear on experts": (ON_ALL, EXPERTS),
+    "use_bdlora": ({"use_bdlora": BD}, LLAMA),
+    "arrow_config": ({"arrow_config": {}}, NOWHERE),
+    "kasa_config": ({"kasa_config": {}}, LLAMA),
+    "ensure_weight_tying": (
+        {"ensure_weight_tying": True, "modules_to_save": ["embed_tokens"]},
+        "gpt2 qwen2 qwen2+nf4 qwen2+int8",
+    ),
+    "embeddings": ({"target_modules": ["embed_tokens", "q_proj"]}, f"{EVERYWHERE} qwen2"),
 }
-TRAINED = [(name, kind) for name, (_, kinds) in CASES.items() for kind in kinds]
-REFUSED = [(name, kind) for name, (_, kinds) in CASES.items() for kind in ("llama", "gpt2") if not kinds]
+BY_HAND = ("true", "false", "gaussian", "use_dora")
+ELSEWHERE = ("target_parameters", "all-linear on experts", "ensure_weight_tying")  # need experts, a tied embedding
+TRAINED = [(name, kind) for name, (_, kinds) in CASES.items() for kind in kinds.split()]
+REFUSED = [
+    (name, kind) for name in CASES.keys() - {*ELSEWHERE} for kind in EVERYWHERE.split() if (name, kind) not in TRAINED
+]
+# What plain PEFT takes without a word; below is what it makes of it.
+IGNORED_BY_PEFT = [
+    *[(name, kind) for name in ("kasa_config", "megatron_config", "monteclora_config") for kind in QUANTIZED],
+    *[("use_bdlora", kind) for kind in QUANTIZED],
+    *[("use_qalora", kind) for kind in EVERYWHERE.split()],
+]
+WRONG_IN_PEFT = [("olora", "llama+nf4"), ("olora", "llama+int8"), ("layer_replication", "llama+int8")]
+NOT_MERGED = {
+    ("embeddings", "gpt2"): r"wte shares its weight with base_model\.model\.lm_head",
+    ("embeddings", "qwen2"): r"embed_tokens shares its weight with base_model\.model\.lm_head",
+    ("layer_replication", "llama"): "copies of a layer share its weights",
+    ("alora_invocation_tokens", "llama"): "PEFT cannot merge this adapter",
+    ("alora_invocation_tokens", "gpt2"): "PEFT cannot merge this adapter",
+    ("lora_bias", "llama"): "PEFT cannot merge this adapter",
+}
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn"], "qwen2": ["q_proj"], "mixtral": ["q_proj"]}
+IN_GPT2 = {"embed_tokens": "wte", "q_proj": "c_attn"}
+STORED: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "int8": {"load_in_8bit": True},
+}
 
 
 def test_every_field_of_loraconfig_is_known_here() -> None:
@@ -73,7 +127,29 @@ def test_every_field_of_loraconfig_is_known_here() -> None:
     assert not unknown
 
 
+def test_every_init_is_known_here() -> None:
+    """A value of `init_lora_weights` that a newer PEFT adds makes this test fail, so that it gets a case."""
+    (names,) = [
+        get_args(kind) for kind in get_args(get_type_hints(LoraConfig)["init_lora_weights"]) if kind is not bool
+    ]
+    known = {str(values.get("init_lora_weights")) for values, _ in CASES.values()}
+    assert {*names, "lora_ga"} <= {name.replace("niter_4", "niter_[number of iters]") for name in known}
+    assert {"True", "False"} <= known
+
+
+@cache
+def saved(family: str) -> TemporaryDirectory[str]:
+    """A dense model's folder, from which it is quantised."""
+    folder = TemporaryDirectory()
+    base_of(family).save_pretrained(folder.name)
+    return folder
+
+
 def base_of(kind: str) -> PreTrainedModel:
+    """A tiny model by its name, or `name+storage`."""
+    kind, _, storage = kind.partition("+")
+    if storage:
+        return load_quantized(Path(saved(kind).name), **STORED[storage])
     torch.manual_seed(0)
     if kind == "gpt2":  # without dropout, of which padding-free batches draw other numbers
         gpt2 = CONFIGS["gpt2"]()
@@ -88,8 +164,13 @@ def base_of(kind: str) -> PreTrainedModel:
 
 
 def config_of(name: str, kind: str) -> LoraConfig:
-    values: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS[kind], "task_type": "CAUSAL_LM"}
-    return LoraConfig(**values | copy.deepcopy(CASES[name][0]))
+    family = kind.partition("+")[0]
+    values: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS[family], "task_type": "CAUSAL_LM"}
+    values |= copy.deepcopy(CASES[name][0])
+    for field in ("target_modules", "modules_to_save"):
+        if family == "gpt2" and field in values:
+            values[field] = [IN_GPT2.get(module, module) for module in values[field]]
+    return LoraConfig(**values)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +221,13 @@ class Losses(TrainerCallback):
 
 
 class Plain(PredictedTokensCounted, SFTTrainer):
-    """TRL's trainer, dividing by the predicted tokens (transformers#46204)."""
+    """TRL's trainer, dividing by the predicted tokens (transformers#46204), without its cast of QLoRA to bf16."""
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
+        super().__init__(model, **options)
+        for parameter, value in trained.items():
+            parameter.data = value
 
 
 def train(model: nn.Module, folder: Path, backend: str | None) -> list[float]:
@@ -175,6 +262,16 @@ def logits_of(model: nn.Module) -> torch.Tensor:
         return model.eval()(input_ids=torch.tensor(rows()["input_ids"][:2])).logits
 
 
+def check_merge(merge: Any, loaded: nn.Module, trained: torch.Tensor, refusal: str | None) -> None:
+    """The merged model computes what was trained, or the refusal is one line."""
+    if refusal is None:
+        torch.testing.assert_close(logits_of(merge(loaded)), trained, rtol=1e-4, atol=1e-4)
+        return
+    with pytest.raises(UserError, match=refusal) as caught:
+        merge(loaded)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("name", "kind"), TRAINED)
 def test_a_run_is_that_of_plain_peft(
     name: str, kind: str, batches: list[dict[str, torch.Tensor]], tmp_path: Path
@@ -203,14 +300,19 @@ def test_a_run_is_that_of_plain_peft(
         loader = choose_loader(folder, base_of(kind))
         loaded = loader.load(base_of(kind), folder)
         torch.testing.assert_close(logits_of(loaded), trained, rtol=1e-4, atol=1e-4)
+        if backend == "peft" and "+" not in kind:
+            check_merge(loader.merge, loaded, trained, NOT_MERGED.get((name, kind)))
         if name == "layer_replication":
             continue
         with BACKENDS[backend].disabled(model):
             before = logits_of(model)
-        torch.testing.assert_close(before, start, rtol=1e-5, atol=1e-6)
+        alone = start if name != "false" else logits_of(base_of(kind))  # which starts as noise
+        torch.testing.assert_close(before, alone, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "kind"), [each for each in TRAINED if each[0] != "use_dora"])
+@pytest.mark.parametrize(
+    ("name", "kind"), [(name, kind) for name, kind in TRAINED if name not in BY_HAND and "+" not in kind]
+)
 def test_the_back_end_is_chosen_by_the_config(name: str, kind: str) -> None:
     chosen, why = choose_backend("fused", config_of(name, kind), base_of(kind))
     assert chosen == ("peft" if name == "alora_invocation_tokens" else "peft_fused")
@@ -223,8 +325,81 @@ def test_the_back_end_is_chosen_by_the_config(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), REFUSED)
-def test_what_peft_refuses_is_one_line(name: str, kind: str) -> None:
+def test_what_peft_cannot_do_is_refused_in_one_line(
+    name: str, kind: str, batches: list[dict[str, torch.Tensor]]
+) -> None:
     with pytest.raises((UserError, LoRAError)) as caught:
-        attach_adapter(base_of(kind), config_of(name, kind), BACKENDS["peft_fused"])
-    assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith(("PEFT refuses this adapter: ", "use_qalora: "))
+        attach_adapter(base_of(kind), config_of(name, kind), BACKENDS["peft_fused"], batches=batches)
+    said = str(caught.value)
+    assert "\n" not in said
+    ours = said.startswith(tuple(CASES[name][0]))
+    assert ours or said.startswith(("PEFT refuses this adapter: ", "PEFT cannot compute with this adapter: "))
+    if (name, kind) not in IGNORED_BY_PEFT + WRONG_IN_PEFT:
+        with pytest.raises(Exception):  # noqa: B017, PT011
+            train(by_plain_peft(kind, config_of(name, kind), batches), Path(os.devnull), None)
+
+
+@pytest.mark.parametrize(("name", "kind"), IGNORED_BY_PEFT)
+def test_what_peft_ignores_would_be_plain_lora(name: str, kind: str) -> None:
+    asked, plain = (
+        get_peft_model_state_dict(by_plain_peft(kind, config_of(each, kind), [])) for each in (name, "true")
+    )
+    assert asked.keys() == plain.keys()
+    assert all(torch.equal(asked[key], plain[key]) for key in asked)
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.parametrize("kind", ["llama", *QUANTIZED])
+def test_olora_on_a_rounded_base_would_be_saved_as_another_model(kind: str, tmp_path: Path) -> None:
+    model = by_plain_peft(kind, config_of("olora", kind), [])
+    model.save_pretrained(tmp_path / "start")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter) if parameter.requires_grad else 0)
+    trained = logits_of(model)
+    model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    off = relative(logits_of(PeftModel.from_pretrained(base_of(kind), tmp_path / "end")), trained)
+    assert off < 1e-5 if kind == "llama" else 3e-3 < off < 3e-2
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_replicated_layer_in_8_bits_would_compute_something_else(kind: str) -> None:
+    model = by_plain_peft(kind, config_of("layer_replication", kind), [])
+    dense = get_peft_model(base_of(kind).dequantize(), config_of("layer_replication", kind))
+    off = relative(logits_of(model), logits_of(dense))
+    assert off < 1e-5 if kind == "llama+nf4" else off > 0.5
+
+
+def test_a_convolution_is_adapted_by_peft() -> None:
+    """SqueezeBERT's layers are convolutions, in groups, to which no delta can be added."""
+
+    def base() -> PreTrainedModel:
+        torch.manual_seed(0)
+        config = SqueezeBertConfig(
+            vocab_size=320, hidden_size=64, embedding_size=64, intermediate_size=128, num_hidden_layers=1,
+            num_attention_heads=4,
+        )  # fmt: skip
+        return AutoModelForSequenceClassification.from_config(config).eval()
+
+    def config() -> LoraConfig:
+        return LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS", init_lora_weights=False)
+
+    chosen, why = choose_backend("fused", config(), base())
+    assert chosen == "peft_fused"
+    assert why is not None
+    torch.manual_seed(1)
+    ours = attach_adapter(base(), config(), BACKENDS[chosen])
+    torch.manual_seed(1)
+    theirs = get_peft_model(base(), config())
+    gradients = []
+    for model in (ours, theirs):
+        model(input_ids=torch.tensor(rows()["input_ids"]), labels=torch.tensor([0, 1] * 4)).loss.backward()
+        gradients.append({name: value.grad for name, value in model.named_parameters() if value.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-5, atol=1e-7)
+    with pytest.raises(UserError, match=r"PEFT cannot merge this adapter: .*groups"):
+        BACKENDS[chosen].merge(ours)

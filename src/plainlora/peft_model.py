@@ -11,7 +11,7 @@ PEFT implements more of its `LoraConfig` than the hand-written LoRA. Some of it 
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,10 @@ from types import MethodType
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.eva import prepare_model_inputs_fn_language_modeling as tokens_for_eva
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -45,6 +46,8 @@ from plainlora.lora.targets import (
 CONVERTED = ("pissa", "olora", "corda", "lora_ga")  # beginnings of init_lora_weights
 NEEDS_ROWS = ("eva", "corda", "lora_ga")
 MADE_AGAIN = ("pissa", "olora")  # PEFT repeats these on loading, with the same result
+FROM_WEIGHTS = (*CONVERTED, "loftq", "mica", "orthogonal")  # need weights, or their dtype, in 16 or 32 bits
+IGNORED_IN_BITS = ("kasa_config", "megatron_config", "monteclora_config", "use_bdlora")  # plain LoRA, without a word
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -63,6 +66,42 @@ def changes_base(config: LoraConfig) -> bool:
 def needs_rows(config: LoraConfig) -> bool:
     """Whether the adapter's initial values are computed from training rows."""
     return _init_of(config) in NEEDS_ROWS
+
+
+def check_bits(config: LoraConfig, bits: int | None, on_cpu: bool) -> None:
+    """Raises `LoRAError` for what PEFT ignores, computes wrongly or cannot compute on bitsandbytes' layers.
+
+    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/bnb.py (`resolve_lora_variant`)
+
+    Args:
+        config: The adapter's config.
+        bits: 4 or 8, in which the base is stored; `None` for a dense one.
+        on_cpu: Whether it is trained on a CPU.
+    """
+    if bits is None:
+        return
+    init = f"init_lora_weights={config.init_lora_weights!r}"
+    if ignored := [name for name in IGNORED_IN_BITS if getattr(config, name)]:
+        fault = f"{some(ignored)}: PEFT ignores it on a base in {bits} bits, and would train plain LoRA"
+    elif _init_of(config) == "olora":
+        off = {4: "1.7 %", 8: "0.5 %"}[bits]
+        fault = f"{init}: PEFT rounds the base that it changes to {bits} bits again, and the adapter, saved for the "
+        fault += f"unchanged base, is another model than was trained: the logits of a tiny Llama were off by {off}"
+    elif _init_of(config).startswith(FROM_WEIGHTS):
+        fault = f"{init}: PEFT starts this adapter from the base's weights in 16 or 32 bits, and these are in {bits}"
+    elif bits == 8 and config.layer_replication:
+        fault = "layer_replication: in 8 bits the copies of a layer compute without the scales of its weights, which "
+        fault += "bitsandbytes takes out of the weight that they share"
+    elif bits == 8 and config.use_dora and on_cpu:
+        fault = "use_dora: on a CPU in 8 bits PEFT loses the scales of the weights, and fails"
+    else:
+        return
+    raise LoRAError(f"{fault}; leave it out, or load the base without load_in_{bits}bit")
+
+
+def _bits_of(model: nn.Module) -> int | None:
+    """4 or 8 for a base that Transformers has loaded in bitsandbytes' bits, else `None`."""
+    return next((bits for bits in (4, 8) if getattr(model, f"is_loaded_in_{bits}bit", False)), None)
 
 
 def _by_peft(what: str, run: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -101,6 +140,7 @@ def attach(
         UserError: PEFT refuses the config or cannot compute the initial values.
     """
     check_config(config)
+    check_bits(config, _bits_of(model), model.device.type == "cpu")
     _check_conversion(config)
     found = select(model, config)
     selected = found.selected
@@ -120,7 +160,7 @@ def attach(
     adapted = _by_peft("refuses this adapter", get_peft_model, model, config)
     adapted.biases = biases  # type: ignore[assignment]
     if _init_of(config) == "eva" and batches:
-        _by_peft("cannot initialise this adapter from rows", _initialize_eva, adapted, batches)
+        _by_peft("cannot initialise this adapter from rows", _initialize_eva, adapted, _for_eva(adapted, batches))
     if not _on_meta(model) and find_unsupported(config):
         _by_peft("cannot compute with this adapter", _run_once, adapted)
     if config.use_qalora and not any(hasattr(module, "qalora_group_size") for module in adapted.modules()):
@@ -233,6 +273,30 @@ def _initialize_eva(adapted: PeftModel, batches: Sequence[dict[str, torch.Tensor
     initialize_lora_eva_weights(adapted, on_device, show_progress_bar=False)
 
 
+def _for_eva(adapted: PeftModel, batches: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """The batches that PEFT's EVA can use, without labels of whole rows, which it would take for those of tokens.
+
+    It passes over a batch with fewer tokens than components, prints a line a layer, and has no end if all are such.
+    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/eva.py (`SVDHook`, `_get_eva_state_dict`)
+
+    Raises:
+        LoRAError: There is none.
+    """
+    config = cast(LoraConfig, adapted.active_peft_config)
+    eva = cast(EvaConfig, config.eva_config)
+    components = round(max([config.r, *(config.rank_pattern or {}).values()]) * eva.rho)
+    of_tokens = [
+        {name: value for name, value in batch.items() if name != "labels" or value.dim() > 1} for batch in batches
+    ]
+    sizes = [len(tokens_for_eva(batch, config)) for batch in of_tokens]
+    if max(sizes) < components:
+        raise LoRAError(
+            f"init_lora_weights='eva' computes {components} components (r times rho), and no batch of training rows "
+            f"has more than {max(sizes)} trained tokens; raise per_device_train_batch_size, or lower r"
+        )
+    return [batch for batch, size in zip(of_tokens, sizes, strict=True) if size >= components]
+
+
 def _save_pretrained(
     model: PeftModel,
     save_directory: str,
@@ -315,7 +379,9 @@ def for_unchanged_base(model: nn.Module) -> Iterator[None]:
             PeftModel.save_pretrained(cast(PeftModel, model), start)
         cast(Any, model).save_pretrained = partial(save, path_initial_model_for_weight_conversion=start)
         try:
-            yield
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*changes the base weights of the model")  # it is converted
+                yield
         finally:
             cast(Any, model).save_pretrained = save
 
@@ -355,7 +421,8 @@ def load(model: PreTrainedModel, directory: str | Path) -> nn.Module:
     config = _check_readable(model, directory)
     check_base_is_known(config, directory)
     biases = _copies_of_biases(model, config)
-    adapted = _by_peft(f"cannot load {directory}", PeftModel.from_pretrained, model, str(directory))
+    with torch.device("meta") if _on_meta(model) else nullcontext():  # A and B too: they may start from the base's
+        adapted = _by_peft(f"cannot load {directory}", PeftModel.from_pretrained, model, str(directory))
     adapted.biases = biases  # type: ignore[assignment]
     _check_whole(adapted, directory)
     return adapted

@@ -2,16 +2,22 @@
 
 import copy
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_lorafa_optimizer
+from peft.utils.hotswap import hotswap_adapter
 from torch import nn
+from trl import SFTConfig, SFTTrainer
 
 from plainlora import inject, load_adapter, merge, save_adapter
 from plainlora.fast.fuse import fuse, unfuse
 from plainlora.fast.head import is_covered
+from plainlora.parity.tiny import byte_tokenizer
 from tests.conftest import fused_in_place, load_quantized, make_model, random_ids, run_program
 
 TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "llama": ["q_proj", "v_proj", "gate_proj", "down_proj"]}
@@ -219,6 +225,59 @@ def test_a_bias_of_b_that_comes_later_is_computed(tmp_path: Any) -> None:
     expected = observe(model)
     assert any("lora_B.other.bias" in name for name in expected)
     assert_same(expected, found)
+
+
+def test_lora_fa_by_pefts_own_optimizer_trains_the_same(tmp_path: Path) -> None:
+    """It freezes A, and preconditions the gradient of B by `(A A^T)^-1`."""
+    rows = [{"input_ids": ids, "labels": ids} for ids in random_ids(8, 16).tolist()]
+    arguments = SFTConfig(
+        output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=2, logging_steps=1, report_to="none",
+        bf16=False, gradient_checkpointing=False, use_cpu=True, save_strategy="no", disable_tqdm=True, seed=1,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    losses, a_of = [], []
+    for fused in (False, True):
+        torch.manual_seed(3)
+        model = get_peft_model(make_model("llama"), config("llama"))
+        start = [value.clone() for name, value in model.named_parameters() if "lora_A" in name]
+        optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=12, lr=1e-2)
+        trainer = SFTTrainer(
+            model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=byte_tokenizer(),
+            optimizers=(optimizer, None),
+        )  # fmt: skip
+        if fused:
+            assert fuse(trainer).fused["LoRA layers"] == 8
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        a_of.append((start, [value for name, value in model.named_parameters() if "lora_A" in name]))
+    assert len(losses[0]) == 6
+    assert losses[0][0] - losses[0][-1] > 0.01
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    for start, end in a_of:
+        assert all(torch.equal(*pair) for pair in zip(start, end, strict=True))
+
+
+@pytest.mark.parametrize("alpha", [12, 20])
+def test_an_adapter_is_hot_swapped_into_a_fused_model(alpha: int, tmp_path: Path) -> None:
+    """By PEFT's `hotswap_adapter`, which copies values and changes the scaling."""
+    first = filled(get_peft_model(make_model("llama"), config("llama")))
+    other = get_peft_model(make_model("llama"), config("llama", lora_alpha=alpha))
+    torch.manual_seed(6)
+    for name, parameter in other.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.1)
+    for name, model in (("first", first), ("other", other)):
+        model.save_pretrained(tmp_path / name)
+    ids = random_ids()
+    with torch.no_grad():
+        expected = other.eval()(ids).logits
+        model = fused_in_place(PeftModel.from_pretrained(make_model("llama"), str(tmp_path / "first"))).eval()
+        before = model(ids).logits
+        hotswap_adapter(model, str(tmp_path / "other"), adapter_name="default", torch_device="cpu")
+        found = model(ids).logits
+    assert all(is_fused(model))
+    assert float((found - expected).abs().max()) <= 5e-6 * float(expected.abs().max())
+    assert float((found - before).abs().max()) > 0.1 * float(expected.abs().max())
 
 
 class Swapped(nn.Module):

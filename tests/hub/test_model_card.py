@@ -20,13 +20,15 @@ from plainlora.merging.merge import merge_adapter
 from plainlora.settings.arguments import ClassifyArguments, ClassifyConfig, SFTArguments
 from plainlora.settings.programs import Settings
 from tests.conftest import make_model, random_ids
+from tests.recipes.conftest import RunClassify, RunSFT, run_classify, run_sft  # noqa: F401  # fixtures
 
 LOCAL = "PATH OF THIS ADAPTER"
 RESULTS: dict[str, Any] = {
     "train_loss": 2.5, "train_runtime": 44.6, "train_samples_per_second": 96.5, "train_steps_per_second": 6.0,
     "total_flos": 2121833615360.0, "epoch": 2.0, "eval_loss_base": 3.6, "eval_loss_adapter": 0.045,
     "eval_perplexity_adapter": 1.05, "exact_match_base": 0.0, "exact_match_adapter": 0.988, "exact_match_rows": 85,
-    "merge_max_abs_diff": 2.9e-05, "trainable_params": 1200, "total_params": 120000, "peak_memory_bytes": 1654730752,
+    "merge_max_abs_diff": 2.9e-05, "merge_relative_diff": 7.1e-07, "merge_tolerance": 1e-05,
+    "trainable_params": 1200, "total_params": 120000, "peak_memory_bytes": 1654730752,
     "rows_trained": 2100, "rows_read": 2155,
 }  # fmt: skip
 
@@ -53,11 +55,11 @@ def results(card: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def write_card(folder: Path, base: str, results: dict[str, Any] = RESULTS) -> str:
+def write_card(folder: Path, base: str, results: dict[str, Any] = RESULTS, **recipe: Any) -> str:
     """The card of a language model's adapter."""
     training = SFTConfig(use_cpu=True, bf16=False, report_to="none", output_dir=str(folder))
     model = ModelConfig(model_name_or_path=base)
-    settings = Settings(SFTArguments(), ScriptArguments(dataset_name="ann/rows"), training, model)
+    settings = Settings(SFTArguments(**recipe), ScriptArguments(dataset_name="ann/rows"), training, model)
     if not (folder / "adapter_config.json").exists():
         LoraConfig(target_modules=["q_proj"]).save_pretrained(folder)
     write_sft_card(folder, settings, results)
@@ -155,7 +157,7 @@ def test_the_results_are_those_that_tell_quality(tmp_path: Path) -> None:
         ["eval_perplexity", "", "1.05"],
         ["exact_match", "0", "0.988"],
         ["exact_match_rows", "", "85"],
-        ["merge_max_abs_diff", "", "2.9e-05"],
+        ["logits of the merged model differ by at most", "", "2.9e-05, 7.1e-07 of the largest (allowed: 1e-05)"],
     ]
 
 
@@ -178,3 +180,48 @@ def test_a_picture_that_is_not_published_is_not_shown(tmp_path: Path) -> None:
     card = write_card(tmp_path, "openai-community/gpt2")
     assert "![loss](loss.png)" in card
     assert "passport" not in card
+
+
+@pytest.mark.parametrize(
+    ("fields", "rows"),
+    [
+        ({}, {}),
+        ({"use_dora": True}, {"use_dora": "yes"}),
+        ({"use_rslora": True, "bias": "all"}, {"use_rslora": "yes", "bias": "all"}),
+        ({"init_lora_weights": "gaussian"}, {"init_lora_weights": "gaussian"}),
+        ({"init_lora_weights": False}, {"init_lora_weights": "no"}),
+        ({"rank_pattern": {"q_proj": 4}}, {"rank_pattern": "{'q_proj': 4}"}),
+        ({"layers_to_transform": [0, 1]}, {"layers_to_transform": "[0, 1]"}),
+        ({"rank_pattern": {"q_proj" * 99: 4}}, {"rank_pattern": f"{{'{'q_proj' * 99}"[:99] + "…"}),
+    ],
+)
+def test_the_card_names_every_field_of_the_adapter_that_is_not_the_default(
+    tmp_path: Path, fields: dict[str, Any], rows: dict[str, str]
+) -> None:
+    LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **fields).save_pretrained(tmp_path)
+    recipe = {"lora_config": fields} if "init_lora_weights" in fields else {}
+    settings = table(write_card(tmp_path, "openai-community/gpt2", **recipe), "Training")
+    names = list(settings)
+    between = names[names.index("target modules") + 1 : names.index("base weights")]
+    assert {name: settings[name] for name in between} == rows
+
+
+def test_the_card_says_the_ratio_of_loraplus(tmp_path: Path) -> None:
+    card = write_card(tmp_path, "openai-community/gpt2", loraplus_lr_ratio=16.0)
+    assert table(card, "Training")["LoRA+ ratio"] == "16"
+
+
+def test_the_card_says_what_an_adapter_was_that_is_saved_for_the_unchanged_base(
+    run_sft: RunSFT,  # noqa: F811
+    run_classify: RunClassify,  # noqa: F811
+) -> None:
+    flags = ("--lora_config", '{"init_lora_weights": "pissa", "rank_pattern": {"q_.*": 3}}', "--lora_r", "2")
+    flags += ("--lora_alpha", "4", "--max_steps", "2")
+    for folder in (
+        run_sft("llama", "sft", *flags, "--lora_target_modules", "q_proj", "down_proj"),
+        run_classify("distilbert", "texts", *flags, "--train_head", "false"),
+    ):
+        settings = table((folder / "README.md").read_text(), "Training")
+        assert settings["init_lora_weights"] == "pissa, converted for the unchanged base"
+        assert (settings["r"], settings["alpha"]) == ("4, trained as 2", "8, trained as 4")
+        assert settings["rank_pattern"] == "{'q_.*': 6}, trained as {'q_.*': 3}"

@@ -184,3 +184,19 @@ def test_the_table_has_a_line_for_each_model() -> None:
         "perplexity on a built-in passage (2 rows, 287 tokens); tokens and logits on 4 prompts with their answers "
         "(120 tokens)"
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_computed_with_in_float32_and_keep_their_values(dtype: torch.dtype) -> None:
+    model = make_model("qwen2").to(dtype).eval()  # tied
+    kept = copy.deepcopy(model.state_dict())
+    ids = random_ids(1, 12)
+    questions = {"prompts": [{"input_ids": ids[0].tolist()}], "texts": []}
+    found = [ask(model, questions | {"float32": each})["logits.0"] for each in (True, False)]
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == kept[name].dtype
+        assert torch.equal(tensor, kept[name])
+    with torch.no_grad():
+        assert torch.equal(found[1], model(input_ids=ids).logits.float())
+        assert torch.equal(found[0], model.float()(input_ids=ids).logits)
+    assert not torch.equal(*found)

@@ -50,6 +50,7 @@ def test_u02_the_merged_model_is_reloaded_and_is_the_adapter_model(
     assert 0 < result.relative_diff <= TOLERANCES[dtype]
     written = json.loads((tmp_path / "merged" / "certificate.json").read_text())
     assert written["figures"]["merged"]["against"]["16bit"]["max_abs_diff"] == result.max_abs_diff
+    assert written["measured_on"]["in_float32"]
 
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     theirs = PeftModel.from_pretrained(make_model(kind), adapter)
@@ -183,7 +184,7 @@ def test_a_merge_that_drifts_is_refused_and_leaves_nothing_behind(
     adapter = trained_adapter("llama", model_dirs, tmp_path / "adapter")
     with monkeypatch.context() as patch:
         patch.setitem(TOLERANCES, torch.bfloat16, 1e-12)
-        with pytest.raises(UserError, match=r"nothing was written; try --dtype float32$"):
+        with pytest.raises(UserError, match=r"merged was not written; plainlora merge .* --dtype float32$"):
             merge_adapter(adapter, tmp_path / "merged", dtype=torch.bfloat16)
     add_once = LoRALinear.add_delta
 
@@ -192,7 +193,7 @@ def test_a_merge_that_drifts_is_refused_and_leaves_nothing_behind(
         add_once(*arguments)
 
     monkeypatch.setattr(LoRALinear, "add_delta", add_twice)
-    with pytest.raises(UserError, match=r"more than the 1e-05 allowed for torch.float32; nothing was written$"):
+    with pytest.raises(UserError, match=r"more than the 1e-05 allowed for torch.float32; \S+merged was not written$"):
         merge_adapter(adapter, tmp_path / "merged")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
 

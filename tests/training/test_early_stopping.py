@@ -26,6 +26,7 @@ def weights(folder: Path) -> bytes:
 def test_a_run_stops_saves_the_best_and_stops_at_the_same_step_when_resumed(
     run_sft: RunSFT,  # noqa: F811
     method: str,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     flags = ["--method", method, "--early_stopping_patience", "3", *WORST, "--learning_rate", "2e-2"]
     flags += ["--max_steps", "40", "--eval_steps", "3", "--save_steps", "3", "--save_total_limit", "9"]
@@ -33,6 +34,8 @@ def test_a_run_stops_saves_the_best_and_stops_at_the_same_step_when_resumed(
     state = state_of(whole)
     best = state["best_global_step"]
     assert state["global_step"] == best + 9 < 40
+    line = f"stopped early after step {best + 9} of 40: no better evaluation in the last 3; step {best} is kept\n"
+    assert line in capfd.readouterr().out
     assert weights(whole) == weights(whole / f"checkpoint-{best}") != weights(whole / f"checkpoint-{best + 9}")
     run = json.loads((whole / "run.json").read_text())
     assert run["steps"] == best + 9
@@ -45,11 +48,29 @@ def test_a_run_stops_saves_the_best_and_stops_at_the_same_step_when_resumed(
         again = state_of(resumed)
         assert (again["global_step"], again["best_global_step"]) == (best + 9, best)
         assert weights(resumed) == weights(whole)
+        assert line in capfd.readouterr().out
 
 
-def test_a_run_that_gets_better_goes_on_to_its_end(run_sft: RunSFT) -> None:  # noqa: F811
+def test_a_run_that_gets_better_goes_on_to_its_end(
+    run_sft: RunSFT,  # noqa: F811
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     output = run_sft("llama", "run", "--early_stopping_patience", "1", "--max_steps", "12", "--learning_rate", "1e-3")
     assert state_of(output)["global_step"] == 12
+    assert "stopped early" not in capfd.readouterr().out
+
+
+def test_a_start_that_is_the_best_is_told_from_a_rate_that_is_too_low(
+    run_sft: RunSFT,  # noqa: F811
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    flags = ["--early_stopping_patience", "1", *WORST, "--warmup_steps", "2", "--learning_rate", "2e-2"]
+    with pytest.raises(SystemExit):
+        run_sft("llama", "run", *flags, "--max_steps", "8", "--eval_steps", "1", "--save_steps", "1")
+    said = capfd.readouterr()
+    assert "stopped early after step 2 of 8: no better evaluation in the last 1; step 1 is kept" in said.out
+    assert "the best of the evaluations is that of step 1, at which 14 of 14 adapters change nothing (" in said.err
+    assert "so nothing was saved; lower learning_rate (now 0.02)\n" in said.err
 
 
 def test_a_classifier_stops_too(run_classify: RunClassify) -> None:  # noqa: F811

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,32 @@ from trl import ModelConfig, SFTConfig
 from plainlora.base.classifier import is_classifier
 from plainlora.base.config import class_names
 from plainlora.data.datasets import hub_name, is_local
-from plainlora.lora.config import find_unsupported
+from plainlora.lora.config import BOOKKEEPING_FIELDS, find_unsupported
 from plainlora.lora.interchange import read_config
 from plainlora.markdown import table
 from plainlora.report import Sample, describe_samples
 from plainlora.run.folder import PICTURES
-from plainlora.settings.arguments import SFTArguments
+from plainlora.settings.adapter import build_lora_config
+from plainlora.settings.arguments import RecipeArguments, SFTArguments
 from plainlora.settings.programs import ClassifySettings, SFTSettings
 
 HERE = "PATH OR HUB ID OF THIS MODEL"  # in loading examples until the model is published
 
 # Figures of quality, and the numbers of rows. Figures of cost are only in all_results.json.
-QUALITY = re.compile("loss|perplexity|accuracy|f1|exact_match|max_abs_diff|_rows$")
+QUALITY = re.compile("loss|perplexity|accuracy|f1|exact_match|_rows$")
+
+TOLD = {"r", "lora_alpha", "lora_dropout", "target_modules", "task_type"}  # fields with a row or sentence of their own
+LONGEST = 100  # characters of a field's value
 
 
 def _show(value: Any) -> str:
     if isinstance(value, bool):  # a subclass of int
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
 def _table(values: dict[str, Any]) -> str:
@@ -70,20 +79,40 @@ def _metadata(library: str, task: str, tags: Sequence[str], base: str, dataset: 
     return "\n".join(lines)
 
 
-def _adapter_settings(backend: str, lora: LoraConfig) -> dict[str, Any]:
-    """The adapter's settings as they are saved."""
-    named = lora.target_modules
-    targets = named if isinstance(named, str) else ", ".join(sorted(named or ()))
-    return {
+def describe_merge(results: dict[str, Any]) -> str:
+    """How far a merged model's logits are from the adapter model's, in the words of `plainlora merge`."""
+    return (
+        f"{results['merge_max_abs_diff']:.1e}, {results['merge_relative_diff']:.1e} of the largest "
+        f"(allowed: {results['merge_tolerance']:.0e})"
+    )
+
+
+def _adapter_settings(backend: str, recipe: RecipeArguments, saved: LoraConfig, trained: LoraConfig) -> dict[str, Any]:
+    """The adapter's settings as they are saved: every field of its config that is not PEFT's default.
+
+    A converted adapter has twice the rank that was trained, see `plainlora.peft_model.for_unchanged_base`.
+    """
+    converted = saved.init_lora_weights != trained.init_lora_weights
+    plain, targets = LoraConfig(), saved.target_modules
+
+    def show(name: str) -> str:
+        value, before = (_shortened(_show(getattr(config, name))) for config in (saved, trained))
+        return f"{value}, trained as {before}" if converted and value != before else value
+
+    settings = {
         "LoRA back end": backend,
-        "r": lora.r,
-        "alpha": lora.lora_alpha,
-        "dropout": lora.lora_dropout,
-        "target modules": targets,
-        "DoRA": lora.use_dora or None,
-        "rsLoRA": lora.use_rslora or None,
-        "further fields": ", ".join(find_unsupported(lora).values()) or None,
+        "r": show("r"),
+        "alpha": show("lora_alpha"),
+        "dropout": saved.lora_dropout,
+        "target modules": targets if isinstance(targets, str) else ", ".join(sorted(targets or ())),
     }
+    for name in (field.name for field in fields(LoraConfig) if field.name not in TOLD | BOOKKEEPING_FIELDS):
+        value = getattr(saved, name)
+        if value != getattr(plain, name) and value not in (None, [], {}, set()):
+            settings[name] = show(name)
+    if converted:
+        settings["init_lora_weights"] = f"{trained.init_lora_weights}, converted for the unchanged base"
+    return settings | {"LoRA+ ratio": recipe.loraplus_lr_ratio}
 
 
 def _training_settings(training: TrainingArguments, results: dict[str, Any]) -> dict[str, Any]:
@@ -164,6 +193,8 @@ def _write(
     quality = {
         name: value for name, value in results.items() if QUALITY.search(name) and not isinstance(value, (list, dict))
     }
+    if "merge_max_abs_diff" in results:
+        quality["logits of the merged model differ by at most"] = describe_merge(results)
     answers = f"## Sample answers\n\n{describe_samples(samples, trained)}\n" if samples else ""
     text = f"""---
 {metadata}
@@ -240,7 +271,9 @@ def write_sft_card(
     quoted = _quoted(base, model.model_revision)
     lora = None if recipe.method != "lora" else read_config(output_dir)
     settings: dict[str, Any] = {"method": recipe.method.replace("_", " ")}
-    settings |= {} if lora is None else _adapter_settings(backend or recipe.lora_backend, lora)
+    if lora is not None:
+        trained = lora if recipe.adapter_name_or_path else build_lora_config(model, recipe)
+        settings |= _adapter_settings(backend or recipe.lora_backend, recipe, lora, trained)
     settings |= {"base weights": _base_weights(model)} | _training_settings(training, results)
     settings |= {"longest row (tokens)": training.max_length, "packing": training.packing}
     load = f"""```python
@@ -309,7 +342,7 @@ def write_classifier_card(
         output_dir: The run's folder.
         run: The run's settings.
         config: The classifier's config, with its classes.
-        lora: The adapter's config; `None` for a whole model.
+        lora: The adapter's config as it was trained; `None` for a whole model.
         results: Flat results; confusion matrices and figures of cost are left out.
         backend: See `write_sft_card`.
     """
@@ -319,7 +352,8 @@ def write_classifier_card(
     head = "trained whole" if recipe.train_head else "LoRA" if recipe.lora_head else "frozen as it started"
     settings: dict[str, Any] = {"method": recipe.method.replace("_", " ")}
     if lora is not None:
-        settings |= _adapter_settings(backend or recipe.lora_backend, lora) | {"head": head}
+        settings |= _adapter_settings(backend or recipe.lora_backend, recipe, read_config(output_dir), lora)
+        settings["head"] = head
     settings |= {"base weights": _base_weights(model)} | _training_settings(training, results)
     names = ", ".join(f"`{label}`" for label in class_names(config))
     if lora is not None:

@@ -51,6 +51,10 @@ class EvalPrompts:
     tokens: int
     prompts: tuple[str, ...] = ()
 
+    def asked_in(self, float32: bool) -> "EvalPrompts":
+        """The same inputs, of which weights of 16 bits are computed with in float32, or as they are."""
+        return replace(self, questions=self.questions | {"float32": float32})
+
     def with_answers(self, tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> "EvalPrompts":
         """Adds one model's answers to the prompts, along which all models are compared token by token.
 

@@ -6,6 +6,9 @@ the parent process are evaluated by the same `ask`, so that only the models diff
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,23 @@ from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig
 
 
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Holds weights of 16 bits in float32 within the block, and computes so; they have their values again after it."""
+    halves = [
+        (tensor, tensor.dtype)
+        for tensor in chain(model.parameters(), model.buffers())
+        if tensor.dtype in (torch.float16, torch.bfloat16)
+    ]
+    for tensor, _ in halves:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, dtype in halves:
+            tensor.data = tensor.data.to(dtype)
+
+
 @torch.no_grad()
 def ask(model: nn.Module, questions: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Runs a model on prompts and texts.
@@ -23,7 +43,8 @@ def ask(model: nn.Module, questions: dict[str, Any]) -> dict[str, torch.Tensor]:
     Args:
         model: A causal language model or a sequence classifier of Transformers, with or without an adapter.
         questions: `prompts`: rows of `input_ids`, for a language model with the `start` of the answer in them.
-            `texts`: rows of `input_ids` and `labels`, where -100 is ignored.
+            `texts`: rows of `input_ids` and `labels`, where -100 is ignored. `float32`: whether weights of 16 bits
+            are computed with in float32.
 
     Returns:
         `logits.N` of prompt N in fp32, `(1, tokens, vocabulary)` or `(1, classes)`; `tokens.N`, the likeliest token at
@@ -33,12 +54,14 @@ def ask(model: nn.Module, questions: dict[str, Any]) -> dict[str, torch.Tensor]:
     model.eval()
     device = next(model.parameters()).device
     answers = {}
-    for number, prompt in enumerate(questions["prompts"]):
-        logits = model(input_ids=torch.tensor([prompt["input_ids"]], device=device)).logits.float().cpu().contiguous()
-        answers[f"logits.{number}"] = logits
-        if "start" in prompt:
-            answers[f"tokens.{number}"] = logits[0, prompt["start"] - 1 :].argmax(-1)
-    losses = [_loss(model, text, device) for text in questions["texts"]]
+    with in_float32(model) if questions.get("float32") else nullcontext():
+        for number, prompt in enumerate(questions["prompts"]):
+            ids = torch.tensor([prompt["input_ids"]], device=device)
+            logits = model(input_ids=ids).logits.float().cpu().contiguous()
+            answers[f"logits.{number}"] = logits
+            if "start" in prompt:
+                answers[f"tokens.{number}"] = logits[0, prompt["start"] - 1 :].argmax(-1)
+        losses = [_loss(model, text, device) for text in questions["texts"]]
     answers["losses"] = torch.tensor(losses, dtype=torch.float64).reshape(-1, 2)
     return answers
 

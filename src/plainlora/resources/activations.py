@@ -290,8 +290,10 @@ def _loss_of_tiles(step: Step, base: PreTrainedModel, hidden: torch.Tensor) -> t
         statistics = torch.zeros(2, tokens, device=hidden.device)
         found = TokenLogProbs.apply(chosen.select(hidden), labels, head.weight, head.bias, statistics)
         return chosen.spread(found).sum()
+    every = hidden[:, :-1].reshape(tokens, -1)  # (N, d)
+    if not hasattr(head, "bias"):  # PEFT's trainable tokens, tied: TRL's head fails, the model's own keeps all logits
+        return nn.functional.cross_entropy((every @ head.weight.T).float(), labels)
     if step.device.type == "cpu":
-        every = hidden[:, :-1].reshape(tokens, -1)  # (N, d)
         given = (every, head.weight, head.bias, labels, 1.0, TRL_TILE[1], None, 1.0, ("entropy", "is_top1"))
         return cast(torch.Tensor, ChunkedLogProbFunction.apply(*given)[0]).sum()
     # TRL's Triton kernels work in place, on a tile in the precision of the product.

@@ -13,9 +13,11 @@ from plainlora.backends import Backend, BackendName, choose_backend, count_param
 from plainlora.errors import UserError
 from plainlora.lora.errors import some
 from plainlora.lora.targets import without_unmatched
+from plainlora.peft_model import check_bits
 from plainlora.resources.disk import merged_bytes
 from plainlora.run.adapter_base import class_labels, read_run
 from plainlora.run.parent import Parent, find_parent
+from plainlora.settings.device import trains_on_cpu
 from plainlora.settings.launcher import sharding_engine
 from plainlora.settings.programs import Settings
 from plainlora.training import saving
@@ -79,7 +81,8 @@ def plan_lora(
 
     Raises:
         UserError: The adapter to train on cannot be found, or is another base's or another task's.
-        LoRAError: The hand-written form is asked for, and does not implement the config.
+        LoRAError: The hand-written form is asked for, and does not implement the config; or the adapter cannot be
+            trained on a base in 4 or 8 bits.
     """
     recipe, parent, notes = settings.recipe, None, []
     if recipe.adapter_name_or_path is not None:
@@ -93,6 +96,9 @@ def plan_lora(
         lora = parent.config if skeleton is None else without_unmatched(skeleton, parent.config)
     _check_engine(sharding_engine(settings.training), lora)
     backend, only_peft = choose_backend(recipe.lora_backend, lora, build())
+    if backend in ("peft", "peft_fused"):
+        bits = 4 if settings.model.load_in_4bit else 8 if settings.model.load_in_8bit else None
+        check_bits(lora, bits, trains_on_cpu(settings.training.use_cpu))
     if only_peft is not None:
         notes.append(f"PEFT's own code trains this adapter: {only_peft}")
     return AdapterPlan(config, build, lora, backend, parent=parent, notes=tuple(notes))

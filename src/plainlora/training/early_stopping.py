@@ -2,6 +2,7 @@
 
 from typing import Any, cast
 
+from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
 
 
@@ -21,6 +22,17 @@ class EarlyStopping(EarlyStoppingCallback):
         self.early_stopping_patience_counter = saved.get("attributes", {}).get("early_stopping_patience_counter", 0)
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Says that the run was stopped early, if it was."""
+        stopped = self.early_stopping_patience_counter >= self.early_stopping_patience
+        if stopped and state.global_step < state.max_steps and state.is_world_process_zero:
+            tqdm.write(  # on a line of its own, whatever progress bar there is
+                f"stopped early after step {state.global_step} of {state.max_steps}: no better evaluation in the last "
+                f"{self.early_stopping_patience}; step {state.best_global_step} is kept"
+            )
 
 
 def early_stopping(patience: int | None) -> list[EarlyStopping]:

@@ -127,6 +127,7 @@ class _TrainerOverrides(AtomicSaves, Watched, RowsInOrder, WithLoRAPlus):
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.backend, self.adapted, self.saves_all = backend, model, backend is None
         self._evaluated: tuple[int | None, EvalLoopOutput | None] = None, None  # step and result
+        self._reloaded: int | None = None  # the step whose weights were loaded as the best
         if kwargs["args"].fp16:
             trained_in_float32(model)
         with accepted_as_adapter_model(model), adapter_precision_kept(model):
@@ -195,7 +196,7 @@ class _TrainerOverrides(AtomicSaves, Watched, RowsInOrder, WithLoRAPlus):
     def _load_best_model(self) -> None:
         """As `load_adapter`, for `load_best_model_at_end`."""
         if self.state.best_global_step != self.state.global_step:
-            self._evaluated = None, None
+            self._evaluated, self._reloaded = (None, None), self.state.best_global_step
         self.load_whole(str(self.state.best_model_checkpoint))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -205,7 +206,7 @@ class _TrainerOverrides(AtomicSaves, Watched, RowsInOrder, WithLoRAPlus):
             if output_dir is not None or self.backend is None:
                 super().save_model(output_dir, _internal_call)
                 return
-            check_effect(self.adapted, self.state.global_step)
+            check_effect(self.adapted, self.state.global_step, self.args.learning_rate, self._reloaded)
             with self.backend.for_unchanged_base(self.adapted):
                 super().save_model(output_dir, _internal_call)
 

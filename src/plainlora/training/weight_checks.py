@@ -105,12 +105,14 @@ class FirstGradients:
             )
 
 
-def check_effect(model: nn.Module, steps: int) -> None:
+def check_effect(model: nn.Module, steps: int, learning_rate: float, best: int | None = None) -> None:
     """Checks after training that every adapter has an effect: neither A nor B is all zeros.
 
     Args:
         model: A model with or without adapters.
         steps: Number of optimizer steps taken.
+        learning_rate: The run's, for the message.
+        best: The step of the best evaluation, if its weights have been loaded again.
 
     Raises:
         UserError: An adapter has no effect; the error names its layer.
@@ -118,12 +120,18 @@ def check_effect(model: nn.Module, steps: int) -> None:
     layers = lora_matrices(model)
     zero = _are_zero([side for layer in layers.values() for side in (layer.lora_A, layer.lora_B)])
     without = [name for at, name in enumerate(layers) if zero[2 * at] or zero[2 * at + 1]]
-    if without:
+    if not without:
+        return
+    fault = f"{len(without)} of {len(layers)} adapters change nothing ({some(without)}), so nothing was saved"
+    if best is not None:
         raise UserError(
-            f"after {steps} step{'s' * (steps != 1)} {len(without)} of {len(layers)} adapters change nothing "
-            f"({some(without)}), so nothing was saved; raise learning_rate, or train for longer: a warm-up begins "
-            "with a rate of 0"
+            f"the best of the evaluations is that of step {best}, at which {fault}; lower learning_rate (now "
+            f"{learning_rate:g})"
         )
+    raise UserError(
+        f"after {steps} step{'s' * (steps != 1)} {fault}; raise learning_rate (now {learning_rate:g}), or train for "
+        "longer: a warm-up begins with a rate of 0"
+    )
 
 
 def check_values(model: nn.Module) -> None:

@@ -4,7 +4,7 @@ import sys
 from typing import cast
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 
 from plainlora.lora.storage.interface import Storage
@@ -47,8 +47,11 @@ class Bits8(_Bitsandbytes):
     class_name = "Linear8bitLt"
 
     def dense_weight(self, module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-        """See `Storage`."""
-        return dequantize_module_weight(module).data.to(dtype)
+        """See `Storage`. On a CPU PEFT's `dequantize_module_weight` also replaces the weight by one without scales.
+
+        https://github.com/huggingface/peft/blob/v0.21.2/src/peft/utils/integrations.py
+        """
+        return dequantize_bnb_weight(cast(nn.Parameter, module.weight), state=module.state).to(dtype)
 
     def is_fusable(self, module: nn.Module) -> bool:
         """See `Storage`."""
