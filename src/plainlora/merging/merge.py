@@ -48,8 +48,8 @@ from plainlora.settings.checks import check_writable
 
 # Largest |difference| of a logit divided by the largest |logit|. In fp32 only the order of sums differs. In half
 # precision each merged weight is rounded once, by 2^-11 (fp16) or 2^-8 (bf16) relative, which adds up over layers. So
-# does the rounding of each product, where memory is too small to compute in float32. Where it is not, twice of what half
-# precision changes of the adapter model itself is allowed too: of SmolLM2-135M, 4 to 5 % of the largest logit.
+# does the rounding of each product, where memory is too small to compute in float32. Where it is large enough, twice
+# what half precision changes of the adapter model itself is allowed too: of SmolLM2 4 to 5 % of the largest logit.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 SPARE = 0.25  # of the model's size, for the logits and caches of its answers
