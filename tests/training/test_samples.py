@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from plainlora.training.samples import undisturbed
@@ -98,15 +97,21 @@ def by_step(output: Path) -> list[list[str]]:
     return [[step, blocks[at], blocks[at + 1 + number]] for number, step in enumerate(steps) for at in (0, 5)]
 
 
-def test_wandb_gets_a_table_of_them(
-    run_sft: RunSFT,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    output = run_sft("llama", "run", *PROMPTS, *STEPS, "--report_to", "wandb")
-    wandb.finish()
+def run_alone(folder: Path, *flags: str, **environment: str) -> Path:
+    """A run in a process of its own: a tracker looks for its folder once in each."""
+    output = folder / "run"
+    command = [
+        *(sys.executable, "recipes/sft.py", "--config", "recipes/quickstart/lora.yaml", "--output_dir", str(output)),
+        *("--merge", "false", "--exact_match_rows", "0", "--max_steps", "6", *PROMPTS, *STEPS, *flags),
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.mark.integration
+def test_wandb_gets_a_table_of_them(tmp_path: Path) -> None:
+    output = run_alone(tmp_path, "--report_to", "wandb", WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
     tables = [json.loads(path.read_text()) for path in tmp_path.glob("wandb/offline-run-*/files/media/table/*.json")]
     assert sorted(len(each["data"]) for each in tables) == [2, 4, 6, 8]
     last = max(tables, key=lambda each: len(each["data"]))
@@ -114,17 +119,10 @@ def test_wandb_gets_a_table_of_them(
     assert last["data"] == by_step(output)
 
 
+@pytest.mark.integration
 def test_trackio_gets_a_table_of_them_and_keeps_a_named_run_in_one(tmp_path: Path) -> None:
-    """In a process of its own: trackio reads its folder when it is imported."""
-    output = tmp_path / "run"
-    flags = [*PROMPTS, *STEPS, "--max_steps", "6", "--report_to", "trackio", "--run_name", "mine", "--project", "all"]
-    subprocess.run(
-        [
-            *(sys.executable, "recipes/sft.py", "--config", "recipes/quickstart/lora.yaml", "--merge", "false"),
-            *("--exact_match_rows", "0", "--output_dir", str(output), *flags),
-        ],
-        cwd=ROOT, env=os.environ | {"TRACKIO_DIR": str(tmp_path)}, check=True, capture_output=True,
-    )  # fmt: skip
+    named = ("--report_to", "trackio", "--run_name", "mine", "--project", "all")
+    output = run_alone(tmp_path, *named, TRACKIO_DIR=str(tmp_path))
     with closing(sqlite3.connect(tmp_path / "all.db")) as database:
         logged = database.execute("SELECT run_name, metrics FROM metrics ORDER BY step").fetchall()
     assert {name for name, _ in logged} == {"mine"}

@@ -3,23 +3,18 @@
 import json
 import os
 import sqlite3
-import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb.proto.wandb_internal_pb2 import Record
 
 from tests.conftest import ROOT
 from tests.recipes.conftest import RunSFT, run_sft  # noqa: F401  # fixtures
 
 EVERY = ("--max_steps", "4", "--logging_steps", "1", "--eval_strategy", "steps", "--eval_steps", "2")
-BLOCK = 32768
 Values = list[tuple[int, float]]
 
 
@@ -50,45 +45,6 @@ def test_tensorboard_gets_the_losses_of_the_log(run_sft: RunSFT) -> None:  # noq
     check(output, train, evaluation)
 
 
-def records(folder: Path) -> Iterator[dict[str, float]]:
-    """What wandb wrote to be synchronised later: 7 bytes, then records in LevelDB's log format.
-
-    https://github.com/google/leveldb/blob/1.23/doc/log_format.md
-    """
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    content, at, data = path.read_bytes(), 7, b""
-    while at < len(content):
-        if BLOCK - at % BLOCK < 7:  # too little for a header: zeros
-            at += BLOCK - at % BLOCK
-            continue
-        length, kind = struct.unpack_from("<HB", content, at + 4)  # after the checksum
-        data += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            record = Record.FromString(data)
-            data = b""
-            if record.HasField("history"):
-                yield {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-
-
-@pytest.mark.integration
-def test_wandb_gets_the_losses_of_the_log(
-    run_sft: RunSFT,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    output = run_sft("llama", "run", *EVERY, "--report_to", "wandb")
-    wandb.teardown()  # ends its service, after which the file is whole
-    found = list(records(tmp_path))
-    train, evaluation = (
-        [(int(entry["train/global_step"]), entry[name]) for entry in found if name in entry]
-        for name in ("train/loss", "eval/loss")
-    )
-    check(output, train, evaluation)
-
-
 @pytest.mark.integration
 def test_trackio_gets_the_losses_of_the_log(tmp_path: Path, model_dirs: dict[str, Path], rows_file: Path) -> None:
     """In a process of its own: trackio reads its folder when it is imported."""
@@ -96,16 +52,8 @@ def test_trackio_gets_the_losses_of_the_log(tmp_path: Path, model_dirs: dict[str
     command = [
         *(sys.executable, "recipes/sft.py", "--config", "recipes/quickstart/lora.yaml", "--merge", "false", *EVERY),
         *("--model_name_or_path", str(model_dirs["llama"]), "--dataset_name", str(rows_file), "--use_cpu", "true"),
-        *(
-            "--test_split_size",
-            "8",
-            "--per_device_train_batch_size",
-            "2",
-            "--exact_match_rows",
-            "0",
-            "--max_length",
-            "256",
-        ),
+        *("--test_split_size", "8", "--per_device_train_batch_size", "2", "--max_length", "256"),
+        *("--exact_match_rows", "0"),
         *("--output_dir", str(output), "--report_to", "trackio", "--run_name", "mine", "--project", "all"),
     ]
     environment = os.environ | {"TRACKIO_DIR": str(tmp_path)}
