@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from tqdm import tqdm
 
 from docs.measuring import ROOT, instruct_rows, run, write_rows
@@ -135,19 +136,14 @@ def draw(bases: dict[str, list[Loss]], path: Path) -> None:
         for method, colour in zip(METHODS, COLOURS, strict=True):
             seeds = by_rate(losses, method)
             if seeds:
-                axes.plot(
-                    *(seeds, list(map(statistics.median, seeds.values()))),
-                    color=colour,
-                    marker="o",
-                    ms=4,
-                    label=method,
-                )
-                axes.fill_between(
-                    *(seeds, list(map(min, seeds.values())), list(map(max, seeds.values()))), color=colour, alpha=0.12
-                )
+                rates, found = list(seeds), list(seeds.values())
+                axes.plot(rates, [*map(statistics.median, found)], color=colour, marker="o", ms=4, label=method)
+                axes.fill_between(rates, [*map(min, found)], [*map(max, found)], color=colour, alpha=0.12)
         base = losses[0].eval_loss_base
         axes.axhline(base, color="#9aa5b1", linestyle=":", label="base")
         axes.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="test loss (nats per token)", title=title)
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e5e7eb")
     figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right center")
