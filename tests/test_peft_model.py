@@ -94,7 +94,10 @@ BY_HAND = ("true", "false", "gaussian", "use_dora")
 ELSEWHERE = ("target_parameters", "all-linear on experts", "ensure_weight_tying")  # need experts, a tied embedding
 TRAINED = [(name, kind) for name, (_, kinds) in CASES.items() for kind in kinds.split()]
 REFUSED = [
-    (name, kind) for name in CASES.keys() - {*ELSEWHERE} for kind in EVERYWHERE.split() if (name, kind) not in TRAINED
+    (name, kind)
+    for name in CASES
+    for kind in EVERYWHERE.split()
+    if name not in ELSEWHERE and (name, kind) not in TRAINED
 ]
 # What plain PEFT takes without a word; below is what it makes of it.
 IGNORED_BY_PEFT = [

@@ -158,8 +158,8 @@ def write() -> None:
     draw(bases, HERE / "loss.png")
 
 
-def main() -> None:
-    """Makes the runs that are missing; writes the losses after each."""
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", choices=BASES)
     parser.add_argument("--model", metavar="PATH", help="SmolLM2-135M-Instruct")
@@ -169,6 +169,12 @@ def main() -> None:
     parser.add_argument("--rates", nargs="*", type=float, help="of LoRA, others than the base's own")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
     parser.add_argument("--work", default="outputs/what-matters")
+    return parser
+
+
+def main() -> None:
+    """Makes the runs that are missing; writes the losses after each."""
+    parser = build_parser()
     args = parser.parse_args()
     if args.base == "smollm2" and not (args.model and args.alpaca):
         parser.error("smollm2 needs --model and --alpaca")

@@ -1,6 +1,7 @@
 """Every command, block of Python and link of every page is checked or run, and none is missed."""
 
 import ast
+import importlib
 import re
 import shlex
 import subprocess
@@ -67,6 +68,9 @@ def check(command: str) -> str:
                 assert (ROOT / word).is_file(), command
         parse_recipe_flags(words[program + 1 :], Path(words[program]).name)
         return "launch"
+    if words[:2] == ["python", "-m"]:  # what measured a page
+        importlib.import_module(words[2]).build_parser().parse_args(words[3:])
+        return "module"
     if words[0].startswith("--"):  # of either program
         try:
             parse_recipe_flags(words, "sft.py")
@@ -81,7 +85,7 @@ def test_every_command_of_the_pages_is_valid(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(ROOT)
     kinds = [check(command) for command in commands()]
     found = {kind: kinds.count(kind) for kind in kinds}
-    assert found == {"make": 24, "launch": 31, "plainlora": 46, "flag": 26, "plain": 8}, "a page changed: count again"
+    assert found == {"make": 24, "launch": 31, "plainlora": 46, "flag": 26, "module": 2, "plain": 8}, "a page changed: count again"
 
 
 def test_a_wrong_command_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,9 +97,10 @@ def test_a_wrong_command_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None
         "plainlora merge --adaptor x --output y",
         "accelerate launch recipes/sft.py --config recipes/none.yaml",
         "--lora_rank 4",
+        "python -m docs.what-matters.measure quickstart --epochs 2",
         "rm -rf outputs",
     ):
-        with pytest.raises(Exception):  # noqa: B017, PT011  # an assertion or a refusal, whatever the kind
+        with pytest.raises((Exception, SystemExit)):  # noqa: PT011  # an assertion or a refusal, whatever the kind
             check(wrong)
 
 
