@@ -18,7 +18,7 @@ HOUSE = [
     {"backends", "base"},
     {"settings"},
     {"data"},
-    {"fast"},
+    {"fast", "peft_model"},
     {"others"},
     {"lora"},
 ]

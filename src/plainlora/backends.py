@@ -12,7 +12,6 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from plainlora import peft_model
 from plainlora.errors import UserError
 from plainlora.fast.fuse import fuse
 from plainlora.lora import inject, interchange, load, strength
@@ -22,6 +21,7 @@ from plainlora.lora.layer import LoRALinear
 from plainlora.lora.merge import merge
 from plainlora.lora.record import replace_module
 from plainlora.lora.targets import find_targets, modules_to_save
+from plainlora.peft_model import model as peft_model
 
 BackendName = Literal["fused", "reference", "peft", "peft_fused"]
 
@@ -44,7 +44,7 @@ class Attach(Protocol):
         new_weights: Collection[str] = (),
         batches: Sequence[dict[str, torch.Tensor]] = (),
     ) -> nn.Module:
-        """See `plainlora.inject` and `plainlora.peft_model.attach`."""
+        """See `plainlora.inject` and `plainlora.peft_model.model.attach`."""
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,8 @@ def attach_adapter(
         backend: The implementation of LoRA.
         dtype: The dtype of the trained weights: `float32`, or `bfloat16` for half the optimizer memory.
         new_weights: Names of the parameters that the base's checkpoint lacks; they are saved with the adapter.
-        batches: Batches of training rows, from which PEFT computes some initial values (`peft_model.needs_rows`).
+        batches: Batches of training rows, from which PEFT computes the initial values of what
+            `plainlora.peft_model.config.needs_rows` names.
 
     Raises:
         UserError: The adapter does not fit the model.

@@ -21,8 +21,8 @@ from plainlora.hub.model_card import HERE
 from plainlora.hub.publication import collect_publication
 from plainlora.lora.errors import LoRAError
 from tests.conftest import CONFIGS, make_model
+from tests.peft_model.test_model import base_of, config_of
 from tests.refusals import Run
-from tests.test_peft_model import base_of, config_of
 
 BASE = "openai-community/gpt2"
 WEIGHTS = "adapter_model.safetensors"

@@ -9,7 +9,7 @@ from plainlora.errors import UserError
 from plainlora.lora.config import find_unsupported
 from plainlora.lora.errors import LoRAError, some
 from plainlora.lora.interchange import read_config
-from plainlora.peft_model import changes_base
+from plainlora.peft_model.config import changes_base
 from plainlora.run.adapter_base import Base, base_of, find_base, read_run
 
 # The fields of a quantisation config that decide the values of the weights.

@@ -26,7 +26,7 @@ from plainlora.chat.tokens import Token, read_tokens
 from plainlora.errors import UserError
 from plainlora.generation import default_generation_config, room_after, stop_ids
 from plainlora.lora.interchange import read_config
-from plainlora.peft_model import changes_base
+from plainlora.peft_model.config import changes_base
 from plainlora.run.adapter_base import BaseKind, describe_original, load_base_of, load_tokenizer_of
 
 

@@ -18,7 +18,7 @@ from plainlora.lora.config import as_loaded, find_unsupported
 from plainlora.lora.delta import Delta, read_deltas
 from plainlora.lora.errors import some
 from plainlora.lora.interchange import read_config
-from plainlora.peft_model import changes_base
+from plainlora.peft_model.config import changes_base
 
 COPY = ".base_layer.weight"  # of an adapted head, frozen, which PEFT saves beside A and B
 MERGE_IT = "export the merged model with --merged"

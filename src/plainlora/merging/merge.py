@@ -29,7 +29,7 @@ from plainlora.lora.interchange import read_config
 from plainlora.merging.certificate import CERTIFICATE, Answers, agreement, hash_adapter, hash_files, perplexity
 from plainlora.merging.eval_prompts import NEW_TOKENS, PROMPTS, EvalPrompts, classifier_prompts, language_prompts
 from plainlora.merging.reload import ask
-from plainlora.peft_model import changes_base
+from plainlora.peft_model.config import changes_base
 from plainlora.report import package_versions, write_json
 from plainlora.resources.memory import free_memory
 from plainlora.run.adapter_base import (

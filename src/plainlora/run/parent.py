@@ -15,7 +15,7 @@ from plainlora.errors import UserError, first_line
 from plainlora.folders import sha256_of
 from plainlora.lora.config import as_loaded
 from plainlora.lora.interchange import read_config, saved_shapes
-from plainlora.peft_model import check_base_is_known
+from plainlora.peft_model.config import check_base_is_known
 from plainlora.run.adapter_base import class_labels, read_run
 
 WEIGHTS = "adapter_model.safetensors"

@@ -25,7 +25,7 @@ from plainlora.base.config import context_length, load_config
 from plainlora.base.loading import loading_options
 from plainlora.base.tokenizer import load_tokenizer
 from plainlora.hub.model_card import write_classifier_card
-from plainlora.peft_model import needs_rows
+from plainlora.peft_model.config import needs_rows
 from plainlora.plots import plot_confusion, plot_loss
 from plainlora.report import write_json
 from plainlora.resources.plan import Plan

@@ -13,7 +13,7 @@ from plainlora.backends import Backend, BackendName, choose_backend, count_param
 from plainlora.errors import UserError
 from plainlora.lora.errors import some
 from plainlora.lora.targets import without_unmatched
-from plainlora.peft_model import check_bits
+from plainlora.peft_model.config import check_bits
 from plainlora.resources.disk import merged_bytes
 from plainlora.run.adapter_base import class_labels, read_run
 from plainlora.run.parent import Parent, find_parent

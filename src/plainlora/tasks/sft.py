@@ -24,7 +24,7 @@ from plainlora.data import prompts
 from plainlora.errors import UserError
 from plainlora.generation import ExactMatch, check_prompts
 from plainlora.hub.model_card import write_sft_card
-from plainlora.peft_model import needs_rows
+from plainlora.peft_model.config import needs_rows
 from plainlora.plots import plot_loss
 from plainlora.report import Sample, write_json, write_samples
 from plainlora.resources.checkpointing import needs_checkpointing

@@ -1,28 +1,18 @@
-"""A `PeftModel` behind the verbs of `plainlora.backends`: PEFT's own code for what a `LoraConfig` asks for.
-
-PEFT implements more of its `LoraConfig` than the hand-written LoRA. Some of it needs what PEFT leaves to a script:
-
-- PiSSA, OLoRA, CorDA and LoRA-GA start from B A that is not 0 and subtract it from the base. Their adapter belongs to
-  that changed base, which for most of them cannot be made again. The final save is converted to one for the unchanged
-  base, of twice the rank: `W0 + s (B A - B0 A0)`.
-- EVA, CorDA and LoRA-GA compute the start from rows. Without them PEFT would start at random, or fail.
-"""
+"""A `PeftModel` that is attached, loaded, saved for the unchanged base, switched off and merged."""
 
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
-from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.eva import prepare_model_inputs_fn_language_modeling as tokens_for_eva
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -35,68 +25,25 @@ from plainlora.lora.strength import interpolated
 from plainlora.lora.targets import (
     check_expressions,
     check_patterns,
-    condense,
     find_modules_to_save,
     find_new_weights,
     find_tied,
-    modules_to_save,
     select,
 )
-
-CONVERTED = ("pissa", "olora", "corda", "lora_ga")  # beginnings of init_lora_weights
-NEEDS_ROWS = ("eva", "corda", "lora_ga")
-MADE_AGAIN = ("pissa", "olora")  # PEFT repeats these on loading, with the same result
-FROM_WEIGHTS = (*CONVERTED, "loftq", "mica", "orthogonal")  # need weights, or their dtype, in 16 or 32 bits
-IGNORED_IN_BITS = ("kasa_config", "megatron_config", "monteclora_config", "use_bdlora")  # plain LoRA, without a word
+from plainlora.peft_model.config import (
+    CONVERTED,
+    changes_base,
+    check_base_is_known,
+    check_bits,
+    check_conversion,
+    for_shapes,
+    init_of,
+    needs_rows,
+)
+from plainlora.peft_model.initial import initialize_eva, prepare
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-
-
-def _init_of(config: LoraConfig) -> str:
-    return str(config.init_lora_weights).lower()
-
-
-def changes_base(config: LoraConfig) -> bool:
-    """Whether PEFT changes the base's weights or layers when it attaches or loads an adapter of this config."""
-    own = config.kasa_config is not None or bool(config.layer_replication)
-    return own or _init_of(config).startswith((*CONVERTED, "loftq"))
-
-
-def needs_rows(config: LoraConfig) -> bool:
-    """Whether the adapter's initial values are computed from training rows."""
-    return _init_of(config) in NEEDS_ROWS
-
-
-def check_bits(config: LoraConfig, bits: int | None, on_cpu: bool) -> None:
-    """Raises `LoRAError` for what PEFT ignores, computes wrongly or cannot compute on bitsandbytes' layers.
-
-    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/bnb.py (`resolve_lora_variant`)
-
-    Args:
-        config: The adapter's config.
-        bits: 4 or 8, in which the base is stored; `None` for a dense one.
-        on_cpu: Whether it is trained on a CPU.
-    """
-    if bits is None:
-        return
-    init = f"init_lora_weights={config.init_lora_weights!r}"
-    if ignored := [name for name in IGNORED_IN_BITS if getattr(config, name)]:
-        fault = f"{some(ignored)}: PEFT ignores it on a base in {bits} bits, and would train plain LoRA"
-    elif _init_of(config) == "olora":
-        off = {4: "1.7 %", 8: "0.5 %"}[bits]
-        fault = f"{init}: PEFT rounds the base that it changes to {bits} bits again, and the adapter, saved for the "
-        fault += f"unchanged base, is another model than was trained: the logits of a tiny Llama were off by {off}"
-    elif _init_of(config).startswith(FROM_WEIGHTS):
-        fault = f"{init}: PEFT starts this adapter from the base's weights in 16 or 32 bits, and these are in {bits}"
-    elif bits == 8 and config.layer_replication:
-        fault = "layer_replication: in 8 bits the copies of a layer compute without the scales of its weights, which "
-        fault += "bitsandbytes takes out of the weight that they share"
-    elif bits == 8 and config.use_dora and on_cpu:
-        fault = "use_dora: on a CPU in 8 bits PEFT loses the scales of the weights, and fails"
-    else:
-        return
-    raise LoRAError(f"{fault}; leave it out, or load the base without load_in_{bits}bit")
 
 
 def _bits_of(model: nn.Module) -> int | None:
@@ -141,26 +88,21 @@ def attach(
     """
     check_config(config)
     check_bits(config, _bits_of(model), model.device.type == "cpu")
-    _check_conversion(config)
+    check_conversion(config)
     found = select(model, config)
     selected = found.selected
     check_patterns(config, [*selected, *found.selected_parameters])
     find_modules_to_save(model, config, ())
     new = find_new_weights(model, config, new_weights)
     if _on_meta(model):
-        config = _for_shapes(config)
+        config = for_shapes(config)
     elif needs_rows(config):
-        if not batches:
-            raise LoRAError(
-                f"init_lora_weights={config.init_lora_weights!r} computes the adapter from training rows: train it "
-                "with recipes/sft.py or recipes/classify.py"
-            )
-        _by_peft("cannot initialise this adapter from rows", _prepare, model, config, selected, batches)
+        _by_peft("cannot initialise this adapter from rows", prepare, model, config, selected, batches)
     biases = _copies_of_biases(model, config)
     adapted = _by_peft("refuses this adapter", get_peft_model, model, config)
     adapted.biases = biases  # type: ignore[assignment]
-    if _init_of(config) == "eva" and batches:
-        _by_peft("cannot initialise this adapter from rows", _initialize_eva, adapted, _for_eva(adapted, batches))
+    if init_of(config) == "eva" and batches:
+        _by_peft("cannot initialise this adapter from rows", initialize_eva, adapted, batches)
     if not _on_meta(model) and find_unsupported(config):
         _by_peft("cannot compute with this adapter", _run_once, adapted)
     if config.use_qalora and not any(hasattr(module, "qalora_group_size") for module in adapted.modules()):
@@ -176,45 +118,11 @@ def attach(
     return adapted
 
 
-def _check_conversion(config: LoraConfig) -> None:
-    """Raises `LoRAError` for what PEFT would lose, or fail on, when it converts an adapter to the unchanged base.
-
-    It keeps A and B alone, and adds a second adapter, which it does not do beside a trained bias.
-
-    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/model.py (`subtract_mutated_init`)
-    """
-    if not _init_of(config).startswith(CONVERTED):
-        return
-    patterns = config.use_rslora and (config.rank_pattern or config.alpha_pattern)
-    trained = {
-        "bias": config.bias != "none",
-        "modules_to_save": bool(modules_to_save(config)),
-        "use_dora": config.use_dora,
-        "trainable_token_indices": config.trainable_token_indices is not None,
-        "rank_pattern and alpha_pattern with use_rslora": bool(patterns),
-    }
-    if lost := [name for name, is_set in trained.items() if is_set]:
-        raise LoRAError(
-            f"{some(lost)}: PEFT saves init_lora_weights={config.init_lora_weights!r} for the unchanged base, and can "
-            "convert A and B alone; leave it out, or choose another init_lora_weights"
-        )
-
-
 def _copies_of_biases(model: nn.Module, config: LoraConfig) -> dict[nn.Parameter, torch.Tensor]:
     """The base's biases, of which some are trained, with copies of their values; none if none is trained."""
     if config.bias == "none" or _on_meta(model):
         return {}
     return {each: each.detach().cpu().clone() for name, each in model.named_parameters() if name.endswith("bias")}
-
-
-def _for_shapes(config: LoraConfig) -> LoraConfig:
-    """A config for a base without values: what is computed from values is left out."""
-    config = deepcopy(config)
-    if needs_rows(config):
-        config.init_lora_weights = True
-        config.eva_config = config.corda_config = config.lora_ga_config = None
-    config.kasa_config = None  # a diagonal of r values beside A and B, and a truncated base
-    return config
 
 
 @torch.no_grad()
@@ -226,75 +134,6 @@ def _run_once(adapted: PeftModel) -> None:
     with torch.random.fork_rng():
         adapted.eval()(input_ids=torch.zeros(1, 4, dtype=torch.long, device=adapted.device))
     adapted.train(was_training)
-
-
-def _prepare(
-    model: PreTrainedModel, config: LoraConfig, selected: list[str], batches: Sequence[dict[str, torch.Tensor]]
-) -> None:
-    """Computes what CorDA and LoRA-GA need before they are attached; both look for targets by their names.
-
-    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/corda.py
-    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/loraga.py
-    """
-    config.target_modules = condense(selected, model)
-    if _init_of(config) == "corda":
-        try:
-            from peft.tuners.lora.corda import preprocess_corda  # noqa: PLC0415
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f"init_lora_weights='corda': PEFT's CorDA needs the package {error.name}: pip install attrs"
-            ) from error
-        was_training = model.training
-        preprocess_corda(model.eval(), config, run_model=partial(_run_rows, model, batches))
-        model.train(was_training)
-    elif _init_of(config) == "lora_ga":
-        from peft.tuners.lora.loraga import preprocess_loraga  # noqa: PLC0415
-
-        preprocess_loraga(model, config, partial(_accumulate_gradients, model, batches))
-
-
-@torch.no_grad()
-def _run_rows(model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]]) -> None:
-    """One row at a time and unpadded: CorDA's covariances are those of one sequence, padding included."""
-    for batch in batches:
-        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
-            model(input_ids=ids[mask.bool()][None].to(model.device))
-
-
-def _accumulate_gradients(model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]]) -> None:
-    for batch in batches:
-        model(**{name: value.to(model.device) for name, value in batch.items()}).loss.backward()
-
-
-def _initialize_eva(adapted: PeftModel, batches: Sequence[dict[str, torch.Tensor]]) -> None:
-    from peft import initialize_lora_eva_weights  # noqa: PLC0415
-
-    on_device = [{name: value.to(adapted.device) for name, value in batch.items()} for batch in batches]
-    initialize_lora_eva_weights(adapted, on_device, show_progress_bar=False)
-
-
-def _for_eva(adapted: PeftModel, batches: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-    """The batches that PEFT's EVA can use, without labels of whole rows, which it would take for those of tokens.
-
-    It passes over a batch with fewer tokens than components, prints a line a layer, and has no end if all are such.
-    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/eva.py (`SVDHook`, `_get_eva_state_dict`)
-
-    Raises:
-        LoRAError: There is none.
-    """
-    config = cast(LoraConfig, adapted.active_peft_config)
-    eva = cast(EvaConfig, config.eva_config)
-    components = round(max([config.r, *(config.rank_pattern or {}).values()]) * eva.rho)
-    of_tokens = [
-        {name: value for name, value in batch.items() if name != "labels" or value.dim() > 1} for batch in batches
-    ]
-    sizes = [len(tokens_for_eva(batch, config)) for batch in of_tokens]
-    if max(sizes) < components:
-        raise LoRAError(
-            f"init_lora_weights='eva' computes {components} components (r times rho), and no batch of training rows "
-            f"has more than {max(sizes)} trained tokens; raise per_device_train_batch_size, or lower r"
-        )
-    return [batch for batch, size in zip(of_tokens, sizes, strict=True) if size >= components]
 
 
 def _save_pretrained(
@@ -370,7 +209,7 @@ def for_unchanged_base(model: nn.Module) -> Iterator[None]:
     PEFT changes again on loading.
     """
     initial, config = _initial(model), cast(LoraConfig, cast(PeftModel, model).active_peft_config)
-    if initial is None or not _init_of(config).startswith(CONVERTED):
+    if initial is None or not init_of(config).startswith(CONVERTED):
         yield
         return
     save = cast(Callable[..., None], model.save_pretrained)
@@ -398,16 +237,6 @@ def _check_readable(model: nn.Module, directory: str | Path) -> LoraConfig:
     check_types(config)
     check_expressions(model, config)
     return config
-
-
-def check_base_is_known(config: LoraConfig, directory: str | Path) -> None:
-    """Raises `LoRAError` for an adapter of a changed base that PEFT cannot make again."""
-    if _init_of(config).startswith(CONVERTED) and _init_of(config) not in MADE_AGAIN:
-        raise LoRAError(
-            f"{directory} was saved with init_lora_weights={config.init_lora_weights!r}, for a changed base that PEFT "
-            "cannot make again: use the final adapter of its run, or save it with PEFT's "
-            "path_initial_model_for_weight_conversion"
-        )
 
 
 def load(model: PreTrainedModel, directory: str | Path) -> nn.Module:
