@@ -56,6 +56,11 @@ def attach(model: PreTrainedModel, backend: str) -> torch.nn.Module:
     return attach_adapter(model, copy.deepcopy(LORA), BACKENDS[backend])
 
 
+def attach_with_tokens(model: PreTrainedModel) -> torch.nn.Module:
+    config = replace(copy.deepcopy(LORA), trainable_token_indices=[5, 6])
+    return attach_adapter(model, config, BACKENDS["peft_fused"])
+
+
 def a_step(config: PretrainedConfig, rows: int, backend: str = "fused", **options: Any) -> Step:
     batch = Batch(rows, options.pop("length", LENGTH), masked=rows > 1)
     head = BACKENDS[backend].fast
@@ -104,6 +109,11 @@ def allocate(
         LossHead(base)
     if checkpointing:
         base.activation_checkpointing_enable()
+    return watch(a_loss(model, rows, autocast))
+
+
+def a_loss(model: torch.nn.Module, rows: int, autocast: bool = False) -> Callable[[], None]:
+    """A forward and a backward pass."""
     ids = torch.ones(rows, LENGTH, dtype=torch.long)
     mask = torch.ones_like(ids)
     if rows > 1:
@@ -114,7 +124,7 @@ def allocate(
             loss = model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True).loss
         loss.backward()
 
-    return watch(step)
+    return step
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -123,6 +133,22 @@ def test_the_count_is_what_the_allocator_holds_in_a_real_step(kind: str, dropout
     config = make_config(kind, dropout)
     for rows in (1, 3):
         assert count(copy.deepcopy(config), rows) == pytest.approx(allocate(config, rows), rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_trained_tokens_in_a_tied_head_are_counted_with_all_logits(kind: str) -> None:
+    """Neither fused head takes PEFT's wrapper of the head, so such a run uses the model's own forward."""
+    config = make_config(kind)
+    config.vocab_size = 4096
+    assert config.tie_word_embeddings
+    for rows in (1, 3):
+        batch = Batch(rows, LENGTH, masked=rows > 1)
+        counted = count_peak_bytes(Step(copy.deepcopy(config), attach_with_tokens, batch, CPU, one_pass_head=True))
+        base = AutoModelForCausalLM.from_config(config)
+        model = attach_with_tokens(base).train()
+        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+        LossHead(base, "own")
+        assert counted == pytest.approx(watch(a_loss(model, rows)), rel=0.03)
 
 
 def test_mixed_precision_is_counted_as_it_runs() -> None:
