@@ -50,6 +50,11 @@ def _shortened(line: str) -> str:
     return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
 
 
+def _tell(line: str) -> None:
+    """Writes a line to standard error in one call, so that the processes of one run do not write into each other's."""
+    sys.stderr.write(line + "\n")
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Prints `UserError` and `LoRAError` as one line on standard error, and exits with code 2.
@@ -63,16 +68,16 @@ def one_line_errors() -> Iterator[None]:
             raise
         sys.stdout.flush()
         for fault in error.args if isinstance(error, UserError) else [error]:
-            print("error: " + _shortened(one_line(str(fault))), file=sys.stderr)
+            _tell("error: " + _shortened(one_line(str(fault))))
         raise SystemExit(EXIT_CODE) from error
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
-        print(f'error: this needs {error.name}: pip install "plainlora[{extra}]"', file=sys.stderr)
+        _tell(f'error: this needs {error.name}: pip install "plainlora[{extra}]"')
         raise SystemExit(EXIT_CODE) from error
     except KeyboardInterrupt as error:
-        print("interrupted", file=sys.stderr)
+        _tell("interrupted")
         raise SystemExit(INTERRUPTED) from error
 
 
@@ -93,7 +98,7 @@ def run_program(main: Callable[[], None]) -> None:
     except Stopped as stopped:
         sys.stdout.flush()
         if str(stopped):
-            print(stopped, file=sys.stderr)
+            _tell(str(stopped))
         raise SystemExit(stopped.exit_code) from stopped
     leave_if_not_first()
 

@@ -90,10 +90,13 @@ def describe_merge(results: dict[str, Any]) -> str:
 def _adapter_settings(backend: str, recipe: RecipeArguments, saved: LoraConfig, trained: LoraConfig) -> dict[str, Any]:
     """The adapter's settings as they are saved: every field of its config that is not PEFT's default.
 
-    A converted adapter has twice the rank that was trained, see `plainlora.peft_model.model.for_unchanged_base`.
+    A pattern of target modules, saved as the names that it matched, stands as it was given. A converted adapter has
+    twice the rank that was trained, see `plainlora.peft_model.model.for_unchanged_base`.
     """
     converted = saved.init_lora_weights != trained.init_lora_weights
-    plain, targets = LoraConfig(), saved.target_modules
+    plain, targets = LoraConfig(), trained.target_modules
+    if not isinstance(targets, str):
+        targets = saved.target_modules
 
     def show(name: str) -> str:
         value, before = (_shortened(_show(getattr(config, name))) for config in (saved, trained))
