@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, initialize_lora_eva_weights
+from peft import EvaConfig, LoraConfig, get_peft_model, get_peft_model_state_dict, initialize_lora_eva_weights
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
@@ -19,8 +19,11 @@ def a_classifier() -> PreTrainedModel:
     return AutoModelForSequenceClassification.from_config(BACKBONES["distilbert"]()).eval()
 
 
-def config() -> LoraConfig:
-    return LoraConfig(task_type="SEQ_CLS", r=R, target_modules=["q_lin", "v_lin"], init_lora_weights="eva")
+def config(tau: float = 0.99) -> LoraConfig:
+    eva = EvaConfig(tau=tau)
+    return LoraConfig(
+        task_type="SEQ_CLS", r=R, target_modules=["q_lin", "v_lin"], init_lora_weights="eva", eva_config=eva
+    )
 
 
 def batches_of(*lengths: int) -> list[Batch]:
@@ -71,3 +74,8 @@ def test_where_every_batch_has_too_few_tokens_the_run_is_refused() -> None:
 def test_without_rows_it_is_refused() -> None:
     with pytest.raises(LoRAError, match="computes the adapter from training rows"):
         attach(a_classifier(), config())
+
+
+def test_what_does_not_converge_is_refused_where_plain_peft_has_no_end() -> None:
+    with pytest.raises(LoRAError, match="has not converged in 512 batches"):
+        attach(a_classifier(), config(tau=1.0), batches=batches_of(24, 24))

@@ -1,7 +1,8 @@
 """Initial values that are computed from training rows: those of CorDA, LoRA-GA and EVA."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import cycle, islice
 from typing import cast
 
 import torch
@@ -14,6 +15,9 @@ from plainlora.errors import UserError
 from plainlora.lora.errors import LoRAError
 from plainlora.lora.targets import condense
 from plainlora.peft_model.config import init_of
+
+# SmolLM2-135M converged in 73 batches of 2 rows for r=16, in 273 of one row for r=32; on 4 rows not in 64 of 2.
+MOST_BATCHES = 512
 
 
 def prepare(
@@ -71,14 +75,34 @@ def initialize_eva(adapted: PeftModel, batches: Sequence[dict[str, torch.Tensor]
     """`peft.initialize_lora_eva_weights` on an attached adapter.
 
     Raises:
-        LoRAError: No batch has enough tokens.
+        LoRAError: No batch has enough tokens, or the components do not converge.
     """
     from peft import initialize_lora_eva_weights  # noqa: PLC0415
 
     on_device = [
         {name: value.to(adapted.device) for name, value in batch.items()} for batch in _for_eva(adapted, batches)
     ]
-    initialize_lora_eva_weights(adapted, on_device)
+    initialize_lora_eva_weights(adapted, _UntilConverged(on_device))
+
+
+class _UntilConverged:
+    """Batches again and again, at most `MOST_BATCHES`: PEFT's EVA goes through them until every layer has converged.
+
+    A few rows, an expert that few tokens reach, or `tau` too near 1 would keep it for ever.
+    """
+
+    def __init__(self, batches: Sequence[dict[str, torch.Tensor]]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        yield from islice(cycle(self.batches), MOST_BATCHES)
+        raise LoRAError(
+            f"init_lora_weights='eva' has not converged in {MOST_BATCHES} batches; give more rows, or lower r, or tau "
+            "in eva_config"
+        )
 
 
 def _for_eva(adapted: PeftModel, batches: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:

@@ -193,6 +193,8 @@ def load_model(
     adapter_dtype = settings.recipe.adapter_dtype if adapter.lora is not None else None
     log(precision_line(list_precisions(settings.training, settings.model, adapter.config, adapter_dtype)))
     base, new_weights = load_weights(settings, adapter.config)
+    for note in adapter.notes:
+        log(note)
     if adapter.lora is None or adapter.backend is None:
         model = train_weights(base, adapter.modules)
     else:
@@ -202,8 +204,6 @@ def load_model(
         model = train_adapter(base, adapter.lora, backend, settings.recipe.adapter_dtype, new_weights, batches)
         load_parent(adapter, backend, model.model)
     trainable, total = count_parameters(model.model)
-    for note in adapter.notes:
-        log(note)
     log(f"{settings.recipe.method}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
     return model
 

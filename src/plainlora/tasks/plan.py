@@ -13,7 +13,7 @@ from plainlora.backends import Backend, BackendName, choose_backend, count_param
 from plainlora.errors import UserError
 from plainlora.lora.errors import some
 from plainlora.lora.targets import without_unmatched
-from plainlora.peft_model.config import check_bits
+from plainlora.peft_model.config import check_bits, needs_rows
 from plainlora.resources.disk import merged_bytes
 from plainlora.run.adapter_base import class_labels, read_run
 from plainlora.run.parent import Parent, find_parent
@@ -101,6 +101,8 @@ def plan_lora(
         check_bits(lora, bits, trains_on_cpu(settings.training.use_cpu))
     if only_peft is not None:
         notes.append(f"PEFT's own code trains this adapter: {only_peft}")
+    if needs_rows(lora):
+        notes.append("PEFT first computes its initial values from training rows, which can take minutes")
     return AdapterPlan(config, build, lora, backend, parent=parent, notes=tuple(notes))
 
 

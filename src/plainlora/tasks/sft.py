@@ -227,6 +227,8 @@ def load_model(
         needed = needs_checkpointing(plan, free_memory(training.device), log)
         training.gradient_checkpointing = training.activation_checkpointing = needed
     base = load_weights(settings)
+    for note in adapter.notes:
+        log(note)
     if adapter.lora is None or adapter.backend is None:
         trained = train_weights(base, adapter.modules)
     else:
@@ -235,8 +237,6 @@ def load_model(
         model = attach_adapter(base, adapter.lora, backend, recipe.adapter_dtype, batches=batches)
         load_parent(adapter, backend, model)
         trained = TrainableModel(model, backend, partial(backend.disabled, model), quantization)
-    for note in adapter.notes:
-        log(note)
     what = recipe.method if adapter.backend is None else f"{adapter.backend} LoRA"
     trainable, total = count_parameters(trained.model)
     log(f"{what}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
