@@ -384,12 +384,18 @@ def test_an_adapter_of_experts_under_their_older_names_is_loaded(tmp_path: Path)
         {"use_dora": True},
         {"trainable_token_indices": [3]},
         {"use_rslora": True, "rank_pattern": {"q_proj": 2}},
+        {"layer_replication": [[0, 2], [1, 2]]},
+        {"kasa_config": {}},
+        {"monteclora_config": {}},
+        {"velora_config": {"num_groups": 16}},
+        {"use_bdlora": {"nblocks": 2, "target_modules_bd_a": ["q_proj"]}},
+        {"target_modules": ["embed_tokens", "q_proj"]},
     ],
 )
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda"])
 def test_what_pefts_conversion_to_the_unchanged_base_would_lose_is_refused_before_training(
     init: str, options: dict[str, Any]
 ) -> None:
-    given = config(target_modules=["q_proj"], init_lora_weights=init, **options)
+    given = config(**{"target_modules": ["q_proj"], "init_lora_weights": init} | options)
     with pytest.raises(LoRAError, match=rf": PEFT saves init_lora_weights='{init}' for the unchanged base"):
         attach_adapter(make_model("llama"), given, BACKENDS["peft_fused"])

@@ -177,6 +177,13 @@ def test_an_output_dir_that_holds_the_rows_or_the_base(
     assert f"is or holds the base model {base}; give a folder of its own" in said
 
 
+def test_an_output_dir_that_holds_the_adapter_to_go_on_from(recipe: Run, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
+    for adapter in (tmp_path / "run", tmp_path / "run" / "checkpoint-2"):
+        said = recipe("--overwrite", adapter_name_or_path=str(adapter), output_dir=str(tmp_path / "run"))
+        assert f"is or holds the adapter {adapter}; give a folder of its own" in said
+
+
 def test_a_base_that_is_an_adapter(recipe: Run, tmp_path: Path, model_dirs: dict[str, Path]) -> None:
     base = shutil.copytree(model_dirs["llama"], tmp_path / "base")
     write(base / "adapter_config.json", "{}")

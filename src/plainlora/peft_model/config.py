@@ -1,11 +1,16 @@
 """What a `LoraConfig` means to PEFT: what it changes, needs, ignores, loses or computes wrongly."""
 
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
+from typing import NoReturn
 
 from peft import LoraConfig
+from torch import nn
 
+from plainlora.lora.config import find_unsupported
 from plainlora.lora.errors import LoRAError, some
+from plainlora.lora.storage import is_supported
 from plainlora.lora.targets import modules_to_save
 
 CONVERTED = ("pissa", "olora", "corda", "lora_ga")  # beginnings of init_lora_weights
@@ -24,6 +29,11 @@ def changes_base(config: LoraConfig) -> bool:
     """Whether PEFT changes the base's weights or layers when it attaches or loads an adapter of this config."""
     own = config.kasa_config is not None or bool(config.layer_replication)
     return own or init_of(config).startswith((*CONVERTED, "loftq"))
+
+
+def is_converted(config: LoraConfig) -> bool:
+    """Whether the final adapter is converted to one for the unchanged base."""
+    return init_of(config).startswith(CONVERTED)
 
 
 def needs_rows(config: LoraConfig) -> bool:
@@ -65,30 +75,40 @@ def check_bits(config: LoraConfig, bits: int | None, on_cpu: bool) -> None:
 def check_conversion(config: LoraConfig) -> None:
     """Raises `LoRAError` for what PEFT would lose, or fail on, when it converts an adapter to the unchanged base.
 
-    It keeps A and B alone, and adds a second adapter, which it does not do beside a trained bias.
+    It keeps A and B of plain LoRA alone, and adds a second adapter, which it does not do beside a trained bias.
 
     https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/model.py (`subtract_mutated_init`)
     """
-    if not init_of(config).startswith(CONVERTED):
+    if not is_converted(config):
         return
-    patterns = config.use_rslora and (config.rank_pattern or config.alpha_pattern)
-    trained = {
-        "bias": config.bias != "none",
-        "modules_to_save": bool(modules_to_save(config)),
-        "use_dora": config.use_dora,
-        "trainable_token_indices": config.trainable_token_indices is not None,
-        "rank_pattern and alpha_pattern with use_rslora": bool(patterns),
-    }
-    if lost := [name for name, is_set in trained.items() if is_set]:
-        raise LoRAError(
-            f"{some(lost)}: PEFT saves init_lora_weights={config.init_lora_weights!r} for the unchanged base, and can "
-            "convert A and B alone; leave it out, or choose another init_lora_weights"
-        )
+    lost = [name for name in find_unsupported(config) if name != "init_lora_weights"]
+    lost += [name for name, is_set in (("bias", config.bias != "none"), ("use_dora", config.use_dora)) if is_set]
+    if modules_to_save(config):
+        lost.append("modules_to_save")
+    if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
+        lost.append("rank_pattern and alpha_pattern with use_rslora")
+    if lost:
+        _refuse_conversion(config, some(lost))
+
+
+def check_conversion_of(config: LoraConfig, modules: Mapping[str, nn.Module]) -> None:
+    """Raises `LoRAError` if one of the modules to adapt has no plain A and B: an embedding, a convolution."""
+    if is_converted(config):
+        for name, module in modules.items():
+            if not is_supported(module):
+                _refuse_conversion(config, f"target_modules: {name}, which is no linear layer")
+
+
+def _refuse_conversion(config: LoraConfig, what: str) -> NoReturn:
+    raise LoRAError(
+        f"{what}: PEFT saves init_lora_weights={config.init_lora_weights!r} for the unchanged base, and can convert "
+        "A and B of linear layers alone; leave it out, or choose another init_lora_weights"
+    )
 
 
 def check_base_is_known(config: LoraConfig, directory: str | Path) -> None:
     """Raises `LoRAError` for an adapter of a changed base that PEFT cannot make again."""
-    if init_of(config).startswith(CONVERTED) and init_of(config) not in MADE_AGAIN:
+    if is_converted(config) and init_of(config) not in MADE_AGAIN:
         raise LoRAError(
             f"{directory} was saved with init_lora_weights={config.init_lora_weights!r}, for a changed base that PEFT "
             "cannot make again: use the final adapter of its run, or save it with PEFT's "

@@ -31,13 +31,14 @@ from plainlora.lora.targets import (
     select,
 )
 from plainlora.peft_model.config import (
-    CONVERTED,
     changes_base,
     check_base_is_known,
     check_bits,
     check_conversion,
+    check_conversion_of,
     for_shapes,
     init_of,
+    is_converted,
     needs_rows,
 )
 from plainlora.peft_model.initial import initialize_eva, prepare
@@ -91,6 +92,7 @@ def attach(
     check_conversion(config)
     found = select(model, config)
     selected = found.selected
+    check_conversion_of(config, {name: model.get_submodule(name) for name in selected})
     check_patterns(config, [*selected, *found.selected_parameters])
     find_modules_to_save(model, config, ())
     new = find_new_weights(model, config, new_weights)
@@ -209,7 +211,7 @@ def for_unchanged_base(model: nn.Module) -> Iterator[None]:
     PEFT changes again on loading.
     """
     initial, config = _initial(model), cast(LoraConfig, cast(PeftModel, model).active_peft_config)
-    if initial is None or not init_of(config).startswith(CONVERTED):
+    if initial is None or not is_converted(config):
         yield
         return
     save = cast(Callable[..., None], model.save_pretrained)
@@ -303,7 +305,7 @@ def merge(model: nn.Module) -> PreTrainedModel:
     tied = None if config.ensure_weight_tying else find_tied(model, [f"{name}.base_layer" for name in targets])
     if tied is not None:
         raise UserError(
-            f"{tied[0].removesuffix('.base_layer')} shares its weight with {tied[1]}, which a merge would change too; "
-            "set ensure_weight_tying in lora_config, or do not merge"
+            f"{tied[0].removesuffix('.base_layer')} shares its weight with {tied[1]}, which a merge would change too, "
+            "so this adapter cannot be merged; load it with PEFT"
         )
     return cast(PreTrainedModel, _by_peft("cannot merge this adapter", cast(Any, model).merge_and_unload))

@@ -63,6 +63,7 @@ class Settings(Generic[RecipeT, TrainingT]):
             "dataset": self.script.dataset_name,
             "test dataset": self.recipe.eval_dataset_name,
             "validation dataset": getattr(self.recipe, "validation_dataset_name", None),
+            "adapter": self.recipe.adapter_name_or_path,
         }
 
 

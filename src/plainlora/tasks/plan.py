@@ -13,7 +13,7 @@ from plainlora.backends import Backend, BackendName, choose_backend, count_param
 from plainlora.errors import UserError
 from plainlora.lora.errors import some
 from plainlora.lora.targets import without_unmatched
-from plainlora.peft_model.config import check_bits, needs_rows
+from plainlora.peft_model.config import check_bits, check_conversion, needs_rows
 from plainlora.resources.disk import merged_bytes
 from plainlora.run.adapter_base import class_labels, read_run
 from plainlora.run.parent import Parent, find_parent
@@ -82,7 +82,7 @@ def plan_lora(
     Raises:
         UserError: The adapter to train on cannot be found, or is another base's or another task's.
         LoRAError: The hand-written form is asked for, and does not implement the config; or the adapter cannot be
-            trained on a base in 4 or 8 bits.
+            trained on a base in 4 or 8 bits, or saved for its unchanged base.
     """
     recipe, parent, notes = settings.recipe, None, []
     if recipe.adapter_name_or_path is not None:
@@ -99,6 +99,7 @@ def plan_lora(
     if backend in ("peft", "peft_fused"):
         bits = 4 if settings.model.load_in_4bit else 8 if settings.model.load_in_8bit else None
         check_bits(lora, bits, trains_on_cpu(settings.training.use_cpu))
+        check_conversion(lora)
     if only_peft is not None:
         notes.append(f"PEFT's own code trains this adapter: {only_peft}")
     if needs_rows(lora):
