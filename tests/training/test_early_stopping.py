@@ -1,6 +1,7 @@
 """Early stopping: it stops, the best weights are saved, and a resumed run stops at the same step."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,17 @@ def test_a_run_stops_saves_the_best_and_stops_at_the_same_step_when_resumed(
         assert line in capfd.readouterr().out
 
 
-def test_a_run_that_gets_better_goes_on_to_its_end(
+def test_a_run_that_gets_better_goes_on_to_its_end_and_is_not_warned_of_the_bases_evaluation(
     run_sft: RunSFT,  # noqa: F811
     capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     output = run_sft("llama", "run", "--early_stopping_patience", "1", "--max_steps", "12", "--learning_rate", "1e-3")
     assert state_of(output)["global_step"] == 12
     assert "stopped early" not in capfd.readouterr().out
+    assert "early stopping" not in caplog.text
 
 
 def test_a_start_that_is_the_best_is_told_from_a_rate_that_is_too_low(

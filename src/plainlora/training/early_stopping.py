@@ -23,6 +23,16 @@ class EarlyStopping(EarlyStoppingCallback):
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             control.should_training_stop = True
 
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """Passes over an evaluation with another prefix, such as the base's, of which Transformers' warns.
+
+        https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer_callback.py (`on_evaluate`)
+        """
+        if "eval_runtime" in metrics:  # SFTTrainer's own figures are called `eval_...` with any prefix
+            super().on_evaluate(args, state, control, metrics, **kwargs)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
