@@ -81,13 +81,24 @@ def test_a_checkpoint_past_the_end_is_refused(begun: Path, refused: Refused) -> 
     assert "checkpoint-6 is at step 6 already, and the run ends at step 2; raise max_steps or" in said
 
 
+def test_a_run_says_from_which_checkpoint_it_goes_on(
+    begun: Path, run_sft: RunSFT, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert "resuming" not in capfd.readouterr().out
+    (begun / "checkpoint-6" / "optimizer.pt").unlink()
+    run_sft("llama", "run", "--packing", "false", "--resume_from_checkpoint", "true")
+    assert f"\nresuming from {begun}/checkpoint-3, after step 3 of 6\n" in capfd.readouterr().out
+
+
 def test_a_finished_run_that_is_resumed_says_so_and_keeps_its_weights(
     begun: Path, run_sft: RunSFT, capfd: pytest.CaptureFixture[str]
 ) -> None:
     weights = (begun / "adapter_model.safetensors").read_bytes()
     capfd.readouterr()
     run_sft("llama", "run", "--packing", "false", "--resume_from_checkpoint", "true")
-    assert "checkpoint-6 is at the last step, 6: nothing is left to train" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "checkpoint-6 is at the last step, 6: nothing is left to train" in said
+    assert "resuming from" not in said
     assert (begun / "adapter_model.safetensors").read_bytes() == weights
 
 

@@ -115,12 +115,19 @@ class Watched(EngineTrainer):
                 raise
             raise UserError(f"{describe_lost(error)}, so training stopped; {self._advice()}") from error
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+    def _init_training_state(
+        self, max_steps: int, steps_an_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
+    ) -> Any:
         """As Trainer's, which fails at the next checkpoint if the one that is resumed knows fewer callbacks.
+
+        Says which checkpoint that is; if it has no step left, `resume_path` has said so.
 
         https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/trainer.py (`_save_checkpoint`)
         """
-        found = super()._init_training_state(*args, **kwargs)
+        found = super()._init_training_state(max_steps, steps_an_epoch, epochs, resume_from_checkpoint, trial)
+        step = self.state.global_step
+        if 0 < step < max_steps:
+            self.accelerator.print(f"resuming from {resume_from_checkpoint}, after step {step} of {max_steps}")
         known = cast(dict[str, Any], self.state.stateful_callbacks)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ExportableState):
