@@ -1,14 +1,16 @@
 """Weights are loaded as they are stored, and a setting is given once."""
 
+import logging
 import platform
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils.logging import warning_once
 from trl import ModelConfig
 
-from plainlora.base.loading import load_base, load_causal_lm, load_pretrained, placement
+from plainlora.base.loading import dequantized, load_base, load_causal_lm, load_pretrained, placement
 from plainlora.errors import UserError
 from plainlora.resources.memory import resident_memory
 from tests.gpu_host import gpu_host
@@ -21,6 +23,17 @@ def test_a_base_in_four_bits_is_loaded_as_one_or_not_at_all(model_dirs: dict[str
         load_causal_lm(str(tmp_path))
     args.model_name_or_path = str(tmp_path)
     assert load_base(args).is_loaded_in_4bit
+
+
+def test_a_dequantised_base_keeps_its_dtype_and_nothing_is_said_of_it(
+    model_dirs: dict[str, Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    warning_once.cache_clear()
+    options = {"dtype": torch.bfloat16, "quantization": BitsAndBytesConfig(load_in_4bit=True)}
+    model = dequantized(load_causal_lm(str(model_dirs["llama"]), **options))
+    assert {each.dtype for each in model.parameters()} == {torch.bfloat16}
+    assert "dequantized" not in caplog.text
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not run: another C library than glibc")

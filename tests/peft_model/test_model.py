@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from peft import (
 )
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
+from peft.utils.warning import PeftWarning
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -311,6 +313,26 @@ def test_a_run_is_that_of_plain_peft(
             before = logits_of(model)
         alone = start if name != "false" else logits_of(base_of(kind))  # which starts as noise
         torch.testing.assert_close(before, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lora_bias", "embeddings", "corda_config", "pissa"])
+def test_peft_warns_of_nothing_that_is_meant_when_it_saves_and_loads(
+    name: str, batches: list[dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    model = attach_adapter(base_of("llama"), config_of(name, "llama"), BACKENDS["peft"], batches=batches)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        train(model, tmp_path, "peft")
+        BACKENDS["peft"].load(base_of("llama"), tmp_path)
+    assert [str(each.message) for each in said if "peft" in each.filename] == []
+
+
+def test_peft_still_warns_of_shards(tmp_path: Path) -> None:
+    model: Any = attach_adapter(base_of("llama"), config_of("lora_bias", "llama"), BACKENDS["peft"])
+    for parameter in model.parameters():
+        parameter.data = parameter.data.flatten()
+    with pytest.warns(PeftWarning, match=r"invalid shape: .*lora_A\.weight:\(\d+,\)"):
+        model.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

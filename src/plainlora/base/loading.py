@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from types import MethodType
 from typing import Any, cast
@@ -150,21 +150,35 @@ def _split_config(name: str, revision: str | None, options: dict[str, Any]) -> t
 
 
 @contextmanager
-def _quiet_about_new_weights() -> Iterator[None]:
+def _silenced(logger: logging.Logger, text: str) -> Iterator[None]:
+    """Within the block, a logger says nothing with this text in it."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return text not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+def _quiet_about_new_weights() -> AbstractContextManager[None]:
     """Silences Transformers' report on weights that the checkpoint lacks, such as a classifier's new head.
 
     https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/utils/loading_report.py
     """
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(_is_no_load_report)
-    try:
-        yield
-    finally:
-        logger.removeFilter(_is_no_load_report)
+    return _silenced(logging.getLogger("transformers.modeling_utils"), "LOAD REPORT")
 
 
-def _is_no_load_report(record: logging.LogRecord) -> bool:
-    return "LOAD REPORT" not in record.getMessage()
+def dequantized(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with dense weights of its own dtype for those of bitsandbytes; Transformers would warn of that dtype.
+
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/integrations/bitsandbytes.py
+    (`dequantize_and_replace`)
+    """
+    with _silenced(logging.getLogger("transformers.integrations.bitsandbytes"), "The modules are dequantized in"):
+        return model.dequantize().to(model.dtype)
 
 
 def load_causal_lm(name: str, **options: Any) -> PreTrainedModel:

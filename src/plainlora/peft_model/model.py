@@ -113,10 +113,9 @@ def attach(
         adapted.initial = {  # type: ignore[assignment]
             name: value.detach().cpu().clone() for name, value in adapted.named_parameters() if value.requires_grad
         }
-    if new:
-        names = [name for name, parameter in adapted.named_parameters() if parameter in new]
-        save = MethodType(partial(_save_pretrained, new_weights=names), adapted)
-        adapted.save_pretrained = save  # type: ignore[method-assign]
+    names = [name for name, parameter in adapted.named_parameters() if parameter in new]
+    save = MethodType(partial(_save_pretrained, new_weights=names), adapted)
+    adapted.save_pretrained = save  # type: ignore[method-assign]
     return adapted
 
 
@@ -151,10 +150,40 @@ def _save_pretrained(
 
     https://github.com/huggingface/peft/issues/876
     """
-    PeftModel.save_pretrained(model, save_directory, state_dict=state_dict, is_main_process=is_main_process, **options)
-    if is_main_process:
+    options |= {"state_dict": state_dict, "is_main_process": is_main_process}
+    with _quiet_about_saved_tensors():
+        PeftModel.save_pretrained(model, save_directory, **options)
+    if new_weights and is_main_process:
         state = model.state_dict() if state_dict is None else state_dict
         interchange.add_tensors(save_directory, {name: state[name] for name in new_weights})
+
+
+@contextmanager
+def _quiet_about_saved_tensors() -> Iterator[None]:
+    """Silences PEFT, which takes trained biases of `lora_B` for shards, and says that it saves targeted embeddings.
+
+    Of shards it still warns: they are matrices too, which it names first.
+
+    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/utils/save_and_load.py (`get_peft_model_state_dict`)
+    """
+    biases = r"(\S+\.lora_B\.bias:\([1-9]\d*,\)(, |\. | ))+(\(\+|A 1-D)"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", rf"Adapter 'default': \d+ LoRA tensor\(s\) have invalid shape: {biases}")
+        warnings.filterwarnings("ignore", "Setting `save_embedding_layers` to `True` as embedding layers found")
+        yield
+
+
+@contextmanager
+def _quiet_about_conversion() -> Iterator[None]:
+    """Silences what PEFT says of a config whose adapter is converted: that it changes the base, or had been CorDA's.
+
+    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/peft_model.py (`_check_new_adapter_config`)
+    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/config.py (`__post_init__`)
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*changes the base weights of the model")
+        warnings.filterwarnings("ignore", "`corda_config` specified but will be ignored")
+        yield
 
 
 @contextmanager
@@ -216,12 +245,11 @@ def for_unchanged_base(model: nn.Module) -> Iterator[None]:
         return
     save = cast(Callable[..., None], model.save_pretrained)
     with tempfile.TemporaryDirectory() as start:
-        with _with_values(initial):
+        with _with_values(initial), _quiet_about_saved_tensors():
             PeftModel.save_pretrained(cast(PeftModel, model), start)
         cast(Any, model).save_pretrained = partial(save, path_initial_model_for_weight_conversion=start)
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*changes the base weights of the model")  # it is converted
+            with _quiet_about_conversion():
                 yield
         finally:
             cast(Any, model).save_pretrained = save
@@ -261,7 +289,8 @@ def load(model: PreTrainedModel, directory: str | Path) -> nn.Module:
 
 def _check_whole(adapted: PeftModel, directory: str | Path) -> None:
     """Raises `LoRAError` if a weight was not in the file: PEFT leaves it as it was initialised, without a word."""
-    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    with _quiet_about_saved_tensors():
+        wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if wanted <= set(interchange.saved_shapes(directory)):
         return
     renamed = (

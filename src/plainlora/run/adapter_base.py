@@ -14,7 +14,7 @@ from plainlora.backends import BACKENDS, Backend, choose_loader
 from plainlora.base.classifier import build_skeleton, classifier_config, load_classifier
 from plainlora.base.config import load_config
 from plainlora.base.identity import describe_base, find_difference, is_description, name_base
-from plainlora.base.loading import build_decoder, load_causal_lm
+from plainlora.base.loading import build_decoder, dequantized, load_causal_lm
 from plainlora.base.tokenizer import check_vocabulary, load_tokenizer
 from plainlora.errors import UserError, first_line
 from plainlora.json_files import read_mapping
@@ -238,8 +238,7 @@ def load_base_of(
         raise UserError(
             f"{adapter} was not trained on a quantised base, by its run.json, or has no run.json; use --base 16bit"
         )
-    model = _load(adapter, base, dtype, BitsAndBytesConfig(**quantization), device)
-    return model.dequantize().to(model.dtype)
+    return dequantized(_load(adapter, base, dtype, BitsAndBytesConfig(**quantization), device))
 
 
 def load_quantized_base_of(adapter: str | Path, base: Base) -> PreTrainedModel:
