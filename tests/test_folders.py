@@ -3,6 +3,8 @@
 import json
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -182,6 +184,41 @@ def test_u10_a_staged_folder_replaces_another_only_once_it_is_whole(tmp_path: Pa
         assert content(target) == {"old": b"old"}
     assert content(tmp_path) == {"merged/new": b"new"}
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+HALF_WRITTEN = """
+import sys, time
+from pathlib import Path
+from plainlora.folders import staged
+
+with staged(sys.argv[1]) as scratch:
+    (scratch / "half").write_text("half")
+    print("writing", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_u10_what_a_kill_left_is_removed_and_what_another_process_is_writing_is_not(tmp_path: Path) -> None:
+    target = tmp_path / "merged [1]"  # a pattern, were it not escaped
+    theirs = [f".{target.name}.backup_1", f".{target.name}2.saving.abcdefgh"]
+    for name in theirs:
+        (tmp_path / name).mkdir()
+    writer = subprocess.Popen([sys.executable, "-c", HALF_WRITTEN, target], stdout=subprocess.PIPE, text=True)
+    try:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "writing\n"
+        (half,) = {path.name for path in tmp_path.iterdir()} - {*theirs}
+        with staged(target) as scratch:
+            (scratch / "whole").write_text("1")
+        assert {path.name for path in tmp_path.iterdir()} == {*theirs, target.name, half}
+        assert content(tmp_path / half) == {"half": b"half"}
+    finally:
+        writer.kill()
+        writer.communicate()
+    with staged(target) as scratch:
+        (scratch / "whole").write_text("2")
+    assert {path.name for path in tmp_path.iterdir()} == {*theirs, target.name}
+    assert content(target) == {"whole": b"2"}
 
 
 def test_u10_a_disk_that_is_full_while_a_folder_is_staged_leaves_what_was_there(tmp_path: Path) -> None:

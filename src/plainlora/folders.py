@@ -5,6 +5,7 @@ power cut or a kill there is either the old content or the new; a kill between t
 leaves the old one beside its place, in a folder with a dot and its name in front.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -109,12 +110,42 @@ def find_damage(folder: str | Path) -> str | None:
     return None
 
 
+def _lock(folder: Path) -> int | None:
+    """A handle that locks a folder until it is closed or this process ends; `None` if a lock cannot be had."""
+    if sys.platform == "win32":
+        return None
+    import fcntl  # noqa: PLC0415  # Windows has none
+
+    handle = None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another process holds it, the folder is gone, or the file system has no locks
+        if handle is not None:
+            os.close(handle)
+        return None
+    return handle
+
+
+def _remove_unfinished(target: Path) -> None:
+    """Removes the scratch folders of `target` that were left by a kill: no process holds their lock any more."""
+    for folder in target.parent.glob(f"{glob.escape(_unfinished(target))}*"):
+        if (handle := _lock(folder)) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(handle)
+
+
+def _unfinished(target: Path) -> str:
+    """How the names of `target`'s scratch folders begin; no others are ever removed."""
+    return f".{target.name}.saving."
+
+
 @contextmanager
 def staged(target: str | Path) -> Iterator[Path]:
     """A scratch folder that replaces `target`, with a manifest, when the block ends without an error.
 
-    The old folder is moved away first and removed last. If the block raises, it is removed and `target` is
-    unchanged.
+    The old folder is moved away first and removed last. If the block raises, the scratch folder is removed and
+    `target` is unchanged; what a kill has left of one is removed by the next call, except on Windows.
 
     Args:
         target: The folder to write. Its parents are created.
@@ -124,13 +155,20 @@ def staged(target: str | Path) -> Iterator[Path]:
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    _remove_unfinished(target)
+    made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    scratch, handle = made.with_name(_unfinished(target) + made.suffix[1:]), None
     try:
+        handle = _lock(made)  # before it gets the name by which another process would remove it
+        made.rename(scratch)
         scratch.chmod(0o777 & ~_umask())  # mkdtemp makes it private
         yield scratch
         put_in_place(scratch, target)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        for folder in (made, scratch):
+            shutil.rmtree(folder, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
 
 
 def put_in_place(scratch: Path, target: Path) -> None:
