@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, TypeGuard, get_type_hints
 
 from peft import LoraConfig
 
@@ -22,6 +23,7 @@ BOOKKEEPING_FIELDS = {
 
 INIT_FIELDS = {"eva_config", "corda_config", "lora_ga_config", "loftq_config"}  # each belongs to an init_lora_weights
 INITS_OF_A_AND_B = ("eva", "orthogonal")  # PEFT's values of init_lora_weights that do not change the base
+SWITCHES = [name for name, kind in get_type_hints(LoraConfig).items() if kind is bool]
 
 MOST_RANK = 2**20
 LARGEST = 10**38  # of fp32; a whole number may be larger than any float
@@ -39,13 +41,25 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and abs(value) < LARGEST and math.isfinite(value)
 
 
-def _is_pattern(value: object) -> bool:
+def _is_pattern(value: object) -> TypeGuard[dict[str, Any]]:
     """A mapping with module names as keys. Its numbers are checked in `_wrong_numbers`, with `r` and `lora_alpha`."""
     return isinstance(value, dict) and all(isinstance(name, str) for name in value)
 
 
+def _is_numbers(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(_is_whole, value))
+
+
 def _is_layers(value: object) -> bool:
-    return _is_whole(value) or (isinstance(value, (list, tuple)) and all(map(_is_whole, value)))
+    return _is_whole(value) or _is_numbers(value)
+
+
+def _is_ranges(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(_is_numbers(pair) and len(pair) == 2 for pair in value)
+
+
+def _is_tokens(value: object) -> bool:
+    return _is_numbers(value) or (_is_pattern(value) and all(map(_is_numbers, value.values())))
 
 
 def _is_name_or_names(value: object) -> bool:
@@ -61,15 +75,18 @@ TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
     "layers_to_transform": (_is_layers, "a list of whole numbers, or one"),
     "rank_pattern": (_is_pattern, "a mapping of names to whole numbers"),
     "alpha_pattern": (_is_pattern, "a mapping of names to numbers"),
+    "trainable_token_indices": (_is_tokens, "a list of whole numbers, or a mapping of names to such lists"),
+    "alora_invocation_tokens": (_is_numbers, "a list of whole numbers"),
+    "layer_replication": (_is_ranges, "a list of pairs of whole numbers"),
 }
 
 
 def _wrong_types(config: LoraConfig) -> Iterator[tuple[str, str]]:
     for name, (is_right, expected) in TYPES.items():
-        value = getattr(config, name)
+        value = getattr(config, name, None)  # an older PEFT has fewer fields
         if value is not None and not is_right(value):
             yield name, f"{name} must be {expected}, not {value!r:.100}"
-    for name in ("use_rslora", "use_dora", "fan_in_fan_out"):
+    for name in SWITCHES:
         if not isinstance(getattr(config, name), bool | None):
             yield name, f"{name} must be true or false, not {getattr(config, name)!r:.100}"
 

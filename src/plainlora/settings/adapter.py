@@ -14,6 +14,7 @@ from plainlora.errors import UserError, first_line
 from plainlora.lora.config import BOOKKEEPING_FIELDS, find_faults, find_unsupported
 from plainlora.lora.errors import some
 from plainlora.settings.arguments import RecipeArguments, parse_mapping, parse_pattern
+from plainlora.settings.sub_configs import check_sub_configs
 
 
 def keep_names_a_list(targets: list[str] | str | None) -> list[str] | str | None:
@@ -67,7 +68,8 @@ def _own_fields(model: ModelConfig, recipe: RecipeArguments) -> dict[str, Any]:
     """The fields that the setting `lora_config` gives.
 
     Raises:
-        UserError: A name is not a field of `LoraConfig`, the program sets it, or its own flag has another value.
+        UserError: A name is not a field of `LoraConfig`, the program sets it, or its own flag has another value; or a
+            config within it is refused.
     """
     given = parse_mapping("lora_config", recipe.lora_config)
     names = {field.name for field in fields(LoraConfig)} - BOOKKEEPING_FIELDS - {"task_type"}
@@ -79,6 +81,7 @@ def _own_fields(model: ModelConfig, recipe: RecipeArguments) -> dict[str, Any]:
             raise UserError(f"lora_config: {name!r} is not a field of peft.LoraConfig that a recipe can set; {hint}")
         if name in flags and flags[name] not in (defaults[name], value):
             raise UserError(f"lora_config: {name} is {value!r}, but its own flag is {flags[name]!r}; give only one")
+    check_sub_configs(given)
     return given
 
 
@@ -133,6 +136,10 @@ def adapter_faults(model: ModelConfig, recipe: RecipeArguments) -> Iterator[tupl
     for fault in _unknown_init(config):
         yield "lora_config", fault
     settings: dict[str, Any] = vars(model) | vars(recipe)
+    given = parse_mapping("lora_config", recipe.lora_config)
     for field, fault in find_faults(config):
+        if field in given:
+            yield "lora_config", f"lora_config: {fault}"
+            continue
         flag = f"lora_{field}" if f"lora_{field}" in settings else field
         yield flag if flag in settings else "lora_config", fault
