@@ -40,11 +40,13 @@ def test_the_layers_pattern_of_lora_config_selects_what_peft_selects_or_is_refus
     assert sorted(ours) == sorted(theirs) == [f"model.layers.1.self_attn.{name}_proj" for name in "qv"]
 
 
+BASE = ("--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "out", "--use_cpu", "true")
+
+
 def faults(*flags: str) -> list[str]:
     """What a run with these flags tells instead of beginning."""
-    base = ("--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "out", "--use_cpu", "true")
     with pytest.raises(UserError) as raised:
-        SFT.parse([*base, *flags])
+        SFT.parse([*BASE, *flags])
     return list(map(str, raised.value.args))
 
 
@@ -99,3 +101,26 @@ def test_no_config_within_the_config_takes_an_unknown_name() -> None:
 def test_every_default_within_the_config_has_its_own_type() -> None:
     for name, kind in find_sub_configs().items():
         check_sub_configs({name: {field.name: getattr(kind(), field.name) for field in fields(kind) if field.init}})
+
+
+@pytest.mark.parametrize("where", ["command line", "recipe.yaml"])
+@pytest.mark.parametrize(
+    ("flag", "default", "field", "value"),
+    [
+        ("lora_r", 16, "r", 4),
+        ("use_dora", False, "use_dora", True),
+        ("lora_bias", "none", "bias", "all"),
+        ("lora_init", True, "init_lora_weights", "gaussian"),
+    ],
+)
+def test_a_flag_with_its_default_value_is_not_overruled_without_a_word(
+    where: str, flag: str, default: Any, field: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(json.dumps({flag: default} if where == "recipe.yaml" else {}))
+    given = () if where == "recipe.yaml" else (f"--{flag}", str(default).lower())
+    fields = ("--config", "recipe.yaml", *given, "--lora_config")
+    (fault,) = faults(*fields, json.dumps({field: value}))
+    assert fault == f"lora_config: {field} is {value!r}, but {flag} is {default!r} ({where}); give only one"
+    SFT.parse([*BASE, *fields, json.dumps({field: default})])  # both say the same
+    SFT.parse([*BASE, "--lora_config", json.dumps({field: value})])

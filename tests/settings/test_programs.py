@@ -80,7 +80,7 @@ def test_what_peft_alone_implements_is_refused_for_the_hand_written_form_alone(p
             "lora_config: {peft_type: IA3}",
             "lora_config: 'peft_type' is not a field of peft.LoraConfig that a recipe can set",
         ),
-        ("lora_config: {r: 4}\nlora_r: 8", "lora_config: r is 4, but its own flag is 8; give only one"),
+        ("lora_config: {r: 4}\nlora_r: 8", "lora_config: r is 4, but lora_r is 8 (recipe.yaml); give only one"),
         ("lora_config: {eva_config: {}}", "lora_config: `eva_config` specified but will be ignored"),
         (
             "lora_config: {eva_config: {rho: 0}, init_lora_weights: eva}",

@@ -3,7 +3,7 @@
 import difflib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
@@ -38,7 +38,7 @@ def build_lora_config(model: ModelConfig, recipe: RecipeArguments) -> LoraConfig
             f"lora_layers_to_transform needs names of modules, not the pattern {model.lora_target_modules!r}: list "
             "them in lora_target_modules, or put the layers' numbers into the pattern"
         )
-    return _make_config(_flags(model, recipe) | _own_fields(model, recipe))
+    return _make_config(_flags(model, recipe) | _own_fields(recipe))
 
 
 def _flags(model: ModelConfig, recipe: RecipeArguments) -> dict[str, Any]:
@@ -64,23 +64,42 @@ def _flags(model: ModelConfig, recipe: RecipeArguments) -> dict[str, Any]:
     }
 
 
-def _own_fields(model: ModelConfig, recipe: RecipeArguments) -> dict[str, Any]:
+def _flag_of(field: str) -> str:
+    """The name of the flag of a field of `LoraConfig`; the field's own name if it has none."""
+    settings = {each.name for kind in (ModelConfig, RecipeArguments) for each in fields(kind)}
+    flag = {"init_lora_weights": "lora_init"}.get(field, f"lora_{field}")
+    return flag if flag in settings else field
+
+
+def twice_given(model: ModelConfig, recipe: RecipeArguments, origins: Mapping[str, str]) -> Iterator[str]:
+    """Yields what is wrong with each field that `lora_config` and a flag of its own give different values.
+
+    Args:
+        model: The flags of TRL.
+        recipe: The flags of this project.
+        origins: The settings that were given, whatever their value, and where.
+    """
+    flags = _flags(model, recipe)
+    own = parse_mapping("lora_config", recipe.lora_config)
+    for field, value in own.items() if recipe.method == "lora" else ():  # else lora_config is refused as a whole
+        if field in flags and (flag := _flag_of(field)) in origins and flags[field] != value:
+            where = f"{flag} is {flags[field]!r} ({origins[flag]})"
+            yield f"lora_config: {field} is {value!r}, but {where}; give only one"
+
+
+def _own_fields(recipe: RecipeArguments) -> dict[str, Any]:
     """The fields that the setting `lora_config` gives.
 
     Raises:
-        UserError: A name is not a field of `LoraConfig`, the program sets it, or its own flag has another value; or a
-            config within it is refused.
+        UserError: A name is not a field of `LoraConfig`, the program sets it, or a config within it is refused.
     """
     given = parse_mapping("lora_config", recipe.lora_config)
     names = {field.name for field in fields(LoraConfig)} - BOOKKEEPING_FIELDS - {"task_type"}
-    flags, defaults = _flags(model, recipe), _flags(ModelConfig(), RecipeArguments())
-    for name, value in given.items():
+    for name in given:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else "see PEFT's documentation for its fields"
             raise UserError(f"lora_config: {name!r} is not a field of peft.LoraConfig that a recipe can set; {hint}")
-        if name in flags and flags[name] not in (defaults[name], value):
-            raise UserError(f"lora_config: {name} is {value!r}, but its own flag is {flags[name]!r}; give only one")
     check_sub_configs(given)
     return given
 
@@ -135,11 +154,6 @@ def adapter_faults(model: ModelConfig, recipe: RecipeArguments) -> Iterator[tupl
         )
     for fault in _unknown_init(config):
         yield "lora_config", fault
-    settings: dict[str, Any] = vars(model) | vars(recipe)
     given = parse_mapping("lora_config", recipe.lora_config)
     for field, fault in find_faults(config):
-        if field in given:
-            yield "lora_config", f"lora_config: {fault}"
-            continue
-        flag = f"lora_{field}" if f"lora_{field}" in settings else field
-        yield flag if flag in settings else "lora_config", fault
+        yield ("lora_config", f"lora_config: {fault}") if field in given else (_flag_of(field), fault)
