@@ -49,11 +49,16 @@ def test_u22_names_values_and_contradictions_are_told_together() -> None:
 
 @pytest.mark.parametrize("program", [SFT, CLASSIFY], ids=["sft", "classify"])
 @pytest.mark.parametrize(
-    "line", ["loraplus_lr_ratio: 16", "lora_config: {use_rslora: true}", "adapter_name_or_path: a"]
+    "line",
+    [
+        *("loraplus_lr_ratio: 16", "lora_config: {use_rslora: true}", "adapter_name_or_path: a"),
+        *("use_dora: true", "use_rslora: true"),
+    ],
 )
-def test_what_is_for_an_adapter_is_refused_where_none_is_trained(program: Program, line: str) -> None:
-    (fault,) = faults(program, f"method: full\n{line}\n")
-    assert fault == f"{line.partition(':')[0]} is for an adapter, and method full trains none; leave it out"
+@pytest.mark.parametrize("method", ["full", "last_layers"])
+def test_what_is_for_an_adapter_is_refused_where_none_is_trained(program: Program, line: str, method: str) -> None:
+    (fault,) = faults(program, f"method: {method}\n{line}\n")
+    assert fault == f"{line.partition(':')[0]} is for an adapter, and method {method} trains none; leave it out"
 
 
 @pytest.mark.parametrize("program", [SFT, CLASSIFY], ids=["sft", "classify"])

@@ -68,7 +68,7 @@ BELOW_1 = ("base_dropout", "adam_beta1", "adam_beta2")  # and at least 0
 OWN_FLAGS = {"revision", "dtype", "quantization", "attn_implementation", "trust_remote_code", "dropout"}
 
 # Settings that no method but lora takes; no recipe has them by default.
-ADAPTER_SETTINGS = ("adapter_name_or_path", "lora_config", "loraplus_lr_ratio")
+ADAPTER_SETTINGS = ("adapter_name_or_path", "lora_config", "loraplus_lr_ratio", "use_dora", "use_rslora")
 
 # Metrics beside the loss: of a classifier's validation rows, and of a language model's test rows.
 SCORES = ("accuracy", "f1")
@@ -185,7 +185,7 @@ def common_faults(
         yield from _fault_of(check_schedule, training)
     if recipe.method != "lora":
         for name in ADAPTER_SETTINGS:
-            if getattr(recipe, name) is not None:
+            if (vars(recipe) | vars(model))[name] not in (None, False):
                 yield f"{name} is for an adapter, and method {recipe.method} trains none; leave it out"
     yield from _unsupported(
         {
