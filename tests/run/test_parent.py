@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from plainlora.backends import BACKENDS, attach_adapter
 from plainlora.errors import UserError
 from plainlora.lora.errors import LoRAError
-from plainlora.run.parent import find_parent
+from plainlora.run.parent import Parent, find_parent
 from tests.conftest import make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft")
@@ -57,6 +58,30 @@ def test_the_record_names_it_and_its_bytes(by_peft: Path, model_dirs: dict[str, 
     assert len(parent.describe()["sha256"]) == 64
     line = parent.line(LoraConfig(r=16, lora_alpha=5, target_modules=["q_proj"]))
     assert line == f"goes on from the adapter {by_peft}; it keeps its own r 3 (the recipe: 16)"
+
+
+@pytest.mark.parametrize(
+    ("field", "theirs", "ours", "said"),
+    [
+        ("bias", "all", "none", "bias all (the recipe: none)"),
+        ("lora_bias", True, False, "lora_bias True (the recipe: False)"),
+        ("trainable_token_indices", [5, 6], None, "trainable_token_indices [5, 6] (the recipe: none)"),
+        ("trainable_token_indices", None, [5], "trainable_token_indices none (the recipe: [5])"),
+        ("exclude_modules", None, "v_.*", "exclude_modules none (the recipe: v_.*)"),
+        ("lora_dropout", 0.1, 0.0, "lora_dropout 0.1 (the recipe: 0.0)"),
+        ("modules_to_save", [], None, None),
+        ("fan_in_fan_out", True, False, None),  # PEFT finds it out
+        ("target_modules", ["q_proj"], "all-linear", None),
+        ("target_modules", ["q_proj"], None, None),
+    ],
+)
+def test_the_log_names_every_setting_of_the_recipe_that_differs(
+    field: str, theirs: Any, ours: Any, said: str | None
+) -> None:
+    common = {"target_modules": ["q_proj"]}
+    own, recipe = (LoraConfig(**common | {field: value}) for value in (theirs, ours))
+    line = Parent("a", Path("a"), own).line(recipe)
+    assert line == "goes on from the adapter a" + (f"; it keeps its own {said}" if said else "")
 
 
 def test_another_base_is_refused(by_peft: Path, model_dirs: dict[str, Path]) -> None:

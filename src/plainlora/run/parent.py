@@ -1,7 +1,7 @@
 """The adapter that a run trains on, `adapter_name_or_path`: this project's, or of a tool that writes PEFT's files."""
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,16 @@ from transformers.utils.hub import extract_commit_hash
 from plainlora.base.identity import describe_base, find_difference, name_base
 from plainlora.errors import UserError, first_line
 from plainlora.folders import sha256_of
-from plainlora.lora.config import as_loaded
+from plainlora.lora.config import BOOKKEEPING_FIELDS, as_loaded
 from plainlora.lora.interchange import read_config, saved_shapes
 from plainlora.peft_model.config import check_base_is_known
 from plainlora.run.adapter_base import class_labels, read_run
 
 WEIGHTS = "adapter_model.safetensors"
 FILES = ("adapter_config.json", WEIGHTS, "run.json")
-KEPT = (
-    *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "target_modules", "modules_to_save"),
-    *("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules"),
-)
+FOUND_OUT = {*BOOKKEEPING_FIELDS, "task_type", "fan_in_fan_out"}  # by PEFT or the program, not set by a recipe
+KEPT = [each.name for each in fields(LoraConfig) if each.name not in FOUND_OUT]
+SPELLED_OUT = ("target_modules", "target_parameters")  # where a recipe gives a pattern, all-linear or nothing
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Parent:
         differing = [
             f"{name} {_shown(getattr(self.config, name))} (the recipe: {_shown(getattr(settings, name))})"
             for name in KEPT
-            if not isinstance(getattr(settings, name), str)  # a pattern, or all-linear, which a config spells out
+            if not (name in SPELLED_OUT and isinstance(getattr(settings, name), str | None))
             and _shown(getattr(self.config, name)) != _shown(getattr(settings, name))
         ]
         kept = f"; it keeps its own {', '.join(differing)}" if differing else ""
@@ -66,9 +65,9 @@ class Parent:
 
 
 def _shown(value: object) -> str:
-    if isinstance(value, (list, set, tuple)):
-        return f"[{', '.join(sorted(map(str, value)))}]"
-    return "none" if value in (None, {}, "") else str(value)
+    if value is None or value in ({}, [], set(), ""):
+        return "none"
+    return f"[{', '.join(sorted(map(str, value)))}]" if isinstance(value, (list, set, tuple)) else str(value)
 
 
 def find_parent(
