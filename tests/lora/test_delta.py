@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from plainlora.lora.delta import Delta, add_factors, concatenate, read_deltas
@@ -88,6 +88,25 @@ def test_they_are_pefts(kind: str, settings: dict[str, Any], tmp_path: Path, mod
         torch.testing.assert_close(dense(delta), theirs[module], rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("settings", [{"init_lora_weights": "mica"}, {"velora_config": {"num_groups": 16}}])
+def test_mica_and_velora_add_the_product_and_nothing_else(
+    kind: str, settings: dict[str, Any], tmp_path: Path, model_dirs: dict[str, Path]
+) -> None:
+    targets = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn"]}[kind]
+    adapter = save_peft_adapter(tmp_path / "adapter", model_dirs[kind], kind, target_modules=targets, **settings)
+    deltas, others = read_deltas(adapter)
+    assert others == []
+    theirs = PeftModel.from_pretrained(make_model(kind), adapter, is_trainable=True).double().base_model.model
+    for module, delta in deltas.items():
+        layer = theirs.get_submodule(module)
+        rows = torch.randn(2, 3, delta.shape[1], dtype=torch.float64)
+        for mode in (True, False):
+            added = layer.train(mode)(rows) - layer.base_layer(rows)
+            torch.testing.assert_close(added, rows @ dense(delta).T, rtol=1e-10, atol=1e-12)
+            assert float(added.detach().norm()) > 1
+
+
 def test_what_was_trained_beside_them_is_named_and_layers_come_in_their_order(
     tmp_path: Path, model_dirs: dict[str, Path]
 ) -> None:
@@ -131,7 +150,7 @@ def test_what_is_no_plain_product_is_refused(tmp_path: Path, model_dirs: dict[st
             read_deltas(adapter)
 
     change_config(adapter, use_dora=True)
-    refused("was trained with use_dora=True, so what it adds is not")
+    refused("was trained with use_dora=True, so it may add more than")
     change_config(adapter, use_dora=False, r=5)
     refused(r"has A \(4, 128\) and B \(64, 4\), which do not fit its config's rank 5")
     change_config(adapter, r=4, lora_alpha=float("nan"))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from peft import LoraConfig
 
 from plainlora.lora.config import as_loaded, find_faults, find_unsupported
 from plainlora.lora.errors import LoRAError, some
@@ -16,6 +17,7 @@ from plainlora.lora.numerics import is_finite
 from plainlora.lora.targets import value_for
 
 HELD = 0.99  # the share of the squared norm that `used_rank` counts up to
+VELORA_INPUTS = ".lora_velora_embed"  # what VeLoRA multiplies inputs by in the backward pass
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,12 @@ def read_deltas(directory: str | os.PathLike[str]) -> tuple[dict[str, Delta], li
             of a variant whose delta is no `s B A` of the base's weight.
     """
     config, tensors = as_loaded(read_config(directory)), read_tensors(directory)
-    variants = [*find_unsupported(config).values(), *(["use_dora=True"] if config.use_dora else [])]
-    if variants:
+    if variants := _beyond_the_product(config):
         raise LoRAError(
-            f"{directory} was trained with {some(variants)}, so what it adds is not (alpha / r) B A"
-            "; only such adapters can be compared and combined"
+            f"{directory} was trained with {some(variants)}, so it may add more than (alpha / r) B A to a layer; "
+            "only adapters that do not can be compared and combined"
         )
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(VELORA_INPUTS)}
     for _, fault in find_faults(config):
         raise LoRAError(f"{directory}: {fault}")
     ends = {name.removesuffix(end) for name in tensors for end in LORA_WEIGHTS if name.endswith(end)}
@@ -147,6 +149,19 @@ def read_deltas(directory: str | os.PathLike[str]) -> tuple[dict[str, Delta], li
     if not deltas:
         raise LoRAError(f"{directory} holds no lora_A and lora_B of a linear layer, so there is nothing to compare")
     return deltas, [name.removeprefix(PREFIX) for name in tensors]
+
+
+def _beyond_the_product(config: LoraConfig) -> list[str]:
+    """The fields that are set, and with which a layer does not add just `s B A`.
+
+    Of PEFT's variants two do: MiCA, whose B is frozen, and VeLoRA, whose backward pass alone differs.
+    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/variants.py
+    """
+    found = find_unsupported(config) | ({"use_dora": "use_dora=True"} if config.use_dora else {})
+    found.pop("velora_config", None)
+    if config.init_lora_weights == "mica":
+        del found["init_lora_weights"]
+    return list(found.values())
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
