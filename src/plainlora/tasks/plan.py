@@ -20,6 +20,7 @@ from plainlora.run.parent import Parent, find_parent
 from plainlora.settings.device import trains_on_cpu
 from plainlora.settings.launcher import sharding_engine
 from plainlora.settings.programs import Settings
+from plainlora.tasks.ranges import check_ranges
 from plainlora.training import saving
 
 
@@ -80,7 +81,8 @@ def plan_lora(
         labels: Names of a classifier's classes, in order.
 
     Raises:
-        UserError: The adapter to train on cannot be found, or is another base's or another task's.
+        UserError: The adapter to train on cannot be found, or is another base's or another task's; or the base lacks
+            tokens or layers that the adapter names.
         LoRAError: The hand-written form is asked for, and does not implement the config; or the adapter cannot be
             trained on a base in 4 or 8 bits, or saved for its unchanged base.
     """
@@ -94,6 +96,7 @@ def plan_lora(
         notes.append(parent.line(lora))
         skeleton = build()
         lora = parent.config if skeleton is None else without_unmatched(skeleton, parent.config)
+    check_ranges(lora, build)
     _check_engine(sharding_engine(settings.training), lora)
     backend, only_peft = choose_backend(recipe.lora_backend, lora, build())
     if backend in ("peft", "peft_fused"):
