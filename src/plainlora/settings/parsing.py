@@ -19,11 +19,10 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from trl import ModelConfig, SFTConfig, TrlParser
+from trl import SFTConfig, TrlParser
 
 from plainlora.errors import EXTRAS, UserError
-from plainlora.settings.adapter import twice_given
-from plainlora.settings.arguments import ClassifyArguments, RecipeArguments, SFTArguments
+from plainlora.settings.arguments import ClassifyArguments, SFTArguments
 from plainlora.settings.device import fit_formats, this_device
 from plainlora.settings.early_stopping import fit_early_stopping
 from plainlora.settings.renames import RENAMES
@@ -342,17 +341,12 @@ class StrictParser(TrlParser):
         self.origins |= dict.fromkeys(explicit, "command line")
         self.left_out -= self.origins.keys()
         settings = vars(self.parse_known_args([*from_yaml, *words, *typed])[0])
-        parts = tuple(
+        return tuple(
             self._make_accepted(
                 kind, {field.name: settings[field.name] for field in fields(kind) if field.name in settings}
             )
             for kind in self.dataclass_types
         )
-        model = next(part for part in parts if isinstance(part, ModelConfig))
-        recipe = next(part for part in parts if isinstance(part, RecipeArguments))
-        for fault in twice_given(model, recipe, self.origins):
-            self._add_fault("lora_config", UserError(fault), None, None)
-        return parts
 
     def _make_accepted(self, kind: Any, settings: dict[str, Any]) -> Any:
         """One of the dataclasses; settings that it refuses get their defaults."""

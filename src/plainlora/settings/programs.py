@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from trl import ModelConfig, ScriptArguments
 
 from plainlora.errors import UserError
+from plainlora.settings.adapter import twice_given
 from plainlora.settings.arguments import (
     ClassifyArguments,
     ClassifyConfig,
@@ -131,10 +132,11 @@ class Program(Generic[SettingsT]):
         parser = self.parser()
         parser.set_defaults(**defaults)
         parts = parser.read(words)
-        messages = (fault for fault in self.faults(*parts) if _setting_of(fault) not in parser.left_out)
+        recipe, script, training, model = parts
+        found = [*self.faults(*parts), *twice_given(model, recipe, parser.origins)]
+        messages = (fault for fault in found if _setting_of(fault) not in parser.left_out)
         faults = [*parser.faults, *(Fault("contradiction", UserError(message)) for message in messages)]
         _reset({name for name, _ in refused_values(*parts)} | parser.left_out, parts, parser)
-        recipe, script, training, model = parts
         return cast(SettingsT, Settings(recipe, script, training, model, parser.origins, faults))
 
 
