@@ -77,6 +77,10 @@ PAIRS = [(row["text"], row["label"]) for row in TEXTS]
             ["--lora_target_modules=q_lin"],
             r"lora_target_modules and lora_query: name modules or switch projections on",
         ),
+        (
+            ["--lora_config", '{"target_modules": ["q_lin"]}'],
+            r"lora_config: target_modules and lora_query: name modules or switch projections on",
+        ),
         (["--lora_task_type=TOKEN_CLS"], r"this program classifies sequences; leave it out"),
         (["--max_length=0"], r"max_length must be at least 1, not 0"),
         (["--max_length=1"], r"max_length: 1 has no place for text beside 2 special tokens"),

@@ -142,12 +142,17 @@ def classify_faults(
 
 def _unclear_layers(recipe: ClassifyArguments, model: ModelConfig) -> Iterator[str]:
     projections = [name for name in PROJECTIONS if getattr(recipe, f"lora_{name}")]
-    if projections and model.lora_target_modules:
+    given = {
+        "lora_target_modules": model.lora_target_modules,
+        "lora_config: target_modules": parse_mapping("lora_config", recipe.lora_config).get("target_modules"),
+    }
+    named = next((name for name, value in given.items() if value), None)
+    if projections and named:
         yield (
-            f"lora_target_modules and lora_{projections[0]}: name modules or switch projections on, not both; "
+            f"{named} and lora_{projections[0]}: name modules or switch projections on, not both; "
             f"--lora_{projections[0]} false switches one off"
         )
-    if not projections and not model.lora_target_modules:
+    if not projections and not named:
         yield (
             "LoRA has no layer to adapt: switch projections on, as in --lora_query true --lora_value true, or name "
             "modules with --lora_target_modules"
