@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, StrMethodFormatter
 from tqdm import tqdm
 
 from docs.measuring import ROOT, instruct_rows, run, write_rows
@@ -142,7 +142,7 @@ def draw(bases: dict[str, list[Loss]], path: Path) -> None:
         base = losses[0].eval_loss_base
         axes.axhline(base, color="#9aa5b1", linestyle=":", label="base")
         axes.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="test loss (nats per token)", title=title)
-        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e5e7eb")
