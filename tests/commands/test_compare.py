@@ -39,10 +39,10 @@ def test_an_adapter_that_peft_alone_implements_is_one_line_with_its_fields(
 ) -> None:
     command = recipe(tmp_path, model_dirs["gpt2"], rows_file, "--lora_backend", form)
     with pytest.raises(SystemExit):
-        main([*command, "--lora_config", '{"init_lora_weights": "pissa", "kasa_config": {}}'])
+        main([*command, "--lora_config", '{"init_lora_weights": "orthogonal", "velora_config": {}}'])
     assert capfd.readouterr().err.splitlines()[-1] == (
         "error: recipes/gpt2-alpaca-gpt4/lora.yaml: there is nothing hand-written to compare with PEFT: the "
-        "hand-written LoRA does not implement kasa_config, init_lora_weights='pissa', PEFT does"
+        "hand-written LoRA does not implement velora_config, init_lora_weights='orthogonal', PEFT does"
     )
     assert not (tmp_path / "out").exists()
 
