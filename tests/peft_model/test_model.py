@@ -377,17 +377,30 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-@pytest.mark.parametrize("kind", ["llama", *QUANTIZED])
-def test_olora_on_a_rounded_base_would_be_saved_as_another_model(kind: str, tmp_path: Path) -> None:
-    model = by_plain_peft(kind, config_of("olora", kind), [])
-    model.save_pretrained(tmp_path / "start")
+def off_after_conversion(kind: str, config: LoraConfig, folder: Path) -> float:
+    """How far a changed adapter's logits are from those that plain PEFT has of its converted files."""
+    model = by_plain_peft(kind, config, [])
+    model.save_pretrained(folder / "start")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter) if parameter.requires_grad else 0)
     trained = logits_of(model)
-    model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
-    off = relative(logits_of(PeftModel.from_pretrained(base_of(kind), tmp_path / "end")), trained)
+    model.save_pretrained(folder / "end", path_initial_model_for_weight_conversion=str(folder / "start"))
+    return relative(logits_of(PeftModel.from_pretrained(base_of(kind), folder / "end")), trained)
+
+
+@pytest.mark.parametrize("kind", ["llama", *QUANTIZED])
+def test_olora_on_a_rounded_base_would_be_saved_as_another_model(kind: str, tmp_path: Path) -> None:
+    off = off_after_conversion(kind, config_of("olora", kind), tmp_path)
     assert off < 1e-5 if kind == "llama" else 3e-3 < off < 3e-2
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("name", ["kasa_config", "use_bdlora", "layer_replication", "embeddings"])
+def test_what_conversion_loses_would_be_saved_as_another_model(init: str, name: str, tmp_path: Path) -> None:
+    config = config_of(name, "llama")
+    config.init_lora_weights = init
+    assert off_after_conversion("llama", config, tmp_path) > 0.02
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
