@@ -1,9 +1,10 @@
 """Errors for the person who typed the command: one line each on standard error, exit code 2."""
 
+import difflib
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from plainlora.interruption import RERUN_OR_RESUME, Stopped, ended_by_signals, stop_with_launcher
@@ -43,6 +44,19 @@ def one_line(text: str) -> str:
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in line
     )
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str, cutoff: float = 0.5) -> str:
+    """A hint at the known name that is nearest to a wrong one, or another hint if none is near.
+
+    Args:
+        name: The wrong name.
+        known: The right ones.
+        otherwise: The other hint.
+        cutoff: The least similarity, see `difflib.get_close_matches`.
+    """
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
 def _shortened(line: str) -> str:

@@ -111,7 +111,10 @@ def find_damage(folder: str | Path) -> str | None:
 
 
 def _lock(folder: Path) -> int | None:
-    """A handle that locks a folder until it is closed or this process ends; `None` if a lock cannot be had."""
+    """A handle that locks a folder until it is closed or this process ends; `None` if a lock cannot be had.
+
+    filelock locks files, and a file within the folder would be published with it.
+    """
     if sys.platform == "win32":
         return None
     import fcntl  # noqa: PLC0415  # Windows has none

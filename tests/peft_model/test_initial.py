@@ -60,10 +60,12 @@ def test_labels_of_whole_rows_are_not_taken_for_those_of_tokens() -> None:
     assert_same(attach(a_classifier(), config(), batches=batches), by_plain_peft(alone))
 
 
-def test_a_batch_of_too_few_tokens_is_passed_over() -> None:
+def test_a_batch_of_too_few_tokens_is_passed_over_without_peft_printing_it(capsys: pytest.CaptureFixture[str]) -> None:
     batches = batches_of(24, 1, 24, 24)  # rho is 2, so 8 components
     long = [{"input_ids": each["input_ids"], "attention_mask": each["attention_mask"]} for each in batches]
-    assert_same(attach(a_classifier(), config(), batches=batches), by_plain_peft([long[0], *long[2:]]))
+    ours = attach(a_classifier(), config(), batches=batches)
+    assert capsys.readouterr().out == ""
+    assert_same(ours, by_plain_peft([long[0], *long[2:]]))
 
 
 def test_where_every_batch_has_too_few_tokens_the_run_is_refused() -> None:

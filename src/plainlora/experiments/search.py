@@ -1,6 +1,5 @@
 """The search space of a sweep: names, ranges and choices, and their translation to the recipe's flags."""
 
-import difflib
 import math
 import re
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 
 from plainlora.base.config import load_config
-from plainlora.errors import UserError
+from plainlora.errors import UserError, did_you_mean
 from plainlora.experiments.runs import OWN_FLAGS
 from plainlora.settings.arguments import PROJECTIONS
 from plainlora.settings.programs import CLASSIFY, Program
@@ -131,8 +130,7 @@ def parse_search(program: Program[Any], words: Sequence[str], fixed: set[str]) -
             raise UserError(f"--search {word}: write NAME=SPEC, as in --search learning_rate=1e-5..1e-3")
         for flag in name.split("+"):
             if flag not in known:
-                near = difflib.get_close_matches(flag, known, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"see {program.path} --help"
+                hint = did_you_mean(flag, known, f"see {program.path} --help", cutoff=0.6)
                 raise UserError(f"--search {word}: {flag} is not an option; {hint}")
             if flag in seen:
                 raise UserError(f"--search: {flag} is given twice; keep one of them")

@@ -94,9 +94,8 @@ def _adapter_settings(backend: str, recipe: RecipeArguments, saved: LoraConfig, 
     twice the rank that was trained, see `plainlora.peft_model.model.for_unchanged_base`.
     """
     converted = saved.init_lora_weights != trained.init_lora_weights
-    plain, targets = LoraConfig(), trained.target_modules
-    if not isinstance(targets, str):
-        targets = saved.target_modules
+    plain = LoraConfig()
+    targets = trained.target_modules if isinstance(trained.target_modules, str) else saved.target_modules
 
     def show(name: str) -> str:
         value, before = (_shortened(_show(getattr(config, name))) for config in (saved, trained))

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import NoReturn
 
 from peft import LoraConfig
 from torch import nn
@@ -72,38 +71,34 @@ def check_bits(config: LoraConfig, bits: int | None, on_cpu: bool) -> None:
     raise LoRAError(f"{fault}; leave it out, or load the base without load_in_{bits}bit")
 
 
-def check_conversion(config: LoraConfig) -> None:
+def check_conversion(config: LoraConfig, modules: Mapping[str, nn.Module] | None = None) -> None:
     """Raises `LoRAError` for what PEFT would lose, or fail on, when it converts an adapter to the unchanged base.
 
     It keeps A and B of plain LoRA alone, and adds a second adapter, which it does not do beside a trained bias.
 
     https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/model.py (`subtract_mutated_init`)
+
+    Args:
+        config: The adapter's config.
+        modules: The modules to adapt, if they are known: an embedding or a convolution has no plain A and B.
     """
     if not is_converted(config):
         return
+    trained = {
+        "bias": config.bias != "none",
+        "use_dora": config.use_dora,
+        "modules_to_save": bool(modules_to_save(config)),
+        "rank_pattern and alpha_pattern with use_rslora": config.use_rslora
+        and bool(config.rank_pattern or config.alpha_pattern),
+    }
     lost = [name for name in find_unsupported(config) if name != "init_lora_weights"]
-    lost += [name for name, is_set in (("bias", config.bias != "none"), ("use_dora", config.use_dora)) if is_set]
-    if modules_to_save(config):
-        lost.append("modules_to_save")
-    if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
-        lost.append("rank_pattern and alpha_pattern with use_rslora")
+    lost += [name for name, is_set in trained.items() if is_set]
+    lost += [f"{name} in target_modules" for name, module in (modules or {}).items() if not is_supported(module)]
     if lost:
-        _refuse_conversion(config, some(lost))
-
-
-def check_conversion_of(config: LoraConfig, modules: Mapping[str, nn.Module]) -> None:
-    """Raises `LoRAError` if one of the modules to adapt has no plain A and B: an embedding, a convolution."""
-    if is_converted(config):
-        for name, module in modules.items():
-            if not is_supported(module):
-                _refuse_conversion(config, f"target_modules: {name}, which is no linear layer")
-
-
-def _refuse_conversion(config: LoraConfig, what: str) -> NoReturn:
-    raise LoRAError(
-        f"{what}: PEFT saves init_lora_weights={config.init_lora_weights!r} for the unchanged base, and can convert "
-        "A and B of linear layers alone; leave it out, or choose another init_lora_weights"
-    )
+        raise LoRAError(
+            f"{some(lost)}: PEFT saves init_lora_weights={config.init_lora_weights!r} for the unchanged base, and can "
+            "convert A and B of linear layers alone; leave it out, or choose another init_lora_weights"
+        )
 
 
 def check_base_is_known(config: LoraConfig, directory: str | Path) -> None:

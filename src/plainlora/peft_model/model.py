@@ -35,7 +35,6 @@ from plainlora.peft_model.config import (
     check_base_is_known,
     check_bits,
     check_conversion,
-    check_conversion_of,
     for_shapes,
     init_of,
     is_converted,
@@ -89,10 +88,9 @@ def attach(
     """
     check_config(config)
     check_bits(config, _bits_of(model), model.device.type == "cpu")
-    check_conversion(config)
     found = select(model, config)
     selected = found.selected
-    check_conversion_of(config, {name: model.get_submodule(name) for name in selected})
+    check_conversion(config, {name: model.get_submodule(name) for name in selected})
     check_patterns(config, [*selected, *found.selected_parameters])
     find_modules_to_save(model, config, ())
     new = find_new_weights(model, config, new_weights)

@@ -1,6 +1,5 @@
 """A recipe's settings -> the `peft.LoraConfig` of its adapter, and the faults that do not depend on the model."""
 
-import difflib
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -10,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 from peft import LoraConfig
 from trl import ModelConfig
 
-from plainlora.errors import UserError, first_line
+from plainlora.errors import UserError, did_you_mean, first_line
 from plainlora.lora.config import BOOKKEEPING_FIELDS, find_faults, find_unsupported
 from plainlora.lora.errors import some
 from plainlora.settings.arguments import RecipeArguments, parse_mapping, parse_pattern
@@ -97,8 +96,7 @@ def _own_fields(recipe: RecipeArguments) -> dict[str, Any]:
     names = {field.name for field in fields(LoraConfig)} - BOOKKEEPING_FIELDS - {"task_type"}
     for name in given:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "see PEFT's documentation for its fields"
+            hint = did_you_mean(name, names, "see PEFT's documentation for its fields")
             raise UserError(f"lora_config: {name!r} is not a field of peft.LoraConfig that a recipe can set; {hint}")
     check_sub_configs(given)
     return given
@@ -117,8 +115,7 @@ def _unknown_init(config: LoraConfig) -> Iterator[str]:
     _, literals = get_args(get_type_hints(LoraConfig)["init_lora_weights"])
     known = [*get_args(literals), "lora_ga"]
     if str(value).lower() not in known:
-        near = difflib.get_close_matches(str(value), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"PEFT knows {', '.join(known)}"
+        hint = did_you_mean(str(value), known, f"PEFT knows {', '.join(known)}", cutoff=0.6)
         yield f"lora_config: init_lora_weights is {value!r}; {hint}"
 
 

@@ -4,7 +4,6 @@ Both go through one argument parser, so a value from the YAML is checked exactly
 """
 
 import argparse
-import difflib
 import json
 import os
 import re
@@ -21,7 +20,7 @@ import yaml
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig, TrlParser
 
-from plainlora.errors import EXTRAS, UserError
+from plainlora.errors import EXTRAS, UserError, did_you_mean
 from plainlora.settings.arguments import ClassifyArguments, SFTArguments
 from plainlora.settings.device import fit_formats, this_device
 from plainlora.settings.early_stopping import fit_early_stopping
@@ -154,8 +153,7 @@ class StrictParser(TrlParser):
     def refuse_unknown(self, name: str, where: str) -> NoReturn:
         """Raises `UserError` for an unknown name, and suggests its new name or the nearest one."""
         name = name.replace("-", "_")
-        near = difflib.get_close_matches(name, self.names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else "see --help for the names"
+        hint = did_you_mean(name, self.names, "see --help for the names")
         for program, owners in OWNERS.items():
             if name in {field.name for owner in owners for field in fields(owner)}:
                 hint = f"it belongs to recipes/{program}"

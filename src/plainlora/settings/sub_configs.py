@@ -1,6 +1,5 @@
 """The configs within a `peft.LoraConfig`, such as `eva_config`: the names and types of what a recipe gives them."""
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -9,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from peft import LoraConfig
 
-from plainlora.errors import UserError
+from plainlora.errors import UserError, did_you_mean
 
 WORDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", NoneType: "null"}
 
@@ -42,8 +41,7 @@ def check_sub_configs(given: Mapping[str, Any]) -> None:
         names = [each.name for each in fields(kind) if each.init]
         for name, entry in value.items():
             if name not in names:
-                near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+                hint = did_you_mean(str(name), names, f"there are {', '.join(names)}")
                 raise UserError(f"lora_config: {field} has no {name!r}; {hint}")
             if not _fits(entry, hints[name]):
                 raise UserError(f"lora_config: {field}.{name} must be {_words(hints[name])}, not {entry!r:.100}")
